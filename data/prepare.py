@@ -1,0 +1,246 @@
+"""Text -> token files: `python -m data.prepare vader` (rated sentences) or `python -m data.prepare text FILE`.
+
+Writes out/{train,validation,test,tokenizer}; data/tokens.py describes what lies in a split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from data import vader
+from data.fetch import fetch, sha256
+from data.text import SPLITS, key, split_of
+from data.tokenizer import MODEL_FILE, SentencePieceTokenizer, load_tokenizer, train_sentencepiece
+from data.tokens import FORMAT, write_token_file
+
+PAIRS = {"train": 40_000, "validation": 8_000, "test": 8_000}
+STARTED = time.perf_counter()
+RECIPE = 3  # counts up when the same source would give other files: what was prepared before is then made again
+
+
+def make_pairs(ratings: np.ndarray, domains: np.ndarray, count: int, seed: int) -> dict[str, np.ndarray]:
+    """Up to `count` different pairs: a row at random, another of its domain at random, and their ratings differ.
+
+    So a domain's share of the pairs is its share of the rows. (Uniform over all pairs it would be the square of that.)
+    ratings (N,), domains (N,) -> pair_chosen (M,) int32, pair_rejected (M,) int32, pair_gap (M,) float32 > 0, in points
+    """
+    by_domain = np.argsort(domains, kind="stable")
+    place = np.argsort(by_domain)  # row i is by_domain[place[i]]
+    sizes = np.bincount(domains, minlength=1)
+    starts = np.cumsum(sizes) - sizes
+    rng = np.random.default_rng(seed)
+    a = rng.integers(max(1, len(domains)), size=2 * count if len(domains) else 0)  # twice: ties, repetitions fall out
+    a = a[sizes[domains[a]] > 1]
+    start, size = starts[domains[a]], sizes[domains[a]]
+    b = by_domain[start + (place[a] - start + rng.integers(1, size)) % size]  # 1 ... size - 1 places further: never a
+    _, first = np.unique(np.minimum(a, b) * len(domains) + np.maximum(a, b), return_index=True)
+    pairs = np.stack([a, b], axis=1)[np.sort(first)].astype(np.int32)
+    gap = ratings[pairs[:, 0]] - ratings[pairs[:, 1]]
+    pairs, gap = pairs[gap != 0][:count], gap[gap != 0][:count]
+    pairs[gap < 0] = pairs[gap < 0, ::-1]
+    return {"pair_chosen": pairs[:, 0], "pair_rejected": pairs[:, 1], "pair_gap": np.abs(gap).astype(np.float32)}
+
+
+def prepare_vader(out: Path, vocab_size: int = 2048) -> None:
+    """Rated sentences of four domains -> out/{train,validation,test,tokenizer,rules} and out/manifest.json."""
+    made = {
+        "by": "python -m data.prepare vader",
+        "source": vader.SDIST,
+        "sha256": vader.SDIST_SHA256,
+        "vocab_size": vocab_size,
+        "pairs": PAIRS,
+        "recipe": RECIPE,
+    }
+    if _is_prepared(out, made):
+        return
+    print(f"getting {vader.PACKAGE} {vader.VERSION} (cached, or with pip)", flush=True)
+    sdist = fetch(vader.PACKAGE, vader.VERSION, vader.SDIST, vader.SDIST_SHA256)
+    sentences, counts = vader.read_sentences(sdist)
+    with _building(out) as work:
+        vader.write_rules(sdist, work / "rules")
+        train = [s.text for s in sentences if s.split == "train"]
+        tokenizer = train_sentencepiece(train, work / "tokenizer" / MODEL_FILE, vocab_size)
+        splits = {}
+        for split in SPLITS:
+            rows = [s for s in sentences if s.split == split]
+            columns = {"domain": np.array([list(vader.DOMAINS).index(s.domain) for s in rows], np.uint8)}
+            for name in ("rating", "half_a", "half_b", "rating_std", "one_rater", "rest"):
+                columns[name] = np.array([getattr(s, name) for s in rows], np.float32)
+            splits[split] = write_token_file(
+                work / split,
+                [s.text for s in rows],
+                tokenizer,
+                list(vader.DOMAINS),
+                columns,
+                [s.id for s in rows],
+                made,
+                make_pairs(columns["rating"], columns["domain"], PAIRS[split], seed=0),
+            )
+        _finish(work, made, counts, splits, tokenizer)
+    _report(out)
+
+
+def prepare_text(file: Path, out: Path, tokenizer_dir: Path | None, vocab_size: int, unit: str) -> None:
+    """A plain text file -> token files; its paragraphs (between blank lines) or its lines become the rows."""
+    made = {
+        "by": "python -m data.prepare text",
+        "source": file.name,
+        "sha256": sha256(file),
+        "unit": unit,
+        "tokenizer": load_tokenizer(tokenizer_dir).fingerprint if tokenizer_dir else f"trained, {vocab_size} pieces",
+        "recipe": RECIPE,
+    }
+    if _is_prepared(out, made):
+        return
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{file} is not UTF-8 (byte {e.start}); convert it first") from None
+    text = text.replace("\r\n", "\n").replace("\u2581", "_")  # sentencepiece's own sign for a space
+    parts = re.split(r"\n\s*\n", text) if unit == "paragraph" else text.split("\n")
+    filled = [p.strip("\n") for p in parts if p.strip()]
+    if not filled:
+        raise ValueError(f"{file} contains no text")
+    first = {}
+    for part in filled:
+        first.setdefault(key(part), part)
+    rows = {s: [p for p in first.values() if split_of(p) == s] for s in SPLITS}
+    if not rows["train"]:
+        raise ValueError(f"{file}: none of its {len(first)} {unit}s falls into the training split; use a longer text")
+    count = {"read": len(parts), "empty": len(parts) - len(filled), "duplicate": len(filled) - len(first)}
+    with _building(out) as work:
+        target = work / "tokenizer" / MODEL_FILE
+        if tokenizer_dir:
+            load_tokenizer(tokenizer_dir).save(target.parent)
+            tokenizer = load_tokenizer(target.parent)
+        else:
+            tokenizer = train_sentencepiece(rows["train"], target, vocab_size)
+        splits = {}
+        for split, texts in rows.items():
+            columns = {"domain": np.zeros(len(texts), np.uint8)}
+            ids = [f"{split}/{i}" for i in range(len(texts))]
+            splits[split] = write_token_file(work / split, texts, tokenizer, [file.stem], columns, ids, made)
+        _finish(work, made, {file.stem: count | {s: len(t) for s, t in rows.items()}}, splits, tokenizer)
+    _report(out)
+
+
+def _is_prepared(out: Path, made: dict) -> bool:
+    """True (and says so) if out/ is finished and was made in exactly this way; ValueError if it is somebody else's."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    try:
+        manifest = json.loads((out / "manifest.json").read_text())
+        ours = manifest["format"] == FORMAT and "files" in manifest  # a single split has the format too
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise ValueError(f"{out} exists and is not prepared data; choose another --out or remove it")
+    whole = all((out / f).is_file() and (out / f).stat().st_size == n for f, n in manifest["files"].items())
+    if whole and manifest["made"] == made:
+        print(f"{out} is already prepared in this way: nothing to do")
+        return True
+    print(f"{out} was prepared in another way or is damaged: making it again")
+    return False
+
+
+@contextmanager
+def _building(out: Path) -> Iterator[Path]:
+    """A scratch directory beside `out` that takes its place if the block succeeds, and disappears if it fails."""
+    out = out.resolve()  # through a symbolic link
+    work = old = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        old = work.with_name(work.name + ".old")
+        work.chmod(0o755)  # mkdtemp makes it private
+        yield work
+        if out.exists():
+            os.replace(out, old)
+        os.replace(work, out)
+    except OSError as e:
+        raise OSError(f"cannot write {out}: {e.strerror or e}") from None
+    finally:
+        for directory in filter(None, [work, old]):
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _finish(work: Path, made: dict, counts: dict, splits: dict, tokenizer: SentencePieceTokenizer) -> None:
+    files = {str(f.relative_to(work)): f.stat().st_size for f in sorted(work.rglob("*")) if f.is_file()}
+    summary = {s: {k: m[k] for k in ("rows", "tokens", "pairs", "rows_by_domain")} for s, m in splits.items()}
+    manifest = {"format": FORMAT, "made": made, "counts": counts, "splits": summary}
+    manifest |= {"tokenizer": tokenizer.fingerprint, "files": files, "seconds": time.perf_counter() - STARTED}
+    (work / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _report(out: Path) -> None:
+    """Prints every count of the manifest as two tables."""
+    manifest = json.loads((out / "manifest.json").read_text())
+    counts = manifest["counts"]
+    names = list(dict.fromkeys(name for c in counts.values() for name in c if name not in SPLITS))
+    print(_table("domain", [*names, *SPLITS], counts | ({"total": _total(counts)} if len(counts) > 1 else {})))
+    print(_table("split", ["rows", "tokens", "pairs"], manifest["splits"]))
+    print(f"wrote {out}")
+
+
+def _total(counts: dict[str, dict]) -> dict:
+    return {k: sum(c.get(k, 0) for c in counts.values()) for k in {k for c in counts.values() for k in c}}
+
+
+def _table(corner: str, columns: list[str], rows: dict[str, dict]) -> str:
+    width = max(map(len, [corner, *rows]))
+    lines = ["  ".join([corner.ljust(width), *columns])]
+    for name, row in rows.items():
+        lines.append("  ".join([name.ljust(width), *(f"{row.get(c, 0):,}".rjust(len(c)) for c in columns)]))
+    return "\n".join(lines)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message}; see --help")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = _Parser(prog="python -m data.prepare", description="Makes token files.", allow_abbrev=False)
+    jobs = parser.add_subparsers(dest="job", required=True)
+    v = jobs.add_parser("vader", help="rated sentences of four domains, from PyPI", allow_abbrev=False)
+    v.add_argument("--out", type=Path, default=Path("out/data/vader"), help="directory to write (%(default)s)")
+    v.add_argument("--vocab_size", type=int, default=2048, help="pieces of the tokenizer (%(default)s)")
+    t = jobs.add_parser("text", help="any plain text file", allow_abbrev=False)
+    t.add_argument("file", type=Path, help="UTF-8 text")
+    t.add_argument("--out", type=Path, required=True, help="directory to write")
+    t.add_argument("--tokenizer", type=Path, help="use this tokenizer (a directory that holds one) and train none")
+    t.add_argument("--vocab_size", type=int, help="pieces of the tokenizer that is trained otherwise (2048)")
+    t.add_argument("--unit", choices=["paragraph", "line"], default="paragraph", help="what one row is (%(default)s)")
+    args = parser.parse_args(argv)
+    if args.job == "vader":
+        prepare_vader(args.out, args.vocab_size)
+    else:
+        if args.tokenizer and args.vocab_size:
+            raise ValueError("--vocab_size has no effect with --tokenizer: that one is trained already")
+        prepare_text(args.file, args.out, args.tokenizer, args.vocab_size or 2048, args.unit)
+    print(f"{time.perf_counter() - STARTED:.1f} s")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        named = isinstance(e, OSError) and e.filename is not None
+        message = f"{e.filename}: {e.strerror}" if named else " ".join(str(e).split())
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,46 @@
+"""What a text is to us: how it is cleaned, when two are the same, and which split it belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import html.entities
+import re
+import unicodedata
+
+SPLITS = ("train", "validation", "test")
+
+
+def clean(text: str) -> str:
+    """Plain text of one line: entities decoded, '' as \", no control characters, single spaces.
+
+    Also U+2581, which is sentencepiece's own sign for a space, becomes an underscore.
+    """
+    for _ in range(3):  # "&amp;lt;" was escaped twice
+        text = re.sub(r"&(#\d+|#x[0-9a-fA-F]+|\w+);", _entity, text)
+    text = text.replace("''", '"').replace('""', '"').replace("\u2581", "_")
+    text = "".join(" " if c.isspace() else c for c in text if c.isspace() or not _unwanted(c))
+    return re.sub(r" +", " ", text).strip()
+
+
+def _entity(match: re.Match) -> str:
+    known = (
+        match[1].startswith("#") or match[1] + ";" in html.entities.html5
+    )  # unescape alone would see &not in &nothing;
+    return html.unescape(match[0]) if known else match[0]
+
+
+def _unwanted(c: str) -> bool:
+    return c == "\ufeff" or unicodedata.category(c) in ("Cc", "Cs")  # BOM, control characters, lone surrogates
+
+
+def key(text: str) -> str:
+    """What counts as the same text: case and punctuation aside (a text of nothing else, say ":)", is itself)."""
+    words = re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(words) or text
+
+
+def split_of(text: str) -> str:
+    """train, validation or test, 80/10/10, by the hash of the text: no list of rows to keep, and no text in two."""
+    bucket = int.from_bytes(hashlib.sha256(key(text).encode()).digest()[:8], "big") % 10
+    return SPLITS[max(0, bucket - 7)]

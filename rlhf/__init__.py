@@ -1,0 +1,1 @@
+"""The formulas (pure functions on tensors), then what joins them to a model."""

@@ -1,0 +1,109 @@
+"""Statistics under a mask, and log-probabilities. One mask everywhere: bool, True counts.
+
+Masked slots are replaced by zero *before* any arithmetic: a `where` on the result alone would keep NaN out of the value
+but not out of the gradient, because the backward pass multiplies the zero gradient by the NaN.
+`total` sums a tensor over all ranks (`Dist.sum`); None means that this process holds the whole batch.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Total = Callable[[Tensor], Tensor] | None
+
+
+def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Sum of the counted entries, over everything or along `dim`; zero where nothing counts. (B, T) -> () or (B,)"""
+    return torch.where(mask, x, 0).sum(dim)
+
+
+def masked_mean(x: Tensor, mask: Tensor, total: Total = None) -> Tensor:
+    """Mean of the counted entries of all ranks; zero if there are none. (B, T) -> ()"""
+    return _count_and_mean(x, mask, total)[1]
+
+
+def masked_var(x: Tensor, mask: Tensor, unbiased: bool = True, total: Total = None) -> Tensor:
+    """Variance of the counted entries of all ranks, divided by n - 1 (or n); zero for fewer than two. (B, T) -> ()
+
+    Unbiased as in TRL and verl; OpenAI's tf.nn.moments and OpenRLHF divide by n.
+    """
+    return _mean_and_var(x, mask, unbiased, total)[1]
+
+
+def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, total: Total = None) -> Tensor:
+    """Scale the counted entries of all ranks to variance 1 and shift them to mean 0; zero elsewhere. (B, T) -> (B, T)
+
+    y = (x - mean) / sqrt(var + 1e-8), plus the mean again with shift_mean=False; the variance is the unbiased one.
+    Source: openai/lm-human-preferences, lm_human_preferences/utils/core.py `whiten` (there with the biased variance).
+    """
+    mean, var = _mean_and_var(x, mask, True, total)
+    y = (torch.where(mask, x, 0) - mean) * (var + 1e-8).rsqrt()
+    return torch.where(mask, y if shift_mean else y + mean, 0)
+
+
+def _count_and_mean(x: Tensor, mask: Tensor, total: Total) -> tuple[Tensor, Tensor]:
+    sums = torch.stack([mask.sum().to(x.dtype), masked_sum(x, mask)])  # one message to the other ranks, not two
+    n, s = sums if total is None else total(sums)
+    return n, s / n.clamp(min=1)
+
+
+def _mean_and_var(x: Tensor, mask: Tensor, unbiased: bool, total: Total) -> tuple[Tensor, Tensor]:
+    n, mean = _count_and_mean(x, mask, total)
+    squares = masked_sum((torch.where(mask, x, 0) - mean) ** 2, mask)  # second pass: no E[x^2] - E[x]^2 cancellation
+    squares = squares if total is None else total(squares)
+    return mean, squares / (n - 1 if unbiased else n).clamp(min=1)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, total: Total = None) -> Tensor:
+    """How much of the returns' variance the critic explains: 1 perfect, 0 useless, negative harmful. (B, T) -> ()
+
+    1 - Var[R - V] / Var[R], the form of CleanRL, which forgives V a constant offset. Zero if the returns do not vary.
+    """
+    unexplained, variance = (masked_var(x, mask, total=total) for x in (returns - values, returns))
+    return torch.where(variance > 0, 1 - unexplained / torch.where(variance > 0, variance, 1), 0)
+
+
+def logprobs_and_entropy(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability of each token and entropy of its distribution, nats. (..., V), (...) -> (...), (...)
+
+    With z = logits / temperature:  log p(token) = z[token] - logsumexp(z),  H = -sum_v p_v log p_v.
+    Half precision is computed in float32, float64 stays. Logits of -inf (top-k, top-p) have probability 0.
+    """
+    return _LogprobsAndEntropy.apply(logits, tokens, temperature)
+
+
+class _LogprobsAndEntropy(torch.autograd.Function):
+    # The vocabulary is the widest axis there is. Plain autograd would keep three (..., V) tensors for backward;
+    # this keeps the logits, which exist anyway, and computes the probabilities again.
+
+    @staticmethod
+    def forward(ctx, logits, tokens, temperature):
+        z = _tempered(logits, temperature)
+        logsumexp = z.logsumexp(-1, keepdim=True)
+        logprobs = (z.gather(-1, tokens.unsqueeze(-1)) - logsumexp).squeeze(-1)
+        probs = (z - logsumexp).exp_()
+        entropy = torch.special.entr(probs, out=probs).sum(-1)  # entr(p) = -p log p, and 0 at p = 0
+        ctx.save_for_backward(logits, tokens, logsumexp, entropy)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_logprobs, grad_entropy):
+        logits, tokens, logsumexp, entropy = ctx.saved_tensors
+        probs = (_tempered(logits, ctx.temperature) - logsumexp).exp_()  # (..., V)
+        grad = torch.zeros_like(probs)
+        if grad_logprobs is not None:  # d log p(token) / dz_v = [v = token] - p_v
+            grad.scatter_(-1, tokens.unsqueeze(-1), grad_logprobs.unsqueeze(-1))
+            grad.addcmul_(probs, grad_logprobs.unsqueeze(-1), value=-1)
+        if grad_entropy is not None:  # dH / dz_v = -p_v (log p_v + H) = entr(p_v) - H p_v
+            grad.addcmul_(probs, (grad_entropy * entropy).unsqueeze(-1), value=-1)
+            grad.addcmul_(torch.special.entr(probs, out=probs), grad_entropy.unsqueeze(-1))
+        return grad.div_(ctx.temperature).to(logits.dtype), None, None
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return z if temperature == 1 else z / temperature

@@ -1,0 +1,1 @@
+"""Leaves that every script needs: config, distributed, optimiser step, checkpoint, metrics."""

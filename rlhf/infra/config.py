@@ -1,0 +1,226 @@
+"""The command line of every script is one frozen dataclass.
+
+Each option is one line of the script's Config: `name: type = default  # meaning, unit`. The comment is the --help text,
+a comment line above a group of options is its heading. A misspelt, repeated or ineffective option is an error.
+"""
+
+import builtins
+import dataclasses
+import difflib
+import errno
+import inspect
+import io
+import math
+import os
+import shutil
+import sys
+import textwrap
+import time
+import tokenize
+import types
+import typing
+
+
+def parse(Config: type, argv: list[str] | None = None, needs: dict[str, tuple[str, object]] | None = None):
+    """The frozen Config that the command line asks for: --name=value, --name value, name=value, or a bare --flag.
+
+    `needs` = {"kl_target": ("kl_control", "adaptive")} says that kl_target works only where kl_control is "adaptive" (a
+    tuple lists several values): given on the command line without effect, it raises. So does every other mistake,
+    ValueError with one line. --help prints and exits.
+    """
+    kinds, needs = typing.get_type_hints(Config), needs or {}
+    names = [field.name for field in dataclasses.fields(Config)]
+    if strangers := ({*needs} | {other for other, _ in needs.values()}) - {*names}:
+        raise TypeError(f"needs names no field of {Config.__name__}: {sorted(strangers)}")
+
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(help_text(Config), flush=True)
+        raise SystemExit(0)
+    given, words = {}, iter(argv)
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not name.startswith("--") and not equals:
+            raise ValueError(f"{word!r} is not an option: write --name=value; --help lists the names")
+        name = name.removeprefix("--").replace("-", "_")
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1) or [full for full in names if full.startswith(name)]
+            hint = f"did you mean --{close[0]}?" if close else "--help lists the options"
+            raise ValueError(f"unknown option --{name}; {hint}")
+        if name in given:
+            raise ValueError(f"--{name} is given twice")
+        if not equals:
+            text = "true" if kinds[name] is bool else next(words, "--")
+            if text.startswith("--"):
+                raise ValueError(f"--{name} has no value; write --{name}={kind_name(kinds[name])}")
+        try:
+            given[name] = convert(text, kinds[name])
+        except (ValueError, KeyError):
+            raise ValueError(f"--{name}={text} is not valid; expected {kind_name(kinds[name])}") from None
+
+    for field in dataclasses.fields(Config):
+        if field.default is field.default_factory is dataclasses.MISSING and field.name not in given:
+            raise ValueError(f"--{field.name}={kind_name(kinds[field.name])} is required; --help lists the options")
+    config = Config(**given)
+
+    for name in given:
+        if name in needs:
+            other, wanted = needs[name]
+            wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+            if getattr(config, other) not in wanted:
+                choices = " or ".join(f"--{other}={show(value)}" for value in wanted)
+                has = f"--{other}={show(getattr(config, other))}"
+                raise ValueError(f"--{name} has no effect with {has}; use {choices}, or leave --{name} out")
+    return config
+
+
+def convert(text: str, kind):
+    """The value of type `kind` that `text` spells; ValueError or KeyError where it spells none."""
+    inner = typing.get_args(kind)
+    match typing.get_origin(kind) or kind:
+        case types.UnionType | typing.Union:  # X | None
+            return None if text == "none" else convert(text, inner[0])
+        case typing.Literal:
+            return {str(choice): choice for choice in inner}[text]
+        case builtins.tuple:  # tuple[X, ...] or tuple[X, Y]
+            parts = text.split(",") if text else []
+            inner = inner[:1] * len(parts) if inner[-1] is ... else inner
+            return tuple(convert(part.strip(), one) for part, one in zip(parts, inner, strict=True))
+        case builtins.bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        case builtins.float:
+            if math.isnan(value := float(text)):  # compares false with everything, so it would pass every check
+                raise ValueError
+            return value
+        case builtins.int | builtins.str as plain:
+            return plain(text)
+    raise TypeError(f"an option cannot be of type {kind}")
+
+
+def at_least(config, **least: float) -> None:
+    """ValueError unless every named option is at least so large; `none` passes. For a Config's __post_init__."""
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and not value >= bound:
+            raise ValueError(f"--{name}={show(value)} is too small; it must be at least {show(bound)}")
+
+
+def at_most(config, **most: float) -> None:
+    """The same for upper bounds."""
+    for name, bound in most.items():
+        value = getattr(config, name)
+        if value is not None and not value <= bound:
+            raise ValueError(f"--{name}={show(value)} is too large; it must be at most {show(bound)}")
+
+
+def kind_name(kind) -> str:
+    """How the --help text and the errors name the type of an option."""
+    inner = typing.get_args(kind)
+    match typing.get_origin(kind) or kind:
+        case types.UnionType | typing.Union:
+            return f"{kind_name(inner[0])}|none"
+        case typing.Literal:
+            return "|".join(map(str, inner))
+        case builtins.tuple:
+            return ",".join("..." if one is ... else kind_name(one) for one in inner)
+    return {bool: "true|false", int: "integer", float: "number", str: "text"}[kind]
+
+
+def show(value) -> str:
+    """A value as one would write it on the command line: parse(show(value)) == value."""
+    if isinstance(value, tuple):
+        return ",".join(map(show, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def comments(Config: type) -> dict[str, tuple[str, str]]:
+    """{option: (its comment, its heading)}, read from the source of the class and of the classes that it extends."""
+    found = {}
+    for cls in [base for base in reversed(Config.__mro__) if dataclasses.is_dataclass(base)]:
+        source = io.StringIO(textwrap.dedent(inspect.getsource(cls)))
+        name, heading, after_heading, at_start = None, "", False, True
+        for token in tokenize.generate_tokens(source.readline):  # it knows a comment from a "#" in a string
+            column, text = token.start[1], token.string
+            if token.type == tokenize.COMMENT:
+                text = text.lstrip("# ").rstrip()
+                if at_start and column == 4:  # on a line of its own: a heading, perhaps its second line
+                    heading = f"{heading} {text}" if after_heading else text
+                    after_heading = True
+                elif name:  # behind an option, or deeper on a line that continues its comment
+                    found[name] = (f"{found[name][0]} {text}".strip(), found[name][1])
+            elif token.type == tokenize.NEWLINE:
+                at_start = True
+            elif at_start and token.type not in (tokenize.NL, tokenize.INDENT, tokenize.DEDENT):  # a statement begins
+                at_start = after_heading = False
+                if column <= 4:
+                    name = text if text in cls.__annotations__ else None
+                    found |= {name: ("", heading)} if name else {}
+    return found
+
+
+def help_text(Config: type) -> str:
+    """What --help prints: the script's docstring, then every option with its default, meaning and type."""
+    kinds, notes = typing.get_type_hints(Config), comments(Config)
+    script = inspect.getmodule(Config)
+    lines = [f"usage: python {os.path.basename(sys.argv[0])} [--name=value ...]", ""]
+    if script and script.__doc__:
+        lines += [*inspect.cleandoc(script.__doc__).splitlines(), ""]
+    width, last_heading = max(60, min(140, shutil.get_terminal_size((120, 24)).columns)), ""
+    for field in dataclasses.fields(Config):
+        meaning, heading = notes[field.name]
+        if heading != last_heading:
+            lines += [""] * bool(lines[-1]) + [f"{heading}:"]
+            last_heading = heading
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        left = f"  --{field.name}" + (f"={show(default)}" if default is not dataclasses.MISSING else "=... (required)")
+        right = textwrap.wrap(f"{meaning} [{kind_name(kinds[field.name])}]".strip(), width - 34)
+        if len(left) > 32:  # too long for its column: the meaning starts on the next line
+            lines.append(left)
+            left = ""
+        lines += [f"{left:<34}{right[0]}"] + [" " * 34 + more for more in right[1:]]
+    return "\n".join(lines)
+
+
+def run(main) -> None:
+    """Call `main`; a ValueError or OSError becomes one line `error: ...` on stderr and exit code 2.
+
+    Bugs keep their traceback, and PLAIN_RLHF_TRACEBACK=1 shows it for every error. Ctrl-C exits with 130.
+    """
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output (head, less) has gone: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except KeyboardInterrupt:
+        complain("stopped; the same command goes on from the last checkpoint")
+        raise SystemExit(130) from None
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        line = one_line(error)
+        if os.environ.get("PLAIN_RLHF_TRACEBACK") == "1" or not line:
+            raise
+        complain(f"error: {line}")
+        raise SystemExit(2) from None
+
+
+def one_line(error: Exception) -> str | None:
+    """What went wrong outside of the code, on one line; None for a bug, which needs its traceback."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return "out of memory; use smaller micro-batches"
+    if isinstance(error, RuntimeError):
+        lost_peer = "RANK" in os.environ and ("closed by peer" in text or "reset by peer" in text)
+        return "another process of this run has ended" if lost_peer else None
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        if error.errno == errno.ENOSPC:
+            text += "; free some space and run the same command again"
+    return " ".join(text.split()) or type(error).__name__
+
+
+def complain(line: str) -> None:
+    """Print to stderr, once: under torchrun the others usually meet the same error, or lose the one that met it."""
+    if os.environ.get("RANK", "0") != "0" or "another process" in line:
+        time.sleep(3)  # in that case torchrun stops this process before it speaks
+        line = f"[rank {os.environ['RANK']}] {line}"
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,134 @@
+"""One process or many under torchrun: the same calls, and alone every one of them is the identity."""
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import signal
+import sys
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Dist:
+    """Who this process is among its peers, and what it says to them. Tensors handed in are never changed."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def loss_scale(self) -> float:
+        """DDP averages gradients over the ranks: a loss divided by the *global* token count must be scaled back up."""
+        return float(self.world)
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module whose backward averages gradients over the ranks; call its forward, not its parts."""
+        if self.world == 1:
+            return module
+        with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers, older ones know no other name
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+            return DistributedDataParallel(
+                module,
+                device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+
+    def unwrap(self, module: nn.Module) -> nn.Module:
+        return module.module if isinstance(module, DistributedDataParallel) else module
+
+    def grad_sync(self, module: nn.Module, on: bool) -> contextlib.AbstractContextManager:
+        """Around forward *and* backward of a micro-batch: gradients travel only with the last one of a step."""
+        return contextlib.nullcontext() if on or self.world == 1 else module.no_sync()
+
+    def sum(self, x: Tensor) -> Tensor:
+        return self._reduce(x, dist.ReduceOp.SUM)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean over ranks of equal weight; where ranks hold different counts, sum both and divide."""
+        return self.sum(x) / self.world
+
+    def max(self, x: Tensor) -> Tensor:
+        return self._reduce(x, dist.ReduceOp.MAX)
+
+    def _reduce(self, x: Tensor, op) -> Tensor:
+        if self.world == 1:
+            return x.clone()
+        total = x.detach().to(self.device, copy=True)
+        dist.all_reduce(total, op)
+        return total.to(x.device)
+
+    def all_gather_rows(self, x: Tensor) -> Tensor:
+        """The rows of every rank below each other, in rank order: (n, ...) -> (world * n, ...); shapes must agree."""
+        if self.world == 1:
+            return x.clone()
+        mine = x.detach().to(self.device).contiguous()
+        parts = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(parts, mine)
+        return torch.cat(parts).to(x.device)
+
+    def same(self, x: Tensor | nn.Module) -> bool:
+        """Do all ranks hold the same names, shapes and bits? Every rank gets the same answer."""
+        if self.world == 1:
+            return True
+        tensors = x.state_dict() if isinstance(x, nn.Module) else {"": x}
+        digest = hashlib.sha256()
+        for name, tensor in tensors.items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        rows = self.all_gather_rows(torch.tensor([[*digest.digest()]], dtype=torch.uint8))  # (world, 32)
+        return bool((rows == rows[0]).all())
+
+    def barrier(self) -> None:
+        """Wait for everybody, e.g. until rank 0 has written what all will read."""
+        if self.world > 1:
+            self.sum(torch.zeros(1)).item()
+
+    def close(self) -> None:
+        """Leave the group, and the process: the last call of a script.
+
+        With gloo (torch 2.13) the interpreter's own shutdown now and then dies with "terminate called without an active
+        exception" when all work is done, and torchrun then reports a failure that was none.
+        """
+        if self.world > 1:
+            self.barrier()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+
+
+def setup() -> Dist:
+    """Join the group that torchrun started (nccl on GPUs, gloo on CPUs), or be alone.
+
+    Raises ValueError where torchrun started more processes on this machine than it has GPUs.
+    """
+    world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes here, but there are "
+                f"{torch.cuda.device_count()} GPUs; start one per GPU, or set CUDA_VISIBLE_DEVICES= to use the CPU"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if world == 1:
+        return Dist(device=device)
+    if sys.platform == "linux":
+        # When torchrun is killed with -9 its workers would train on, and write beside the run that resumes.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
+        if device.type == "cpu" and os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: no need that its host name resolves
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Dist(int(os.environ["RANK"]), world, device)

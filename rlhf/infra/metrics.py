@@ -1,0 +1,123 @@
+"""What a run leaves to read: metrics.jsonl, samples.jsonl, and one console line per iteration.
+
+JSON is strict: a value that is not finite is written as null, which every reader understands; the console shows it.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+def read_lines(file: str | Path) -> list[dict]:
+    """The objects of a .jsonl file ([] where there is none). A last line cut short by a kill is left out.
+
+    Raises ValueError with the line number where any other line is not JSON.
+    """
+    file = Path(file)
+    lines = file.read_bytes().split(b"\n") if file.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [json.loads(line)] if line else []
+        except ValueError:
+            if number < len(lines):
+                raise ValueError(f"{file} line {number} is not JSON; delete that line") from None
+    return rows
+
+
+class Metrics:
+    """Appends to the files of a run directory, on rank 0 alone; elsewhere every call does nothing.
+
+    On resume, lines of `resume_step` and later are dropped: they are about to be made again.
+    """
+
+    def __init__(self, run_dir: str | Path, is_main: bool = True, resume_step: int = 0, show: tuple[str, ...] = ()):
+        self.is_main, self.show = is_main, show  # `show`: the metrics of the console line; () = all
+        if not is_main:
+            return
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        self.metrics_file = open_at(Path(run_dir) / "metrics.jsonl", resume_step)
+        self.samples_file = open_at(Path(run_dir) / "samples.jsonl", resume_step)
+
+    def log(self, step: int, values: dict) -> None:
+        """One object {"step": step, name: number ...} to metrics.jsonl, and its line to the console."""
+        if not self.is_main:
+            return
+        values = {name: plain(value) for name, value in values.items()}
+        write_line(self.metrics_file, {"step": step, **values})
+        say(console_line(step, {name: values[name] for name in self.show or values if name in values}))
+
+    def samples(self, step: int, rows: list[dict], show: int = 3) -> None:
+        """Rows {"prompt": text, "response": text, "score": number} to samples.jsonl, the first `show` also printed."""
+        if not self.is_main:
+            return
+        for row in rows:
+            write_line(self.samples_file, {"step": step, **{name: plain(value) for name, value in row.items()}})
+        say(sample_table(rows[:show]))
+
+    def close(self) -> None:
+        if self.is_main:
+            self.metrics_file.close()
+            self.samples_file.close()
+
+
+def open_at(file: Path, step: int):
+    """The file opened to append, without its lines of `step` and later."""
+    kept = [row for row in read_lines(file) if row["step"] < step]
+    temporary = file.with_name(f".{file.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as new:
+        for row in kept:
+            write_line(new, row)
+    os.replace(temporary, file)
+    return open(file, "a", encoding="utf-8")
+
+
+def write_line(file, row: dict) -> None:
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    file.write(json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n")
+    file.flush()  # a killed run keeps every line but perhaps the last
+
+
+def plain(value):
+    """A tensor or numpy scalar as a Python number."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def console_line(step: int, values: dict) -> str:
+    """`step    12   scores  0.3121   kl   3.204`: fixed widths, so that the eye can run down a column."""
+    parts = [f"{name.rpartition('/')[2]} {number(value):>10}" for name, value in values.items()]
+    return "   ".join([f"step {step:>6}", *parts])
+
+
+def number(value) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2e}"
+    return str(value)
+
+
+def sample_table(rows: list[dict]) -> str:
+    """One line per sample: numbers first, then prompt | response, cut at the width of the terminal."""
+    width = shutil.get_terminal_size((120, 24)).columns
+    lines = []
+    for row in rows:
+        numbers = [f"{name} {number(plain(v)):>8}" for name, v in row.items() if not isinstance(v, str)]
+        texts = [printable(v) for v in row.values() if isinstance(v, str)]
+        lines.append("  ".join(["   ", *numbers, " | ".join(texts)])[:width])
+    return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """One line without control characters: a sampled text must not steer the terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def say(text: str, is_main: bool = True) -> None:
+    if not is_main:
+        return
+    tqdm.write(text)  # does not break a progress bar that is being drawn
+    sys.stdout.flush()

@@ -1,0 +1,95 @@
+"""The optimiser step: AdamW, the learning rate as a function of the step, precision, clipping."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+
+def make_optimizer(
+    module: nn.Module,
+    lr: float,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101) on what is trainable; matrices decay, gains and biases do not.
+
+    The fused kernel updates all parameters in one pass on CPU and CUDA, with the same bits each time.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def schedule(
+    step: int,
+    total: int,
+    warmup: int,
+    lr: float,
+    kind: Literal["linear", "cosine", "constant"] = "linear",
+) -> float:
+    """Learning rate of optimiser step `step` in [0, total): linear warm-up, never zero, then down to zero at total."""
+    if step < warmup:
+        return lr * (step + 1) / (warmup + 1)
+    left = max(0.0, (total - step) / max(1, total - warmup))  # 1 after the warm-up, 0 at the end
+    return lr * {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant": 1.0}[kind]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+class Precision(NamedTuple):
+    """What the loop needs to know of precision; in fp32 both parts do nothing."""
+
+    autocast: Callable[[], contextlib.AbstractContextManager]  # `with autocast():` around every forward
+    scaler: torch.amp.GradScaler  # `scaler.scale(loss).backward()`; its state_dict() is plain JSON
+
+
+def amp(device: torch.device, dtype: Literal["fp32", "bf16", "fp16"] = "fp32") -> Precision:
+    """Mixed precision: weights and optimiser stay fp32, matrix products run in `dtype`; fp16 scales the loss.
+
+    Raises ValueError where the device has no such mode.
+    """
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
+    if dtype == "fp32":
+        return Precision(contextlib.nullcontext, scaler)
+    if device.type != "cuda":
+        raise ValueError(f"{dtype} needs a CUDA device and this run is on {device.type}; use fp32")
+    if dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(f"{torch.cuda.get_device_name(device)} has no bf16; use fp16 or fp32")
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    return Precision(functools.partial(torch.autocast, device.type, dtype=kind), scaler)
+
+
+def step(optimizer: torch.optim.Optimizer, module: nn.Module, scaler: torch.amp.GradScaler, clip: float) -> float:
+    """One optimiser step on the gradients in place; returns their global norm before it was clipped.
+
+    `clip` is the largest norm that passes unchanged, 0 = any. In fp16 a norm that is not finite says that the step was
+    skipped and the loss scale lowered; without a loss scale it raises ValueError, weights and optimiser as before.
+    """
+    scaler.unscale_(optimizer)
+    parameters = [p for p in module.parameters() if p.grad is not None]
+    norm = get_total_norm([p.grad for p in parameters])
+    if clip > 0:
+        clip_grads_with_norm_(parameters, clip, norm)
+    norm = float(norm)
+    if not math.isfinite(norm) and not scaler.is_enabled():
+        raise ValueError(
+            f"the gradient is {norm}: training has diverged; use a smaller --lr, and look at metrics.jsonl"
+        )
+    if math.isfinite(norm):
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

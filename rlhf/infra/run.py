@@ -1,0 +1,122 @@
+"""A run directory: the options it was started with, its checkpoints, and the seconds that it has used."""
+
+import json
+import os
+import resource
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from rlhf.infra import checkpoint
+
+
+def process_age() -> float:
+    """Seconds since this process began, the import of torch included; since now where the system does not tell."""
+    try:
+        began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return float(Path("/proc/uptime").read_text().split()[0]) - began
+    except OSError:
+        return 0.0
+
+
+STARTED = time.perf_counter() - process_age()
+
+
+def resume(out: str, options: dict, module: nn.Module, optimizer, scaler, dist) -> dict:
+    """Start the run in `out`, or load its newest checkpoint into module, optimizer and scaler.
+
+    Returns {"done": steps, "seconds": used so far, ...}, what `save` was given. Raises ValueError if `out` holds a run
+    with other options: going on would mix two experiments.
+    """
+    path = Path(out) / "run.json"
+    # a command that failed before its first step must not hold the directory against the corrected one
+    if dist.is_main and not (path.exists() and has_begun(out)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, options)
+    dist.barrier()
+    started_with = json.loads(path.read_text())
+    for name in sorted({*options, *started_with} - {"out"}):  # a run may be moved
+        ours, theirs = options.get(name), started_with.get(name)
+        if json.dumps(ours) != json.dumps(theirs):
+            raise ValueError(
+                f"{out} holds a run started with {name}={theirs}, this command says {name}={ours}: "
+                "repeat its options to resume it, choose another --out, or delete the directory"
+            )
+    newest = checkpoint.latest(out)
+    if newest is None:
+        return {"done": 0, "seconds": 0.0}
+    saved = checkpoint.load(newest)
+    checkpoint.load_weights(module, saved.tensors, newest)
+    checkpoint.load_optimizer(optimizer, module, saved.optimizer)
+    scaler.load_state_dict(saved.state["scaler"])
+    return saved.state
+
+
+def has_begun(out: str) -> bool:
+    """Has a run left anything in `out` that other options would spoil?"""
+    metrics = Path(out) / "metrics.jsonl"
+    return checkpoint.latest(out) is not None or metrics.exists() and metrics.stat().st_size > 0
+
+
+def save(out: str, state: dict, config: dict, module: nn.Module, optimizer, scaler, files: list, dist) -> None:
+    """Rank 0 writes the checkpoint after state["done"] steps; everybody waits for it."""
+    if dist.is_main:
+        checkpoint.save_step(
+            out,
+            state["done"],
+            tensors=module.state_dict(),
+            config=config,
+            state=state | {"scaler": scaler.state_dict()},
+            optimizer=checkpoint.optimizer_tensors(optimizer, module),
+            files=files,
+        )
+    dist.barrier()
+
+
+def steps(first: int, total: int, name: str, dist) -> tqdm:
+    """The steps that are left, with a progress bar on rank 0 if somebody watches."""
+    return tqdm(range(first, total), initial=first, total=total, desc=name, disable=None if dist.is_main else True)
+
+
+def write_json(path: str | Path, record: dict) -> None:
+    """Write a JSON file so that a reader sees the old content or the new, never half."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def seconds_used(before: float = 0.0) -> float:
+    """Wall seconds of this process since it began, on top of those of the sessions before."""
+    return before + time.perf_counter() - STARTED
+
+
+class Clock:
+    """Wall seconds of the named steps of one iteration."""
+
+    def __init__(self):
+        self.laps: dict[str, float] = {}
+        self.start = self.now = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        before, self.now = self.now, time.perf_counter()
+        self.laps[name] = self.now - before
+
+    def times(self, tokens: float, device: torch.device) -> dict[str, float]:
+        """The laps, their total, `tokens` per second of it, and the peak memory of this process so far."""
+        total = self.now - self.start
+        return self.laps | {
+            "time/total": total,
+            "perf/tokens_per_s": tokens / total,
+            "perf/peak_memory_gb": peak_memory_gb(device),
+        }
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Largest memory so far: allocated on the GPU, or resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

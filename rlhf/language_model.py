@@ -1,0 +1,82 @@
+"""What joins the transformer to tokens: which position predicts which token, and what that costs in nats."""
+
+import torch
+from torch import Tensor, nn
+
+from model.transformer import ModelConfig, Transformer
+from rlhf.functional import logprobs_and_entropy
+from rlhf.infra import checkpoint
+from rlhf.losses import next_token_loss
+
+
+def predictions(model: Transformer, hidden: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (N, V) and ids (N,) of the N masked tokens, in row-major order.
+
+    `hidden` (B, T-1, D) is the trunk's output for tokens[:, :-1]: column t-1 predicts token t. This is the one place
+    where that shift happens. Only masked positions meet the vocabulary, so no (B, T, V) tensor ever exists.
+    """
+    if bool(mask[:, 0].any()):
+        raise ValueError(
+            "the first token of a row has nothing before it to be predicted from: mask[:, 0] must be False"
+        )
+    shifted = mask[:, 1:]
+    return model.unembed(hidden[shifted]), tokens[:, 1:][shifted]
+
+
+def token_logprobs(
+    model: Transformer, hidden: Tensor, tokens: Tensor, mask: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies of the masked tokens, each (B, T) and zero elsewhere; `hidden` as above."""
+    logits, targets = predictions(model, hidden, tokens, mask)
+    logprobs, entropy = logprobs_and_entropy(logits, targets, temperature)
+    return to_columns(logprobs, mask), to_columns(entropy, mask)
+
+
+def to_columns(x: Tensor, mask: Tensor) -> Tensor:
+    """Put the (N,) values of the masked tokens back to their places: (B, T), zero elsewhere."""
+    return x.new_zeros(mask.shape).masked_scatter(mask, x)
+
+
+class LanguageModel(nn.Module):
+    """The transformer as pretraining sees it: forward gives the next-token loss of every masked token."""
+
+    def __init__(self, model: Transformer):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """tokens (B, T) int64, mask (B, T) bool -> negative log-likelihoods (N,) of the masked tokens, nats."""
+        logits, targets = predictions(self.model, self.model.trunk(tokens[:, :-1]), tokens, mask)
+        return next_token_loss(logits, targets)
+
+
+def load_language_model(path: str, fingerprint: str, device: torch.device | str = "cpu") -> Transformer:
+    """The language model of a checkpoint: a pretrained one, or the policy of a PPO run without its critic.
+
+    Raises ValueError if it reads other tokens than `fingerprint` says, FileNotFoundError if there is none.
+    """
+    saved = checkpoint.load(checkpoint.resolve(path))
+    kind, tensors = saved.config.get("kind"), dict(saved.tensors)
+    if kind not in ("lm", "policy"):
+        raise ValueError(
+            f"{path} holds a {kind} checkpoint, a language model is needed: use train_lm.py or train_ppo.py"
+        )
+    if saved.config["tokenizer"] != fingerprint:
+        raise ValueError(
+            f"{path} was trained with tokenizer {saved.config['tokenizer'][:12]}, this is tokenizer {fingerprint[:12]}: "
+            "use the tokenizer that lies beside the checkpoint"
+        )
+    if kind == "policy":
+        prefix = "model."
+        tensors = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+    model = new_transformer(saved.config["model"], path)
+    checkpoint.load_weights(model, tensors, path)
+    return model.to(device)
+
+
+def new_transformer(config: dict, where: str) -> Transformer:
+    """An untrained transformer as the checkpoint `where` describes it; ValueError if that is none of ours."""
+    try:
+        return Transformer(ModelConfig(**config))
+    except TypeError as error:  # a field that we do not know, or of another type
+        raise ValueError(f"{where} is a checkpoint of another architecture: {error}") from None

@@ -1,0 +1,135 @@
+"""Losses per token or per pair, unreduced: whoever knows the whole batch masks, sums and divides.
+
+None of them takes a mask. Padding is zero in all inputs, and `masked_sum(loss, mask)` drops it; where padding may hold
+garbage, mask the *inputs* with `torch.where`. All raise ValueError if their tensors differ in shape, because (B, 1)
+against (B,) would broadcast to (B, B) without a word.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf.kl import k2
+
+
+def policy_loss(
+    new_logprobs: Tensor,
+    logprobs: Tensor,
+    advantages: Tensor,
+    clip: float,
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
+) -> Tensor:
+    """PPO-clip (arXiv:1707.06347, eq. 7), negated; ratio = pi_new / pi_old. (B, T) -> (B, T)
+
+    max(-A ratio, -A clamp(ratio, 1 - clip, 1 + clip_high)); clip_high = clip unless given (arXiv:2503.14476, eq. 10).
+    dual_clip > 1 also bounds the loss where A < 0, by -A dual_clip (arXiv:1912.09729, eq. 5). clip = inf: no clip.
+    """
+    _same_shape(new_logprobs=new_logprobs, logprobs=logprobs, advantages=advantages)
+    loss = torch.maximum(*_surrogates(new_logprobs, logprobs, advantages, clip, clip_high))
+    if dual_clip is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
+    return loss
+
+
+def clip_fraction(
+    new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, clip: float, clip_high: float | None = None
+) -> Tensor:
+    """1 where the clip decides the loss, so that the token has no gradient; else 0. (B, T) -> (B, T)
+
+    OpenAI's definition, shared by TRL, verl and OpenRLHF; CleanRL counts every ratio outside the range.
+    """
+    _same_shape(new_logprobs=new_logprobs, logprobs=logprobs, advantages=advantages)
+    plain, clipped = _surrogates(new_logprobs, logprobs, advantages, clip, clip_high)
+    return (clipped > plain).to(plain.dtype)
+
+
+def approx_kl(new_logprobs: Tensor, logprobs: Tensor) -> Tensor:
+    """How far the policy has moved since it acted: (log pi_new - log pi_old)^2 / 2, nats. (B, T) -> (B, T)
+
+    OpenAI's and TRL's `approxkl`, the second-order KL(old || new); OpenRLHF and verl log -(log pi_new - log pi_old).
+    """
+    _same_shape(new_logprobs=new_logprobs, logprobs=logprobs)
+    return k2(new_logprobs, logprobs)
+
+
+def _surrogates(new_logprobs, logprobs, advantages, clip, clip_high):
+    ratio = (new_logprobs - logprobs).exp()
+    clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+    return -advantages * ratio, -advantages * clipped
+
+
+def value_loss(new_values: Tensor, values: Tensor, returns: Tensor, clip: float | None = None) -> Tensor:
+    """Half the squared error, or the larger of it and the error of the value clipped to old +- clip. (B, T) -> (B, T)
+
+    max((V - R)^2, (clamp(V, V_old - clip, V_old + clip) - R)^2) / 2;  clip None: (V - R)^2 / 2.
+    Source: openai/lm-human-preferences, lm_human_preferences/train_policy.py `loss`.
+    """
+    _same_shape(new_values=new_values, values=values, returns=returns)
+    return torch.maximum(*_value_errors(new_values, values, returns, clip))
+
+
+def value_clip_fraction(new_values: Tensor, values: Tensor, returns: Tensor, clip: float | None = None) -> Tensor:
+    """1 where the clipped value has the larger error, so that the token has no gradient; else 0. (B, T) -> (B, T)"""
+    _same_shape(new_values=new_values, values=values, returns=returns)
+    plain, clipped = _value_errors(new_values, values, returns, clip)
+    return (clipped > plain).to(plain.dtype)
+
+
+def _value_errors(new_values, values, returns, clip):
+    clipped = new_values if clip is None else new_values.clamp(values - clip, values + clip)
+    return (new_values - returns) ** 2 / 2, (clipped - returns) ** 2 / 2
+
+
+def preference_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    label: Tensor | None = None,
+) -> Tensor:
+    """Bradley-Terry: negative log-likelihood that the chosen response beats the rejected one, nats. (B,) -> (B,)
+
+    -p log sigmoid(d) - (1 - p) log sigmoid(-d), d = chosen - rejected - margin (arXiv:2203.02155, eq. 1;
+    margin: arXiv:2307.09288, eq. 2). p = 1 - label_smoothing, or `label` (B,): the probability that chosen is better.
+    Raises ValueError if both are given: a soft label is already smooth.
+    """
+    _same_shape(chosen=chosen, rejected=rejected, margin=margin, label=label)
+    if label is not None and label_smoothing:
+        raise ValueError(f"label_smoothing={label_smoothing} together with soft labels would smooth twice; use one")
+    difference = chosen - rejected if margin is None else chosen - rejected - margin
+    p = 1 - label_smoothing if label is None else label
+    return -p * F.logsigmoid(difference) - (1 - p) * F.logsigmoid(-difference)
+
+
+def dpo_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Direct preference optimisation (arXiv:2305.18290, eq. 7) on log-probs *summed* over the response. (B,) -> (B,)
+
+    The preference loss of the implicit rewards beta log(pi / ref); smoothed: ericmitchell.ai/cdpo.pdf, eq. 3.
+    """
+    _same_shape(policy_chosen=policy_chosen, ref_chosen=ref_chosen)
+    _same_shape(policy_rejected=policy_rejected, ref_rejected=ref_rejected)
+    chosen, rejected = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
+    return preference_loss(chosen, rejected, label_smoothing=label_smoothing)
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Cross-entropy of tokens under the logits that predict them, nats; nothing is shifted here. (..., V) -> (...)
+
+    logsumexp(z) - z[token], in float32 for half precision.
+    """
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return z.logsumexp(-1) - z.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def _same_shape(**tensors: Tensor | None):
+    shapes = {name: tuple(x.shape) for name, x in tensors.items() if x is not None}
+    if len(set(shapes.values())) > 1:
+        raise ValueError("shapes differ: " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))

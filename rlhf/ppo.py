@@ -1,0 +1,118 @@
+"""One PPO minibatch: the loss of a micro-batch, the gradient of an optimiser step, and the numbers worth looking at."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf.actor_critic import PolicyOutput
+from rlhf.functional import explained_variance, masked_mean, masked_sum, masked_var
+from rlhf.losses import approx_kl, clip_fraction, policy_loss, value_clip_fraction, value_loss
+from rlhf.rollout import Experience, Rollout
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The numbers of the PPO objective: policy loss + value_coef * value loss - entropy_coef * entropy."""
+
+    clip: float = 0.2  # ratio may move this far from 1
+    clip_high: float | None = None  # upper bound of the ratio, if it differs (DAPO, arXiv:2503.14476)
+    dual_clip: float | None = None  # bound of the loss for negative advantages (arXiv:1912.09729)
+    value_clip: float | None = 0.2  # values may move this far from the old ones; None = unclipped
+    value_coef: float = 0.5
+    entropy_coef: float = 0.0
+
+
+def ppo_loss(output: PolicyOutput, batch: Experience, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum of the loss over the masked tokens, and the sums of what is logged. The caller divides by the step's tokens."""
+    o, mask = objective, batch.mask
+    policy = policy_loss(output.logprobs, batch.logprobs, batch.advantages, o.clip, o.clip_high, o.dual_clip)  # (B, T)
+    value = value_loss(output.values, batch.values, batch.returns, o.value_clip)  # (B, T)
+    loss = masked_sum(policy, mask) + o.value_coef * masked_sum(value, mask)
+    if o.entropy_coef:
+        loss = loss - o.entropy_coef * masked_sum(output.entropy, mask)
+    with torch.no_grad():
+        sums = {
+            "loss/policy": policy,
+            "loss/value": value,
+            "policy/approxkl": approx_kl(output.logprobs, batch.logprobs),
+            "policy/clipfrac": clip_fraction(output.logprobs, batch.logprobs, batch.advantages, o.clip, o.clip_high),
+            "policy/entropy": output.entropy,
+            "policy/ratio": torch.exp(output.logprobs - batch.logprobs),
+            "value/clipfrac": value_clip_fraction(output.values, batch.values, batch.returns, o.value_clip),
+        }
+        return loss, {name: masked_sum(x, mask) for name, x in sums.items()}
+
+
+def accumulate_gradient(
+    policy: torch.nn.Module, minibatch: Experience, objective: Objective, micro_batch: int, dist, precision
+) -> dict[str, float]:
+    """Add the gradient of the minibatch to policy.grad, `micro_batch` rows at a time; return its per-token means.
+
+    `minibatch` holds this rank's rows. The loss of every token is divided by the tokens of the whole minibatch over all
+    micro-batches and ranks, so the gradient does not depend on how the rows were cut up.
+    """
+    tokens = dist.sum(minibatch.mask.sum())
+    total: dict[str, Tensor] = {}
+    for start in range(0, len(minibatch), micro_batch):
+        batch = minibatch[start : start + micro_batch].trim()
+        last = start + micro_batch >= len(minibatch)
+        with dist.grad_sync(policy, last):
+            with precision.autocast():
+                output = policy(batch.tokens, batch.mask)
+            loss, sums = ppo_loss(output, batch, objective)
+            # DDP averages over the ranks; loss_scale turns its mean back into a sum
+            precision.scaler.scale(loss / tokens * dist.loss_scale).backward()
+        total = {name: total.get(name, 0) + x for name, x in sums.items()}
+    means = dist.sum(torch.stack(list(total.values()))) / tokens
+    return dict(zip(total, means.tolist()))
+
+
+def metrics(
+    experience: Experience, advantages: Tensor, updates: list[dict[str, float]], kl_coef: float, minibatches: int
+) -> dict[str, float]:
+    """The numbers of an iteration in the field's names; `advantages` (B, T) are those before whitening.
+
+    KL is the policy that acted against the reference, nats per response. The updates' means are over all of them, the
+    first ratio excepted. Explained variance is 1 - Var(R - V) / Var(R).
+    """
+    mask, returns = experience.mask, experience.returns
+    score = float(experience.scores.mean())
+    kl = mean_kl(experience)
+    reward = float(masked_sum(experience.rewards, mask, 1).mean())
+    mismatch = torch.where(mask, (experience.logprobs - experience.sampler_logprobs).abs(), 0)
+    responses = [row[m].tolist() for row, m in zip(experience.tokens, mask)]
+    record = {
+        "objective/scores": score,
+        "objective/kl": kl,
+        "objective/kl_coef": kl_coef,
+        "objective/entropy": float(masked_sum(experience.entropy, mask, 1).mean()),
+        "objective/non_score_reward": reward - score,
+        "objective/rlhf_reward": reward,
+        "response/length": float(mask.sum(1).double().mean()),
+        "response/eos_rate": float(experience.finished.double().mean()),
+        "response/truncated_rate": float((~experience.finished).double().mean()),
+        "response/distinct_2": distinct_n(responses, 2),
+        "rollout/logprob_diff_mean": float(masked_mean(mismatch, mask)),
+        "rollout/logprob_diff_max": float(mismatch.max()),
+        "returns/mean": float(masked_mean(returns, mask)),
+        "returns/std": float(masked_var(returns, mask).sqrt()),
+        "advantages/mean": float(masked_mean(advantages, mask)),
+        "advantages/std": float(masked_var(advantages, mask).sqrt()),
+        "value/mean": float(masked_mean(experience.values, mask)),
+        "value/explained_var": float(explained_variance(experience.values, returns, mask)),
+    }
+    record |= {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+    record |= {"policy/ratio_first": updates[0]["policy/ratio"], "policy/epochs_run": len(updates) / minibatches}
+    return record
+
+
+def mean_kl(rollout: Rollout) -> float:
+    """KL of the policy that acted against the reference, estimated by k1: nats per response."""
+    return float(masked_sum(rollout.logprobs - rollout.ref_logprobs, rollout.mask, 1).mean())
+
+
+def distinct_n(rows: list[list[int]], n: int) -> float:
+    """Different n-grams / all n-grams, counted over all rows together (Li et al. 2016, arXiv:1510.03055); 0 if none."""
+    grams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0

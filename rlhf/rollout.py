@@ -1,0 +1,144 @@
+"""Act and judge: prompts -> Rollout (facts) -> Experience (+ credit) -> minibatches -> micro-batches."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.generate import Generated
+from rlhf.actor_critic import ActorCritic
+from rlhf.reward_model import Score
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What happened, before anybody is given credit. Rows are contiguous: prompt, response, padding."""
+
+    tokens: Tensor  # (B, T) int64
+    lengths: Tensor  # (B,) prompt + response
+    mask: Tensor  # (B, T) bool, True on response tokens, EOS included
+    finished: Tensor  # (B,) bool, ended with EOS
+    logprobs: Tensor  # (B, T) of the policy that acted, by the training forward
+    entropy: Tensor  # (B, T)
+    ref_logprobs: Tensor  # (B, T)
+    values: Tensor  # (B, T)
+    sampler_logprobs: Tensor  # (B, T) as the sampler saw them; their difference from logprobs is a metric
+    scores: Tensor  # (B,)
+
+    def __post_init__(self):
+        rows, width = self.tokens.shape
+        for field in fields(self):
+            shape = tuple(getattr(self, field.name).shape)
+            if shape not in ((rows,), (rows, width)):
+                raise ValueError(f"{type(self).__name__}.{field.name} has shape {shape}, tokens have {(rows, width)}")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows):
+        """The same type with the chosen rows (slice or index tensor)."""
+        return self.map(lambda x: x[rows])
+
+    def map(self, function: Callable[[Tensor], Tensor]):
+        """The same type with `function` applied to every field."""
+        return replace(self, **{f.name: function(getattr(self, f.name)) for f in fields(self)})
+
+    def trim(self):
+        """Without the columns in which every row is padding."""
+        width = int(self.lengths.max())
+        return self.map(lambda x: x[:, :width] if x.dim() == 2 else x)
+
+    def split(self, size: int) -> Iterator:
+        """Consecutive groups of `size` rows, each trimmed to its own longest row."""
+        return (self[i : i + size].trim() for i in range(0, len(self), size))
+
+
+@dataclass(frozen=True)
+class Experience(Rollout):
+    """A rollout with credit assigned: what the losses need."""
+
+    rewards: Tensor  # (B, T)
+    advantages: Tensor  # (B, T) whitened
+    returns: Tensor  # (B, T) targets of the value function
+
+    @classmethod
+    def of(cls, rollout: Rollout, rewards: Tensor, advantages: Tensor, returns: Tensor) -> "Experience":
+        facts = {f.name: getattr(rollout, f.name) for f in fields(rollout)}
+        return cls(**facts, rewards=rewards, advantages=advantages, returns=returns)
+
+
+@torch.no_grad()
+def judge(
+    samples: Generated,
+    policy: ActorCritic,
+    reference: Callable[[Tensor, Tensor], Tensor],
+    score: Score,
+    micro_batch: int,
+    width: int,
+) -> Rollout:
+    """Policy, reference and value of every token, one score per response; `width` is the T of the result.
+
+    The policy's log-probs are computed on the micro-batches of the first learning epoch, so that its first ratio is
+    exactly 1: the same rows with the same padding go through the same kernels.
+    """
+    columns = {"tokens": samples.tokens, "mask": samples.mask, "sampler_logprobs": samples.logprobs}
+    columns = {name: F.pad(x, (0, width - x.shape[1])) for name, x in columns.items()}
+    blank = torch.zeros_like(columns["sampler_logprobs"])
+    facts = Rollout(
+        **columns,
+        lengths=samples.lengths,
+        finished=samples.finished,
+        logprobs=blank,
+        entropy=blank,
+        ref_logprobs=blank,
+        values=blank,
+        scores=blank[:, 0],
+    )
+    judged = []
+    for rows in facts.split(micro_batch):
+        output = policy(rows.tokens, rows.mask)
+        rows = replace(
+            rows,
+            logprobs=output.logprobs,
+            entropy=output.entropy,
+            values=output.values,
+            ref_logprobs=reference(rows.tokens, rows.mask),
+            scores=score(rows.tokens, rows.lengths, rows.mask),
+        )
+        judged.append(rows.map(lambda x: F.pad(x, (0, width - x.shape[1])) if x.dim() == 2 else x))
+    return concatenate(judged)
+
+
+def concatenate(parts: list[Rollout]) -> Rollout:
+    """One rollout of all rows; the parts have equal width."""
+    return Rollout(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(parts[0])})
+
+
+def gather(rollout: Rollout, dist) -> Rollout:
+    """The rollout of all ranks in global row order: rank r holds the rows r, r + world, r + 2 world, ...
+
+    A rollout is a few numbers per token, so every rank can hold all of it. Credit and whitening are then global without
+    further thought, and a minibatch is the same set of rows for every world size.
+    """
+
+    def interleave(x: Tensor) -> Tensor:
+        parts = dist.all_gather_rows(x).reshape(dist.world, *x.shape)  # (world, B, ...)
+        return parts.transpose(0, 1).reshape(dist.world * len(x), *x.shape[1:])
+
+    return rollout if dist.world == 1 else rollout.map(interleave)
+
+
+def minibatches(rows: int, count: int, epochs: int, seed: int, iteration: int) -> Iterator[Tensor]:
+    """Global row ids (rows / count,) of every minibatch of every epoch.
+
+    The first epoch keeps the order in which the rows were judged (prompts come shuffled already), so its micro-batches
+    are the judged ones and the first ratio is exactly 1; later epochs shuffle, by (seed, iteration, epoch) alone.
+    """
+    for epoch in range(epochs):
+        order = torch.arange(rows)
+        if epoch > 0:
+            generator = torch.Generator().manual_seed(hash((seed, iteration, epoch)) % 2**63)
+            order = torch.randperm(rows, generator=generator)
+        yield from order.reshape(count, -1)

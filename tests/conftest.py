@@ -1,0 +1,43 @@
+"""Where the shared reference material lies, and one thread per test process so that results do not depend on the machine."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)
+settings.register_profile(
+    "plain", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+settings.load_profile("plain")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def shared(name: str) -> Path:
+    """The directory of reference material: $PLAIN_RLHF_SHARED, or `shared` inside or beside the checkout."""
+    candidates = [os.environ.get("PLAIN_RLHF_SHARED"), ROOT / "shared", ROOT.parent / "shared"]
+    for base in filter(None, candidates):
+        if (Path(base) / name).is_dir():
+            return Path(base) / name
+    pytest.skip(f"no {name} directory: set PLAIN_RLHF_SHARED to the folder that holds it")
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    return shared("golden")
+
+
+@pytest.fixture(scope="session")
+def shared_data_dir() -> Path:
+    return shared("data")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Tiny data, a language model and a reward model, made by the real scripts in about ten seconds."""
+    import tiny
+
+    return tiny.build(tmp_path_factory.mktemp("world"))

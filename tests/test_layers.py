@@ -1,0 +1,167 @@
+"""The floor plan, kept by parsing every import: who may know whom, and what nobody may use."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+FORMULAS = {f"rlhf.{name}" for name in ("functional", "kl", "rewards", "advantages", "losses", "calibration")}
+PACKAGES = ("model", "data", "rlhf", "rlhf.infra", "rlhf.serve")
+ALWAYS = {"torch", "numpy", "sentencepiece", "tiktoken", "regex", "safetensors", "tqdm", "pytest", "hypothesis"}
+INSIDE_FUNCTIONS = {
+    "matplotlib",
+    "starlette",
+    "uvicorn",
+    "trl",
+    "transformers",
+    "peft",
+    "datasets",
+    "accelerate",
+    "jinja2",
+}
+SOURCES = sorted(ROOT.glob("*.py")) + sorted(
+    file for room in ("model", "data", "rlhf", "tests", "bench", "docs") for file in (ROOT / room).rglob("*.py")
+)
+
+
+def module_name(path: str) -> str:
+    """rlhf/infra/optim.py -> rlhf.infra.optim; rlhf/__init__.py -> rlhf"""
+    return path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+
+def room(module: str) -> str:
+    """The room of the floor plan that a module of ours lives in."""
+    if module in FORMULAS:
+        return "formula"
+    for prefix in ("rlhf.infra", "rlhf.serve", "model", "data", "tests", "bench", "docs"):
+        if module == prefix or module.startswith(prefix + "."):
+            return prefix
+    if module == "rlhf.check":
+        return "check"
+    return "join" if module.startswith("rlhf.") else "rlhf" if module == "rlhf" else "script"
+
+
+MAY_IMPORT = {  # room -> the rooms of ours that it may import
+    "model": {"model"},
+    "data": {"data"},
+    "rlhf": set(),  # the package's own __init__
+    "rlhf.infra": {"rlhf.infra"},
+    "formula": {"formula"},
+    "check": {"formula", "rlhf.infra"},
+    "join": {"model", "formula", "rlhf.infra", "join"},
+    "rlhf.serve": {"model", "formula", "rlhf.infra", "join", "rlhf.serve"},
+    "script": {"model", "data", "formula", "rlhf.infra", "join", "check", "script"},
+}
+MAY_IMPORT |= dict.fromkeys(("tests", "bench", "docs"), MAY_IMPORT["script"] | {"tests", "rlhf.serve"})
+
+
+def imports(tree: ast.AST, path: str):
+    """(imported module, is it inside a function) for every import; relative ones made absolute."""
+    inside = {
+        id(node)
+        for f in ast.walk(tree)
+        if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(f)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = path.removesuffix(".py").split("/")[: -node.level] if node.level else []
+            base = ".".join(package + [node.module] * bool(node.module))
+            for alias in node.names:  # `from rlhf import losses` imports rlhf.losses
+                yield (f"{base}.{alias.name}" if base in PACKAGES else base), id(node) in inside
+
+
+def violations(source: str, path: str, ours: set[str]) -> list[str]:
+    """What the file at `path` does against the rules; `ours` are the names of our top-level modules and packages."""
+    tree, here, found = ast.parse(source), module_name(path), []
+    if path.rpartition("/")[2] in ("utils.py", "common.py", "helpers.py"):
+        found.append(f"{path}: a module is named after what it holds")
+    for target, in_function in imports(tree, path):
+        top = target.partition(".")[0]
+        if top in ("pickle", "shelve", "marshal"):
+            found.append(f"{path}: {top} runs code from files")
+        elif top in ours:
+            known = room(target)
+            if known not in MAY_IMPORT[room(here)] and not (here == "serve" and known == "rlhf.serve"):
+                found.append(f"{path}: {room(here)} may not import {target} ({known})")
+        elif (
+            top in sys.stdlib_module_names
+            or room(here) in ("tests", "bench")
+            and (ROOT / room(here) / f"{top}.py").exists()
+        ):
+            pass
+        elif room(here) == "formula" and top not in ("torch", "numpy"):
+            found.append(f"{path}: a formula needs torch alone, not {top}")
+        elif not (top in ALWAYS or top in INSIDE_FUNCTIONS and in_function):
+            what = "only inside a function" if top in INSIDE_FUNCTIONS else "not a dependency"
+            found.append(f"{path}: imports {top}, {what}")
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name, keywords = ast.unparse(call.func), {k.arg: ast.unparse(k.value) for k in call.keywords}
+        if name == "torch.save" or name == "torch.load" and keywords.get("weights_only") != "True":
+            found.append(f"{path}:{call.lineno}: {name} pickles; use safetensors, or weights_only=True to read")
+        if keywords.get("allow_pickle", "False") != "False":
+            found.append(f"{path}:{call.lineno}: {name} with allow_pickle")
+    return found
+
+
+OURS = {"model", "data", "rlhf"} | {file.stem for file in ROOT.glob("*.py")}
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_layers(file: Path):
+    assert violations(file.read_text(), file.relative_to(ROOT).as_posix(), OURS) == []
+
+
+@pytest.mark.parametrize(
+    "path, source",
+    [
+        ("model/transformer.py", "import rlhf.losses"),
+        ("model/transformer.py", "from data.tokenizer import load_tokenizer"),
+        ("data/loader.py", "from model import transformer"),
+        ("data/loader.py", "from rlhf.infra import distributed"),
+        ("rlhf/infra/optim.py", "from rlhf.losses import ppo_loss"),
+        ("rlhf/infra/optim.py", "from .. import losses"),
+        ("rlhf/losses.py", "from rlhf.infra import optim"),
+        ("rlhf/losses.py", "from rlhf.rollout import Rollout"),
+        ("rlhf/losses.py", "from model.transformer import Transformer"),
+        ("rlhf/losses.py", "from tqdm import tqdm"),
+        ("rlhf/rollout.py", "from data.loader import TokenFile"),
+        ("rlhf/rollout.py", "def f():\n    import data.loader"),
+        ("rlhf/rollout.py", "import train_ppo"),
+        ("rlhf/rollout.py", "from rlhf import serve"),
+        ("rlhf/check.py", "from model import transformer"),
+        ("train_ppo.py", "from rlhf.serve import api"),
+        ("train_ppo.py", "import pandas"),
+        ("evaluate.py", "import matplotlib.pyplot as plt"),
+        ("data/loader.py", "import pickle"),
+        ("data/loader.py", "from pickle import loads"),
+        ("data/loader.py", "import torch\ntorch.load('x')"),
+        ("data/loader.py", "import torch\ntorch.load('x', weights_only=False)"),
+        ("data/loader.py", "import torch\ntorch.save({}, 'x')"),
+        ("data/loader.py", "import numpy as np\nnp.load('x', allow_pickle=True)"),
+        ("rlhf/utils.py", ""),
+        ("model/common.py", ""),
+    ],
+)
+def test_a_violation_is_caught(path, source):
+    assert len(violations(source, path, OURS | {"train_ppo"})) == 1
+
+
+@pytest.mark.parametrize(
+    "path, source",
+    [
+        ("model/generate.py", "from model.transformer import KVCache\nimport torch, math"),
+        ("rlhf/losses.py", "from rlhf.functional import masked_mean\nfrom . import kl"),
+        ("rlhf/rollout.py", "from model import generate\nfrom rlhf import losses\nfrom rlhf.infra import optim"),
+        ("rlhf/check.py", "from rlhf import losses\nfrom rlhf.infra import config"),
+        ("serve.py", "from rlhf.serve import api\nfrom data.tokenizer import load_tokenizer"),
+        ("evaluate.py", "def plot():\n    import matplotlib.pyplot as plt"),
+        ("data/loader.py", "import torch\ntorch.load('x', weights_only=True)"),
+    ],
+)
+def test_what_is_allowed_passes(path, source):
+    assert violations(source, path, OURS) == []

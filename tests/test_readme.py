@@ -1,0 +1,206 @@
+"""What the README, the docs, the Makefile and CI tell people to type: it exists, it parses, and it runs at a tiny size."""
+
+import dataclasses
+import importlib
+import importlib.util
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from test_scripts import PPO_METRICS
+from tiny import ROOT, SMALL, World
+
+from rlhf.infra import config
+
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ELSEWHERE = {"pip", "git", "cd", "source", "cat", "curl", "export", "ls", "less"}  # programs that are not ours
+PLACES = {"data", "out", "init", "reward", "base", "tuned", "checkpoint"}  # where, not how large
+
+
+class Command(NamedTuple):
+    where: str  # file:line
+    words: list[str]
+
+    def __str__(self) -> str:
+        return f"{self.where} {' '.join(self.words)}"
+
+
+def shell_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Every line of a ```sh block, and every line behind "$ " in any block; a backslash joins the next line."""
+    language, joined, start = None, "", 0
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if fence := re.match(r"\s*```(\w*)", line):
+            language = None if language is not None else fence[1]
+        elif language in ("sh", "bash", "shell") or language is not None and line.startswith("$ "):
+            start = start if joined else number
+            joined += line.strip().removeprefix("$ ")
+            if joined.endswith("\\"):
+                joined = joined[:-1]
+                continue
+            yield start, joined
+            joined = ""
+
+
+def split(where: str, line: str) -> list[Command]:
+    """The commands of a line, without environment settings, launchers and redirections."""
+    found = []
+    for part in re.split(r"&&|;|\|(?!\w)", line):  # "gae|rloo" is no pipe
+        words = shlex.split(part, comments=True)
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            words = words[1:]
+        if words and Path(words[0]).name == "torchrun":
+            words = ["python", *words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]]
+        if words and Path(words[0]).name in ("python", "python3"):
+            words = ["python", *words[1:]]
+        if words:
+            found.append(Command(where, [word for word in words if not word.startswith(">")]))
+    return found
+
+
+def commands(file: Path) -> list[Command]:
+    lines = shell_lines(file)
+    return [command for n, line in lines for command in split(f"{file.relative_to(ROOT)}:{n}", line)]
+
+
+DOCUMENTED = [command for file in DOCS for command in commands(file)]
+
+
+def script_of(command: Command) -> str | None:
+    return command.words[1] if command.words[0] == "python" and command.words[1:2][0:1] != ["-m"] else None
+
+
+def parse(command: Command):
+    """The Config that the command asks for, by the script's own rules."""
+    module = importlib.import_module(script_of(command).removesuffix(".py"))
+    return config.parse(module.Config, command.words[2:], getattr(module, "NEEDS", getattr(module, "SHAPE", {})))
+
+
+def check(command: Command) -> None:
+    """The program exists and accepts the options."""
+    program, *rest = command.words
+    if program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert [word for word in rest if "=" not in word and word not in targets] == [], command
+    elif program == "python" and rest[0] == "-m":
+        assert importlib.util.find_spec(rest[1]), command
+    elif program == "python":
+        assert (ROOT / rest[0]).is_file(), command
+        if "--help" not in rest and hasattr(importlib.import_module(rest[0].removesuffix(".py")), "Config"):
+            parse(command)
+    else:
+        assert program in ELSEWHERE, f"{command}: neither ours nor known; if it is right, name it in ELSEWHERE"
+
+
+def test_there_is_something_to_check():
+    words = [command.words for command in DOCUMENTED]
+    assert ["make", "demo"] in words and ["make", "test"] in words
+    assert {"train_lm.py", "train_rm.py", "train_ppo.py", "sample.py", "evaluate.py"} <= {w[1] for w in words}
+
+
+@pytest.mark.parametrize("command", DOCUMENTED, ids=str)
+def test_documented_command(command):
+    check(command)
+
+
+def test_docstrings_of_the_scripts():
+    """Their usage lines are what --help prints first."""
+    for script in (name for name in SMALL if name.endswith(".py")):
+        text = importlib.import_module(script.removesuffix(".py")).__doc__
+        found = [c for line in text.splitlines() if re.match("(python|torchrun) ", line) for c in split(script, line)]
+        assert found and all(script_of(command) == script for command in found)
+        for command in found:
+            check(command)
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make")
+def test_what_make_demo_would_run():
+    plan = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    found = [command for line in plan.splitlines() for command in split("make demo", line)]
+    ours = [command for command in found if command.words[0] == "python" and command.words[1].endswith(".py")]
+    assert [command.words[1] for command in ours] == ["train_lm.py", "train_rm.py", "train_ppo.py", "evaluate.py"]
+    assert ["python", "-m", "data.prepare", "vader"] in [command.words[:4] for command in found]
+    for command in ours:
+        parse(command)
+
+
+def test_what_ci_runs():
+    text = (ROOT / ".ci/run").read_text().replace("\\\n", " ")
+    text = re.sub(r'"?\$work/venv/bin/python"?', "python", text)
+    text = re.sub(r"^\$run ", "python ", text, flags=re.MULTILINE)
+    found = [c for line in text.splitlines() if re.match(r"(python|make) ", line) for c in split(".ci/run", line)]
+    assert {"train_ppo.py", "evaluate.py", "sample.py"} <= {command.words[1] for command in found}
+    for command in found:
+        check(command)
+
+
+def small(command: Command) -> list[str]:
+    """The same command at the size of a test: the documented options, but for those that say how large."""
+    script, given = script_of(command), command.words[2:]
+    size = {name: value for name, value in SMALL.get(script, {}).items() if name not in PLACES}
+    if script == "train_lm.py" and any(word.startswith("--init") for word in given):
+        size = {name: value for name, value in size.items() if name not in ("width", "layers", "heads")}
+    kept = [word for word in given if word.partition("=")[0].strip("-") not in size]
+    return [script, *kept, *(f"--{name}={value}" for name, value in size.items())]
+
+
+def test_the_readme_runs_from_top_to_bottom(world, tmp_path):
+    """In an empty directory, one process, tiny sizes: what one command leaves, the next one finds."""
+    for name in ("cache", "pins"):
+        (tmp_path / name).symlink_to(world.path / name)
+    here = World(tmp_path)
+    for command in commands(ROOT / "README.md"):
+        if command.words[1:3] == ["-m", "data.prepare"]:
+            words = ["data.prepare", *command.words[3:], "--vocab_size=400"]
+        elif script_of(command) in SMALL:
+            words = small(command)
+        else:
+            continue
+        done = here.start(words).wait()
+        assert (done.code, done.err) == (0, ""), (str(command), done)
+
+
+# ---- the rest of what a README promises
+
+
+@pytest.mark.parametrize("file", DOCS, ids=lambda file: file.name)
+def test_links_and_paths(file):
+    text = file.read_text(encoding="utf-8")
+    links = [target for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if "://" not in target]
+    missing = [target for target in links if not (file.parent / target).exists()]
+    assert missing == []
+
+
+def test_map_names_what_exists():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([^`]+)` \|", text[text.index("## Map") : text.index("## Use it")], re.MULTILINE)
+    assert len(rows) > 8 and [path for path in rows if not (ROOT / path).exists()] == []
+
+
+def test_glossary_explains_every_metric():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?`) \|", text[text.index("## Metrics") :], re.MULTILINE)
+    explained = set()
+    for row in rows:
+        names, group = re.findall(r"`([^`]+)`", row), ""
+        for name in names:  # "`response/length`, `eos_rate`": the group is named once
+            group = name.rpartition("/")[0] or group
+            explained.add(name if "/" in name else f"{group}/{name}")
+    groups = tuple(name.removesuffix("*") for name in explained if name.endswith("/*"))
+    grouped = {name for name in PPO_METRICS if "/" in name and not name.startswith(groups)}
+    variants = {f"{name.rpartition('_')[0]}_{end}" for name in explained for end in ("mean", "max")}
+    assert sorted(grouped - explained - variants) == []
+
+
+def test_options_named_in_the_text_exist():
+    """`kl_coef`, `--estimator=...`: words in backticks that look like an option of a script are one."""
+    text = "\n".join(file.read_text(encoding="utf-8") for file in DOCS)
+    names = {
+        f.name for s in SMALL if s.endswith(".py") for f in dataclasses.fields(importlib.import_module(s[:-3]).Config)
+    }
+    named = set(re.findall(r"`--(\w+)", text)) - {"help"}
+    assert named and named <= names | {"out", "vocab_size", "most", "tolerance"}, named - names

@@ -1,0 +1,273 @@
+"""PPO from human preferences: act, judge, assign credit, learn, report (Ziegler et al. 2019, arXiv:1909.08593).
+
+python train_ppo.py --init=out/lm --reward=out/rm --data=out/data/vader --out=out/ppo
+torchrun --nproc_per_node=2 train_ppo.py --init=out/lm --reward=out/rm --data=out/data/vader --out=out/ppo
+"""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from data.loader import PromptLoader, TokenFile, prompts_from_rows
+from data.tokenizer import check_fingerprint, load_tokenizer
+from model.generate import Generated, generate, row_uniforms
+from rlhf import kl, ppo
+from rlhf.actor_critic import ActorCritic, frozen_reference
+from rlhf.advantages import ESTIMATORS
+from rlhf.functional import whiten
+from rlhf.infra import checkpoint, config, distributed, optim, run
+from rlhf.infra.metrics import Metrics, read_lines, say
+from rlhf.language_model import load_language_model
+from rlhf.reward_model import load_reward
+from rlhf.rewards import missing_eos, shape_rewards
+from rlhf.rollout import Experience, Rollout, gather, judge, minibatches
+from rlhf.self_check import self_check
+
+
+@dataclass(frozen=True)
+class Config:
+    init: str = "out/lm"  # language model to start from; it is also the reference
+    reward: str = "out/rm"  # reward model, or file.py:function(prompts, responses) -> scores
+    data: str = "out/data/vader"  # directory made by data.prepare; its training sentences give the prompts
+    out: str = "out/ppo"  # run directory: checkpoints, metrics.jsonl, samples.jsonl, report.json
+    # act
+    domain: str | None = "film"  # prompts from this domain alone; none = all
+    prompt_tokens: int = 4  # text tokens of a prompt, after bos
+    response_tokens: int = 24  # longest response, tokens
+    batch: int = 64  # responses per iteration, over all ranks
+    samples_per_prompt: int = 1  # responses to the same prompt, in neighbouring rows
+    temperature: float = 1.0  # of sampling, and of every log-prob
+    # credit
+    kl_coef: float = 0.3  # weight of KL(policy || reference) in the reward, per nat
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # of the KL penalty per token
+    kl_control: Literal["fixed", "adaptive"] = "fixed"  # adaptive moves kl_coef towards kl_target
+    kl_target: float = 6.0  # nats per response
+    kl_horizon: int = 10_000  # responses over which the adaptive coefficient reacts
+    eos_penalty: float = 0.0  # subtracted from the score of a response that did not end by itself
+    estimator: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce++"] = "gae"  # of the advantages
+    gamma: float = 1.0  # discount per token
+    lam: float = 0.95  # lambda of GAE
+    # learn
+    iterations: int = 100  # rounds of act, judge, credit, learn
+    epochs: int = 2  # passes over the responses of one iteration
+    minibatches: int = 4  # optimiser steps per epoch
+    micro_batch: int | None = None  # responses per forward on one rank; none = all of its share of a minibatch
+    clip: float = 0.2  # ratio may move this far from 1
+    clip_high: float | None = None  # upper bound instead of clip, for ratios above 1
+    dual_clip: float | None = None  # bound for negative advantages, > 1
+    critic: Literal["shared", "separate"] = "shared"  # value head on the policy's trunk, or on a copy of it
+    value_coef: float = 0.5  # weight of the value loss
+    value_clip: float | None = 0.2  # values may move this far from the old ones; none = unclipped
+    entropy_coef: float = 0.0  # weight of the entropy bonus
+    target_approxkl: float | None = None  # end an iteration's updates when KL(old, new) per token passes it
+    max_kl: float | None = None  # end the run when KL(policy || reference) passes it, nats per response
+    lr: float = 3e-4  # peak learning rate
+    warmup: int = 5  # iterations of linear warm-up
+    decay: Literal["linear", "cosine", "constant"] = "linear"  # learning rate after the warm-up
+    weight_decay: float = 0.0  # AdamW, on matrices alone
+    adam_eps: float = 1e-5  # AdamW; RLHF gradients are small, 1e-8 would blow up their noise
+    grad_clip: float = 1.0  # largest global gradient norm; 0 = unclipped
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast type; bf16 and fp16 need CUDA
+    seed: int = 1  # of prompts, samples and minibatches
+    # report
+    sample_every: int = 10  # iterations between tables of sample texts
+    checkpoint_every: int = 10  # iterations between checkpoints
+
+    def __post_init__(self):
+        config.at_least(self, prompt_tokens=1, response_tokens=1, batch=1, samples_per_prompt=1, temperature=1e-3)
+        config.at_least(self, kl_coef=0, kl_target=0, kl_horizon=1, gamma=0, lam=0, value_coef=0, entropy_coef=0)
+        config.at_least(self, iterations=1, epochs=1, minibatches=1, micro_batch=1, sample_every=1, checkpoint_every=1)
+        config.at_least(self, clip=0, clip_high=0, dual_clip=1, value_clip=0, target_approxkl=0, max_kl=0)
+        config.at_least(self, lr=0, warmup=0, weight_decay=0, adam_eps=0, grad_clip=0, seed=0)
+        config.at_most(self, gamma=1, lam=1)
+        if self.kl_control == "adaptive" and self.kl_coef == 0:
+            raise ValueError(
+                "--kl_control=adaptive multiplies kl_coef, which would stay 0; start from a positive --kl_coef"
+            )
+        if self.batch % self.samples_per_prompt:
+            raise ValueError(f"batch {self.batch} is not a multiple of samples_per_prompt {self.samples_per_prompt}")
+        if self.estimator in ("rloo", "grpo", "dr_grpo") and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"estimator {self.estimator} compares responses to one prompt; set samples_per_prompt >= 2"
+            )
+
+
+NEEDS = dict.fromkeys(("critic", "value_coef", "value_clip", "lam"), ("estimator", "gae"))
+NEEDS |= dict.fromkeys(("kl_target", "kl_horizon"), ("kl_control", "adaptive"))
+NEEDS["gamma"] = ("estimator", ("gae", "reinforce++"))
+CONSOLE = tuple(
+    "objective/scores objective/kl policy/approxkl policy/clipfrac value/explained_var response/length".split()
+)
+
+
+def main() -> None:
+    cfg = config.parse(Config, needs=NEEDS)
+    dist = distributed.setup()
+    micro_batch = row_counts(cfg, dist.world)
+    precision = optim.amp(dist.device, cfg.precision)
+    tokenizer = load_tokenizer(cfg.data)
+    sentences = TokenFile(f"{cfg.data}/train")
+    check_fingerprint(sentences.fingerprint, tokenizer.fingerprint, sentences.path)
+    starts = prompts_from_rows(sentences, cfg.prompt_tokens, [cfg.domain] if cfg.domain else ())
+    prompts = PromptLoader(starts, sentences.pad, cfg.batch // cfg.samples_per_prompt, cfg.seed)
+    base = load_language_model(cfg.init, tokenizer.fingerprint, dist.device)
+    reference = frozen_reference(base, cfg.temperature)
+    score = load_reward(cfg.reward, tokenizer, dist.device)
+    policy = ActorCritic(base, cfg.critic if cfg.estimator == "gae" else "none", cfg.temperature).to(dist.device)
+    optimizer = optim.make_optimizer(policy, cfg.lr, cfg.weight_decay, betas=(0.9, 0.999), eps=cfg.adam_eps)
+    kl_control = kl.FixedKL(cfg.kl_coef)
+    if cfg.kl_control == "adaptive":
+        kl_control = kl.AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
+
+    inputs = {"init_sha256": checkpoint.digest(cfg.init), "data_sha256": sentences.manifest["sha256"]["tokens.bin"]}
+    inputs["reward_sha256"] = reward_digest(cfg.reward)
+    state = run.resume(cfg.out, asdict(cfg) | inputs, policy, optimizer, precision.scaler, dist)
+    kl_control.load_state_dict(state.get("kl_control", kl_control.state_dict()))
+    first, spent, stopped = state["done"], state["seconds"], state.get("stopped", False)
+    last = first if stopped else cfg.iterations
+
+    learner = dist.wrap(policy)
+    objective = ppo.Objective(cfg.clip, cfg.clip_high, cfg.dual_clip, cfg.value_clip, cfg.value_coef, cfg.entropy_coef)
+    estimate = ESTIMATORS[cfg.estimator]
+    normalise = (
+        whiten if cfg.estimator == "gae" else lambda advantages, mask: advantages
+    )  # the others have their own scale
+    log = Metrics(cfg.out, dist.is_main, first, CONSOLE)
+    saved_as = {"kind": "policy", "model": asdict(base.config), "tokenizer": tokenizer.fingerprint}
+    width = 1 + cfg.prompt_tokens + cfg.response_tokens  # bos, prompt, response
+    mine = torch.arange(dist.rank, cfg.batch, dist.world)  # global ids of this rank's responses
+    group = torch.arange(cfg.batch, device=dist.device) // cfg.samples_per_prompt
+
+    def act(iteration: int) -> Generated:
+        """This rank's responses; what a row draws depends on (seed, iteration, its global id) alone."""
+        batch = prompts.batch(iteration)
+        chosen = (x[mine // cfg.samples_per_prompt].to(dist.device) for x in (batch.prompts, batch.prompt_lengths))
+        uniforms = row_uniforms(cfg.seed, iteration, mine.tolist(), cfg.response_tokens).to(dist.device)
+        return generate(
+            base, *chosen, cfg.response_tokens, uniforms, tokenizer.eos, tokenizer.pad, temperature=cfg.temperature
+        )
+
+    def check_once(judged: Rollout) -> None:
+        """Before the first update: PASS or FAIL for every identity; on FAIL all ranks stop."""
+        own = None if cfg.reward.rpartition(":")[0].endswith(".py") else score
+        tolerance = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 2e-1}[cfg.precision]
+        checks = self_check(policy, judged, own, tokenizer.eos, dist, first == 0, tolerance)
+        say("self-check before the first update\n" + "\n".join(map(str, checks)), dist.is_main)
+        if failed := [check.name for check in checks if not check.passed]:
+            raise ValueError(f"self-check failed: {'; '.join(failed)}")
+
+    def save(done: int, stopped: bool) -> None:
+        state = {"done": done, "seconds": run.seconds_used(spent), "stopped": stopped}
+        state |= {"kl_control": kl_control.state_dict()}
+        run.save(cfg.out, state, saved_as, policy, optimizer, precision.scaler, [tokenizer.path], dist)
+
+    for iteration in run.steps(first, last, "ppo", dist):
+        clock = run.Clock()
+        # 1. act: sample responses to a batch of prompts with the current policy
+        with precision.autocast():
+            samples = act(iteration)
+        clock.lap("time/rollout")
+
+        # 2. judge: policy, reference and value of every token; one score per response
+        with precision.autocast():
+            judged = judge(samples, policy, reference, score, micro_batch, width)
+            if iteration == first:
+                check_once(judged[:micro_batch].trim())
+        rollout = gather(judged, dist)
+        clock.lap("time/judge")
+        if stopped := cfg.max_kl is not None and ppo.mean_kl(rollout) > cfg.max_kl:
+            break
+
+        # 3. credit: score + KL penalty -> rewards -> advantages, returns; whitened over all ranks
+        scores = missing_eos(rollout.scores, rollout.finished, cfg.eos_penalty)
+        rewards = shape_rewards(
+            scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_control.coef, cfg.kl_estimator
+        )
+        advantages, returns = estimate(rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam, scores, group)
+        experience = Experience.of(rollout, rewards, normalise(advantages, rollout.mask), returns)
+
+        # 4. learn: epochs x minibatches x micro-batches; stop early when the policy has moved far enough
+        lr = optim.schedule(iteration, cfg.iterations, cfg.warmup, cfg.lr, cfg.decay)
+        optim.set_lr(optimizer, lr)
+        updates = []
+        for rows in minibatches(cfg.batch, cfg.minibatches, cfg.epochs, cfg.seed, iteration):
+            minibatch = experience[rows[dist.rank :: dist.world].to(dist.device)]
+            update = ppo.accumulate_gradient(learner, minibatch, objective, micro_batch, dist, precision)
+            if cfg.target_approxkl is not None and update["policy/approxkl"] > cfg.target_approxkl:
+                optimizer.zero_grad()  # this step would go too far: leave it undone
+                break
+            update["policy/grad_norm"] = optim.step(optimizer, policy, precision.scaler, cfg.grad_clip)
+            updates.append(update)
+        clock.lap("time/learn")
+
+        # 5. report: adapt the KL coefficient, metrics, samples, checkpoint
+        record = ppo.metrics(experience, advantages, updates, kl_control.coef, cfg.minibatches)
+        record |= clock.times(record["response/length"] * cfg.batch, dist.device)
+        kl_control.update(record["objective/kl"], cfg.batch)
+        done = iteration + 1
+        log.log(iteration, record | {"lr": lr, "episode": done * cfg.batch, "iteration": iteration})
+        if done % cfg.sample_every == 0 or done == last:
+            log.samples(iteration, texts(rollout, tokenizer))
+        if done % cfg.checkpoint_every == 0 or done == last:
+            save(done, stopped=False)
+
+    if stopped and last > first:
+        save(iteration, stopped=True)
+        say(f"stopped after {iteration} iterations: KL to the reference passed max_kl {cfg.max_kl} nats", dist.is_main)
+    if dist.is_main:
+        write_report(cfg.out)
+    dist.close()
+
+
+def row_counts(cfg: Config, world: int) -> int:
+    """Responses per forward on one rank, after checking that everything divides."""
+    share, rest = divmod(cfg.batch, cfg.minibatches * world)
+    if rest:
+        unit = cfg.minibatches * world
+        raise ValueError(
+            f"batch {cfg.batch} does not divide into {cfg.minibatches} minibatches on {world} ranks; "
+            f"try {max(unit, cfg.batch // unit * unit)}"
+        )
+    micro_batch = cfg.micro_batch or share
+    if share % micro_batch:
+        raise ValueError(
+            f"a rank's share of a minibatch, {share} responses, is not a multiple of micro_batch {micro_batch}; "
+            f"try {max(n for n in range(1, micro_batch + 1) if share % n == 0)}"
+        )
+    return micro_batch
+
+
+def reward_digest(reward: str) -> str:
+    """sha256 of the reward model's weights, or of the Python file."""
+    file = reward.rpartition(":")[0]
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file.endswith(".py") else checkpoint.digest(reward)
+
+
+def texts(rollout, tokenizer) -> list[dict]:
+    """The first responses of an iteration as rows for people to read."""
+    rows = []
+    for row in (rollout[i : i + 1] for i in range(min(8, len(rollout)))):
+        n, start = int(row.lengths), int(row.mask.int().argmax())
+        kl = float((row.logprobs - row.ref_logprobs).sum())
+        prompt, response = (tokenizer.decode(part.tolist()) for part in (row.tokens[0, :start], row.tokens[0, start:n]))
+        rows.append({"score": float(row.scores), "kl": kl, "prompt": prompt, "response": response})
+    return rows
+
+
+def write_report(out: str) -> None:
+    """report.json: the means of the last five iterations, and the seconds used."""
+    rows, state = read_lines(f"{out}/metrics.jsonl")[-5:], checkpoint.load(out).state
+    names = ("objective/scores", "objective/kl", "response/length", "response/distinct_2", "time/total")
+    report = {name: sum(row[name] for row in rows) / len(rows) for name in names}
+    report |= {"iterations": state["done"], "stopped": state["stopped"], "seconds": state["seconds"]}
+    run.write_json(f"{out}/report.json", report)
+    print(
+        f"score {report['objective/scores']:.2f} at {report['objective/kl']:.1f} nats, {report['seconds']:.0f} s -> {out}"
+    )
+
+
+if __name__ == "__main__":
+    config.run(main)
