@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 import time
 
 import numpy as np
@@ -142,6 +143,7 @@ def test_no_place_to_write(tmp_path):
 
 
 def log_in_a_loop(run, resume):
+    tqdm.set_lock(threading.RLock())  # tqdm's own is shared with the parent: a child killed while holding it blocks all
     out = Metrics(run, resume_step=resume)
     for step in range(resume, 10**9):
         out.log(step, {"text": "x" * 3000})

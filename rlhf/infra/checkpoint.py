@@ -224,9 +224,18 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def trained_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state_dict without its frozen parameters: those lie in the base model that the checkpoint's config names."""
+    frozen = {name for name, x in module.named_parameters(remove_duplicate=False) if not x.requires_grad}
+    return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
+
+
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: str | Path) -> None:
-    """Copy `tensors`, which came from `where`, into the module; ValueError unless names and shapes are its own."""
-    own = module.state_dict()
+    """Copy `tensors`, which came from `where`, into the module; ValueError unless names and shapes are its own.
+
+    Frozen parameters stay as they are, see `trained_state`.
+    """
+    own = trained_state(module)
     missing, extra = [n for n in own if n not in tensors], [n for n in tensors if n not in own]
     wrong = [
         f"{name} is {tuple(tensors[name].shape)} there and {tuple(own[name].shape)} here"

@@ -67,7 +67,7 @@ def save(out: str, state: dict, config: dict, module: nn.Module, optimizer, scal
         checkpoint.save_step(
             out,
             state["done"],
-            tensors=module.state_dict(),
+            tensors=checkpoint.trained_state(module),
             config=config,
             state=state | {"scaler": scaler.state_dict()},
             optimizer=checkpoint.optimizer_tensors(optimizer, module),

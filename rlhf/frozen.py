@@ -1,0 +1,40 @@
+"""The frozen part of a trunk that several roles read: its hidden states are computed once per batch of tokens."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from model.transformer import Transformer
+
+
+class FrozenStates:
+    """Hidden states between the layers of a frozen trunk: states(tokens)[n] is what layers 0 to n - 1 made of them.
+
+    Policy, reference and reward of one micro-batch ask for the same tokens: the answer to the last question is kept.
+    `read` says which depths somebody wants; the trunk runs once, as deep as the deepest. The final norm is not applied.
+    """
+
+    def __init__(self, model: Transformer):
+        self.model = model
+        self.depths: set[int] = set()
+        self._tokens: Tensor | None = None
+        self._states: dict[int, Tensor] = {}
+
+    def read(self, depths: Iterable[int]) -> "FrozenStates":
+        """Keep the states of these depths, 0 (the embedding) to the number of layers, as well."""
+        self.depths |= set(depths)
+        self._tokens = None
+        return self
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> dict[int, Tensor]:
+        """tokens (B, T) int64 -> {depth: (B, T, D)}; column t is about the tokens up to t."""
+        if self._tokens is None or self._tokens.shape != tokens.shape or not torch.equal(self._tokens, tokens):
+            span = self.model.span(tokens)
+            hidden, states, done = self.model.embed(tokens, span), {}, 0
+            for depth in sorted(self.depths):
+                hidden = self.model.blocks(hidden, span, done, depth)
+                states[depth], done = hidden, depth
+            self._tokens, self._states = tokens, states
+        return self._states
