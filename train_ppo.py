@@ -15,7 +15,7 @@ from data.loader import PromptLoader, TokenFile, prompts_from_rows
 from data.tokenizer import check_fingerprint, load_tokenizer
 from model.generate import Generated, generate, row_uniforms
 from rlhf import kl, ppo
-from rlhf.actor_critic import ActorCritic, frozen_reference
+from rlhf.actor_critic import CRITICS, LAYOUTS, STORED, LoRA
 from rlhf.advantages import ESTIMATORS
 from rlhf.functional import whiten
 from rlhf.infra import checkpoint, config, distributed, optim, run
@@ -33,6 +33,21 @@ class Config:
     reward: str = "out/rm"  # reward model, or file.py:function(prompts, responses) -> scores
     data: str = "out/data/vader"  # directory made by data.prepare; its training sentences give the prompts
     out: str = "out/ppo"  # run directory: checkpoints, metrics.jsonl, samples.jsonl, report.json
+    # roles
+    layout: Literal["full", "shared", "adapters", "branch"] = (
+        "shared"  # which weights policy, critic and reference share:
+    )
+    # full none; shared: policy and critic one trunk; adapters: all one frozen trunk; branch: all the frozen lower layers
+    critic: Literal["shared", "separate"] | None = (
+        None  # value head on the policy's trunk, or on a copy of what it trains;
+    )
+    # none = what the layout says: separate in full, else shared
+    lora_rank: int = 16  # of the adapters
+    lora_alpha: float = 32.0  # their update is scaled by lora_alpha / lora_rank
+    lora_targets: tuple[str, ...] | None = (
+        None  # last names of the layers that get one; none = all linear ones in the blocks
+    )
+    branch_layers: int = 4  # top layers that are copied and trained
     # act
     domain: str | None = "film"  # prompts from this domain alone; none = all
     prompt_tokens: int = 4  # text tokens of a prompt, after bos
@@ -58,7 +73,6 @@ class Config:
     clip: float = 0.2  # ratio may move this far from 1
     clip_high: float | None = None  # upper bound instead of clip, for ratios above 1
     dual_clip: float | None = None  # bound for negative advantages, > 1
-    critic: Literal["shared", "separate"] = "shared"  # value head on the policy's trunk, or on a copy of it
     value_coef: float = 0.5  # weight of the value loss
     value_clip: float | None = 0.2  # values may move this far from the old ones; none = unclipped
     entropy_coef: float = 0.0  # weight of the entropy bonus
@@ -82,7 +96,10 @@ class Config:
         config.at_least(self, iterations=1, epochs=1, minibatches=1, micro_batch=1, sample_every=1, checkpoint_every=1)
         config.at_least(self, clip=0, clip_high=0, dual_clip=1, value_clip=0, target_approxkl=0, max_kl=0)
         config.at_least(self, lr=0, warmup=0, weight_decay=0, adam_eps=0, grad_clip=0, seed=0)
+        config.at_least(self, lora_rank=1, lora_alpha=0, branch_layers=1)
         config.at_most(self, gamma=1, lam=1)
+        if self.layout == "full" and self.critic == "shared":
+            raise ValueError("--layout=full has a critic of its own; use --layout=shared, or leave --critic=shared out")
         if self.kl_control == "adaptive" and self.kl_coef == 0:
             raise ValueError(
                 "--kl_control=adaptive multiplies kl_coef, which would stay 0; start from a positive --kl_coef"
@@ -98,6 +115,9 @@ class Config:
 NEEDS = dict.fromkeys(("critic", "value_coef", "value_clip", "lam"), ("estimator", "gae"))
 NEEDS |= dict.fromkeys(("kl_target", "kl_horizon"), ("kl_control", "adaptive"))
 NEEDS["gamma"] = ("estimator", ("gae", "reinforce++"))
+NEEDS |= dict.fromkeys(STORED["adapters"], ("layout", "adapters")) | dict.fromkeys(
+    STORED["branch"], ("layout", "branch")
+)
 CONSOLE = tuple(
     "objective/scores objective/kl policy/approxkl policy/clipfrac value/explained_var response/length".split()
 )
@@ -114,9 +134,11 @@ def main() -> None:
     starts = prompts_from_rows(sentences, cfg.prompt_tokens, [cfg.domain] if cfg.domain else ())
     prompts = PromptLoader(starts, sentences.pad, cfg.batch // cfg.samples_per_prompt, cfg.seed)
     base = load_language_model(cfg.init, tokenizer.fingerprint, dist.device)
-    reference = frozen_reference(base, cfg.temperature)
+    critic = (cfg.critic or CRITICS[cfg.layout]) if cfg.estimator == "gae" else "none"
+    lora = LoRA(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
+    roles = LAYOUTS[cfg.layout](base, critic, cfg.temperature, lora, cfg.branch_layers)
+    policy, reference = roles.policy, roles.reference
     score = load_reward(cfg.reward, tokenizer, dist.device)
-    policy = ActorCritic(base, cfg.critic if cfg.estimator == "gae" else "none", cfg.temperature).to(dist.device)
     optimizer = optim.make_optimizer(policy, cfg.lr, cfg.weight_decay, betas=(0.9, 0.999), eps=cfg.adam_eps)
     kl_control = kl.FixedKL(cfg.kl_coef)
     if cfg.kl_control == "adaptive":
@@ -129,14 +151,22 @@ def main() -> None:
     first, spent, stopped = state["done"], state["seconds"], state.get("stopped", False)
     last = first if stopped else cfg.iterations
 
-    learner = dist.wrap(policy)
+    learner, stop_ids = dist.wrap(policy), [tokenizer.eos]
     objective = ppo.Objective(cfg.clip, cfg.clip_high, cfg.dual_clip, cfg.value_clip, cfg.value_coef, cfg.entropy_coef)
     estimate = ESTIMATORS[cfg.estimator]
     normalise = (
         whiten if cfg.estimator == "gae" else lambda advantages, mask: advantages
     )  # the others have their own scale
     log = Metrics(cfg.out, dist.is_main, first, CONSOLE)
-    saved_as = {"kind": "policy", "model": asdict(base.config), "tokenizer": tokenizer.fingerprint}
+    saved_as = {
+        "kind": "policy",
+        "layout": cfg.layout,
+        "model": asdict(base.config),
+        "tokenizer": tokenizer.fingerprint,
+    }
+    if cfg.layout in STORED:  # only what was trained is stored: the rest is in the base
+        saved_as |= {"base": cfg.init, "base_digest": inputs["init_sha256"]}
+        saved_as |= {name: getattr(cfg, name) for name in STORED[cfg.layout]}
     width = 1 + cfg.prompt_tokens + cfg.response_tokens  # bos, prompt, response
     mine = torch.arange(dist.rank, cfg.batch, dist.world)  # global ids of this rank's responses
     group = torch.arange(cfg.batch, device=dist.device) // cfg.samples_per_prompt
@@ -146,15 +176,14 @@ def main() -> None:
         batch = prompts.batch(iteration)
         chosen = (x[mine // cfg.samples_per_prompt].to(dist.device) for x in (batch.prompts, batch.prompt_lengths))
         uniforms = row_uniforms(cfg.seed, iteration, mine.tolist(), cfg.response_tokens).to(dist.device)
-        return generate(
-            base, *chosen, cfg.response_tokens, uniforms, tokenizer.eos, tokenizer.pad, temperature=cfg.temperature
-        )
+        sizes = (cfg.response_tokens, uniforms, stop_ids, tokenizer.pad, cfg.temperature)
+        return generate(roles.sampler, *chosen, *sizes)
 
     def check_once(judged: Rollout) -> None:
         """Before the first update: PASS or FAIL for every identity; on FAIL all ranks stop."""
         own = None if cfg.reward.rpartition(":")[0].endswith(".py") else score
         tolerance = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 2e-1}[cfg.precision]
-        checks = self_check(policy, judged, own, tokenizer.eos, dist, first == 0, tolerance)
+        checks = self_check(policy, judged, own, stop_ids, dist, first == 0, tolerance)
         say("self-check before the first update\n" + "\n".join(map(str, checks)), dist.is_main)
         if failed := [check.name for check in checks if not check.passed]:
             raise ValueError(f"self-check failed: {'; '.join(failed)}")
@@ -173,7 +202,7 @@ def main() -> None:
 
         # 2. judge: policy, reference and value of every token; one score per response
         with precision.autocast():
-            judged = judge(samples, policy, reference, score, micro_batch, width)
+            judged = judge(samples, policy, reference, score, micro_batch, width, roles.features)
             if iteration == first:
                 check_once(judged[:micro_batch].trim())
         rollout = gather(judged, dist)

@@ -189,14 +189,15 @@ def merged_state(model: nn.Module, name: str | None) -> dict[str, Tensor]:
 def merge(model: nn.Module, name: str | None) -> nn.Module:
     """Add the adapter to the weights and make plain linear layers again, in place; all adapters are gone; -> the model.
 
-    None: the base as it was. Parameters stay frozen or trainable as they were.
+    None: the base as it was. Parameters stay frozen or trainable as they were; the base's tensors are not written to.
     """
-    for layer in lora_layers(model, name).values() if name is not None else ():
-        layer.weight.copy_(layer.merged(name))
+    changed = lora_layers(model, name) if name is not None else {}
     for path, layer in lora_layers(model).items():
         with NoInit():
             plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         plain.weight, plain.bias = layer.weight, layer.bias
+        if path in changed:  # a new tensor: the old one may be another model's too, or a file's
+            plain.weight = nn.Parameter(layer.merged(name), layer.weight.requires_grad)
         replace_module(model, path, plain)
     return model
 

@@ -1,14 +1,29 @@
-"""The policy with its value function, on one trunk or two, and the reference that it is held near."""
+"""The policy with its value function and the reference that it is held near: who owns which weights, in four layouts.
+
+    full      policy, a critic of its own, reference: separate models, as in the frameworks (the reward is the fourth)
+    shared    the critic is a value head on the policy's trunk; the reference is a second model
+    adapters  one frozen trunk; policy (and a separate critic) are adapters on it, the reference is the trunk without
+              them (Santacroce et al. 2023, arXiv:2309.00754)
+    branch    one frozen trunk; policy (and a separate critic) own copies of its top layers, the reference is the
+              original top; what the frozen layers make of a rollout is computed once
+
+The model that came in is never written to: its files may be mapped into memory, and the other roles read it.
+"""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from model.lora import activate, add_lora, load_adapter, merge
 from model.transformer import Transformer
+from rlhf.frozen import FrozenStates
 from rlhf.language_model import to_columns, token_logprobs
+
+Reference = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+PREFIX = "model."  # of the language model's tensors in the checkpoint of a policy
 
 
 @dataclass(frozen=True)
@@ -24,40 +39,201 @@ class ActorCritic(nn.Module):
     """A policy with a value head on its own trunk (`shared`), on a copy of it (`separate`), or with none.
 
     The value head starts at zero (Ziegler et al. 2019, arXiv:1909.08593), so the first advantages are the plain
-    returns. `forward` is what DDP hooks into; acting goes through `self.model` directly.
+    returns. `forward` is what DDP hooks into; acting goes through `self.model` directly. The layers below `depth` are
+    frozen and the critic's too: features (B, T, D) are what they made of the tokens. `another` makes the trunk of a
+    separate critic from the policy's.
     """
 
-    def __init__(self, model: Transformer, critic: str = "shared", temperature: float = 1.0):
+    def __init__(
+        self,
+        model: Transformer,
+        critic: str = "shared",
+        temperature: float = 1.0,
+        depth: int = 0,
+        another: Callable[[Transformer], Transformer] = copy.deepcopy,
+    ):
         super().__init__()
         self.model = model
         self.temperature = temperature
-        self.value_trunk = copy.deepcopy(model) if critic == "separate" else None
+        self.depth = depth
+        self.value_trunk = another(model) if critic == "separate" else None
         if self.value_trunk is not None and not model.config.tied:
             self.value_trunk.lm_head = None  # the critic predicts no tokens: an idle parameter would stall DDP
-        self.value_head = None if critic == "none" else nn.Linear(model.config.width, 1)
-        if self.value_head is not None:
+        self.value_head = None
+        if critic != "none":
+            weight = model.norm.weight  # for its device and type
+            self.value_head = nn.Linear(model.config.width, 1, device=weight.device, dtype=weight.dtype)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, tokens: Tensor, mask: Tensor) -> PolicyOutput:
-        """tokens (B, T) int64, mask (B, T) bool -> PolicyOutput of (B, T) each."""
-        hidden = self.model.trunk(tokens[:, :-1])  # (B, T-1, D)
+    def forward(self, tokens: Tensor, mask: Tensor, features: Tensor | None = None) -> PolicyOutput:
+        """tokens (B, T) int64, mask (B, T) bool, features (B, T, D or 0) or None -> PolicyOutput of (B, T) each."""
+        hidden = hidden_states(self.model, tokens, features, self.depth)  # (B, T-1, D)
         logprobs, entropy = token_logprobs(self.model, hidden, tokens, mask, self.temperature)
         if self.value_head is None:
             return PolicyOutput(logprobs, entropy, torch.zeros_like(logprobs))
         if self.value_trunk is not None:
-            hidden = self.value_trunk.trunk(tokens[:, :-1])
+            hidden = hidden_states(self.value_trunk, tokens, features, self.depth)
         values = self.value_head(hidden[mask[:, 1:]]).squeeze(-1)  # (N,)
         return PolicyOutput(logprobs, entropy, to_columns(values.to(logprobs.dtype), mask))
 
 
-def frozen_reference(model: Transformer, temperature: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
-    """A frozen copy of `model` as a function (tokens, mask) -> logprobs (B, T)."""
-    frozen = copy.deepcopy(model).requires_grad_(False).eval()
+def hidden_states(model: Transformer, tokens: Tensor, features: Tensor | None = None, depth: int = 0) -> Tensor:
+    """The trunk's output for all tokens but the last, (B, T) -> (B, T-1, D).
+
+    features (B, T, D): the states before layer `depth`, where the work of the layers below is already done; None or
+    D = 0: nothing is.
+    """
+    inputs = tokens[:, :-1]
+    if features is None or features.shape[-1] == 0:
+        return model.trunk(inputs)
+    return model.norm(model.blocks(features[:, :-1], model.span(inputs), depth))
+
+
+def no_features(tokens: Tensor) -> Tensor:
+    """What layouts without shared frozen layers keep of a rollout: (B, T) -> (B, T, 0)."""
+    return torch.zeros(*tokens.shape, 0, device=tokens.device)
+
+
+def logprobs_of(model: Transformer, temperature: float = 1.0, depth: int = 0) -> Reference:
+    """`model` as a function (tokens, mask, features=None) -> logprobs (B, T), without gradients; it is not copied."""
 
     @torch.no_grad()
-    def reference(tokens: Tensor, mask: Tensor) -> Tensor:
-        hidden = frozen.trunk(tokens[:, :-1])
-        return token_logprobs(frozen, hidden, tokens, mask, temperature)[0]
+    def logprobs(tokens: Tensor, mask: Tensor, features: Tensor | None = None) -> Tensor:
+        return token_logprobs(model, hidden_states(model, tokens, features, depth), tokens, mask, temperature)[0]
 
-    return reference
+    return logprobs
+
+
+def frozen_reference(model: Transformer, temperature: float = 1.0) -> Reference:
+    """The same of a frozen copy of `model`, for one that is going to be trained."""
+    return logprobs_of(copy.deepcopy(model).requires_grad_(False).eval(), temperature)
+
+
+# The layouts
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Who plays what; the loop asks for no more."""
+
+    policy: ActorCritic
+    reference: Reference  # (tokens, mask, features) -> logprobs
+    frozen: FrozenStates  # the trunk that came in, for a reward model that reads it too
+    features: Callable[[Tensor], Tensor] = no_features  # tokens (B, T) -> (B, T, D) to keep for the learning epochs
+
+    @property
+    def sampler(self) -> Transformer:
+        return self.policy.model
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Size and place of the adapters."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] | None = None  # last names of linear layers; None: all in the blocks
+    seed: int = 0  # of the start
+
+
+def shared_copy(base: Transformer, own: Iterable[nn.Parameter] = ()) -> Transformer:
+    """A model with modules of its own and the base's frozen parameters, but for trainable copies of those in `own`."""
+    base.requires_grad_(False)
+    own = {id(x) for x in own}
+    model = copy.deepcopy(base, {id(x): x for x in base.parameters() if id(x) not in own})
+    for mine, theirs in zip(model.parameters(), base.parameters()):
+        mine.requires_grad_(mine is not theirs)
+    return model
+
+
+def adapted(base: Transformer, name: str, lora: LoRA) -> Transformer:
+    """The base with a new adapter of this name, active."""
+    generator = torch.Generator().manual_seed(lora.seed)
+    model = add_lora(shared_copy(base), lora.rank, lora.alpha, lora.targets, name, generator)
+    activate(model, name)
+    return model
+
+
+def branched(base: Transformer, layers: int) -> Transformer:
+    """The base with copies of its top `layers` and of the final norm; the rest is the base's, frozen."""
+    if not 0 < layers <= base.config.layers:
+        raise ValueError(f"branch_layers {layers} is not between 1 and the model's {base.config.layers} layers")
+    return shared_copy(base, [*base.layers[-layers:].parameters(), *base.norm.parameters()])
+
+
+def models(base: Transformer, critic: str, temperature: float, lora: LoRA, branch_layers: int) -> Roles:
+    """full and shared, which differ in the critic alone: the policy is a copy, the base itself is the reference."""
+    policy = ActorCritic(shared_copy(base, base.parameters()), critic, temperature)
+    return Roles(policy, logprobs_of(base, temperature), FrozenStates(base))
+
+
+def adapters(base: Transformer, critic: str, temperature: float, lora: LoRA, branch_layers: int) -> Roles:
+    def another(_) -> Transformer:
+        return adapted(base, "critic", lora)
+
+    policy = ActorCritic(adapted(base, "policy", lora), critic, temperature, another=another)
+    top = base.config.layers
+    frozen = FrozenStates(base).read([top])
+
+    def reference(tokens: Tensor, mask: Tensor, features: Tensor | None = None) -> Tensor:
+        """The trunk without adapters, in the same pass that a reward model on it reads."""
+        return logprobs_of(base, temperature, top)(tokens, mask, frozen(tokens)[top])
+
+    return Roles(policy, reference, frozen)
+
+
+def branch(base: Transformer, critic: str, temperature: float, lora: LoRA, branch_layers: int) -> Roles:
+    def another(_) -> Transformer:
+        return branched(base, branch_layers)
+
+    depth = base.config.layers - branch_layers
+    policy = ActorCritic(branched(base, branch_layers), critic, temperature, depth, another)
+    frozen = FrozenStates(base).read([depth])
+    return Roles(policy, logprobs_of(base, temperature, depth), frozen, lambda tokens: frozen(tokens)[depth])
+
+
+LAYOUTS = {"full": models, "shared": models, "adapters": adapters, "branch": branch}
+CRITICS = {"full": "separate", "shared": "shared", "adapters": "shared", "branch": "shared"}  # where nobody chose
+STORED = {
+    "adapters": ("lora_rank", "lora_alpha", "lora_targets"),
+    "branch": ("branch_layers",),
+}  # with what was trained
+
+
+# A tuned model from its base and a checkpoint
+
+
+def tuned_model(base: Transformer, config: dict, tensors: dict[str, Tensor]) -> Transformer:
+    """The language model of a policy checkpoint of the layouts that store what was trained alone; the base stays as it is.
+
+    `config` and `tensors` are the checkpoint's. Adapters come merged, layers of a branch in their places; what is not
+    trained shares the base's memory. ValueError where the tensors do not fit the base.
+    """
+    kind, layout = config.get("kind"), config.get("layout")
+    if kind != "policy" or layout not in ("adapters", "branch"):
+        raise ValueError(f"a {kind} checkpoint of layout {layout} holds no part of a tuned model")
+    tensors = {name.removeprefix(PREFIX): x for name, x in tensors.items() if name.startswith(PREFIX)}
+    if layout == "adapters":
+        model = load_adapter(
+            shared_copy(base), policy_adapter(tensors), config["lora_alpha"] / config["lora_rank"], "policy"
+        )
+        return merge(model, "policy")
+    model = branched(base, config["branch_layers"])
+    trained = {name: x for name, x in model.named_parameters() if x.requires_grad}
+    wrong = [name for name, x in trained.items() if name not in tensors or tensors[name].shape != x.shape]
+    if wrong or len(tensors) != len(trained):
+        raise ValueError(
+            f"the checkpoint's branch does not fit its base: {wrong or sorted(tensors.keys() - trained.keys())}"
+        )
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(tensors[name])
+    return model.requires_grad_(False)
+
+
+def policy_adapter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The policy's adapter in a checkpoint of layout adapters, named as `load_adapter` and `adapter_state` do."""
+    suffix = ".policy"
+    names = {name: name.removeprefix(PREFIX).removesuffix(suffix) for name in tensors if name.endswith(suffix)}
+    return {short: tensors[name] for name, short in names.items() if ".lora_" in short}

@@ -59,7 +59,7 @@ def accumulate_gradient(
         last = start + micro_batch >= len(minibatch)
         with dist.grad_sync(policy, last):
             with precision.autocast():
-                output = policy(batch.tokens, batch.mask)
+                output = policy(batch.tokens, batch.mask, batch.features)
             loss, sums = ppo_loss(output, batch, objective)
             # DDP averages over the ranks; loss_scale turns its mean back into a sum
             precision.scaler.scale(loss / tokens * dist.loss_scale).backward()

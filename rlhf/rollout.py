@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.generate import Generated
-from rlhf.actor_critic import ActorCritic
+from rlhf.actor_critic import ActorCritic, Reference, no_features
 from rlhf.reward_model import Score
 
 
@@ -26,11 +26,14 @@ class Rollout:
     values: Tensor  # (B, T)
     sampler_logprobs: Tensor  # (B, T) as the sampler saw them; their difference from logprobs is a metric
     scores: Tensor  # (B,)
+    features: Tensor  # (B, T, D) what the frozen layers made of the tokens; D = 0 where none are shared
 
     def __post_init__(self):
         rows, width = self.tokens.shape
         for field in fields(self):
             shape = tuple(getattr(self, field.name).shape)
+            if field.name == "features" and len(shape) == 3:
+                shape = shape[:2]
             if shape not in ((rows,), (rows, width)):
                 raise ValueError(f"{type(self).__name__}.{field.name} has shape {shape}, tokens have {(rows, width)}")
 
@@ -48,7 +51,12 @@ class Rollout:
     def trim(self):
         """Without the columns in which every row is padding."""
         width = int(self.lengths.max())
-        return self.map(lambda x: x[:, :width] if x.dim() == 2 else x)
+        return self.map(lambda x: x[:, :width] if x.dim() > 1 else x)
+
+    def pad(self, width: int):
+        """The same with zeros behind, `width` columns in all."""
+        missing = width - self.tokens.shape[1]
+        return self.map(lambda x: F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)) if x.dim() > 1 else x)
 
     def split(self, size: int) -> Iterator:
         """Consecutive groups of `size` rows, each trimmed to its own longest row."""
@@ -73,21 +81,22 @@ class Experience(Rollout):
 def judge(
     samples: Generated,
     policy: ActorCritic,
-    reference: Callable[[Tensor, Tensor], Tensor],
+    reference: Reference,
     score: Score,
     micro_batch: int,
     width: int,
+    features: Callable[[Tensor], Tensor] = no_features,
 ) -> Rollout:
     """Policy, reference and value of every token, one score per response; `width` is the T of the result.
 
     The policy's log-probs are computed on the micro-batches of the first learning epoch, so that its first ratio is
     exactly 1: the same rows with the same padding go through the same kernels.
     """
-    columns = {"tokens": samples.tokens, "mask": samples.mask, "sampler_logprobs": samples.logprobs}
-    columns = {name: F.pad(x, (0, width - x.shape[1])) for name, x in columns.items()}
-    blank = torch.zeros_like(columns["sampler_logprobs"])
+    blank = torch.zeros_like(samples.logprobs)
     facts = Rollout(
-        **columns,
+        tokens=samples.tokens,
+        mask=samples.mask,
+        sampler_logprobs=samples.logprobs,
         lengths=samples.lengths,
         finished=samples.finished,
         logprobs=blank,
@@ -95,19 +104,22 @@ def judge(
         ref_logprobs=blank,
         values=blank,
         scores=blank[:, 0],
+        features=blank[..., None][..., :0],
     )
     judged = []
     for rows in facts.split(micro_batch):
-        output = policy(rows.tokens, rows.mask)
+        frozen = features(rows.tokens)  # (B, T, D), and what the reward model reads of the same trunk is ready too
+        output = policy(rows.tokens, rows.mask, frozen)
         rows = replace(
             rows,
             logprobs=output.logprobs,
             entropy=output.entropy,
             values=output.values,
-            ref_logprobs=reference(rows.tokens, rows.mask),
+            ref_logprobs=reference(rows.tokens, rows.mask, frozen),
             scores=score(rows.tokens, rows.lengths, rows.mask),
+            features=frozen,
         )
-        judged.append(rows.map(lambda x: F.pad(x, (0, width - x.shape[1])) if x.dim() == 2 else x))
+        judged.append(rows.pad(width))
     return concatenate(judged)
 
 
@@ -119,11 +131,13 @@ def concatenate(parts: list[Rollout]) -> Rollout:
 def gather(rollout: Rollout, dist) -> Rollout:
     """The rollout of all ranks in global row order: rank r holds the rows r, r + world, r + 2 world, ...
 
-    A rollout is a few numbers per token, so every rank can hold all of it. Credit and whitening are then global without
-    further thought, and a minibatch is the same set of rows for every world size.
+    A rollout is a few numbers per token (in the branch layout one hidden state), so every rank can hold all of it. Credit
+    and whitening are then global without further thought, and a minibatch is the same set of rows for every world size.
     """
 
     def interleave(x: Tensor) -> Tensor:
+        if x.numel() == 0:  # no features: nothing to send
+            return x.new_zeros(dist.world * len(x), *x.shape[1:])
         parts = dist.all_gather_rows(x).reshape(dist.world, *x.shape)  # (world, B, ...)
         return parts.transpose(0, 1).reshape(dist.world * len(x), *x.shape[1:])
 

@@ -1,5 +1,6 @@
 """Two seconds before the first update: the identities that must hold when policy and reference are still the same."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,7 @@ def self_check(
     policy: ActorCritic,
     rollout: Rollout,
     score: Score | None,
-    eos: int,
+    eos: int | Iterable[int],
     dist,
     fresh: bool = True,
     tolerance: float = 1e-3,
@@ -39,12 +40,12 @@ def self_check(
     """The checks of a first rollout, one Check each. `fresh` says that policy and reference hold the same weights.
 
     `rollout` is what this rank has judged, one micro-batch of it is enough. `score` None leaves out the reward: a Python
-    function may rightly look at its whole batch. `tolerance` bounds what the cached and the full forward may differ by,
-    in nats per token.
+    function may rightly look at its whole batch. Of several `eos` the likeliest counts. `tolerance` bounds what the
+    cached and the full forward may differ by, in nats per token.
     """
     mask = rollout.mask
     gap = torch.where(mask, (rollout.logprobs - rollout.ref_logprobs).abs(), 0).max()
-    output = policy(rollout.tokens, mask)
+    output = policy(rollout.tokens, mask, rollout.features)
     ratio = torch.where(mask, (output.logprobs - rollout.logprobs).exp() - 1, 0).abs().max()
     cache = torch.where(mask, (rollout.logprobs - rollout.sampler_logprobs).abs(), 0).max()
 
@@ -52,7 +53,8 @@ def self_check(
         mask[:, 1:]
     ]  # (N, D) of the states that responses were drawn in
     logits = warp_logits(policy.model.unembed(hidden), policy.temperature)
-    no_eos = 1 - torch.clamp(logits.softmax(-1)[:, eos].max() / LEAST_EOS, max=1)
+    stops = [eos] if isinstance(eos, int) else list(eos)
+    no_eos = 1 - torch.clamp(logits.softmax(-1)[:, stops].max() / LEAST_EOS, max=1)
 
     def worst(x) -> float:
         """The largest of all ranks; unlike a maximum by all-reduce, it keeps a NaN."""

@@ -1,6 +1,6 @@
 """Act and judge: what a row is told does not depend on its company, its padding or the micro-batch it came in."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -32,6 +32,7 @@ def some(rows=3, width=5, **changes) -> Rollout:
     facts = {f.name: grid.clone() for f in fields(Rollout)}
     facts |= {"tokens": grid.long(), "lengths": torch.tensor([4, 2, 3, 5, 1, 4][:rows]), "scores": grid[:, 0]}
     facts |= {"finished": torch.arange(rows) % 2 == 0, "mask": torch.arange(width) < facts["lengths"][:, None]}
+    facts["features"] = grid[..., None] + torch.arange(2) / 10
     return Rollout(**(facts | changes))
 
 
@@ -85,7 +86,7 @@ def test_trim_and_split_drop_padding_columns_alone():
     assert torch.equal(torch.cat([part.lengths for part in parts]), facts.lengths)
     for i, part in enumerate(parts):
         assert same(
-            part, facts[4 * i : 4 * i + 4].map(lambda x, w=part.tokens.shape[1]: x[:, :w] if x.dim() == 2 else x)
+            part, facts[4 * i : 4 * i + 4].map(lambda x, w=part.tokens.shape[1]: x[:, :w] if x.dim() > 1 else x)
         )
     assert sum(int(part.mask.sum()) for part in parts) == int(facts.mask.sum())  # no token is lost
 
@@ -93,6 +94,15 @@ def test_trim_and_split_drop_padding_columns_alone():
 def test_concatenate_undoes_the_cutting():
     facts = some(6)
     assert same(concatenate([facts[:1], facts[1:4], facts[4:]]), facts)
+
+
+def test_padding_stands_behind_the_tokens():
+    """The last axis of the features is no sequence."""
+    facts = some(3, 5)
+    padded = facts.pad(8)
+    assert padded.tokens.shape == (3, 8) and padded.features.shape == (3, 8, 2) and padded.scores.shape == (3,)
+    assert same(padded.map(lambda x: x[:, :5] if x.dim() > 1 else x), facts) and same(facts.pad(5), facts)
+    assert not padded.features[:, 5:].any() and not padded.tokens[:, 5:].any()
 
 
 class Ranks:
@@ -112,6 +122,15 @@ def test_gather_restores_the_global_order():
     facts = some(6)
     parts = [facts[rank::2] for rank in (0, 1)]
     assert same(gather(parts[0], Ranks(parts)), facts) and same(gather(parts[1], Ranks(parts)), facts)
+    bare = replace(facts, features=facts.features[..., :0])  # nobody is asked to send nothing
+
+    class Silent(Ranks):
+        def all_gather_rows(self, x):
+            assert x.numel()
+            return super().all_gather_rows(x)
+
+    parts = [bare[rank::2] for rank in (0, 1)]
+    assert same(gather(parts[0], Silent(parts)), bare)
     assert gather(facts, distributed.Dist()) is facts
 
 

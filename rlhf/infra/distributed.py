@@ -36,6 +36,9 @@ class Dist:
         """The module whose backward averages gradients over the ranks; call its forward, not its parts."""
         if self.world == 1:
             return module
+        # what is frozen came from the same file everywhere, which may be mapped into memory: DDP must not write into it
+        frozen = [name for name, x in module.named_parameters(remove_duplicate=False) if not x.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
         with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers, older ones know no other name
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
             return DistributedDataParallel(
