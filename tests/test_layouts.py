@@ -1,0 +1,357 @@
+"""The four layouts of the roles: the same walls, who learns and who never moves, and what a checkpoint gives back.
+
+The file is its own worker, as tests/test_step_invariance.py is: two processes train a few steps of each layout.
+"""
+
+import copy
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from reference_model import random_ids, small_model
+from small_rollout import EOS, PAD, RESPONSE, TEMPERATURE, WIDTH, prompts, reward_model
+
+from model.generate import generate, row_uniforms
+from rlhf import ppo
+from rlhf.actor_critic import CRITICS, LAYOUTS, LoRA, Roles, policy_adapter, tuned_model
+from rlhf.functional import whiten
+from rlhf.infra import checkpoint, distributed, optim
+from rlhf.rewards import shape_rewards
+from rlhf.rollout import Experience, Rollout, gather, judge, minibatches
+
+ROWS, LAYERS, TOP = 16, 3, 2
+ALONE, EVERYBODY = distributed.Dist(), torch.arange(ROWS)
+SETTINGS = LoRA(rank=3, alpha=6.0, seed=5)
+CASES = [("full", "separate")] + [(x, c) for x in ("shared", "adapters", "branch") for c in ("shared", "separate")]
+OBJECTIVE = ppo.Objective(clip=0.1, value_clip=0.1, value_coef=0.4, entropy_coef=0.02)
+every_case = pytest.mark.parametrize("layout, critic", CASES)
+frozen_trunk = pytest.mark.parametrize("layout", ["adapters", "branch"])
+
+
+def base_model(family="llama", dtype=torch.float64, **changes):
+    return small_model(family, dtype, seed=1, layers=LAYERS, **changes)
+
+
+def build(layout, critic=None, base=None, branch_layers=TOP, **kwargs) -> Roles:
+    base = base_model(**kwargs) if base is None else base
+    return LAYOUTS[layout](base, critic or CRITICS[layout], TEMPERATURE, SETTINGS, branch_layers)
+
+
+def act(roles: Roles, mine=EVERYBODY, iteration=0):
+    ids, lengths = (x[mine] for x in prompts(ROWS, iteration))
+    uniforms = row_uniforms(1, iteration, mine.tolist(), RESPONSE)
+    return generate(roles.sampler, ids, lengths, RESPONSE, uniforms, EOS, PAD, TEMPERATURE)
+
+
+def act_and_judge(roles: Roles, dist=ALONE, iteration=0, micro_batch=4) -> Rollout:
+    samples = act(roles, torch.arange(dist.rank, ROWS, dist.world), iteration)
+    score = reward_model(roles.sampler.norm.weight.dtype).score
+    return gather(judge(samples, roles.policy, roles.reference, score, micro_batch, WIDTH, roles.features), dist)
+
+
+def experience_of(rollout: Rollout) -> Experience:
+    rewards = shape_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, 0.1)
+    return Experience.of(rollout, rewards, whiten(rewards, rollout.mask), rewards.flip(1).cumsum(1).flip(1))
+
+
+def train(roles: Roles, dist=ALONE, iterations=2, micro_batch=4) -> list[dict]:
+    """Two iterations of two epochs of two minibatches."""
+    learner, precision, updates = dist.wrap(roles.policy), optim.amp(dist.device), []
+    optimizer = optim.make_optimizer(roles.policy, lr=1e-2, eps=1e-5)
+    for iteration in range(iterations):
+        experience = experience_of(act_and_judge(roles, dist, iteration, micro_batch))
+        for rows in minibatches(ROWS, 2, 2, 1, iteration):
+            minibatch = experience[rows[dist.rank :: dist.world]]
+            updates.append(ppo.accumulate_gradient(learner, minibatch, OBJECTIVE, micro_batch, dist, precision))
+            optim.step(optimizer, roles.policy, precision.scaler, clip=0.5)
+    return updates
+
+
+def worker(out: Path) -> None:
+    """The job of each of the two processes."""
+    torch.set_num_threads(1)
+    dist = distributed.setup()
+    same = {}
+    for layout, critic in CASES[3:]:
+        roles = build(layout, critic)
+        train(roles, dist, micro_batch=2)
+        same[f"{layout} {critic}"] = dist.same(roles.policy)
+        checkpoint.save(out / f"{layout} {critic} {dist.rank}", checkpoint.trained_state(roles.policy), same)
+    dist.close()
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]))
+    raise SystemExit
+
+
+# ---- the start
+
+
+@every_case
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+def test_the_policy_starts_as_its_reference(layout, critic, family):
+    """Bit for bit where the same kernels run; the adapters' reference is one column longer."""
+    for dtype in (torch.float64, torch.float32):
+        rollout = act_and_judge(build(layout, critic, family=family, dtype=dtype))
+        tolerance = 0 if layout != "adapters" else 1e-12 if dtype == torch.float64 else 1e-5
+        torch.testing.assert_close(rollout.logprobs, rollout.ref_logprobs, rtol=0, atol=tolerance)
+        assert (rollout.values == 0).all() and rollout.mask.any()
+
+
+@every_case
+def test_the_first_ratio_is_exactly_one(layout, critic):
+    roles = build(layout, critic, dtype=torch.float32)
+    experience = experience_of(act_and_judge(roles))
+    args = (ppo.Objective(), 4, ALONE, optim.amp(torch.device("cpu")))
+    update = ppo.accumulate_gradient(roles.policy, experience[:8], *args)
+    assert update["policy/ratio"] == 1 and update["policy/approxkl"] == 0
+    for batch in experience.split(4):
+        assert torch.equal(roles.policy(batch.tokens, batch.mask, batch.features).logprobs, batch.logprobs)
+
+
+@every_case
+def test_layouts_start_alike(layout, critic):
+    """What is sampled and what is said of it does not depend on who shares whose memory."""
+    ours, theirs = act_and_judge(build(layout, critic)), act_and_judge(build("full"))
+    assert torch.equal(ours.tokens, theirs.tokens)
+    for name in ("logprobs", "ref_logprobs", "entropy", "values", "scores", "sampler_logprobs"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=1e-10, msg=name)
+
+
+def test_only_branches_have_features():
+    for layout, critic in CASES:
+        rollout = act_and_judge(build(layout, critic))
+        assert rollout.features.shape == (ROWS, WIDTH, 24 if layout == "branch" else 0)
+
+
+# ---- learning
+
+
+@every_case
+def test_training_moves_the_policy_and_nobody_else(layout, critic):
+    base = base_model()
+    before = copy.deepcopy(base.state_dict())
+    roles = build(layout, critic, base)
+    rollout = act_and_judge(roles)
+    start = {name: x.clone() for name, x in roles.policy.named_parameters()}
+    train(roles)
+    assert all(torch.equal(x, before[name]) for name, x in base.state_dict().items())
+    moved = {name for name, x in roles.policy.named_parameters() if not torch.equal(x, start[name])}
+    trained = {name for name, x in roles.policy.named_parameters() if x.requires_grad}
+    assert moved == trained and any(name.startswith("model.") for name in moved)
+    again = roles.reference(rollout.tokens, rollout.mask, rollout.features)
+    torch.testing.assert_close(again, rollout.ref_logprobs, rtol=0, atol=1e-12)
+    now = roles.policy(rollout.tokens, rollout.mask, rollout.features).logprobs
+    assert float((now - rollout.logprobs).abs().max()) > 1e-3
+    assert float((roles.policy(rollout.tokens, rollout.mask).values).abs().max()) > 1e-3
+
+
+@every_case
+def test_what_is_frozen_is_the_bases_own_memory(layout, critic):
+    base = base_model()
+    theirs = {x.data_ptr() for x in base.parameters()}
+    policy = build(layout, critic, base).policy
+    assert {x.data_ptr() for x in policy.parameters() if not x.requires_grad} <= theirs
+    assert not {x.data_ptr() for x in policy.parameters() if x.requires_grad} & theirs
+    assert sum(not x.requires_grad for x in policy.parameters()) > 0 or layout in ("full", "shared")
+    names = {name for name, x in policy.named_parameters() if x.requires_grad}
+    inner = {name for name in names if not name.startswith("value_head.")}
+    if layout == "adapters":
+        assert all(".lora_" in name for name in inner)
+    if layout == "branch":
+        assert all(name.split(".")[1:3] in (["layers", "1"], ["layers", "2"]) or ".norm." in name for name in inner)
+    assert (critic == "separate") == any(name.startswith("value_trunk.") for name in inner)
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize("top", [1, 2, LAYERS])
+def test_features_change_nothing(critic, family, top):
+    """From the kept states or from the tokens: the same log-probs, values and gradients."""
+    roles = build("branch", critic, base_model(family), branch_layers=top)
+    train(roles)
+    rollout = act_and_judge(roles)
+    found = []
+    for features in (rollout.features, rollout.features[..., :0], None):
+        roles.policy.zero_grad()
+        output = roles.policy(rollout.tokens, rollout.mask, features)
+        (output.logprobs.sum() + output.values.square().sum() + output.entropy.sum()).backward()
+        grads = [x.grad.clone() for x in roles.policy.parameters() if x.requires_grad]
+        reference = roles.reference(rollout.tokens, rollout.mask, features)
+        found.append([*vars(output).values(), reference, *grads])
+    for ours, theirs in zip(found[0], found[2]):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    assert all(torch.equal(a, b) for a, b in zip(found[1], found[2]))
+
+
+def test_learning_costs_the_top_layers_alone(monkeypatch):
+    """The frozen layers run once per rollout, whatever the number of epochs."""
+    roles = build("branch")
+    calls, forward = [], type(roles.sampler.layers[0]).forward
+    samples = act(roles)
+    monkeypatch.setattr(
+        type(roles.sampler.layers[0]),
+        "forward",
+        lambda self, *args: calls.append(self.self_attn.layer) or forward(self, *args),
+    )
+    score = lambda tokens, lengths, mask: lengths.double()  # noqa: E731
+    rollout = judge(samples, roles.policy, roles.reference, score, 4, WIDTH, roles.features)
+    assert calls.count(0) == 4 and calls.count(1) == calls.count(2) == 8  # policy and reference, 4 micro-batches
+    calls.clear()
+    args = (OBJECTIVE, 4, ALONE, optim.amp(torch.device("cpu")))
+    ppo.accumulate_gradient(roles.policy, experience_of(rollout), *args)
+    assert set(calls) == {1, 2}
+
+
+@every_case
+def test_micro_batches_change_no_gradient(layout, critic):
+    roles = build(layout, critic)
+    train(roles)
+    experience = experience_of(act_and_judge(roles))
+    found = []
+    for micro_batch in (16, 4, 1):
+        roles.policy.zero_grad()
+        args = (OBJECTIVE, micro_batch, ALONE, optim.amp(torch.device("cpu")))
+        ppo.accumulate_gradient(roles.policy, experience, *args)
+        found.append({n: x.grad.clone() for n, x in roles.policy.named_parameters() if x.requires_grad})
+    for other in found[1:]:
+        for name, x in found[0].items():
+            torch.testing.assert_close(other[name], x, rtol=1e-8, atol=1e-12, msg=name)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    out = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    environment = os.environ | group | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(out)],
+            env=environment | {"RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    for worker in workers:
+        _, errors = worker.communicate(timeout=600)
+        assert worker.returncode == 0, errors
+    return out
+
+
+@pytest.mark.parametrize("layout, critic", CASES[3:])
+def test_ranks_train_the_same_weights(two, layout, critic):
+    roles = build(layout, critic)
+    train(roles, micro_batch=2)
+    alone = checkpoint.trained_state(roles.policy)
+    for rank in (0, 1):
+        saved = checkpoint.load(two / f"{layout} {critic} {rank}")
+        assert saved.config[f"{layout} {critic}"] and saved.tensors.keys() == alone.keys()
+        for name, x in saved.tensors.items():
+            torch.testing.assert_close(x, alone[name], rtol=1e-8, atol=1e-8, msg=name)
+
+
+# ---- checkpoints
+
+
+def stored(layout, critic, base, tmp_path):
+    """A trained policy and the open checkpoint of it."""
+    roles = build(layout, critic, base)
+    train(roles)
+    config = {"kind": "policy", "layout": layout, "model": asdict(base.config), "lora_rank": 3, "lora_alpha": 6.0}
+    path = checkpoint.save(tmp_path / "policy", checkpoint.trained_state(roles.policy), config | {"branch_layers": TOP})
+    return roles, checkpoint.load(path)
+
+
+@frozen_trunk
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_checkpoint_gives_back_the_tuned_model(layout, critic, family, tmp_path):
+    base = base_model(family)
+    roles, saved = stored(layout, critic, base, tmp_path)
+    fresh = base_model(family)
+    before = copy.deepcopy(fresh.state_dict())
+    tuned = tuned_model(fresh, saved.config, saved.tensors)
+    ids = random_ids(3, 2, 9)
+    torch.testing.assert_close(tuned(ids), roles.sampler(ids), rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(tuned(ids), base(ids))
+    assert tuned.state_dict().keys() == before.keys()
+    assert all(torch.equal(x, before[name]) for name, x in fresh.state_dict().items())
+    assert tuned.embed_tokens.weight is fresh.embed_tokens.weight  # one copy in memory
+    assert not any(x.requires_grad for x in tuned.parameters())
+    stored_names = {name for name in saved.tensors if name.startswith("model.")}
+    assert not any(
+        name.startswith(("model.embed", "model.lm_head", "model.layers.0.mlp.up_proj.w")) for name in stored_names
+    )
+
+
+def test_the_policys_adapter_by_its_plain_names(tmp_path):
+    _, saved = stored("adapters", "separate", base_model(), tmp_path)
+    names = policy_adapter(saved.tensors).keys()
+    assert len(names) == LAYERS * 7 * 2 and "layers.0.self_attn.q_proj.lora_A" in names
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    _, saved = stored("branch", "shared", base_model(), tmp_path)
+    with pytest.raises(ValueError, match="does not fit"):
+        tuned_model(base_model(), saved.config | {"branch_layers": 1}, saved.tensors)
+    with pytest.raises(ValueError, match="does not fit"):
+        tuned_model(base_model(), saved.config | {"branch_layers": 3}, saved.tensors)
+    with pytest.raises(ValueError, match="layout shared"):
+        tuned_model(base_model(), saved.config | {"layout": "shared"}, saved.tensors)
+    for layers in (0, LAYERS + 1):
+        with pytest.raises(ValueError, match="branch_layers"):
+            build("branch", branch_layers=layers)
+
+
+# ---- the script
+
+
+OPTIONS = {"full": {}, "shared": {}, "adapters": {"lora_rank": 4, "lora_alpha": 8}, "branch": {"branch_layers": 1}}
+
+
+@pytest.mark.parametrize("layout", OPTIONS)
+def test_resume_is_bit_exact(world, tmp_path, layout):
+    """A checkpoint in the middle, taken for the last one: the second half is made again, the same to the bit."""
+    options = OPTIONS[layout] | {"layout": layout, "iterations": 4, "checkpoint_every": 2, "minibatches": 2}
+    options |= {"critic": "separate"} if layout == "adapters" else {}
+    world.ok("train_ppo.py", out=tmp_path / "whole", **options)
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half/step_000004")
+    world.ok("train_ppo.py", out=tmp_path / "half", **options)
+    whole, half = (checkpoint.load(tmp_path / name) for name in ("whole", "half"))
+    assert whole.path.name == half.path.name == "step_000004"
+    for ours, theirs in ((half.tensors, whole.tensors), (half.optimizer, whole.optimizer)):
+        assert ours.keys() == theirs.keys() and all(torch.equal(x, theirs[name]) for name, x in ours.items())
+    assert whole.config["layout"] == layout
+    assert ("base" in whole.config) == (layout in ("adapters", "branch"))
+    rows = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    assert all(row["policy/ratio_first"] == 1 for row in rows)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"layout": "full", "critic": "shared"}, "--layout=full has a critic of its own"),
+        ({"branch_layers": 2}, "--branch_layers has no effect with --layout=shared"),
+        ({"layout": "branch", "lora_rank": 2}, "--lora_rank has no effect with --layout=branch"),
+        ({"layout": "branch", "branch_layers": 9}, "branch_layers 9 is not between 1 and the model's 2 layers"),
+        ({"layout": "adapters", "lora_targets": "q_prj"}, "no linear layer is called q_prj"),
+    ],
+    ids=str,
+)
+def test_one_clear_line(world, tmp_path, options, message):
+    done = world.run("train_ppo.py", out=tmp_path / "run", **options)
+    assert done.code == 2 and message in done.err and done.err.count("\n") == 1
