@@ -5,7 +5,7 @@ but not out of the gradient, because the backward pass multiplies the zero gradi
 `total` sums a tensor over all ranks (`Dist.sum`); None means that this process holds the whole batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -73,17 +73,33 @@ def logprobs_and_entropy(logits: Tensor, tokens: Tensor, temperature: float = 1.
     return _LogprobsAndEntropy.apply(logits, tokens, temperature)
 
 
+CHUNK = {"cpu": 2**18, "cuda": 2**26}  # logits worked on at once: what fits the cache; few launches
+
+
 class _LogprobsAndEntropy(torch.autograd.Function):
     # The vocabulary is the widest axis there is. Plain autograd would keep three (..., V) tensors for backward;
-    # this keeps the logits, which exist anyway, and computes the probabilities again.
+    # this keeps the logits, which exist anyway, and computes the probabilities again. Some rows at a time, so that
+    # the only other (..., V) tensor that ever exists is the gradient.
 
     @staticmethod
     def forward(ctx, logits, tokens, temperature):
-        z = _tempered(logits, temperature)
-        logsumexp = z.logsumexp(-1, keepdim=True)
-        logprobs = (z.gather(-1, tokens.unsqueeze(-1)) - logsumexp).squeeze(-1)
-        probs = (z - logsumexp).exp_()
-        entropy = torch.special.entr(probs, out=probs).sum(-1)  # entr(p) = -p log p, and 0 at p = 0
+        rows, ids = logits.reshape(-1, logits.shape[-1]), tokens.reshape(-1, 1)  # (N, V), (N, 1)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        logprobs, entropy, logsumexp = (torch.empty(len(rows), 1, dtype=wide, device=rows.device) for _ in range(3))
+        for part in _chunks(rows):
+            z = _tempered(rows[part], temperature)
+            highest = z.amax(-1, keepdim=True)
+            z = z - highest
+            logprobs[part] = z.gather(-1, ids[part])
+            p = z.exp()
+            total = p.sum(-1, keepdim=True)
+            # H = log sum_v e^z_v - sum_v p_v z_v; the clamp is for z = -inf, where p z must be 0
+            weighted = torch.linalg.vecdot(p, z.clamp_(min=torch.finfo(wide).min)).unsqueeze(-1)
+            logsum = total.log()
+            logprobs[part] -= logsum
+            entropy[part] = logsum - weighted / total
+            logsumexp[part] = logsum + highest
+        logprobs, entropy = logprobs.view(tokens.shape), entropy.view(tokens.shape)
         ctx.save_for_backward(logits, tokens, logsumexp, entropy)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
@@ -93,15 +109,26 @@ class _LogprobsAndEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
         logits, tokens, logsumexp, entropy = ctx.saved_tensors
-        probs = (_tempered(logits, ctx.temperature) - logsumexp).exp_()  # (..., V)
-        grad = torch.zeros_like(probs)
-        if grad_logprobs is not None:  # d log p(token) / dz_v = [v = token] - p_v
-            grad.scatter_(-1, tokens.unsqueeze(-1), grad_logprobs.unsqueeze(-1))
-            grad.addcmul_(probs, grad_logprobs.unsqueeze(-1), value=-1)
-        if grad_entropy is not None:  # dH / dz_v = -p_v (log p_v + H) = entr(p_v) - H p_v
-            grad.addcmul_(probs, (grad_entropy * entropy).unsqueeze(-1), value=-1)
-            grad.addcmul_(torch.special.entr(probs, out=probs), grad_entropy.unsqueeze(-1))
-        return grad.div_(ctx.temperature).to(logits.dtype), None, None
+        rows, ids = logits.reshape(-1, logits.shape[-1]), tokens.reshape(-1, 1)
+        grad = torch.empty_like(rows)
+        for part in _chunks(rows):
+            p = _tempered(rows[part], ctx.temperature).sub(logsumexp[part]).exp_()  # (n, V)
+            out = torch.zeros_like(p) if grad_logprobs is None else None
+            if grad_logprobs is not None:  # d log p(token) / dz_v = [v = token] - p_v
+                up = grad_logprobs.reshape(-1, 1)[part]
+                out = (p * -up).scatter_add_(-1, ids[part], up)
+            if grad_entropy is not None:  # dH / dz_v = -p_v (log p_v + H) = entr(p_v) - H p_v
+                up = grad_entropy.reshape(-1, 1)[part]
+                out.addcmul_(p, up * entropy.reshape(-1, 1)[part], value=-1)
+                out.addcmul_(torch.special.entr(p, out=p), up)
+            grad[part] = out if ctx.temperature == 1 else out.div_(ctx.temperature)
+        return grad.view_as(logits), None, None
+
+
+def _chunks(rows: Tensor) -> Iterator[slice]:
+    """Slices of (N, V) rows, a few at a time."""
+    size = max(1, CHUNK.get(rows.device.type, CHUNK["cuda"]) // rows.shape[-1])
+    return (slice(start, start + size) for start in range(0, len(rows), size))
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:
