@@ -25,11 +25,10 @@ def process_age() -> float:
 STARTED = time.perf_counter() - process_age()
 
 
-def resume(out: str, options: dict, module: nn.Module, optimizer, scaler, dist) -> dict:
-    """Start the run in `out`, or load its newest checkpoint into module, optimizer and scaler.
+def begin(out: str, options: dict, dist) -> None:
+    """Start the run in `out`, or find that it was started with the same options.
 
-    Returns {"done": steps, "seconds": used so far, ...}, what `save` was given. Raises ValueError if `out` holds a run
-    with other options: going on would mix two experiments.
+    Raises ValueError if `out` holds a run with other options: going on would mix two experiments.
     """
     path = Path(out) / "run.json"
     # a command that failed before its first step must not hold the directory against the corrected one
@@ -45,6 +44,14 @@ def resume(out: str, options: dict, module: nn.Module, optimizer, scaler, dist) 
                 f"{out} holds a run started with {name}={theirs}, this command says {name}={ours}: "
                 "repeat its options to resume it, choose another --out, or delete the directory"
             )
+
+
+def resume(out: str, options: dict, module: nn.Module, optimizer, scaler, dist) -> dict:
+    """`begin`, and load the run's newest checkpoint, if there is one, into module, optimizer and scaler.
+
+    Returns {"done": steps, "seconds": used so far, ...}, what `save` was given.
+    """
+    begin(out, options, dist)
     newest = checkpoint.latest(out)
     if newest is None:
         return {"done": 0, "seconds": 0.0}
