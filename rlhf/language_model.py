@@ -56,22 +56,28 @@ def load_language_model(path: str, fingerprint: str, device: torch.device | str 
     Raises ValueError if it reads other tokens than `fingerprint` says, FileNotFoundError if there is none.
     """
     saved = checkpoint.load(checkpoint.resolve(path))
-    kind, tensors = saved.config.get("kind"), dict(saved.tensors)
-    if kind not in ("lm", "policy"):
-        raise ValueError(
-            f"{path} holds a {kind} checkpoint, a language model is needed: use train_lm.py or train_ppo.py"
-        )
+    model = language_model_of(saved, path)
     if saved.config["tokenizer"] != fingerprint:
         raise ValueError(
             f"{path} was trained with tokenizer {saved.config['tokenizer'][:12]}, this is tokenizer {fingerprint[:12]}: "
             "use the tokenizer that lies beside the checkpoint"
+        )
+    return model.to(device)
+
+
+def language_model_of(saved: checkpoint.Checkpoint, path: str) -> Transformer:
+    """The language model of an open checkpoint that holds all of it; ValueError if that is none."""
+    kind, tensors = saved.config.get("kind"), dict(saved.tensors)
+    if kind not in ("lm", "policy"):
+        raise ValueError(
+            f"{path} holds a {kind} checkpoint, a language model is needed: use train_lm.py or train_ppo.py"
         )
     if kind == "policy":
         prefix = "model."
         tensors = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
     model = new_transformer(saved.config["model"], path)
     checkpoint.load_weights(model, tensors, path)
-    return model.to(device)
+    return model
 
 
 def new_transformer(config: dict, where: str) -> Transformer:

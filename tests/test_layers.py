@@ -38,8 +38,8 @@ def room(module: str) -> str:
     for prefix in ("rlhf.infra", "rlhf.serve", "model", "data", "tests", "bench", "docs"):
         if module == prefix or module.startswith(prefix + "."):
             return prefix
-    if module == "rlhf.check":
-        return "check"
+    if module in ("rlhf.check", "rlhf.pretrained"):
+        return module.removeprefix("rlhf.")
     return "join" if module.startswith("rlhf.") else "rlhf" if module == "rlhf" else "script"
 
 
@@ -51,8 +51,9 @@ MAY_IMPORT = {  # room -> the rooms of ours that it may import
     "formula": {"formula"},
     "check": {"formula", "rlhf.infra"},
     "join": {"model", "formula", "rlhf.infra", "join"},
-    "rlhf.serve": {"model", "formula", "rlhf.infra", "join", "rlhf.serve"},
-    "script": {"model", "data", "formula", "rlhf.infra", "join", "check", "script"},
+    "pretrained": {"model", "data", "rlhf.infra", "join"},  # where a tokenizer meets a model
+    "rlhf.serve": {"model", "pretrained", "formula", "rlhf.infra", "join", "rlhf.serve"},
+    "script": {"model", "data", "formula", "rlhf.infra", "join", "check", "pretrained", "script"},
 }
 MAY_IMPORT |= dict.fromkeys(("tests", "bench", "docs"), MAY_IMPORT["script"] | {"tests", "rlhf.serve"})
 

