@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from data.loader import SomeRows
 from data.tokens import TokenFile
 
 GAPS = {"all": 0.0, "0.5": 0.5, "1": 1.0, "2": 2.0}  # pairs whose ratings differ by more than this, in points
@@ -24,15 +25,20 @@ def pairwise_accuracy(chosen: np.ndarray, rejected: np.ndarray, gap: np.ndarray)
     }
 
 
-def accuracy(scores: np.ndarray, file: TokenFile) -> dict[str, float]:
+def accuracy(scores: np.ndarray, file: TokenFile | SomeRows) -> dict[str, float]:
     """`pairwise_accuracy` of one score per row, (rows,), on the pairs of a token file."""
     return pairwise_accuracy(
         scores[file.column("pair_chosen")], scores[file.column("pair_rejected")], file.column("pair_gap")
     )
 
 
-def baselines(train: TokenFile, test: TokenFile, rules: Callable[[str], float]) -> dict[str, dict[str, float]]:
-    """Pairwise accuracy on the test pairs: name -> {"all", "0.5", "1", "2"}. rules: text -> score, see `load_rules`."""
+def baselines(
+    train: TokenFile, test: TokenFile | SomeRows, rules: Callable[[str], float]
+) -> dict[str, dict[str, float]]:
+    """Pairwise accuracy on the test pairs: name -> {"all", "0.5", "1", "2"}. rules: text -> score, see `load_rules`.
+
+    The bag of words learns from all of `train`.
+    """
     length = train.lengths().astype(float)
     sign = 1.0 if accuracy(length, train)["all"] >= 0.5 else -1.0  # people like long texts or short ones: train decides
     bow = BagOfWords(train.texts, train.column("rating"))
@@ -45,7 +51,7 @@ def baselines(train: TokenFile, test: TokenFile, rules: Callable[[str], float]) 
     }
 
 
-def people(judge: np.ndarray, truth: np.ndarray, file: TokenFile) -> dict[str, float]:
+def people(judge: np.ndarray, truth: np.ndarray, file: TokenFile | SomeRows) -> dict[str, float]:
     """The ceiling: some raters' mean as the score, the mean of *other* raters as the truth, which also sets the gap.
 
     judge (rows,), truth (rows,). Two halves of the raters: what ten people say about ten others; one against the rest:
