@@ -18,18 +18,19 @@ from data.tokenizer import check_fingerprint, load_tokenizer
 from data.vader import load_rules
 from model.generate import Generated, generate, row_uniforms
 from model.transformer import Transformer
-from rlhf.actor_critic import frozen_reference
+from rlhf.actor_critic import logprobs_of
 from rlhf.evaluation import best_of_n, best_of_n_kl, paired_bootstrap, win_rate
 from rlhf.infra import config, distributed, run
 from rlhf.kl import k1, k3
-from rlhf.language_model import LanguageModel, load_language_model
+from rlhf.language_model import LanguageModel
 from rlhf.ppo import distinct_n
+from rlhf.pretrained import open_base, open_pretrained
 from rlhf.reward_model import load_reward, python_reward
 
 
 @dataclass(frozen=True)
 class Config:
-    base: str = "out/lm"  # language model before PPO; the KL is measured against it
+    base: str = "out/lm"  # language model before PPO (run, HF directory, GGUF file or name); KL is measured against it
     tuned: str = "out/ppo"  # language model after PPO
     reward: str = "out/rm"  # the reward that PPO maximised: a directory, or file.py:function
     judge: str = "vader"  # score that PPO never saw: "vader" = rules in the data, or file.py:function
@@ -40,12 +41,14 @@ class Config:
     prompts: int = 512  # held-out prompts
     prompt_tokens: int = 4  # text tokens of a prompt, after bos
     response_tokens: int = 24  # longest response, tokens
+    human_texts: int | None = None  # held-out texts whose perplexity is measured, spread over the split; none = all
     temperature: float = 1.0  # of sampling and of the KL
-    best_of: int = 16  # samples per prompt for best-of-n; reported for 4 and for all of them
+    best_of: int = 16  # samples per prompt for best-of-n; reported for 4 and for all of them; 1 = none
     seed: int = 7  # of prompts and samples; both models draw with the same random numbers
 
     def __post_init__(self):
-        config.at_least(self, prompts=1, prompt_tokens=1, response_tokens=1, temperature=1e-3, best_of=1, seed=0)
+        config.at_least(self, prompts=1, prompt_tokens=1, response_tokens=1, human_texts=1, temperature=1e-3, best_of=1)
+        config.at_least(self, seed=0)
 
 
 def main() -> None:
@@ -55,13 +58,16 @@ def main() -> None:
     tokenizer = load_tokenizer(cfg.data)
     test = TokenFile(f"{cfg.data}/{cfg.split}")
     check_fingerprint(test.fingerprint, tokenizer.fingerprint, test.path)
-    base, tuned = (load_language_model(path, tokenizer.fingerprint, device) for path in (cfg.base, cfg.tuned))
-    reward = load_reward(cfg.reward, tokenizer, device)
+    opened = [open_pretrained(spec, device) for spec in (cfg.base, cfg.tuned)]
+    for model in opened:
+        check_fingerprint(tokenizer.fingerprint, model.tokenizer.fingerprint, model.spec)
+    base, tuned, stop_ids = opened[0].model.eval(), opened[1].model.eval(), opened[0].stop_ids
+    reward = load_reward(cfg.reward, tokenizer, device, base=opened[0], open_base=open_base)
     judge = load_judge(cfg, tokenizer)
     starts = held_out_prompts(cfg)
     prompts, lengths, _ = PromptLoader(starts, test.pad, min(cfg.prompts, len(starts)), cfg.seed).batch(0)
     prompts, lengths = prompts.to(device), lengths.to(device)
-    logprobs_of = {"base": frozen_reference(base, cfg.temperature), "tuned": frozen_reference(tuned, cfg.temperature)}
+    logprobs = {"base": logprobs_of(base, cfg.temperature), "tuned": logprobs_of(tuned, cfg.temperature)}
 
     def sample(model: Transformer, n: int) -> list[Generated]:
         """n responses per prompt, 64 prompts at a time; the first of each is the same draw for every n."""
@@ -72,7 +78,7 @@ def main() -> None:
             groups.append(
                 generate(
                     model, prompts[rows], lengths[rows], cfg.response_tokens, uniforms,
-                    tokenizer.eos, tokenizer.pad, cfg.temperature,
+                    stop_ids, tokenizer.pad, cfg.temperature,
                 )
             )  # fmt: skip
         return groups
@@ -88,16 +94,16 @@ def main() -> None:
         results[name] = {
             "reward": scores(reward, groups),
             "judge": scores(judge, groups),
-            **divergence(groups, logprobs_of[name], logprobs_of["base"]),
+            **divergence(groups, logprobs[name], logprobs["base"]),
             "responses": [row[m].tolist() for g in groups for row, m in zip(g.tokens, g.mask)],
             "texts": [tokenizer.decode(row[:n].tolist()) for g in groups for row, n in zip(g.tokens, g.lengths)],
             "finished": torch.cat([g.finished for g in groups]).double().cpu().numpy(),
-            "perplexity": perplexity({"base": base, "tuned": tuned}[name], test, device),
+            "perplexity": perplexity({"base": base, "tuned": tuned}[name], test, cfg.human_texts, device),
         }
     proxy, gold = (scores(score, pool).reshape(len(prompts), cfg.best_of) for score in (reward, judge))
 
     rows = {name: describe(result) for name, result in results.items()}
-    for n in sorted({min(4, cfg.best_of), cfg.best_of}):
+    for n in sorted({min(4, cfg.best_of), cfg.best_of} - {1}):
         chosen = {"reward": best_of_n(proxy, proxy, n), "judge": best_of_n(proxy, gold, n)}
         rows[f"best of {n}"] = {**{k: mean_and_interval(v) for k, v in chosen.items()}, "kl": best_of_n_kl(n)}
     before, after = results["base"], results["tuned"]
@@ -159,22 +165,23 @@ def first_of(group: Generated, n: int) -> Generated:
     return Generated(**{name: x[::n] for name, x in vars(group).items()})
 
 
-def divergence(groups: list[Generated], logprobs_of, base_logprobs_of) -> dict[str, np.ndarray]:
+def divergence(groups: list[Generated], policy, base) -> dict[str, np.ndarray]:
     """KL to the base in nats per response, by k1 and k3, and its perplexity for the base: (rows,) each."""
     parts = []
     for group in groups:
-        ours, theirs = (f(group.tokens, group.mask) for f in (logprobs_of, base_logprobs_of))  # (B, T), zero outside
+        ours, theirs = (f(group.tokens, group.mask) for f in (policy, base))  # (B, T), zero outside
         parts.append(torch.stack([k1(ours, theirs).sum(1), k3(ours, theirs).sum(1), -theirs.sum(1), group.mask.sum(1)]))
     kl, kl_k3, nll, length = torch.cat(parts, 1).double().cpu().numpy()
     return {"kl": kl, "kl_k3": kl_k3, "nll": nll, "length": length}
 
 
-def perplexity(model: Transformer, test: TokenFile, device) -> float:
-    """Of all human sentences of the test split."""
+def perplexity(model: Transformer, test: TokenFile, count: int | None, device) -> float:
+    """Of the human sentences of the split, or of `count` that are spread over it."""
     loader, language_model = SentenceLoader(test, 64, seed=0, context=model.config.context), LanguageModel(model)
+    chosen = np.linspace(0, len(loader) - 1, min(count or len(loader), len(loader))).astype(np.int64)
     losses = []
-    for rows in in_order(len(loader), 64):
-        batch = loader.take(rows)
+    for places in in_order(len(chosen), 64):
+        batch = loader.take(chosen[places])
         losses.append(language_model(batch.tokens.to(device), batch.mask.to(device)).double())
     return math.exp(float(torch.cat(losses).mean()))
 

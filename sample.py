@@ -13,15 +13,14 @@ import numpy as np
 import torch
 
 from data.loader import pad, prompts_from_text
-from data.tokenizer import load_tokenizer
 from model.generate import generate, row_uniforms
-from rlhf.infra import checkpoint, config, distributed
-from rlhf.language_model import load_language_model
+from rlhf.infra import config, distributed
+from rlhf.pretrained import open_pretrained
 
 
 @dataclass(frozen=True)
 class Config:
-    checkpoint: str = "out/ppo"  # run or checkpoint directory of train_lm.py or train_ppo.py
+    checkpoint: str = "out/ppo"  # run or checkpoint directory, HF-format directory, GGUF file, or a model's name
     prompt: str | None = None  # text to continue; none = a file of prompts, or interactive
     prompts: str | None = None  # file with one prompt per line
     samples: int = 1  # continuations per prompt
@@ -43,16 +42,15 @@ class Config:
 def main() -> None:
     cfg = config.parse(Config)
     device = distributed.setup().device
-    path = checkpoint.resolve(cfg.checkpoint)
-    tokenizer = load_tokenizer(path)
-    model = load_language_model(path, tokenizer.fingerprint, device).eval()
+    opened = open_pretrained(cfg.checkpoint, device)
+    tokenizer, model = opened.tokenizer, opened.model.eval()
     for turn, prompts in enumerate(batches(cfg, tokenizer)):
         tokens, lengths = pad(prompts, tokenizer.pad)
         rows = range(len(prompts) * cfg.samples)
         uniforms = row_uniforms(cfg.seed, turn, rows, cfg.tokens).to(device) if cfg.temperature else None
         out = generate(
             model, tokens.to(device), lengths.to(device), cfg.tokens, uniforms,
-            tokenizer.eos, tokenizer.pad, cfg.temperature, cfg.top_k, cfg.top_p,
+            opened.stop_ids, tokenizer.pad, cfg.temperature, cfg.top_k, cfg.top_p,
         )  # fmt: skip
         for row, start, end, logprob in zip(out.tokens, out.prompt_lengths, out.lengths, out.logprobs.sum(1)):
             text = tokenizer.decode(row[:end].tolist())
@@ -64,14 +62,14 @@ def main() -> None:
 def batches(cfg: Config, tokenizer) -> Iterator[list[np.ndarray]]:
     """Groups of prompts as token ids: one, those of a file in groups of 64, or line by line from the keyboard."""
     if cfg.prompt is not None:
-        yield [np.array([tokenizer.bos, *tokenizer.encode(cfg.prompt)])]
+        yield [np.array([tokenizer.start, *tokenizer.encode(cfg.prompt)])]
     elif cfg.prompts is not None:
         prompts = prompts_from_text(cfg.prompts, tokenizer)
         for start in range(0, len(prompts), 64):
             yield prompts[start : start + 64]
     else:
         while line := read_line():
-            yield [np.array([tokenizer.bos, *tokenizer.encode(line)])]
+            yield [np.array([tokenizer.start, *tokenizer.encode(line)])]
 
 
 def read_line() -> str:

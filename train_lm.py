@@ -15,14 +15,17 @@ from data.tokenizer import check_fingerprint, load_tokenizer
 from model.transformer import ModelConfig, Transformer
 from rlhf.infra import config, distributed, optim, run
 from rlhf.infra.metrics import Metrics
-from rlhf.language_model import LanguageModel, load_language_model
+from rlhf.language_model import LanguageModel
+from rlhf.pretrained import digest_of, open_pretrained
 
 
 @dataclass(frozen=True)
 class Config:
     data: str = "out/data/vader"  # directory made by data.prepare
     out: str = "out/lm"  # run directory: checkpoints, metrics.jsonl, report.json
-    init: str | None = None  # checkpoint to start from; none = random weights of the shape below
+    init: str | None = (
+        None  # run, HF directory, GGUF file or model's name to start from; none = the shape below, random
+    )
     # shape of a new model
     width: int = 128  # size of the hidden states
     layers: int = 4  # transformer blocks
@@ -70,6 +73,7 @@ def main() -> None:
     optimizer = optim.make_optimizer(model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.95))
 
     inputs = {"data_sha256": train.manifest["sha256"]["tokens.bin"]}
+    inputs |= {"init_sha256": digest_of(cfg.init)} if cfg.init else {}
     state = run.resume(cfg.out, asdict(cfg) | inputs, model, optimizer, precision.scaler, dist)
     first, spent = state["done"], state["seconds"]
 
@@ -127,7 +131,9 @@ def main() -> None:
 
 def build_model(cfg: Config, tokenizer) -> Transformer:
     if cfg.init:
-        return load_language_model(cfg.init, tokenizer.fingerprint)
+        base = open_pretrained(cfg.init)
+        check_fingerprint(tokenizer.fingerprint, base.tokenizer.fingerprint, cfg.init)
+        return base.model.requires_grad_(True)
     names = ("width", "layers", "heads", "kv_heads", "ffn", "context")
     model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **{n: getattr(cfg, n) for n in names}))
     model.init_weights(torch.Generator().manual_seed(cfg.seed))

@@ -83,6 +83,8 @@ class BPETokenizer:
         self.pad = pad if pad is not None and pad != eos else (spare or [eos])[0]
         self.chat_template, self.path = chat_template, path
         self.control = {tokens[i]: i for i, kind in enumerate(types) if kind in (UNKNOWN, CONTROL) and tokens[i]}
+        # what a plain text begins with: bos, or what stood between the texts of a model that was trained without one
+        self.start = self.bos if add_bos else self.control.get("<|endoftext|>", self.bos)
         self.fingerprint = hashlib.sha256(dump({**self.parts(), "chat_template": None})).hexdigest()
 
         self._bytes = spelled_bytes(tokens, types)

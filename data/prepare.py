@@ -22,7 +22,7 @@ import numpy as np
 from data import vader
 from data.fetch import fetch, sha256
 from data.text import SPLITS, key, split_of
-from data.tokenizer import MODEL_FILE, SentencePieceTokenizer, load_tokenizer, train_sentencepiece
+from data.tokenizer import MODEL_FILE, SentencePieceTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
 from data.tokens import FORMAT, write_token_file
 
 PAIRS = {"train": 40_000, "validation": 8_000, "test": 8_000}
@@ -53,13 +53,13 @@ def make_pairs(ratings: np.ndarray, domains: np.ndarray, count: int, seed: int) 
     return {"pair_chosen": pairs[:, 0], "pair_rejected": pairs[:, 1], "pair_gap": np.abs(gap).astype(np.float32)}
 
 
-def prepare_vader(out: Path, vocab_size: int = 2048) -> None:
+def prepare_vader(out: Path, vocab_size: int = 2048, tokenizer_dir: Path | None = None) -> None:
     """Rated sentences of four domains -> out/{train,validation,test,tokenizer,rules} and out/manifest.json."""
     made = {
         "by": "python -m data.prepare vader",
         "source": vader.SDIST,
         "sha256": vader.SDIST_SHA256,
-        "vocab_size": vocab_size,
+        **({"tokenizer": load_tokenizer(tokenizer_dir).fingerprint} if tokenizer_dir else {"vocab_size": vocab_size}),
         "pairs": PAIRS,
         "recipe": RECIPE,
     }
@@ -71,7 +71,7 @@ def prepare_vader(out: Path, vocab_size: int = 2048) -> None:
     with _building(out) as work:
         vader.write_rules(sdist, work / "rules")
         train = [s.text for s in sentences if s.split == "train"]
-        tokenizer = train_sentencepiece(train, work / "tokenizer" / MODEL_FILE, vocab_size)
+        tokenizer = make_tokenizer(train, work / "tokenizer", vocab_size, tokenizer_dir)
         splits = {}
         for split in SPLITS:
             rows = [s for s in sentences if s.split == split]
@@ -90,6 +90,14 @@ def prepare_vader(out: Path, vocab_size: int = 2048) -> None:
             )
         _finish(work, made, counts, splits, tokenizer)
     _report(out)
+
+
+def make_tokenizer(texts: list[str], directory: Path, vocab_size: int, given: Path | None) -> Tokenizer:
+    """A copy of the tokenizer that lies in `given`, or one trained on the texts; either is saved in `directory`."""
+    if given is None:
+        return train_sentencepiece(texts, directory / MODEL_FILE, vocab_size)
+    load_tokenizer(given).save(directory)
+    return load_tokenizer(directory)
 
 
 def prepare_text(file: Path, out: Path, tokenizer_dir: Path | None, vocab_size: int, unit: str) -> None:
@@ -121,12 +129,7 @@ def prepare_text(file: Path, out: Path, tokenizer_dir: Path | None, vocab_size: 
         raise ValueError(f"{file}: none of its {len(first)} {unit}s falls into the training split; use a longer text")
     count = {"read": len(parts), "empty": len(parts) - len(filled), "duplicate": len(filled) - len(first)}
     with _building(out) as work:
-        target = work / "tokenizer" / MODEL_FILE
-        if tokenizer_dir:
-            load_tokenizer(tokenizer_dir).save(target.parent)
-            tokenizer = load_tokenizer(target.parent)
-        else:
-            tokenizer = train_sentencepiece(rows["train"], target, vocab_size)
+        tokenizer = make_tokenizer(rows["train"], work / "tokenizer", vocab_size, tokenizer_dir)
         splits = {}
         for split, texts in rows.items():
             columns = {"domain": np.zeros(len(texts), np.uint8)}
@@ -216,20 +219,23 @@ def main(argv: list[str] | None = None) -> None:
     jobs = parser.add_subparsers(dest="job", required=True)
     v = jobs.add_parser("vader", help="rated sentences of four domains, from PyPI", allow_abbrev=False)
     v.add_argument("--out", type=Path, default=Path("out/data/vader"), help="directory to write (%(default)s)")
-    v.add_argument("--vocab_size", type=int, default=2048, help="pieces of the tokenizer (%(default)s)")
     t = jobs.add_parser("text", help="any plain text file", allow_abbrev=False)
     t.add_argument("file", type=Path, help="UTF-8 text")
     t.add_argument("--out", type=Path, required=True, help="directory to write")
-    t.add_argument("--tokenizer", type=Path, help="use this tokenizer (a directory that holds one) and train none")
-    t.add_argument("--vocab_size", type=int, help="pieces of the tokenizer that is trained otherwise (2048)")
     t.add_argument("--unit", choices=["paragraph", "line"], default="paragraph", help="what one row is (%(default)s)")
+    for job in (v, t):
+        job.add_argument(
+            "--tokenizer", type=Path, help="use this tokenizer (a directory that holds one) and train none"
+        )
+        job.add_argument("--vocab_size", type=int, help="pieces of the tokenizer that is trained otherwise (2048)")
     args = parser.parse_args(argv)
+    if args.tokenizer and args.vocab_size:
+        raise ValueError("--vocab_size has no effect with --tokenizer: that one is trained already")
+    vocab_size = args.vocab_size or 2048
     if args.job == "vader":
-        prepare_vader(args.out, args.vocab_size)
+        prepare_vader(args.out, vocab_size, args.tokenizer)
     else:
-        if args.tokenizer and args.vocab_size:
-            raise ValueError("--vocab_size has no effect with --tokenizer: that one is trained already")
-        prepare_text(args.file, args.out, args.tokenizer, args.vocab_size or 2048, args.unit)
+        prepare_text(args.file, args.out, args.tokenizer, vocab_size, args.unit)
     print(f"{time.perf_counter() - STARTED:.1f} s")
 
 

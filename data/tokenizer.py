@@ -53,6 +53,7 @@ class SentencePieceTokenizer:
             raise ValueError(
                 f"{self.path or 'the tokenizer'} lacks a distinct pad, bos or eos ({self.pad}, {self.bos}, {self.eos})"
             )
+        self.start = self.bos  # what a plain text begins with
         self.control = {self.model.id_to_piece(i): i for i in range(self.vocab_size) if self.model.is_control(i)}
         self._hidden = {*self.control.values(), self.pad}
 

@@ -41,7 +41,7 @@ def write_token_file(
     rows = []
     for start in tqdm(range(0, len(texts), 1000), desc=f"tokens of {directory.name}", leave=False, disable=None):
         for ids_of_text in tokenizer.encode_many(texts[start : start + 1000]):
-            rows.append(np.array([tokenizer.bos, *ids_of_text, tokenizer.eos], dtype))
+            rows.append(np.array([tokenizer.start, *ids_of_text, tokenizer.eos], dtype))
     arrays = {
         "tokens": np.concatenate(rows) if rows else np.zeros(0, dtype),
         "offsets": np.cumsum([0] + [len(r) for r in rows], dtype=np.int64),
@@ -65,7 +65,7 @@ def write_token_file(
             "fingerprint": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "pad": tokenizer.pad,
-            "bos": tokenizer.bos,
+            "bos": tokenizer.start,
             "eos": tokenizer.eos,
         },
         "arrays": {name: {"dtype": str(a.dtype), "length": len(a)} for name, a in arrays.items()},

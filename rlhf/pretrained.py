@@ -99,7 +99,7 @@ def locate(spec: str) -> Path:
         close = difflib.get_close_matches(spec, MODELS, 1)
         hint = f"did you mean {close[0]}?" if close else f"models by name: {', '.join(MODELS)}"
         raise FileNotFoundError(
-            f"no model at {spec}: a run directory, an HF-format directory or a GGUF file was expected; {hint}"
+            f"no checkpoint in {spec}: a run directory, an HF-format directory or a GGUF file was expected; {hint}"
         ) from None
 
 

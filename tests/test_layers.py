@@ -16,6 +16,7 @@ INSIDE_FUNCTIONS = {
     "uvicorn",
     "trl",
     "transformers",
+    "tokenizers",
     "peft",
     "datasets",
     "accelerate",

@@ -133,7 +133,7 @@ def test_unknown_columns_and_domains(file):
 
 def test_a_large_vocabulary_is_stored_in_uint32(tokenizer, tmp_path):
     class Large:
-        vocab_size, fingerprint, pad, bos, eos = 70_000, "f", 0, 1, 2
+        vocab_size, fingerprint, pad, start, eos = 70_000, "f", 0, 1, 2
 
         def encode_many(self, texts):
             return [[69_999] for _ in texts]
