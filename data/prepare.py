@@ -22,7 +22,7 @@ import numpy as np
 from data import vader
 from data.fetch import fetch, sha256
 from data.text import SPLITS, key, split_of
-from data.tokenizer import MODEL_FILE, SentencePieceTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
+from data.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer, train_sentencepiece
 from data.tokens import FORMAT, write_token_file
 
 PAIRS = {"train": 40_000, "validation": 8_000, "test": 8_000}
@@ -179,7 +179,7 @@ def _building(out: Path) -> Iterator[Path]:
             shutil.rmtree(directory, ignore_errors=True)
 
 
-def _finish(work: Path, made: dict, counts: dict, splits: dict, tokenizer: SentencePieceTokenizer) -> None:
+def _finish(work: Path, made: dict, counts: dict, splits: dict, tokenizer: Tokenizer) -> None:
     files = {str(f.relative_to(work)): f.stat().st_size for f in sorted(work.rglob("*")) if f.is_file()}
     summary = {s: {k: m[k] for k in ("rows", "tokens", "pairs", "rows_by_domain")} for s, m in splits.items()}
     manifest = {"format": FORMAT, "made": made, "counts": counts, "splits": summary}
