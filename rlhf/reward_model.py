@@ -112,6 +112,8 @@ class FrozenReward(Normalised):
         self.states, self.features, self.stop_ids = states, tuple(features), tuple(stop_ids)
         states.read(depth for depth, _ in self.features)
         self.head = nn.Linear(len(self.features) * states.model.config.width, 1)
+        nn.init.zeros_(self.head.weight)  # until a fit or a checkpoint fills it
+        nn.init.zeros_(self.head.bias)
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Raw score of every text, a standardised rating: tokens (B, T) right-padded, lengths (B,) -> (B,)."""

@@ -1,0 +1,331 @@
+"""A linear head on a frozen trunk: a score belongs to its text alone, and the head is the textbook's."""
+
+import json
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference_model import random_ids, small_model
+from test_bad_input import refused
+
+from data.loader import SomeRows, TokenFile, spread_rows
+from model.transformer import Transformer
+from rlhf.frozen import FrozenStates
+from rlhf.infra import checkpoint
+from rlhf.pretrained import open_pretrained
+from rlhf.reward_model import FrozenReward, fit_heads, head_of, load_reward, load_reward_model, ridge, text_features
+
+STOPS = (1, 2)
+ROWS, LONGEST = 8, 9
+LENGTHS = [2, 9, 4, 3, 7, 5, 9, 6]
+# ids 3 to 12: bos (3), then text without a stop token
+TEXTS = [[3, *(3 + row[: n - 1] % 10).tolist()] for row, n in zip(random_ids(3, ROWS, LONGEST), LENGTHS)]
+FEATURES = ((1, "mean"), (2, "last"))
+
+
+@dataclass(frozen=True)
+class Base:
+    model: Transformer
+    digest: str = "0123456789abcdef"
+
+
+def batch(texts, width: int = 0, padding: int = 7):
+    width = max([width, *map(len, texts)])
+    tokens = torch.tensor([text + [padding] * (width - len(text)) for text in texts])
+    lengths = torch.tensor([len(text) for text in texts])
+    return tokens, lengths, torch.arange(width) == lengths[:, None] - 1
+
+
+def fitted(states: FrozenStates, features=FEATURES, dtype=torch.float32) -> FrozenReward:
+    """With a head, a gain and a bias that are none of them trivial."""
+    model = FrozenReward(states, features, STOPS).to(dtype)
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.ones_(model.head.bias)
+    model.normalise(torch.tensor([3.0, -1.0, 2.5]))
+    return model.requires_grad_(False)
+
+
+# ---- one text, one score
+
+
+@settings(max_examples=25)
+@given(
+    rows=st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=6),
+    extra=st.integers(0, 6),
+    padding=st.integers(0, 12),  # stop tokens, too
+)
+def test_company_and_padding_change_no_score(rows, extra, padding):
+    model = fitted(FrozenStates(small_model("llama", torch.float32)))
+    texts = [TEXTS[row] for row in rows]
+    alone = torch.cat([model.score(*batch([text])) for text in texts])
+    together = model.score(*batch(texts, max(map(len, texts)) + extra, padding))
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_an_ended_text_scores_like_the_same_text_cut_off(stop):
+    """PPO must not earn by ending a response, nor by not ending it."""
+    model = fitted(FrozenStates(small_model("llama")), dtype=torch.float64)
+    cut, ended = (model.score(*batch([text + end for text in TEXTS])) for end in ([], [stop]))
+    torch.testing.assert_close(ended, cut, rtol=1e-10, atol=1e-10)
+    twice = model.score(*batch([text + [stop, stop] for text in TEXTS]))
+    assert not torch.allclose(twice, cut, atol=1e-3)  # only the last token may be an end
+
+
+def test_features_by_the_definition():
+    """One text at a time; no bos, no final stop token; depth n is what the first n layers made of it."""
+    model = small_model("smollm2")
+    features = [(depth, pooling) for depth in range(3) for pooling in ("mean", "last")]
+    states = FrozenStates(model).read(range(3))
+    tokens, lengths, _ = batch([text + [1] for text in TEXTS], 12)
+    got = text_features(states(tokens), features, tokens, lengths, STOPS)  # (B, 6, D)
+    assert got.shape == (ROWS, 6, 24)
+    for i, text in enumerate(TEXTS):
+        row = torch.tensor([text])
+        span = model.span(row)
+        for f, (depth, pooling) in enumerate(features):
+            hidden = model.blocks(model.embed(row, span), span, 0, depth)[0, 1:]  # without bos
+            wanted = hidden[-1] if pooling == "last" else sum(hidden) / len(hidden)
+            torch.testing.assert_close(got[i, f], wanted.detach(), rtol=1e-10, atol=1e-10)
+
+
+def test_texts_with_nothing_in_them():
+    model = fitted(FrozenStates(small_model("llama")))
+    assert model.score(*batch([[3, 1]])).isfinite().all()  # an empty response to no prompt: read at its end
+    assert torch.equal(model.score(*batch([[3, 1]])), model.score(*batch([[3, 1]], 5, 8)))
+    with pytest.raises(ValueError, match="nothing after bos"):
+        model.score(*batch([[3], [3, 4]]))
+
+
+def test_other_readers_of_the_states_change_nothing():
+    model = small_model("llama", torch.float32)
+    shared = FrozenStates(model)
+    score, alone = fitted(shared), fitted(FrozenStates(model))
+    texts = batch(TEXTS)
+    before = score.score(*texts)
+    shared.read([0, 2])
+    shared(texts[0][:3])  # another question in between
+    assert torch.equal(score.score(*texts), before) and torch.equal(before, alone.score(*texts))
+
+
+def test_one_forward_pass_serves_all_readers(monkeypatch):
+    model = small_model("llama", torch.float32)
+    calls, embed = [], model.embed
+    monkeypatch.setattr(model, "embed", lambda *args: calls.append(1) or embed(*args))
+    states, texts = FrozenStates(model).read([2]), batch(TEXTS)
+    score = fitted(states)
+    states(texts[0])
+    score.score(*texts)
+    assert len(calls) == 1
+
+
+# ---- the fit
+
+
+def test_ridge_is_the_minimum():
+    """Against lstsq on the rows stacked with sqrt(N penalty) I, which is the same problem."""
+    rng = np.random.default_rng(0)
+    for n, p, penalty in ((40, 6, 0.3), (5, 12, 1.0)):  # more features than rows, too
+        x, y = rng.normal(size=(n, p)), rng.normal(size=n)
+        stacked = np.vstack([x, math.sqrt(n * penalty) * np.eye(p)])
+        wanted = np.linalg.lstsq(stacked, np.concatenate([y, np.zeros(p)]), rcond=None)[0]
+        X, Y = torch.from_numpy(x), torch.from_numpy(y)
+        got = ridge(X.T @ X / n, X.T @ Y / n, penalty)
+        np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-9, atol=1e-12)
+
+
+def made_up(n: int, seed: int):
+    """Features (n, 3, 4) of which the second tells the rating, on scales from 0.1 to 1000."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(n, 3, 4, generator=generator) * torch.tensor([0.1, 1.0, 30.0, 1000.0]) + 5
+    ratings = features[:, 1, 0] * 10 - features[:, 1, 3] / 500 + 0.1 * torch.randn(n, generator=generator)
+    return features, ratings
+
+
+NAMES = [(1, "mean"), (2, "mean"), (2, "last")]
+
+
+def test_the_fit_finds_what_tells_the_rating():
+    train, ratings = made_up(60, 0)
+    unseen, truth = made_up(40, 1)
+    fits = fit_heads(NAMES, train, ratings, unseen, truth, (0.01, 1.0))
+    assert len(fits) == 6 and {f.features for f in fits} >= {(name,) for name in NAMES}
+    assert [f.error for f in fits] == sorted(f.error for f in fits)
+    assert fits[0].error < 0.05 and NAMES[1] in fits[0].features and fits[0].penalty == 0.01
+    spread, mean = ratings.double().std(unbiased=False), ratings.double().mean()
+    for fit in fits:  # the head reads plain features and gives standardised ratings
+        x = unseen[:, [NAMES.index(f) for f in fit.features]].flatten(1).double()
+        torch.testing.assert_close(x @ fit.weight + fit.constant, fit.predictions)
+        assert fit.error == pytest.approx(float(((fit.predictions - (truth.double() - mean) / spread) ** 2).mean()))
+
+
+def test_validation_decides_which_head_and_never_how_it_looks():
+    train, ratings = made_up(60, 0)
+    choices = [fit_heads(NAMES, train, ratings, *made_up(40, seed), (0.01, 1.0, 100.0)) for seed in (1, 2)]
+    by_set = [{(f.features, f.penalty): f.weight for f in fits} for fits in choices]
+    for key in by_set[0].keys() & by_set[1].keys():
+        assert torch.equal(by_set[0][key], by_set[1][key])
+    noise = torch.randn(40, generator=torch.Generator().manual_seed(9))
+    fits = fit_heads(NAMES, train, ratings, made_up(40, 1)[0], noise, (0.01, 1.0, 100.0))
+    assert fits[0].penalty == 100.0  # where nothing can be told, it is best to say little
+
+
+def test_the_head_of_a_fit_predicts_the_same_from_tokens():
+    states = FrozenStates(small_model("llama")).read([1, 2])
+    tokens, lengths, mask = batch(TEXTS)
+    names = [(1, "mean"), (2, "last")]
+    features = text_features(states(tokens), names, tokens, lengths, STOPS)
+    ratings = torch.arange(ROWS).double()
+    for fit in fit_heads(names, features, ratings, features, ratings, (0.5,)):
+        got = head_of(fit, states, STOPS)(tokens, lengths)
+        torch.testing.assert_close(got.double(), fit.predictions, rtol=1e-4, atol=1e-4)
+
+
+# ---- files
+
+
+class Words:
+    fingerprint = "words"
+
+
+def saved(model: FrozenReward, path, **changes) -> str:
+    depths, poolings = zip(*model.features)
+    config = {"kind": "reward", "trunk": "frozen", "base": "smol", "base_digest": Base.digest, "tokenizer": "words"}
+    config |= {"depths": depths, "poolings": poolings, "stop_ids": model.stop_ids, **changes}
+    checkpoint.save(path, model.state_dict(), config)
+    return str(path)
+
+
+def test_what_is_saved_scores_the_same_when_loaded(tmp_path):
+    base = Base(small_model("llama", torch.float32))
+    model, texts = fitted(FrozenStates(base.model)), batch(TEXTS)
+    path = saved(model, tmp_path / "rm")
+    assert checkpoint.load(path).tensors.keys() == {"head.weight", "head.bias", "gain", "bias"}  # and no trunk
+    wanted = model.score(*texts)
+    frozen = FrozenStates(base.model).read([0])
+    opened = []
+
+    def open_base(config, where, device):
+        opened.append((config["base"], where, device))
+        return base
+
+    for how in (
+        {"base": base},
+        {"base": base, "frozen": frozen},
+        {"open_base": open_base},
+        {"base": Base(small_model("llama", torch.float32, seed=9), "other"), "open_base": open_base},
+    ):
+        score = load_reward(path, Words(), **how)
+        assert torch.equal(score(*texts), wanted)
+    assert opened == [("smol", path, "cpu")] * 2
+    assert frozen.depths == {0, 1, 2}
+
+
+def test_a_trunk_that_does_not_fit(tmp_path):
+    base = Base(small_model("llama", torch.float32))
+    model = fitted(FrozenStates(base.model))
+    path = saved(model, tmp_path / "rm")
+    with pytest.raises(ValueError, match="head on smol with sha256 0123456789ab, and none is given"):
+        load_reward(path, Words())
+    other = Base(base.model, "fedcba9876543210")
+    with pytest.raises(ValueError, match="head on smol with sha256 0123456789ab, not one with sha256 fedcba987654"):
+        load_reward(path, Words(), base=other)
+    with pytest.raises(ValueError, match="0123456789ab, which is now fedcba987654"):
+        load_reward(path, Words(), open_base=lambda config, where, device: other)
+    with pytest.raises(ValueError, match="frozen reads another model than base"):
+        load_reward(path, Words(), base=base, frozen=FrozenStates(small_model("llama")))
+    with pytest.raises(ValueError, match="trained with tokenizer words"):
+        load_reward_model(path, "letters", base=base)
+    with pytest.raises(ValueError, match=r"reads \(3, 'mean'\) of a trunk of 2 layers"):
+        load_reward(saved(model, tmp_path / "deep", depths=(3, 2)), Words(), base=base)
+
+
+# ---- some rows of a file
+
+
+def test_spread_rows(world):
+    file = TokenFile(world.path / "data/train")
+    domain = file.column("domain")
+    everything = spread_rows(file, None, seed=1)
+    assert sorted(everything) == list(range(len(file)))
+    assert np.array_equal(spread_rows(file, 50, 1), everything[:50])  # more sentences are these and others
+    assert not np.array_equal(spread_rows(file, 50, 2), everything[:50])
+    share = np.bincount(domain) / len(file)
+    for n in (40, 80):
+        counts = np.bincount(domain[spread_rows(file, n, 1)], minlength=len(share))
+        assert (np.abs(counts - n * share) <= 1).all()
+
+
+def test_pairs_among_some_rows(world):
+    file = TokenFile(world.path / "data/train")
+    rows = spread_rows(file, 40, 1)
+    some = SomeRows(file, rows)
+    assert len(some) == 40 and some.texts == [file.texts[i] for i in rows]
+    assert np.array_equal(some.lengths(), file.lengths()[rows])
+    better, worse, gap = (some.column(f"pair_{name}") for name in ("chosen", "rejected", "gap"))
+    assert 40 < len(gap) <= 400 and (gap > 0).all()
+    assert np.allclose(some.column("rating")[better] - some.column("rating")[worse], gap)
+    assert (some.column("domain")[better] == some.column("domain")[worse]).all()
+    assert len({frozenset(pair) for pair in zip(better, worse)}) == len(gap)
+
+
+# ---- the script
+
+OPTIONS = {  # in place of those that a frozen trunk does not have
+    **dict.fromkeys(("batch", "epochs", "warmup", "log_every", "eval_every", "checkpoint_every")),
+    "trunk": "frozen", "depths": "1,2", "sentences": 120,
+}  # fmt: skip
+
+
+def test_train_rm_frozen(world, tmp_path):
+    """From the command line to a score; two processes find the same head."""
+    outs = [tmp_path / "one", tmp_path / "two"]
+    for out, ranks in zip(outs, (0, 2)):
+        done = world.spawn(world.command("train_rm.py", out=out, **OPTIONS), ranks)
+        assert done.code == 0, done
+        assert "reward model" in done.out and "head fitted to 120 sentences" in done.out
+    heads = [checkpoint.load(out).tensors for out in outs]
+    for name in ("head.weight", "head.bias", "gain", "bias"):
+        torch.testing.assert_close(heads[0][name], heads[1][name], rtol=1e-6, atol=1e-6)
+
+    report = json.loads((outs[0] / "report.json").read_text())
+    gaps = {"all", "0.5", "1", "2"}
+    assert report["accuracy"].keys() == report["validation"].keys() == gaps
+    assert all(report["baselines"][name].keys() == gaps for name in ("vader", "bow", "length", "human"))
+    assert len(report["candidates"]) == 10 and report["chosen"] == report["candidates"][0]
+    assert report["sentences"]["train"] == 120 and report["pairs"]["test"] > 0
+
+    base = open_pretrained(world.path / "lm")
+    score = load_reward(str(outs[0]), base.tokenizer, base=base)
+    file = TokenFile(world.path / "data/test")
+    texts = [file[i].astype(np.int64).tolist() for i in range(4)]
+    scores = torch.cat([score(*batch([text])) for text in texts])
+    torch.testing.assert_close(scores, score(*batch(texts, 60, 5)), rtol=1e-5, atol=1e-5)
+
+    before = {file: file.read_bytes() for file in outs[0].rglob("*") if file.is_file()}
+    world.ok("train_rm.py", out=outs[0], **OPTIONS)  # a finished run stays as it is
+    assert {file: file.read_bytes() for file in outs[0].rglob("*") if file.is_file()} == before
+    line = refused(world.run("train_rm.py", out=outs[0], **OPTIONS, seed=2), "seed=1", "seed=2")
+    assert str(outs[0]) in line
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"trunk": "frozen"}, ("--batch", "no effect", "--trunk=frozen")),
+        ({"depths": "1"}, ("--depths", "no effect", "--trunk=full")),
+        (OPTIONS | {"depths": "1,3"}, ("--depths=3", "2 layers")),
+        (OPTIONS | {"ridge": "0,1"}, ("--ridge=0", "above 0")),
+        (OPTIONS | {"poolings": ""}, ("--poolings", "empty")),
+        (OPTIONS | {"poolings": "max"}, ("--poolings=max",)),
+        (OPTIONS | {"sentences": 1}, ("--sentences=1", "at least 2")),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit(world, tmp_path, options, words):
+    refused(world.run("train_rm.py", out=tmp_path / "out", **options), *words)
+    assert not (tmp_path / "out").exists()
