@@ -20,7 +20,8 @@ from rlhf.advantages import ESTIMATORS
 from rlhf.functional import whiten
 from rlhf.infra import checkpoint, config, distributed, optim, run
 from rlhf.infra.metrics import Metrics, read_lines, say
-from rlhf.language_model import load_language_model
+from rlhf.plan import Sizes, config_of, plan, reward_parameters, table
+from rlhf.pretrained import open_base, open_pretrained
 from rlhf.reward_model import load_reward
 from rlhf.rewards import missing_eos, shape_rewards
 from rlhf.rollout import Experience, Rollout, gather, judge, minibatches
@@ -33,6 +34,7 @@ class Config:
     reward: str = "out/rm"  # reward model, or file.py:function(prompts, responses) -> scores
     data: str = "out/data/vader"  # directory made by data.prepare; its training sentences give the prompts
     out: str = "out/ppo"  # run directory: checkpoints, metrics.jsonl, samples.jsonl, report.json
+    plan: bool = False  # print the memory that each layout needs, and stop
     # roles
     layout: Literal["full", "shared", "adapters", "branch"] = (
         "shared"  # which weights policy, critic and reference share:
@@ -128,30 +130,35 @@ def main() -> None:
     dist = distributed.setup()
     micro_batch = row_counts(cfg, dist.world)
     precision = optim.amp(dist.device, cfg.precision)
+    critic = (cfg.critic or CRITICS[cfg.layout]) if cfg.estimator == "gae" else "none"
+    lora = LoRA(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
+    planned = memory_plan(cfg, dist, micro_batch, lora, critic)
+    if cfg.plan:
+        return
     tokenizer = load_tokenizer(cfg.data)
     sentences = TokenFile(f"{cfg.data}/train")
     check_fingerprint(sentences.fingerprint, tokenizer.fingerprint, sentences.path)
     starts = prompts_from_rows(sentences, cfg.prompt_tokens, [cfg.domain] if cfg.domain else ())
     prompts = PromptLoader(starts, sentences.pad, cfg.batch // cfg.samples_per_prompt, cfg.seed)
-    base = load_language_model(cfg.init, tokenizer.fingerprint, dist.device)
-    critic = (cfg.critic or CRITICS[cfg.layout]) if cfg.estimator == "gae" else "none"
-    lora = LoRA(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
+    pretrained = open_pretrained(cfg.init, dist.device)
+    check_fingerprint(tokenizer.fingerprint, pretrained.tokenizer.fingerprint, cfg.init)
+    base, stop_ids = pretrained.model.eval(), pretrained.stop_ids
     roles = LAYOUTS[cfg.layout](base, critic, cfg.temperature, lora, cfg.branch_layers)
     policy, reference = roles.policy, roles.reference
-    score = load_reward(cfg.reward, tokenizer, dist.device)
+    score = load_reward(cfg.reward, tokenizer, dist.device, pretrained, roles.frozen, open_base)
     optimizer = optim.make_optimizer(policy, cfg.lr, cfg.weight_decay, betas=(0.9, 0.999), eps=cfg.adam_eps)
     kl_control = kl.FixedKL(cfg.kl_coef)
     if cfg.kl_control == "adaptive":
         kl_control = kl.AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
 
-    inputs = {"init_sha256": checkpoint.digest(cfg.init), "data_sha256": sentences.manifest["sha256"]["tokens.bin"]}
+    inputs = {"init_sha256": pretrained.digest, "data_sha256": sentences.manifest["sha256"]["tokens.bin"]}
     inputs["reward_sha256"] = reward_digest(cfg.reward)
     state = run.resume(cfg.out, asdict(cfg) | inputs, policy, optimizer, precision.scaler, dist)
     kl_control.load_state_dict(state.get("kl_control", kl_control.state_dict()))
     first, spent, stopped = state["done"], state["seconds"], state.get("stopped", False)
     last = first if stopped else cfg.iterations
 
-    learner, stop_ids = dist.wrap(policy), [tokenizer.eos]
+    learner = dist.wrap(policy)
     objective = ppo.Objective(cfg.clip, cfg.clip_high, cfg.dual_clip, cfg.value_clip, cfg.value_coef, cfg.entropy_coef)
     estimate = ESTIMATORS[cfg.estimator]
     normalise = (
@@ -248,7 +255,28 @@ def main() -> None:
         say(f"stopped after {iteration} iterations: KL to the reference passed max_kl {cfg.max_kl} nats", dist.is_main)
     if dist.is_main:
         write_report(cfg.out)
+        peak = run.peak_memory_gb(dist.device)
+        print(f"peak memory {peak:.2f} GB, planned {planned:.2f} GB ({peak / planned - 1:+.0%}) in layout {cfg.layout}")
     dist.close()
+
+
+def memory_plan(cfg: Config, dist, micro_batch: int, lora: LoRA, critic: str) -> float:
+    """GB that this layout should need at its peak; with --plan, the table of all layouts is printed."""
+    model = config_of(cfg.init)
+    sizes = Sizes(
+        batch=cfg.batch // dist.world,
+        micro_batch=micro_batch,
+        prompt=1 + cfg.prompt_tokens,
+        response=cfg.response_tokens,
+        critic=cfg.critic if critic != "none" else critic,
+        lora=lora,
+        branch_layers=cfg.branch_layers,
+        reward=reward_parameters(cfg.reward),
+        baseline=run.resident_bytes() if dist.device.type == "cpu" else 0,
+    )
+    if cfg.plan and dist.is_main:
+        print(table(model, sizes, cfg.layout))
+    return sum(plan(model, sizes, cfg.layout).values()) / 1e9
 
 
 def row_counts(cfg: Config, world: int) -> int:

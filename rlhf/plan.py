@@ -1,0 +1,120 @@
+"""Memory of one rank before anything is allocated: what each layout of the roles needs for weights, training and passes.
+
+The models are built without memory (torch's meta device), so weights, gradients and moments are counted, not estimated;
+activations, logits and cache follow from the sizes of a micro-batch. Everything is float32; the parts are not all needed
+at the same moment, so the sum is an upper estimate of the peak.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model.gguf import gguf_config, read_gguf
+from model.hf import read_config
+from model.transformer import ModelConfig, Transformer
+from rlhf.actor_critic import CRITICS, LAYOUTS, LoRA
+from rlhf.infra import checkpoint
+from rlhf.pretrained import is_hf, locate
+
+FLOAT = 4  # bytes
+PARTS = ("baseline", "weights", "gradients", "optimiser", "cache", "activations", "logits")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a run makes of a model, on one rank."""
+
+    batch: int  # responses of an iteration
+    micro_batch: int  # responses per forward
+    prompt: int  # tokens
+    response: int  # tokens
+    critic: str | None = None  # None: as the layout says
+    lora: LoRA = LoRA()
+    branch_layers: int = 4
+    reward: int = 0  # parameters of a reward model that shares none
+    baseline: int = 0  # bytes that the process holds before: Python, torch, libraries
+
+
+def config_of(spec: str | Path) -> ModelConfig:
+    """The shape of the model that `spec` names (see open_pretrained), read from its config or header alone."""
+    path = locate(str(spec))
+    if path.is_file():
+        return gguf_config(read_gguf(path))
+    if is_hf(path):
+        return read_config(path).model
+    return ModelConfig(**checkpoint.load(path).config["model"])
+
+
+def reward_parameters(spec: str) -> int:
+    """Numbers in the trunk of a reward model of its own; 0 for a Python function or a head on a frozen trunk."""
+    if spec.rpartition(":")[0].endswith(".py"):
+        return 0
+    config = checkpoint.load(spec).config
+    if config.get("trunk", "full") == "frozen":
+        return 0
+    model = ModelConfig(**config["model"])
+    return count(empty(model).parameters()) - (0 if model.tied else model.vocab_size * model.width)
+
+
+def empty(config: ModelConfig) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def count(parameters) -> int:
+    return sum(x.numel() for x in {id(x): x for x in parameters}.values())
+
+
+def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
+    """Bytes of every part; ValueError where the layout does not fit the model."""
+    s, base, critic = sizes, empty(config), sizes.critic or CRITICS[layout]
+    critic = "separate" if layout == "full" and critic == "shared" else critic
+    policy = LAYOUTS[layout](base, critic, 1.0, s.lora, min(s.branch_layers, config.layers)).policy
+    trained = count(x for x in policy.parameters() if x.requires_grad)
+    models = [model for model in (policy.model, policy.value_trunk) if model is not None]
+    # the gradient of a tied embedding comes in two parts as large as itself, which are added up
+    twice = sum(2 * model.embed_tokens.weight.numel() for model in models if trains_embedding(model))
+    tokens = s.micro_batch * (s.prompt + s.response - 1)
+    kept = sum(kept_per_token(config) for model in models for block in model.layers if learns(block))
+    kept += sum(2 * config.width for _ in models)  # the final norm
+    logits = (
+        max(2 * s.micro_batch * s.response, 4 * s.batch) * config.vocab_size
+    )  # and gradient; or what sampling makes
+    columns = min(s.prompt + s.response, config.context) + 1
+    floats = {
+        "weights": count([*base.parameters(), *policy.parameters()]) + s.reward,
+        "gradients": trained + twice,
+        "optimiser": 2 * trained,
+        "cache": 2 * config.layers * s.batch * columns * config.kv_heads * config.head_dim,
+        "activations": tokens * kept,
+        "logits": logits,
+    }
+    return {"baseline": s.baseline} | {name: FLOAT * n for name, n in floats.items()}
+
+
+def trains_embedding(model: Transformer) -> bool:
+    return model.config.tied and model.embed_tokens.weight.requires_grad
+
+
+def learns(module: torch.nn.Module) -> bool:
+    return any(x.requires_grad for x in module.parameters())
+
+
+def kept_per_token(c: ModelConfig) -> int:
+    """Numbers that a block keeps for its backward pass: inputs of norms, matrices, attention and activation."""
+    attention = 3 * c.heads * c.head_dim + 2 * c.kv_heads * c.head_dim  # q, what comes out, again for o_proj; k, v
+    mlp = (4 if c.activation == "silu" else 2) * c.ffn  # gate, its SiLU, up, their product; or up and its GELU
+    return 6 * c.width + attention + mlp  # two norms: x, x normalised, and the input of the matrices
+
+
+def table(config: ModelConfig, sizes: Sizes, layout: str) -> str:
+    """The plans of all layouts as text, GB; a star marks the run's own."""
+    plans = {name: plan(config, sizes, name) for name in LAYOUTS}
+    lines = [f"memory of one rank in GB, float32: {sizes.batch} x ({sizes.prompt} + {sizes.response}) tokens"]
+    lines += [" " * 14 + "".join(f"{name + '*' * (name == layout):>11}" for name in plans)]
+    for part in PARTS:
+        lines += [f"{part:<14}" + "".join(f"{parts[part] / 1e9:>11.3f}" for parts in plans.values())]
+    return "\n".join(
+        [*lines, f"{'sum':<14}" + "".join(f"{sum(parts.values()) / 1e9:>11.3f}" for parts in plans.values())]
+    )

@@ -1,0 +1,128 @@
+"""The plan of memory: counted parts against real models, estimated parts against what autograd keeps."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from reference_model import FAMILIES, SMALL, random_ids
+
+from model.hf import save_hf
+from model.transformer import KVCache, ModelConfig, Transformer
+from rlhf.actor_critic import CRITICS, LAYOUTS, LoRA
+from rlhf.infra import checkpoint
+from rlhf.plan import PARTS, Sizes, config_of, plan
+
+LORA = LoRA(rank=3)
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+every_family = pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+
+
+def config(family="llama", **changes):
+    return ModelConfig(**{**SMALL, "layers": 3, **FAMILIES[family], **changes})
+
+
+def sizes(**changes) -> Sizes:
+    return Sizes(
+        **{"batch": 8, "micro_batch": 4, "prompt": 5, "response": 6, "lora": LORA, "branch_layers": 2, **changes}
+    )
+
+
+def size_of(tensors) -> int:
+    """Bytes; what shares its memory counts once."""
+    return sum({x.data_ptr(): x.numel() * x.element_size() for x in tensors}.values())
+
+
+@every_layout
+@every_family
+@pytest.mark.parametrize("critic", ["shared", "separate", "none"])
+def test_weights_and_optimiser_are_the_real_bytes(layout, family, critic):
+    critic = "separate" if (layout, critic) == ("full", "shared") else critic
+    base = Transformer(config(family))
+    policy = LAYOUTS[layout](base, critic, 1.0, LORA, 2).policy
+    planned = plan(config(family), sizes(critic=critic), layout)
+    assert planned["weights"] == size_of([*base.parameters(), *policy.parameters()])
+    trained = [x for x in policy.parameters() if x.requires_grad]
+    assert planned["optimiser"] == 2 * size_of(trained)
+    assert planned["gradients"] >= size_of(trained)
+    assert (planned["gradients"] == size_of(trained)) == (not base.config.tied or layout in ("adapters", "branch"))
+
+
+@every_family
+def test_the_cache_is_the_real_one(family):
+    cache = KVCache(config(family), 8, 11)
+    assert plan(config(family), sizes(), "shared")["cache"] == size_of([*cache.keys, *cache.values])
+
+
+@every_layout
+@every_family
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_activations_are_what_autograd_keeps(layout, family, critic):
+    """Within 15 percent of all the tensors that a forward leaves for its backward, parameters and logits apart."""
+    if (layout, critic) == ("full", "shared"):
+        return
+    wide = config(family, width=64, ffn=160, vocab_size=16, head_dim=16, context=40)
+    roles = LAYOUTS[layout](Transformer(wide), critic, 1.0, LORA, 2)
+    policy = roles.policy
+    tokens, mask = random_ids(0, 4, 33), torch.ones(4, 33, dtype=torch.bool)
+    mask[:, 0] = False
+    kept: dict[int, int] = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    features = roles.features(tokens)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        policy(tokens, mask, features)
+    for parameter in policy.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    planned = plan(wide, sizes(critic=critic, prompt=1, response=32), layout)["activations"]
+    assert 0.8 < sum(kept.values()) / planned < 1.25, (sum(kept.values()), planned)
+
+
+def test_the_layouts_in_order():
+    """At the shape of SmolLM2-135M: what shares more needs less, and nothing is forgotten."""
+    smollm2 = ModelConfig(49152, width=576, layers=30, heads=9, kv_heads=3, ffn=1536, context=2048)
+    sums = {name: sum(plan(smollm2, sizes(branch_layers=4, lora=LoRA()), name).values()) for name in LAYOUTS}
+    assert sums["full"] > sums["shared"] > 2 * sums["adapters"] and sums["shared"] > 2 * sums["branch"]
+    weights = 134_515_008 * 4
+    assert plan(smollm2, sizes(), "shared")["weights"] == 2 * weights + 577 * 4
+    assert set(plan(smollm2, sizes(), "shared")) == set(PARTS)
+    more = plan(smollm2, sizes(reward=1000, baseline=7), "branch")
+    assert more["weights"] - plan(smollm2, sizes(), "branch")["weights"] == 4000 and more["baseline"] == 7
+    assert CRITICS.keys() == LAYOUTS.keys()
+
+
+def test_the_shape_is_read_from_the_config_alone(tmp_path):
+    """Not even the weights' file need be there."""
+    model = Transformer(config("qwen2"))
+    save_hf(tmp_path / "hf", model)
+    for file in (tmp_path / "hf").glob("*.safetensors"):
+        file.unlink()
+    assert config_of(tmp_path / "hf") == model.config
+    checkpoint.save(tmp_path / "ours", {"x": torch.zeros(1)}, {"kind": "lm", "model": asdict(model.config)})
+    assert config_of(tmp_path / "ours") == model.config
+
+
+def test_the_script_prints_the_plan_and_stops(world, tmp_path):
+    out = world.ok("train_ppo.py", out=tmp_path / "run", plan="true", layout="branch", branch_layers=1)
+    table = [line.split() for line in out.splitlines()]
+    assert table[1] == ["full", "shared", "adapters", "branch*"]
+    assert [row[0] for row in table[2:]] == [*PARTS, "sum"] and all(len(row) == 5 for row in table[2:])
+    for column in range(1, 5):
+        total = sum(float(row[column]) for row in table[2:-1])
+        assert float(table[-1][column]) == pytest.approx(total, abs=0.005)
+    assert not (tmp_path / "run").exists()
+
+
+@every_layout
+def test_a_run_says_its_peak_beside_the_plan(world, tmp_path, layout):
+    out = world.ok(
+        "train_ppo.py",
+        out=tmp_path,
+        iterations=1,
+        layout=layout,
+        **({"branch_layers": 1} if layout == "branch" else {}),
+    )
+    line = next(line for line in out.splitlines() if line.startswith("peak memory"))
+    assert line.endswith(f"in layout {layout}") and "planned" in line
