@@ -48,10 +48,12 @@ class Config:
     objective: Literal["regression", "pairs"] = "regression"  # squared error of ratings, or Bradley-Terry on pairs
     pooling: Literal["last", "mean"] = "mean"  # hidden state that the head reads: last token's, or all tokens' mean
     # frozen trunk: ridge regression of the ratings, what to read chosen by the validation split
-    sentences: int | None = 1200  # at most so many training sentences, every domain with its share; none = all
+    sentences: int | None = 1600  # at most so many training sentences, every domain with its share; none = all
     eval_sentences: int | None = 500  # at most so many of the validation and of the test split, each; none = all
-    depths: tuple[int, ...] | None = None  # candidates: states above so many layers; none = 1/2, 3/5 and 7/10 of them
-    poolings: tuple[Literal["last", "mean"], ...] = ("mean", "last")  # candidates: of a text's last token, or of all
+    depths: tuple[int, ...] | None = None  # candidates: states above so many layers; none = 2/5 and 1/2 of them
+    poolings: tuple[Literal["last", "mean"], ...] = (
+        "mean",
+    )  # candidates; last tells much less of a text that is cut off
     ridge: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)  # candidates: weight of the head's squared norm
     # optimisation
     epochs: float = 2.0  # passes over the training split
@@ -231,17 +233,17 @@ def score_rows(reward_model: RewardModel, data: TokenFile, dist, batch: int = 64
 def fit_frozen(cfg: Config, dist) -> None:
     """Nothing is written before the head is complete: what is interrupted starts again."""
     base, tokenizer, files, inputs = open_inputs(cfg, dist.device)
+    candidates = [(depth, pooling) for depth in depths_of(cfg, base) for pooling in dict.fromkeys(cfg.poolings)]
+    references = reference_prompts(cfg, files[0], 64)
     run.begin(cfg.out, asdict(cfg) | inputs, dist)
     if checkpoint.latest(cfg.out) and Path(cfg.out, "report.json").exists():
         say(accuracy_table(rows_of(json.loads(Path(cfg.out, "report.json").read_text()))), dist.is_main)
         return
 
     # 1. read: pooled hidden states of some sentences of every split, at all candidate depths
-    candidates = [(depth, pooling) for depth in depths_of(cfg, base) for pooling in dict.fromkeys(cfg.poolings)]
     states = FrozenStates(base.model).read(depth for depth, _ in candidates)
     counts = (cfg.sentences, cfg.eval_sentences, cfg.eval_sentences)
     chosen = [spread_rows(file, count, cfg.seed) for file, count in zip(files, counts)]
-    references = reference_prompts(cfg, files[0], 64)
     features = [read_rows(states, candidates, f, rows, base.stop_ids, dist) for f, rows in zip(files, chosen)]
 
     # 2. fit: one head per set of at most two features; the validation split decides
@@ -301,7 +303,7 @@ def fit_frozen(cfg: Config, dist) -> None:
 def depths_of(cfg: Config, base: Pretrained) -> list[int]:
     """The candidate depths, each once; ValueError for one that the trunk does not have."""
     layers = base.model.config.layers
-    depths = [max(1, round(layers * part)) for part in (0.5, 0.6, 0.7)] if cfg.depths is None else cfg.depths
+    depths = [max(1, round(layers * part)) for part in (0.4, 0.5)] if cfg.depths is None else cfg.depths
     if wrong := [depth for depth in depths if not 0 <= depth <= layers]:
         raise ValueError(
             f"--depths={config.show(tuple(wrong))}: {cfg.init} has {layers} layers, so depths 0 to {layers}"

@@ -277,7 +277,7 @@ def test_pairs_among_some_rows(world):
 
 OPTIONS = {  # in place of those that a frozen trunk does not have
     **dict.fromkeys(("batch", "epochs", "warmup", "log_every", "eval_every", "checkpoint_every")),
-    "trunk": "frozen", "depths": "1,2", "sentences": 120,
+    "trunk": "frozen", "depths": "1,2", "poolings": "mean,last", "sentences": 120,
 }  # fmt: skip
 
 
