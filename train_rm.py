@@ -51,9 +51,7 @@ class Config:
     sentences: int | None = 1600  # at most so many training sentences, every domain with its share; none = all
     eval_sentences: int | None = 500  # at most so many of the validation and of the test split, each; none = all
     depths: tuple[int, ...] | None = None  # candidates: states above so many layers; none = 2/5 and 1/2 of them
-    poolings: tuple[Literal["last", "mean"], ...] = (
-        "mean",
-    )  # candidates; last tells much less of a text that is cut off
+    poolings: tuple[Literal["last", "mean"], ...] = ("mean",)  # candidates; last suffers when a text is cut off
     ridge: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)  # candidates: weight of the head's squared norm
     # optimisation
     epochs: float = 2.0  # passes over the training split
