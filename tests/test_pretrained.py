@@ -1,0 +1,150 @@
+"""Every form in which --init= takes a model opens to the same weights and tokens, and the scripts run on them."""
+
+import json
+
+import fake_gguf
+import pytest
+import torch
+from reference_model import FAMILIES, random_ids, small_model
+
+from data.tokenizer import tokenizer_from_parts, write_hf
+from model.gguf import save_gguf
+from model.hf import save_hf
+from rlhf.infra import checkpoint
+from rlhf.pretrained import digest_of, open_pretrained
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def tiny_tokenizer():
+    parts = {"model": "gpt2", "tokens": fake_gguf.TOKENS, "types": fake_gguf.TYPES, "merges": fake_gguf.MERGES}
+    return tokenizer_from_parts(parts | {"pre": "smollm", "bos": 1, "eos": 2, "pad": 2, "chat_template": TEMPLATE})
+
+
+def hf_directory(path, family="llama", seed=0, **changes):
+    """A random model and the tiny byte-level BPE as an HF directory."""
+    tokenizer = tiny_tokenizer()
+    files = write_hf(tokenizer, path.with_name(path.name + "-tokenizer"))
+    model = small_model(family, torch.float32, seed, vocab_size=tokenizer.vocab_size, context=64, **changes)
+    save_hf(path, model, bos_id=1, eos_ids=[2, 0], pad_id=tokenizer.pad, files=files)
+    return model, tokenizer
+
+
+def same_logits(ours, model, seed=3) -> bool:
+    ids = random_ids(seed, 2, 9, vocab_size=250)
+    with torch.no_grad():
+        return torch.equal(ours.unembed(ours.trunk(ids)), model.unembed(model.trunk(ids)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_hf_directory_opens(family, tmp_path):
+    model, tokenizer = hf_directory(tmp_path / "hf", family)
+    opened = open_pretrained(tmp_path / "hf")
+    assert same_logits(opened.model, model)
+    assert opened.tokenizer.fingerprint == tokenizer.fingerprint
+    assert (opened.stop_ids, opened.digest) == ((0, 2), digest_of(tmp_path / "hf"))  # of generation_config.json
+
+
+def test_a_gguf_file_opens(tmp_path):
+    model, tokenizer = hf_directory(tmp_path / "hf")
+    file = tmp_path / "model.gguf"
+    save_gguf(file, model, "F32", tokenizer.parts())
+    opened = open_pretrained(file)
+    assert same_logits(opened.model, model) and opened.stop_ids == (2,)
+    assert opened.tokenizer.fingerprint == tokenizer.fingerprint and opened.digest == digest_of(file)
+
+
+def test_a_gguf_file_of_another_hand(tmp_path):
+    file = tmp_path / "other.gguf"
+    file.write_bytes(fake_gguf.build(fake_gguf.LLAMA + fake_gguf.TOKENIZER, fake_gguf.tensors()))
+    opened = open_pretrained(file)
+    assert opened.model.config.vocab_size == opened.tokenizer.vocab_size == len(fake_gguf.TOKENS)
+
+
+def test_the_digest_is_that_of_the_weights(tmp_path):
+    hf_directory(tmp_path / "a")
+    hf_directory(tmp_path / "b")
+    hf_directory(tmp_path / "c", seed=1)
+    a, b, c = (digest_of(tmp_path / name) for name in "abc")
+    assert a == b != c
+
+
+def test_a_policy_on_a_base_that_has_changed(tmp_path):
+    _, tokenizer = hf_directory(tmp_path / "base")
+    config = {"kind": "policy", "layout": "adapters", "tokenizer": tokenizer.fingerprint}
+    config |= {"base": str(tmp_path / "base"), "base_digest": "0" * 64}
+    checkpoint.save(tmp_path / "policy", {}, config, files=[tokenizer.save(tmp_path / "tokenizer")])
+    found = digest_of(tmp_path / "base")[:12]
+    with pytest.raises(ValueError, match=f"sha256 000000000000, which is now {found}: put the old one back"):
+        open_pretrained(tmp_path / "policy")
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("smollm2-135m-instuct", "did you mean smollm2-135m-instruct?"),
+        ("nowhere", "models by name: smollm2-135m-instruct"),
+        ("rm", "holds a reward checkpoint"),
+        ("rewards.py", "is not a GGUF file"),
+        ("logs", "no checkpoint in logs"),
+    ],
+)
+@pytest.mark.parametrize("script, option", [("sample.py", "checkpoint"), ("train_lm.py", "init")])
+def test_anything_else_is_one_clear_line(world, script, option, spec, message):
+    (world.path / "logs").mkdir(exist_ok=True)
+    shape = dict.fromkeys(("width", "layers", "heads")) if script == "train_lm.py" else {"prompt": "a"}
+    done = world.run(script, **{option: spec, "out": "bad"} | shape if option == "init" else {option: spec} | shape)
+    assert done.code == 2 and done.err.count("\n") == 1 and message in done.err, done
+
+
+def test_shape_has_no_effect_on_a_given_model(world):
+    done = world.run("train_lm.py", init="lm", out="bad")
+    assert done.code == 2 and "has no effect with --init=lm" in done.err
+
+
+@pytest.fixture(scope="module")
+def pretrained_world(world):
+    """The tiny ratings in the tokens of an HF directory, `hf`."""
+    hf_directory(world.path / "hf")
+    world.ok("data.prepare", tokenizer="hf", vocab_size=None, out="hf-data")
+    return world
+
+
+def test_sample_from_anything(pretrained_world):
+    world = pretrained_world
+    model, tokenizer = hf_directory(world.path / "again")
+    save_gguf(world.path / "model.gguf", model, "F32", tokenizer.parts())
+    texts = {spec: world.ok("sample.py", checkpoint=spec, prompt="the in") for spec in ("hf", "again", "model.gguf")}
+    assert texts["hf"] == texts["again"] and all(text.startswith("the in") for text in texts.values())
+
+
+def test_chat_prints_the_answer_alone(pretrained_world):
+    record = json.loads(pretrained_world.ok("sample.py", checkpoint="hf", prompt="<|im_end|>", chat=True, json=True))
+    assert record["prompt"] == "user\n<|im_end|>\nassistant\n" and not record["text"].startswith("user")
+
+
+def test_training_goes_on_from_an_hf_directory(pretrained_world):
+    world, shape = pretrained_world, dict.fromkeys(("width", "layers", "heads"))
+    world.ok("train_lm.py", init="hf", data="hf-data", out="tuned", epochs=0.2, **shape)
+    before, after = open_pretrained(world.path / "hf"), open_pretrained(world.path / "tuned")
+    assert after.tokenizer.fingerprint == before.tokenizer.fingerprint and not same_logits(before.model, after.model)
+    options = json.loads((world.path / "tuned" / "run.json").read_text())
+    assert options["init_sha256"] == before.digest == digest_of(world.path / "hf")  # the base itself did not move
+
+    world.ok(
+        "evaluate.py", base="hf", tuned="tuned", data="hf-data", reward="rewards.py:shorter", out="small", prompts=3,
+        human_texts=4, best_of=1, domain="none", prompt_tokens=20,
+    )  # fmt: skip
+    summary = json.loads((world.path / "small" / "summary.json").read_text())
+    assert list(summary["rows"]) == ["base", "tuned"] and "rm" not in summary
+    assert summary["rows"]["base"]["kl"] == 0 < summary["rows"]["tuned"]["perplexity_of_human_text"]
+
+
+def test_another_tokenizers_model_is_refused(pretrained_world):
+    done = pretrained_world.run(
+        "train_lm.py", init="hf", data="data", out="bad", **dict.fromkeys(("width", "layers", "heads"))
+    )
+    assert done.code == 2 and "wrong tokenizer for hf" in done.err
