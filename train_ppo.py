@@ -20,8 +20,8 @@ from rlhf.advantages import ESTIMATORS
 from rlhf.functional import whiten
 from rlhf.infra import checkpoint, config, distributed, optim, run
 from rlhf.infra.metrics import Metrics, read_lines, say
-from rlhf.plan import Sizes, config_of, plan, reward_parameters, table
-from rlhf.pretrained import open_base, open_pretrained
+from rlhf.plan import Sizes, plan, reward_parameters, table
+from rlhf.pretrained import config_of, open_base, open_pretrained
 from rlhf.reward_model import load_reward
 from rlhf.rewards import missing_eos, shape_rewards
 from rlhf.rollout import Experience, Rollout, gather, judge, minibatches

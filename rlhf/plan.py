@@ -6,16 +6,12 @@ at the same moment, so the sum is an upper estimate of the peak.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from model.gguf import gguf_config, read_gguf
-from model.hf import read_config
 from model.transformer import ModelConfig, Transformer
 from rlhf.actor_critic import CRITICS, LAYOUTS, LoRA
 from rlhf.infra import checkpoint
-from rlhf.pretrained import is_hf, locate
 
 FLOAT = 4  # bytes
 PARTS = ("baseline", "weights", "gradients", "optimiser", "cache", "activations", "logits")
@@ -34,16 +30,6 @@ class Sizes:
     branch_layers: int = 4
     reward: int = 0  # parameters of a reward model that shares none
     baseline: int = 0  # bytes that the process holds before: Python, torch, libraries
-
-
-def config_of(spec: str | Path) -> ModelConfig:
-    """The shape of the model that `spec` names (see open_pretrained), read from its config or header alone."""
-    path = locate(str(spec))
-    if path.is_file():
-        return gguf_config(read_gguf(path))
-    if is_hf(path):
-        return read_config(path).model
-    return ModelConfig(**checkpoint.load(path).config["model"])
 
 
 def reward_parameters(spec: str) -> int:

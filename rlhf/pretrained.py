@@ -12,9 +12,9 @@ import torch
 
 from data.fetch import MODELS, fetch_model, sha256
 from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_parts
-from model.gguf import load_gguf, tokenizer_parts
-from model.hf import find_tensors, load_hf
-from model.transformer import Transformer
+from model.gguf import gguf_config, load_gguf, read_gguf, tokenizer_parts
+from model.hf import find_tensors, load_hf, read_config
+from model.transformer import ModelConfig, Transformer
 from rlhf.actor_critic import tuned_model
 from rlhf.infra import checkpoint
 from rlhf.language_model import language_model_of
@@ -120,3 +120,13 @@ def digest_of(spec: str | Path) -> str:
     if path.is_file():
         return sha256(path)
     return hf_digest(path) if is_hf(path) else checkpoint.digest(path)
+
+
+def config_of(spec: str | Path) -> ModelConfig:
+    """The shape of the model that `spec` names (see open_pretrained), read from its config or header alone."""
+    path = locate(str(spec))
+    if path.is_file():
+        return gguf_config(read_gguf(path))
+    if is_hf(path):
+        return read_config(path).model
+    return ModelConfig(**checkpoint.load(path).config["model"])

@@ -10,7 +10,8 @@ from model.hf import save_hf
 from model.transformer import KVCache, ModelConfig, Transformer
 from rlhf.actor_critic import CRITICS, LAYOUTS, LoRA
 from rlhf.infra import checkpoint
-from rlhf.plan import PARTS, Sizes, config_of, plan
+from rlhf.plan import PARTS, Sizes, plan
+from rlhf.pretrained import config_of
 
 LORA = LoRA(rank=3)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
