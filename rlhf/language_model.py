@@ -1,6 +1,7 @@
 """What joins the transformer to tokens: which position predicts which token, and what that costs in nats."""
 
-import torch
+from pathlib import Path
+
 from torch import Tensor, nn
 
 from model.transformer import ModelConfig, Transformer
@@ -50,22 +51,7 @@ class LanguageModel(nn.Module):
         return next_token_loss(logits, targets)
 
 
-def load_language_model(path: str, fingerprint: str, device: torch.device | str = "cpu") -> Transformer:
-    """The language model of a checkpoint: a pretrained one, or the policy of a PPO run without its critic.
-
-    Raises ValueError if it reads other tokens than `fingerprint` says, FileNotFoundError if there is none.
-    """
-    saved = checkpoint.load(checkpoint.resolve(path))
-    model = language_model_of(saved, path)
-    if saved.config["tokenizer"] != fingerprint:
-        raise ValueError(
-            f"{path} was trained with tokenizer {saved.config['tokenizer'][:12]}, this is tokenizer {fingerprint[:12]}: "
-            "use the tokenizer that lies beside the checkpoint"
-        )
-    return model.to(device)
-
-
-def language_model_of(saved: checkpoint.Checkpoint, path: str) -> Transformer:
+def language_model_of(saved: checkpoint.Checkpoint, path: str | Path) -> Transformer:
     """The language model of an open checkpoint that holds all of it; ValueError if that is none."""
     kind, tensors = saved.config.get("kind"), dict(saved.tensors)
     if kind not in ("lm", "policy"):

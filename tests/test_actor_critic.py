@@ -9,7 +9,7 @@ from small_rollout import TEMPERATURE, actor_critic
 
 from rlhf.actor_critic import ActorCritic, frozen_reference
 from rlhf.infra import checkpoint
-from rlhf.language_model import LanguageModel, load_language_model
+from rlhf.language_model import LanguageModel, language_model_of
 
 CRITICS = ("shared", "separate", "none")
 STARTS, LENGTHS = [1, 3, 2, 5], [7, 4, 8, 6]  # response tokens STARTS[b] ... LENGTHS[b] - 1 of row b
@@ -115,7 +115,7 @@ def test_a_saved_policy_is_a_language_model(critic, tied, tmp_path):
     policy = actor_critic(critic, "llama", torch.float32, tied=tied)
     config = {"kind": "policy", "model": asdict(policy.model.config), "tokenizer": "abc"}
     checkpoint.save(tmp_path / "policy", policy.state_dict(), config)
-    model = load_language_model(str(tmp_path / "policy"), "abc")
+    model = language_model_of(checkpoint.load(tmp_path / "policy"), tmp_path / "policy")
     expected = policy(TOKENS, MASK).logprobs
     assert torch.equal(ActorCritic(model, "none", TEMPERATURE)(TOKENS, MASK).logprobs, expected)
 

@@ -1,0 +1,210 @@
+"""One PPO iteration of every layout beside one of TRL's PPOTrainer: samples per second and peak memory, taken in turns.
+
+    python bench/ppo.py --shape=small                        # needs the extra "compare" (trl 1.12, its last with PPO)
+    python bench/ppo.py --shape=smollm2 --rounds=2
+
+Every measurement is a process of its own: random weights of the same shape, prompts and responses of a fixed length without
+EOS, float32, one thread, AdamW, 4 epochs of 4 minibatches. CPU seconds of an iteration (act, judge, credit, learn) after one
+to warm up; what counts are the ratios within a round. TRL holds policy, value, reference and reward: four models. So does
+`full`; `shared` has no second trunk for the value; `adapters` (rank 16 on every linear layer) and `branch` (the top layers)
+hold one trunk, and their reward is a head that reads it at half and three quarters of its depth, as train_rm.py makes it.
+"""
+
+import inspect
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+os.environ["OMP_NUM_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+
+from model.generate import generate, row_uniforms  # noqa: E402
+from model.transformer import ModelConfig, Transformer  # noqa: E402
+from rlhf import ppo  # noqa: E402
+from rlhf.actor_critic import CRITICS, LAYOUTS, LoRA  # noqa: E402
+from rlhf.advantages import gae  # noqa: E402
+from rlhf.functional import whiten  # noqa: E402
+from rlhf.infra import config, distributed, optim  # noqa: E402
+from rlhf.reward_model import FrozenReward, RewardModel  # noqa: E402
+from rlhf.rewards import shape_rewards  # noqa: E402
+from rlhf.rollout import Experience, judge, minibatches  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Sizes:
+    model: ModelConfig
+    batch: int  # responses per iteration
+    prompt: int  # tokens
+    response: int  # tokens
+    branch_layers: int
+    epochs: int = 4
+    minibatches: int = 4
+
+
+SHAPES = {
+    "small": Sizes(ModelConfig(8192, 256, 4, 4, tied=False, context=256), 64, 16, 48, branch_layers=2),
+    "smollm2": Sizes(
+        ModelConfig(49152, 576, 30, 9, kv_heads=3, ffn=1536, context=2048, rope_theta=1e5), 8, 16, 32, branch_layers=4
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    shape: Literal["small", "smollm2"] = "small"  # 7.4M parameters, 64 x (16 + 48) tokens; SmolLM2-135M, 8 x (16 + 32)
+    rounds: int = 3  # every side once per round
+    iterations: int = 2  # timed in each measurement, after one to warm up
+    side: Literal["all", "trl", "full", "shared", "adapters", "branch"] = "all"  # one alone prints JSON
+
+
+def main() -> None:
+    cfg = config.parse(Config)
+    if cfg.side != "all":
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        sizes, measure = SHAPES[cfg.shape], they if cfg.side == "trl" else we
+        seconds = measure(sizes, cfg.iterations + 1, cfg.side)[1:]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        print(json.dumps({"cpu_seconds": statistics.median(seconds), "peak_memory_gb": peak}))
+        return
+    sides = ("trl", *LAYOUTS)
+    found = {side: [] for side in sides}
+    for _ in range(cfg.rounds):
+        for side in sides:
+            command = [sys.executable, __file__, f"--side={side}", f"--shape={cfg.shape}"]
+            done = subprocess.run(
+                [*command, f"--iterations={cfg.iterations}"], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise ValueError(f"{side}: {done.stderr.strip().splitlines()[-1]}")
+            found[side].append(json.loads(done.stdout.splitlines()[-1]))
+            print(side, found[side][-1], flush=True)
+    report(cfg, found)
+
+
+def report(cfg: Config, found: dict[str, list[dict[str, float]]]) -> None:
+    print(f"\n{cfg.shape}, {cfg.rounds} rounds: medians, and the ratio to TRL in the same round [least, most]")
+    print(f"{'':<10}{'samples/s':>12}{'ratio':>22}{'peak GB':>10}{'of TRL':>8}")
+    for side, rows in found.items():
+        seconds = [row["cpu_seconds"] for row in rows]
+        ratios = [theirs["cpu_seconds"] / ours for theirs, ours in zip(found["trl"], seconds)]
+        memory = statistics.median(row["peak_memory_gb"] for row in rows)
+        share = memory / statistics.median(row["peak_memory_gb"] for row in found["trl"])
+        ratio = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+        speed = SHAPES[cfg.shape].batch / statistics.median(seconds)
+        print(f"{side:<10}{speed:12.3f}{ratio:>22}{memory:10.2f}{share:8.2f}")
+
+
+def we(sizes: Sizes, rounds: int, layout: str) -> list[float]:
+    """CPU seconds of every iteration of ours, in the steps of train_ppo.py."""
+    dist, precision = distributed.setup(), optim.amp(torch.device("cpu"), "fp32")
+    generator = torch.Generator().manual_seed(1)
+    base = Transformer(sizes.model)
+    base.init_weights(generator)
+    roles = LAYOUTS[layout](base, CRITICS[layout], 1.0, LoRA(), sizes.branch_layers)
+    if layout in ("adapters", "branch"):
+        depths = (sizes.model.layers // 2, sizes.model.layers * 3 // 4)
+        reward = FrozenReward(roles.frozen, list(zip(depths, ("mean", "last"))), ()).requires_grad_(False)
+    else:
+        second = Transformer(sizes.model)
+        second.init_weights(generator)
+        reward = RewardModel(second, "last").requires_grad_(False).eval()
+    score: Callable = torch.no_grad()(reward.score)
+    optimizer = optim.make_optimizer(roles.policy, 3e-6, 0.0, betas=(0.9, 0.999), eps=1e-5)
+    micro_batch, width = sizes.batch // sizes.minibatches, sizes.prompt + sizes.response
+    lengths, objective, seconds = torch.full((sizes.batch,), sizes.prompt), ppo.Objective(), []
+    for iteration in range(rounds):
+        prompts = torch.randint(3, sizes.model.vocab_size, (sizes.batch, sizes.prompt), generator=generator)
+        start = time.process_time()
+        uniforms = row_uniforms(1, iteration, range(sizes.batch), sizes.response)
+        samples = generate(roles.sampler, prompts, lengths, sizes.response, uniforms, [], 0)
+        rollout = judge(samples, roles.policy, roles.reference, score, micro_batch, width, roles.features)
+        rewards = shape_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, 0.05)
+        advantages, returns = gae(rewards, rollout.values, rollout.mask, 1.0, 0.95)
+        experience = Experience.of(rollout, rewards, whiten(advantages, rollout.mask), returns)
+        updates = []
+        for rows in minibatches(sizes.batch, sizes.minibatches, sizes.epochs, 1, iteration):
+            update = ppo.accumulate_gradient(roles.policy, experience[rows], objective, micro_batch, dist, precision)
+            optim.step(optimizer, roles.policy, precision.scaler, 1.0)
+            updates.append(update)
+        ppo.metrics(experience, advantages, updates, 0.05, sizes.minibatches)
+        seconds.append(time.process_time() - start)
+    return seconds
+
+
+def they(sizes: Sizes, rounds: int, side: str) -> list[float]:
+    """CPU seconds of every iteration of TRL's PPOTrainer."""
+    os.environ |= dict.fromkeys(("HF_HUB_OFFLINE", "TRL_EXPERIMENTAL_SILENCE", "TQDM_DISABLE"), "1")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    warnings.filterwarnings("ignore")
+    try:
+        import datasets
+        import tokenizers
+        import transformers
+        from trl.experimental.ppo import PPOConfig, PPOTrainer
+    except ImportError as error:
+        raise ValueError(f"{error.name} is not installed: pip install -e '.[compare]'") from None
+
+    transformers.logging.set_verbosity_error()
+    model = sizes.model
+    llama = transformers.LlamaConfig(
+        hidden_size=model.width, num_hidden_layers=model.layers, num_attention_heads=model.heads,
+        num_key_value_heads=model.kv_heads, intermediate_size=model.ffn, vocab_size=model.vocab_size,
+        max_position_embeddings=model.context, tie_word_embeddings=model.tied, bos_token_id=1, eos_token_id=None,
+        pad_token_id=None, num_labels=1,
+    )  # fmt: skip
+    policy, reference = (transformers.LlamaForCausalLM(llama).float() for _ in range(2))
+    reference.load_state_dict(policy.state_dict())
+    value, reward = (transformers.LlamaForSequenceClassification(llama).float() for _ in range(2))
+    pad = model.vocab_size  # an id that no model can sample: every response has its full length
+    words = tokenizers.models.WordLevel({**{f"t{i}": i for i in range(pad)}, "[PAD]": pad}, unk_token="t0")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(words), pad_token="[PAD]", unk_token="t0", eos_token="t2"
+    )
+    tokenizer.padding_side = "left"
+    prompts = torch.randint(3, model.vocab_size, (max(rounds, 2) * sizes.batch, sizes.prompt))
+    seconds: list[float] = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            self.start = time.process_time()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            seconds.append(time.process_time() - self.start)
+            self.start, control.should_save = time.process_time(), False
+
+    with tempfile.TemporaryDirectory() as scratch:
+        options = {
+            "output_dir": scratch, "per_device_train_batch_size": sizes.batch, "gradient_accumulation_steps": 1,
+            "num_mini_batches": sizes.minibatches, "num_ppo_epochs": sizes.epochs, "temperature": 1.0,
+            "total_episodes": sizes.batch * rounds, "response_length": sizes.response, "stop_token": None,
+            "local_rollout_forward_batch_size": sizes.batch, "num_sample_generations": 0, "learning_rate": 3e-6,
+            "bf16": False, "fp16": False, "gradient_checkpointing": False, "save_strategy": "no",
+            "report_to": "none", "disable_tqdm": True, "logging_steps": 10**9, "use_cpu": True, "seed": 0,
+        }  # fmt: skip
+        if unknown := sorted(options.keys() - inspect.signature(PPOConfig).parameters.keys()):
+            raise ValueError(f"this release of trl has no option {', '.join(unknown)}; install trl==1.12.0")
+        trainer = PPOTrainer(
+            args=PPOConfig(**options), processing_class=tokenizer, model=policy, ref_model=reference,
+            reward_model=reward, value_model=value, callbacks=[Clock()],
+            train_dataset=datasets.Dataset.from_dict({"input_ids": prompts.tolist()}),
+        )  # fmt: skip
+        trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+        trainer.train()
+    return seconds
+
+
+if __name__ == "__main__":
+    config.run(main)
