@@ -66,9 +66,14 @@ def language_model_of(saved: checkpoint.Checkpoint, path: str | Path) -> Transfo
     return model
 
 
-def new_transformer(config: dict, where: str) -> Transformer:
-    """An untrained transformer as the checkpoint `where` describes it; ValueError if that is none of ours."""
+def stored_config(config: dict, where: str | Path) -> ModelConfig:
+    """The shape that the checkpoint `where` describes; ValueError if that is none of ours."""
     try:
-        return Transformer(ModelConfig(**config))
+        return ModelConfig(**config)
     except TypeError as error:  # a field that we do not know, or of another type
         raise ValueError(f"{where} is a checkpoint of another architecture: {error}") from None
+
+
+def new_transformer(config: dict, where: str | Path) -> Transformer:
+    """An untrained transformer as the checkpoint `where` describes it."""
+    return Transformer(stored_config(config, where))

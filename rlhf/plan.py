@@ -12,6 +12,7 @@ import torch
 from model.transformer import ModelConfig, Transformer
 from rlhf.actor_critic import CRITICS, LAYOUTS, LoRA
 from rlhf.infra import checkpoint
+from rlhf.language_model import stored_config
 
 FLOAT = 4  # bytes
 PARTS = ("baseline", "weights", "gradients", "optimiser", "cache", "activations", "logits")
@@ -34,12 +35,12 @@ class Sizes:
 
 def reward_parameters(spec: str) -> int:
     """Numbers in the trunk of a reward model of its own; 0 for a Python function or a head on a frozen trunk."""
-    if spec.rpartition(":")[0].endswith(".py"):
+    if spec.endswith(".py") or spec.rpartition(":")[0].endswith(".py"):
         return 0
     config = checkpoint.load(spec).config
     if config.get("trunk", "full") == "frozen":
         return 0
-    model = ModelConfig(**config["model"])
+    model = stored_config(config["model"], spec)
     return count(empty(model).parameters()) - (0 if model.tied else model.vocab_size * model.width)
 
 

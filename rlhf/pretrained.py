@@ -17,7 +17,7 @@ from model.hf import find_tensors, load_hf, read_config
 from model.transformer import ModelConfig, Transformer
 from rlhf.actor_critic import tuned_model
 from rlhf.infra import checkpoint
-from rlhf.language_model import language_model_of
+from rlhf.language_model import language_model_of, stored_config
 
 LAYOUTS_ON_A_BASE = ("adapters", "branch")  # their checkpoints hold what was trained, and name the model it belongs to
 
@@ -129,4 +129,4 @@ def config_of(spec: str | Path) -> ModelConfig:
         return gguf_config(read_gguf(path))
     if is_hf(path):
         return read_config(path).model
-    return ModelConfig(**checkpoint.load(path).config["model"])
+    return stored_config(checkpoint.load(path).config["model"], path)
