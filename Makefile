@@ -17,7 +17,7 @@ READY = $(VENV)/ready-$(EXTRAS)
 
 demo: $(READY)
 	$(PY) -m data.prepare vader --out=$(OUT)/data
-	$(TORCHRUN) train_lm.py --data=$(OUT)/data --out=$(OUT)/lm
+	$(TORCHRUN) train_lm.py --data=$(OUT)/data --out=$(OUT)/lm --epochs=2
 	$(TORCHRUN) train_rm.py --data=$(OUT)/data --init=$(OUT)/lm --out=$(OUT)/rm
 	$(TORCHRUN) train_ppo.py --data=$(OUT)/data --init=$(OUT)/lm --reward=$(OUT)/rm --out=$(OUT)/ppo --critic=separate
 	$(PY) evaluate.py --data=$(OUT)/data --base=$(OUT)/lm --reward=$(OUT)/rm --tuned=$(OUT)/ppo --out=$(OUT)
