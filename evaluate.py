@@ -169,7 +169,8 @@ def divergence(groups: list[Generated], policy, base) -> dict[str, np.ndarray]:
     """KL to the base in nats per response, by k1 and k3, and its perplexity for the base: (rows,) each."""
     parts = []
     for group in groups:
-        ours, theirs = (f(group.tokens, group.mask) for f in (policy, base))  # (B, T), zero outside
+        theirs = base(group.tokens, group.mask)  # (B, T), zero outside
+        ours = theirs if policy is base else policy(group.tokens, group.mask)
         parts.append(torch.stack([k1(ours, theirs).sum(1), k3(ours, theirs).sum(1), -theirs.sum(1), group.mask.sum(1)]))
     kl, kl_k3, nll, length = torch.cat(parts, 1).double().cpu().numpy()
     return {"kl": kl, "kl_k3": kl_k3, "nll": nll, "length": length}

@@ -32,11 +32,11 @@ import torch  # noqa: E402
 
 from model.generate import generate, row_uniforms  # noqa: E402
 from model.transformer import ModelConfig, Transformer  # noqa: E402
-from rlhf import ppo  # noqa: E402
+from rlhf import plan, ppo  # noqa: E402
 from rlhf.actor_critic import CRITICS, LAYOUTS, LoRA  # noqa: E402
 from rlhf.advantages import gae  # noqa: E402
 from rlhf.functional import whiten  # noqa: E402
-from rlhf.infra import config, distributed, optim  # noqa: E402
+from rlhf.infra import config, distributed, optim, run  # noqa: E402
 from rlhf.reward_model import FrozenReward, RewardModel  # noqa: E402
 from rlhf.rewards import shape_rewards  # noqa: E402
 from rlhf.rollout import Experience, judge, minibatches  # noqa: E402
@@ -61,6 +61,9 @@ SHAPES = {
 }
 
 
+ON_THE_TRUNK = ("adapters", "branch")  # the layouts whose reward is a head on the trunk
+
+
 @dataclass(frozen=True)
 class Config:
     shape: Literal["small", "smollm2"] = "small"  # 7.4M parameters, 64 x (16 + 48) tokens; SmolLM2-135M, 8 x (16 + 32)
@@ -75,9 +78,10 @@ def main() -> None:
         torch.set_num_threads(1)
         torch.manual_seed(0)
         sizes, measure = SHAPES[cfg.shape], they if cfg.side == "trl" else we
-        seconds = measure(sizes, cfg.iterations + 1, cfg.side)[1:]
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        print(json.dumps({"cpu_seconds": statistics.median(seconds), "peak_memory_gb": peak}))
+        found = {} if cfg.side == "trl" else {"planned_memory_gb": planned_memory(sizes, cfg.side)}
+        found["cpu_seconds"] = statistics.median(measure(sizes, cfg.iterations + 1, cfg.side)[1:])
+        found["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        print(json.dumps(found))
         return
     sides = ("trl", *LAYOUTS)
     found = {side: [] for side in sides}
@@ -96,7 +100,7 @@ def main() -> None:
 
 def report(cfg: Config, found: dict[str, list[dict[str, float]]]) -> None:
     print(f"\n{cfg.shape}, {cfg.rounds} rounds: medians, and the ratio to TRL in the same round [least, most]")
-    print(f"{'':<10}{'samples/s':>12}{'ratio':>22}{'peak GB':>10}{'of TRL':>8}")
+    print(f"{'':<10}{'samples/s':>12}{'ratio':>22}{'peak GB':>10}{'of TRL':>8}{'planned GB':>12}")
     for side, rows in found.items():
         seconds = [row["cpu_seconds"] for row in rows]
         ratios = [theirs["cpu_seconds"] / ours for theirs, ours in zip(found["trl"], seconds)]
@@ -104,7 +108,23 @@ def report(cfg: Config, found: dict[str, list[dict[str, float]]]) -> None:
         share = memory / statistics.median(row["peak_memory_gb"] for row in found["trl"])
         ratio = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
         speed = SHAPES[cfg.shape].batch / statistics.median(seconds)
-        print(f"{side:<10}{speed:12.3f}{ratio:>22}{memory:10.2f}{share:8.2f}")
+        planned = f"{rows[0]['planned_memory_gb']:12.2f}" if "planned_memory_gb" in rows[0] else ""
+        print(f"{side:<10}{speed:12.3f}{ratio:>22}{memory:10.2f}{share:8.2f}{planned}")
+
+
+def planned_memory(sizes: Sizes, layout: str) -> float:
+    """GB that `train_ppo.py --plan` would say."""
+    model, own_reward = sizes.model, layout not in ON_THE_TRUNK
+    planned = plan.Sizes(
+        sizes.batch,
+        sizes.batch // sizes.minibatches,
+        sizes.prompt,
+        sizes.response,
+        branch_layers=sizes.branch_layers,
+        reward=plan.trunk_parameters(model) if own_reward else 0,
+        baseline=run.resident_bytes(),
+    )
+    return sum(plan.plan(model, planned, layout).values()) / 1e9
 
 
 def we(sizes: Sizes, rounds: int, layout: str) -> list[float]:
@@ -114,7 +134,7 @@ def we(sizes: Sizes, rounds: int, layout: str) -> list[float]:
     base = Transformer(sizes.model)
     base.init_weights(generator)
     roles = LAYOUTS[layout](base, CRITICS[layout], 1.0, LoRA(), sizes.branch_layers)
-    if layout in ("adapters", "branch"):
+    if layout in ON_THE_TRUNK:
         depths = (sizes.model.layers // 2, sizes.model.layers * 3 // 4)
         reward = FrozenReward(roles.frozen, list(zip(depths, ("mean", "last"))), ()).requires_grad_(False)
     else:

@@ -68,8 +68,11 @@ class LoRALinear(nn.Linear):
         if self.active not in self.lora_A:  # off, or an adapter that leaves this layer alone
             return y
         A, B = self.lora_A[self.active], self.lora_B[self.active]
-        update = F.linear(F.linear(x.to(A.dtype), A) * self.scale[self.active], B)
-        return y + update.to(y.dtype)
+        down = F.linear(x.to(A.dtype), A)  # (..., r)
+        if y.dtype != B.dtype or torch.is_autocast_enabled(y.device.type):
+            return y + F.linear(down * self.scale[self.active], B).to(y.dtype)
+        update = torch.addmm(y.flatten(0, -2), down.flatten(0, -2), B.t(), alpha=self.scale[self.active])
+        return update.view_as(y)
 
     def merged(self, name: str) -> Tensor:
         """W + scale B A, computed in float32 at least, as W's type. (out, in)"""

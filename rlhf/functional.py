@@ -78,20 +78,22 @@ CHUNK = {"cpu": 2**18, "cuda": 2**26}  # logits worked on at once: what fits the
 
 class _LogprobsAndEntropy(torch.autograd.Function):
     # The vocabulary is the widest axis there is. Plain autograd would keep three (..., V) tensors for backward;
-    # this keeps the logits, which exist anyway, and computes the probabilities again. Some rows at a time, so that
-    # the only other (..., V) tensor that ever exists is the gradient.
+    # this keeps the logits, which exist anyway, and computes the probabilities again. Some rows at a time, in buffers
+    # that are used again, so that the only other (..., V) tensor that ever exists is the gradient.
 
     @staticmethod
     def forward(ctx, logits, tokens, temperature):
         rows, ids = logits.reshape(-1, logits.shape[-1]), tokens.reshape(-1, 1)  # (N, V), (N, 1)
         wide = torch.promote_types(logits.dtype, torch.float32)
         logprobs, entropy, logsumexp = (torch.empty(len(rows), 1, dtype=wide, device=rows.device) for _ in range(3))
+        buffers = _buffers(rows, wide, 2)
         for part in _chunks(rows):
-            z = _tempered(rows[part], temperature)
+            z, p = (x[: part.stop - part.start] for x in buffers)
+            _tempered(rows[part], temperature, z)
             highest = z.amax(-1, keepdim=True)
-            z = z - highest
+            z -= highest
             logprobs[part] = z.gather(-1, ids[part])
-            p = z.exp()
+            torch.exp(z, out=p)
             total = p.sum(-1, keepdim=True)
             # H = log sum_v e^z_v - sum_v p_v z_v; the clamp is for z = -inf, where p z must be 0
             weighted = torch.linalg.vecdot(p, z.clamp_(min=torch.finfo(wide).min)).unsqueeze(-1)
@@ -111,12 +113,15 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         logits, tokens, logsumexp, entropy = ctx.saved_tensors
         rows, ids = logits.reshape(-1, logits.shape[-1]), tokens.reshape(-1, 1)
         grad = torch.empty_like(rows)
+        buffers = _buffers(rows, logsumexp.dtype, 2)
         for part in _chunks(rows):
-            p = _tempered(rows[part], ctx.temperature).sub(logsumexp[part]).exp_()  # (n, V)
-            out = torch.zeros_like(p) if grad_logprobs is None else None
-            if grad_logprobs is not None:  # d log p(token) / dz_v = [v = token] - p_v
+            p, out = (x[: part.stop - part.start] for x in buffers)
+            _tempered(rows[part], ctx.temperature, p).sub_(logsumexp[part]).exp_()
+            if grad_logprobs is None:
+                out.zero_()
+            else:  # d log p(token) / dz_v = [v = token] - p_v
                 up = grad_logprobs.reshape(-1, 1)[part]
-                out = (p * -up).scatter_add_(-1, ids[part], up)
+                torch.mul(p, -up, out=out).scatter_add_(-1, ids[part], up)
             if grad_entropy is not None:  # dH / dz_v = -p_v (log p_v + H) = entr(p_v) - H p_v
                 up = grad_entropy.reshape(-1, 1)[part]
                 out.addcmul_(p, up * entropy.reshape(-1, 1)[part], value=-1)
@@ -125,12 +130,22 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         return grad.view_as(logits), None, None
 
 
+def _buffers(rows: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
+    """Room for the working of one chunk of (N, V) rows, `count` times."""
+    shape = (min(_chunk_rows(rows), len(rows)), rows.shape[-1])
+    return [torch.empty(shape, dtype=dtype, device=rows.device) for _ in range(count)]
+
+
+def _chunk_rows(rows: Tensor) -> int:
+    return max(1, CHUNK.get(rows.device.type, CHUNK["cuda"]) // rows.shape[-1])
+
+
 def _chunks(rows: Tensor) -> Iterator[slice]:
     """Slices of (N, V) rows, a few at a time."""
-    size = max(1, CHUNK.get(rows.device.type, CHUNK["cuda"]) // rows.shape[-1])
-    return (slice(start, start + size) for start in range(0, len(rows), size))
+    size = _chunk_rows(rows)
+    return (slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size))
 
 
-def _tempered(logits: Tensor, temperature: float) -> Tensor:
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return z if temperature == 1 else z / temperature
+def _tempered(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
+    out.copy_(logits)
+    return out if temperature == 1 else out.div_(temperature)

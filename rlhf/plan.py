@@ -40,8 +40,12 @@ def reward_parameters(spec: str) -> int:
     config = checkpoint.load(spec).config
     if config.get("trunk", "full") == "frozen":
         return 0
-    model = stored_config(config["model"], spec)
-    return count(empty(model).parameters()) - (0 if model.tied else model.vocab_size * model.width)
+    return trunk_parameters(stored_config(config["model"], spec))
+
+
+def trunk_parameters(config: ModelConfig) -> int:
+    """Numbers in a model without an output matrix of its own."""
+    return count(empty(config).parameters()) - (0 if config.tied else config.vocab_size * config.width)
 
 
 def empty(config: ModelConfig) -> Transformer:

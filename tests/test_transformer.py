@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_model import FAMILIES, SMALL, random_ids, slow_logits, small_model
 
+from model import transformer
 from model.transformer import KVCache, ModelConfig, Transformer
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -277,3 +278,18 @@ def test_gradients_reach_every_parameter(family):
     model, ids = small_model(family), random_ids(8, 2, 6)
     model(ids).log_softmax(-1)[..., 0].sum().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() and p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_wide_vocabulary_in_parts_equals_one_product(dtype, monkeypatch):
+    """Logits and both gradients of the product in parts, the last part ragged, are those of F.linear."""
+    monkeypatch.setattr(transformer, "VOCABULARY_PART", 9)
+    model = Transformer(ModelConfig(40, 16, layers=1, heads=2)).to(dtype)
+    weight, generator = model.embed_tokens.weight, torch.Generator().manual_seed(1)
+    hidden = torch.randn(2, 3, model.config.width, generator=generator, dtype=dtype, requires_grad=True)
+    logits, plain = model.unembed(hidden), torch.nn.functional.linear(hidden, weight)
+    assert "_WideLinear" in type(logits.grad_fn).__name__
+    up = torch.randn(logits.shape, generator=generator, dtype=dtype)
+    ours, theirs = (torch.autograd.grad(x, (hidden, weight), up) for x in (logits, plain))
+    for a, b in zip((logits, *ours), (plain, *theirs)):
+        torch.testing.assert_close(a, b)
