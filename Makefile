@@ -1,35 +1,37 @@
 # Every target spells out the plain commands it stands for; `make -n demo` prints them.
-#   make demo    the main job on real human ratings, 10 minutes or less on 2 cores
-#   make smollm2 the same job on a real language model, SmolLM2-135M-Instruct
+#   make demo    the main job: a real language model, real human ratings; 10 minutes or less on 2 cores (also: make smollm2)
+#   make scratch the same job with a language model that is trained from scratch
 #   make test    all tests but the slow ones, which are make test-slow
 #   make bench   our sampler beside transformers', our PPO beside TRL's (with EXTRAS=compare)
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= dev
 OUT ?= out/demo
-SMOLLM2 ?= out/smollm2
+SCRATCH ?= out/scratch
 
 PY = $(VENV)/bin/python
 TORCHRUN = OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc_per_node=2
 READY = $(VENV)/ready-$(EXTRAS)
 
-.PHONY: demo smollm2 test test-slow lint bench clean
+.PHONY: demo smollm2 scratch test test-slow lint bench clean
 
 demo: $(READY)
-	$(PY) -m data.prepare vader --out=$(OUT)/data
-	$(TORCHRUN) train_lm.py --data=$(OUT)/data --out=$(OUT)/lm --epochs=2
-	$(TORCHRUN) train_rm.py --data=$(OUT)/data --init=$(OUT)/lm --out=$(OUT)/rm
-	$(TORCHRUN) train_ppo.py --data=$(OUT)/data --init=$(OUT)/lm --reward=$(OUT)/rm --out=$(OUT)/ppo --critic=separate
-	$(PY) evaluate.py --data=$(OUT)/data --base=$(OUT)/lm --reward=$(OUT)/rm --tuned=$(OUT)/ppo --out=$(OUT)
+	$(PY) export.py --init=smollm2-135m-instruct --out=$(OUT)/base
+	$(PY) -m data.prepare vader --tokenizer=$(OUT)/base --out=$(OUT)/data
+	$(TORCHRUN) train_rm.py --init=$(OUT)/base --data=$(OUT)/data --trunk=frozen --sentences=2000 --out=$(OUT)/rm
+	$(TORCHRUN) train_ppo.py --init=$(OUT)/base --data=$(OUT)/data --reward=$(OUT)/rm --out=$(OUT)/ppo \
+	    --layout=branch --batch=32 --minibatches=4 --iterations=21 --kl_coef=0.05
+	$(PY) evaluate.py --base=$(OUT)/base --data=$(OUT)/data --reward=$(OUT)/rm --tuned=$(OUT)/ppo --out=$(OUT) \
+	    --prompts=128 --best_of=2 --human_texts=64
 
-smollm2: $(READY)
-	$(PY) export.py --init=smollm2-135m-instruct --out=$(SMOLLM2)/base
-	$(PY) -m data.prepare vader --tokenizer=$(SMOLLM2)/base --out=$(SMOLLM2)/data
-	$(TORCHRUN) train_rm.py --init=$(SMOLLM2)/base --data=$(SMOLLM2)/data --trunk=frozen --sentences=2000 --out=$(SMOLLM2)/rm
-	$(TORCHRUN) train_ppo.py --init=$(SMOLLM2)/base --data=$(SMOLLM2)/data --reward=$(SMOLLM2)/rm --out=$(SMOLLM2)/ppo \
-	    --layout=branch --batch=16 --minibatches=2 --iterations=28 --lr=2e-4 --kl_coef=0.05
-	$(PY) evaluate.py --base=$(SMOLLM2)/base --data=$(SMOLLM2)/data --reward=$(SMOLLM2)/rm --tuned=$(SMOLLM2)/ppo --out=$(SMOLLM2) \
-	    --prompts=128 --best_of=4 --human_texts=128
+smollm2: demo
+
+scratch: $(READY)
+	$(PY) -m data.prepare vader --out=$(SCRATCH)/data
+	$(TORCHRUN) train_lm.py --data=$(SCRATCH)/data --out=$(SCRATCH)/lm --epochs=2
+	$(TORCHRUN) train_rm.py --data=$(SCRATCH)/data --init=$(SCRATCH)/lm --out=$(SCRATCH)/rm
+	$(TORCHRUN) train_ppo.py --data=$(SCRATCH)/data --init=$(SCRATCH)/lm --reward=$(SCRATCH)/rm --out=$(SCRATCH)/ppo --critic=separate
+	$(PY) evaluate.py --data=$(SCRATCH)/data --base=$(SCRATCH)/lm --reward=$(SCRATCH)/rm --tuned=$(SCRATCH)/ppo --out=$(SCRATCH)
 
 test: $(READY)
 	$(PY) -m pytest -m "not slow"

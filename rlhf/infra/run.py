@@ -131,6 +131,8 @@ def peak_memory_gb(device: torch.device) -> float:
 
 def resident_bytes() -> int:
     """Memory of this process now: the interpreter and the libraries, before a model is loaded."""
+    import torch._dynamo  # noqa: F401  the optimiser would, at its first step: 75 MB
+
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
