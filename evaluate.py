@@ -178,11 +178,11 @@ def divergence(groups: list[Generated], policy, base) -> dict[str, np.ndarray]:
 
 def perplexity(model: Transformer, test: TokenFile, count: int | None, device) -> float:
     """Of the human sentences of the split, or of `count` that are spread over it."""
-    loader, language_model = SentenceLoader(test, 64, seed=0, context=model.config.context), LanguageModel(model)
+    loader, language_model = SentenceLoader(test, 32, seed=0, context=model.config.context), LanguageModel(model)
     chosen = np.linspace(0, len(loader) - 1, min(count or len(loader), len(loader))).astype(np.int64)
     chosen = chosen[np.argsort(np.diff(loader.windows[chosen])[:, 0], kind="stable")]  # neighbours need little padding
     losses = []
-    for places in in_order(len(chosen), 32):
+    for places in in_order(len(chosen), loader.batch_size):
         batch = loader.take(chosen[places])
         losses.append(language_model(batch.tokens.to(device), batch.mask.to(device)).double())
     return math.exp(float(torch.cat(losses).mean()))

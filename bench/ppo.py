@@ -13,7 +13,6 @@ hold one trunk, and their reward is a head that reads it at half and three quart
 import inspect
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -80,7 +79,7 @@ def main() -> None:
         sizes, measure = SHAPES[cfg.shape], they if cfg.side == "trl" else we
         found = {} if cfg.side == "trl" else {"planned_memory_gb": planned_memory(sizes, cfg.side)}
         found["cpu_seconds"] = statistics.median(measure(sizes, cfg.iterations + 1, cfg.side)[1:])
-        found["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        found["peak_memory_gb"] = run.peak_memory_gb(torch.device("cpu"))
         print(json.dumps(found))
         return
     sides = ("trl", *LAYOUTS)

@@ -86,7 +86,7 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         rows, ids = logits.reshape(-1, logits.shape[-1]), tokens.reshape(-1, 1)  # (N, V), (N, 1)
         wide = torch.promote_types(logits.dtype, torch.float32)
         logprobs, entropy, logsumexp = (torch.empty(len(rows), 1, dtype=wide, device=rows.device) for _ in range(3))
-        buffers = _buffers(rows, wide, 2)
+        buffers = _buffers(rows, wide)
         for part in _chunks(rows):
             z, p = (x[: part.stop - part.start] for x in buffers)
             _tempered(rows[part], temperature, z)
@@ -113,7 +113,7 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         logits, tokens, logsumexp, entropy = ctx.saved_tensors
         rows, ids = logits.reshape(-1, logits.shape[-1]), tokens.reshape(-1, 1)
         grad = torch.empty_like(rows)
-        buffers = _buffers(rows, logsumexp.dtype, 2)
+        buffers = _buffers(rows, logsumexp.dtype)
         for part in _chunks(rows):
             p, out = (x[: part.stop - part.start] for x in buffers)
             _tempered(rows[part], ctx.temperature, p).sub_(logsumexp[part]).exp_()
@@ -130,10 +130,10 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         return grad.view_as(logits), None, None
 
 
-def _buffers(rows: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
-    """Room for the working of one chunk of (N, V) rows, `count` times."""
+def _buffers(rows: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Room for the working of one chunk of (N, V) rows, twice."""
     shape = (min(_chunk_rows(rows), len(rows)), rows.shape[-1])
-    return [torch.empty(shape, dtype=dtype, device=rows.device) for _ in range(count)]
+    return [torch.empty(shape, dtype=dtype, device=rows.device) for _ in range(2)]
 
 
 def _chunk_rows(rows: Tensor) -> int:
