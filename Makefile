@@ -1,5 +1,5 @@
 # Every target spells out the plain commands it stands for; `make -n demo` prints them.
-#   make demo    the main job: a real language model, real human ratings; 10 minutes or less on 2 cores (also: make smollm2)
+#   make demo    the main job: a real language model, real human ratings; about 10 minutes on 2 cores (also: make smollm2)
 #   make scratch the same job with a language model that is trained from scratch
 #   make test    all tests but the slow ones, which are make test-slow
 #   make bench   our sampler beside transformers', our PPO beside TRL's (with EXTRAS=compare)
