@@ -1,0 +1,427 @@
+"""What people think of two answers: a store of comparisons and votes in one SQLite file, and a terminal to give them.
+
+Append-only: triggers refuse UPDATE and DELETE, an undo is a row that supersedes a vote. Every call is one transaction that
+is on disk before it returns (WAL, synchronous=FULL), so an acknowledged vote survives kill -9, and any number of processes
+may use the file. Which answer stands on the left is drawn here, from the store's seed, and never by who asks.
+
+    store = FeedbackStore("out/feedback.sqlite")
+    prompt = store.add_prompt("A good film is")
+    a, b = (store.add_completion(prompt, store.add_model(name), text) for name, text in samples)
+    store.make_comparisons([(a, b)])
+    shown = store.next_comparison("ana")                                    # blind: texts alone
+    vote = store.vote(shown.id, "ana", "left", seconds=2.5, nonce="...")    # the same nonce again changes nothing
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+FORMAT = 1  # PRAGMA user_version
+CHOICES = ("left", "right", "tie", "both_bad", "skip")
+KINDS = ("human", "model", "rule", "import")
+OPEN_SECONDS = 600  # so long a pair that lies before one rater is not given to another
+REPEAT_DISTANCE = 5  # votes between a pair and its swapped repetition, at least
+
+SCHEMA = """
+CREATE TABLE setting(name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE model(
+  id INTEGER PRIMARY KEY, name TEXT NOT NULL, checkpoint TEXT NOT NULL, sha256 TEXT NOT NULL, created REAL NOT NULL,
+  UNIQUE(name, checkpoint, sha256));
+CREATE TABLE prompt(  -- content: a JSON string (plain text) or a list of {"role", "content"}
+  id INTEGER PRIMARY KEY, content TEXT UNIQUE NOT NULL CHECK(json_valid(content)), source TEXT, created REAL NOT NULL);
+CREATE TABLE completion(
+  id INTEGER PRIMARY KEY, prompt_id INTEGER NOT NULL REFERENCES prompt(id),
+  model_id INTEGER NOT NULL REFERENCES model(id), text TEXT NOT NULL,
+  sampling TEXT CHECK(sampling IS NULL OR json_valid(sampling)), created REAL NOT NULL,
+  UNIQUE(prompt_id, model_id, text));
+CREATE TABLE rater(
+  id INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, kind TEXT NOT NULL CHECK(kind IN ('human', 'model', 'rule', 'import')),
+  created REAL NOT NULL);
+CREATE TABLE pair(  -- two completions of one prompt, to be judged by so many raters; high priority first
+  id INTEGER PRIMARY KEY, a_id INTEGER NOT NULL REFERENCES completion(id),
+  b_id INTEGER NOT NULL REFERENCES completion(id), raters INTEGER NOT NULL CHECK(raters > 0), priority REAL NOT NULL,
+  created REAL NOT NULL, UNIQUE(a_id, b_id), CHECK(a_id < b_id));
+CREATE INDEX pair_order ON pair(priority DESC, id);
+CREATE TABLE comparison(  -- a pair as it was put before one rater; repeat_of: the same pair, swapped, to the same rater
+  id INTEGER PRIMARY KEY, pair_id INTEGER NOT NULL REFERENCES pair(id), rater_id INTEGER NOT NULL REFERENCES rater(id),
+  left_id INTEGER NOT NULL REFERENCES completion(id), right_id INTEGER NOT NULL REFERENCES completion(id),
+  repeat_of INTEGER UNIQUE REFERENCES comparison(id), created REAL NOT NULL, CHECK(left_id <> right_id));
+CREATE UNIQUE INDEX comparison_first ON comparison(pair_id, rater_id) WHERE repeat_of IS NULL;
+CREATE INDEX comparison_rater ON comparison(rater_id, id);
+CREATE TABLE vote(  -- a chain per comparison: the first has supersedes NULL, each later row supersedes the one before it
+  id INTEGER PRIMARY KEY, comparison_id INTEGER NOT NULL REFERENCES comparison(id),
+  choice TEXT NOT NULL CHECK(choice IN ('left', 'right', 'tie', 'both_bad', 'skip', 'undone')),
+  strength INTEGER CHECK(strength BETWEEN 1 AND 3), seconds REAL CHECK(seconds >= 0), nonce TEXT UNIQUE,
+  supersedes INTEGER UNIQUE REFERENCES vote(id), created REAL NOT NULL,
+  CHECK(strength IS NULL OR choice IN ('left', 'right')), CHECK(choice = 'undone' OR nonce IS NOT NULL));
+CREATE UNIQUE INDEX vote_first ON vote(comparison_id) WHERE supersedes IS NULL;
+CREATE INDEX vote_comparison ON vote(comparison_id);
+CREATE TABLE rating(
+  id INTEGER PRIMARY KEY, completion_id INTEGER NOT NULL REFERENCES completion(id),
+  rater_id INTEGER NOT NULL REFERENCES rater(id), score REAL NOT NULL, low REAL NOT NULL, high REAL NOT NULL,
+  nonce TEXT UNIQUE NOT NULL, created REAL NOT NULL, CHECK(low < high AND score BETWEEN low AND high));
+CREATE VIEW standing AS  -- the votes that count: not superseded, not undone
+  SELECT v.id, v.comparison_id, c.pair_id, c.rater_id, c.left_id, c.right_id, c.repeat_of, v.choice, v.strength,
+         v.seconds, v.created
+  FROM vote v JOIN comparison c ON c.id = v.comparison_id
+  WHERE v.choice <> 'undone' AND NOT EXISTS (SELECT 1 FROM vote w WHERE w.supersedes = v.id);
+"""
+TABLES = ("setting", "model", "prompt", "completion", "rater", "pair", "comparison", "vote", "rating")
+SCHEMA += "".join(
+    f"CREATE TRIGGER {table}_no_{verb} BEFORE {verb} ON {table} "
+    f"BEGIN SELECT RAISE(ABORT, 'the store is append-only: no {verb} of {table}'); END;\n"
+    for table in TABLES
+    for verb in ("UPDATE", "DELETE")
+)
+
+
+class Unknown(ValueError):
+    """An id that the store does not have, or not for this rater: a server answers 404."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a rater sees: no model names, the sides drawn by the store."""
+
+    id: int
+    prompt: str  # a conversation as text, one paragraph a turn
+    left: str
+    right: str
+
+
+class Vote(NamedTuple):
+    id: int
+    comparison: int
+    choice: str
+
+
+class FeedbackStore:
+    """The votes in one SQLite file. Threads of a process may share an object, processes open the file themselves.
+
+    seed (which side, which pairs come again) and repeats (share of a rater's comparisons that show an earlier pair again,
+    swapped) are fixed when the file is made, 0 and 0.1 unless told otherwise. ValueError if the file has other ones, is
+    something else, or stays locked for a minute.
+    """
+
+    def __init__(self, path: str | Path, seed: int | None = None, repeats: float | None = None):
+        if repeats is not None and not 0 <= repeats < 1:
+            raise ValueError(f"repeats {repeats} must be a share of the comparisons, from 0 to below 1")
+        self.path, self._lock = Path(path), threading.RLock()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+        self._db.row_factory = sqlite3.Row
+        with self._errors():
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.execute("PRAGMA foreign_keys = ON")
+        with self.transaction() as db:
+            version, tables = db.execute("PRAGMA user_version").fetchone()[0], db.execute("SELECT 1 FROM sqlite_master")
+            if version == 0 and not tables.fetchone():
+                for statement in _statements(SCHEMA):
+                    db.execute(statement)
+                chosen = [("seed", seed or 0), ("repeats", 0.1 if repeats is None else repeats)]
+                db.executemany("INSERT INTO setting VALUES (?, ?)", chosen)
+                db.execute(f"PRAGMA user_version = {FORMAT}")
+            elif version != FORMAT:
+                raise ValueError(f"{path} is no feedback store of format {FORMAT} (user_version {version})")
+            settings = dict(db.execute("SELECT name, value FROM setting").fetchall())
+        self.seed, self.repeats = int(settings["seed"]), settings["repeats"]
+        for name, asked, has in (("seed", seed, self.seed), ("repeats", repeats, self.repeats)):
+            if asked is not None and asked != has:
+                raise ValueError(f"{path} was made with {name} {has}, not {asked}: leave it out, or make a new store")
+
+    def close(self) -> None:
+        self._db.close()
+
+    # what is compared
+
+    def add_model(self, name: str, checkpoint: str = "", sha256: str = "") -> int:
+        """The id of this model; the same arguments give the same id."""
+        return self._find_or_insert("model", {"name": name, "checkpoint": checkpoint, "sha256": sha256})
+
+    def add_prompt(self, prompt: str | list[dict], source: str | None = None) -> int:
+        """The id of a prompt, a text or [{"role", "content"}, ...]; the same prompt gives the same id."""
+        if not isinstance(prompt, str) and not _is_conversation(prompt):
+            raise ValueError(f"a prompt is a text or a list of messages with role and content, not {str(prompt)[:80]}")
+        content = json.dumps(prompt, ensure_ascii=False)
+        return self._find_or_insert("prompt", {"content": content}, {"source": source})
+
+    def add_completion(self, prompt: int, model: int, text: str, sampling: dict | None = None) -> int:
+        """The id of an answer; sampling: how it was made (seed, temperature, score ...), kept as JSON."""
+        about = None if sampling is None else json.dumps(sampling, sort_keys=True)
+        return self._find_or_insert(
+            "completion", {"prompt_id": prompt, "model_id": model, "text": text}, {"sampling": about}
+        )
+
+    def add_rater(self, name: str, kind: str = "human") -> int:
+        """The id of a rater. ValueError if the name is known as another kind: simulated raters stay recognisable."""
+        if not (isinstance(name, str) and 0 < len(name) <= 100 and name.isprintable() and name == name.strip()):
+            raise ValueError(f"rater name {str(name)[:100]!r} must have 1 to 100 printable characters, no space around")
+        if kind not in KINDS:
+            raise ValueError(f"rater kind {kind!r} is none of {', '.join(KINDS)}")
+        rater = self._find_or_insert("rater", {"name": name}, {"kind": kind})
+        has = self._read("SELECT kind FROM rater WHERE id = ?", rater)[0]["kind"]
+        if has != kind:
+            raise ValueError(f"rater {name!r} is known as {has}, not as {kind}: choose another name")
+        return rater
+
+    def make_comparison(self, a: int, b: int, raters: int = 1, priority: float = 0.0) -> bool:
+        """Ask `raters` people which of two completions is better; False where that gives no new pair."""
+        return bool(self.make_comparisons([(a, b)], raters, [priority]))
+
+    def make_comparisons(
+        self, pairs: Sequence[tuple[int, int]], raters: int = 1, priorities: Sequence[float] | None = None
+    ) -> int:
+        """Queue pairs of completions; those of higher priority come first, equal ones in their order here.
+
+        Returns how many are new: a pair that is known, or whose texts are the same, is left out.
+        ValueError if two completions answer different prompts.
+        """
+        priorities = [0.0] * len(pairs) if priorities is None else list(priorities)
+        if len(priorities) != len(pairs) or raters < 1:
+            raise ValueError(f"{len(pairs)} pairs, {len(priorities)} priorities, {raters} raters: one priority a pair")
+        added = 0
+        with self.transaction() as db:
+            for (a, b), priority in zip(pairs, priorities):
+                one, two = (self._completion(db, i) for i in (a, b))
+                if one["prompt_id"] != two["prompt_id"]:
+                    raise ValueError(f"completions {a} and {b} answer different prompts; compare answers to one prompt")
+                if one["text"] != two["text"]:
+                    row = (min(a, b), max(a, b), raters, float(priority), time.time())
+                    sql = "INSERT OR IGNORE INTO pair(a_id, b_id, raters, priority, created) VALUES (?, ?, ?, ?, ?)"
+                    added += db.execute(sql, row).rowcount
+        return added
+
+    # voting
+
+    def next_comparison(self, rater: str) -> Comparison | None:
+        """What this rater should judge next; the same again until there is a vote on it. None: nothing is left.
+
+        In this order: what lies open before the rater; sometimes (`repeats`) an earlier pair again, swapped; the pair of
+        highest priority that the rater has not seen and that still needs raters.
+        """
+        rater_id = self._rater(rater)
+        with self.transaction() as db:
+            row = db.execute(
+                "SELECT id FROM comparison c WHERE rater_id = ? AND NOT EXISTS "
+                "(SELECT 1 FROM standing s WHERE s.comparison_id = c.id) ORDER BY id LIMIT 1",
+                (rater_id,),
+            ).fetchone()
+            comparison = row["id"] if row else self._repeat(db, rater_id) or self._new(db, rater_id)
+            return None if comparison is None else self._show(db, comparison)
+
+    def vote(
+        self,
+        comparison: int,
+        rater: str,
+        choice: str,
+        strength: int | None = None,
+        seconds: float | None = None,
+        nonce: str = "",
+    ) -> int:
+        """Store a vote and return its id; when it returns, the vote is on disk.
+
+        choice: left, right (as shown), tie, both_bad or skip. strength: 1 to 3, of left and right alone. seconds: from
+        showing to choosing. nonce: a text of the client's, new for every vote; a retry with it returns the same id.
+        Unknown: no such comparison of this rater. ValueError: it has a vote already (undo that), or a bad argument.
+        """
+        if choice not in CHOICES:
+            raise ValueError(f"choice {choice!r} is none of {', '.join(CHOICES)}")
+        if strength is not None and (strength not in (1, 2, 3) or choice not in ("left", "right")):
+            raise ValueError(f"strength {strength!r} with choice {choice}: 1, 2 or 3, and only for left or right")
+        if seconds is not None and not 0 <= seconds < 1e6:
+            raise ValueError(f"seconds {seconds!r} must be between 0 and 1,000,000")
+        if not (isinstance(nonce, str) and 8 <= len(nonce) <= 100):
+            raise ValueError("nonce must be a text of 8 to 100 characters, new for every vote, so that a retry is safe")
+        rater_id = self._rater(rater)
+        with self.transaction() as db:
+            given = db.execute("SELECT id, comparison_id, choice FROM vote WHERE nonce = ?", (nonce,)).fetchone()
+            if given:
+                if (given["comparison_id"], given["choice"]) != (comparison, choice):
+                    raise ValueError(f"nonce {nonce!r} belongs to another vote; draw a new one")
+                return given["id"]
+            self._own(db, comparison, rater_id)
+            last = self._last(db, comparison)
+            if last and last["choice"] != "undone":
+                raise ValueError(f"comparison {comparison} has a vote already; undo it to vote again")
+            row = (comparison, choice, strength, seconds, nonce, last["id"] if last else None, time.time())
+            return db.execute(
+                "INSERT INTO vote(comparison_id, choice, strength, seconds, nonce, supersedes, created) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                row,
+            ).lastrowid
+
+    def undo(self, vote: int, rater: str) -> None:
+        """Take a vote back, by a row that supersedes it; its comparison is open again. A second undo changes nothing."""
+        rater_id = self._rater(rater)
+        with self.transaction() as db:
+            row = db.execute("SELECT comparison_id, choice FROM vote WHERE id = ?", (vote,)).fetchone()
+            if row is None or row["choice"] == "undone":
+                raise Unknown(f"no vote {vote}")
+            self._own(db, row["comparison_id"], rater_id)
+            if not db.execute("SELECT 1 FROM vote WHERE supersedes = ?", (vote,)).fetchone():
+                sql = "INSERT INTO vote(comparison_id, choice, supersedes, created) VALUES (?, 'undone', ?, ?)"
+                db.execute(sql, (row["comparison_id"], vote, time.time()))
+
+    def last_vote(self, rater: str) -> Vote | None:
+        """The newest vote of this rater that counts: what "undo" means."""
+        sql = "SELECT id, comparison_id, choice FROM standing WHERE rater_id = ? ORDER BY id DESC LIMIT 1"
+        rows = self._read(sql, self._rater(rater))
+        return Vote(*rows[0]) if rows else None
+
+    def rate(self, completion: int, rater: str, score: float, low: float, high: float, nonce: str) -> int:
+        """Store a rating of one completion on the scale low..high; the same nonce again returns the same id."""
+        values = {"completion_id": completion, "rater_id": self._rater(rater), "score": score, "low": low, "high": high}
+        return self._find_or_insert("rating", {"nonce": nonce}, values)
+
+    # the parts of a transaction
+
+    def _new(self, db, rater_id: int) -> int | None:
+        pair = db.execute(
+            "SELECT id, a_id, b_id FROM pair p "
+            "WHERE NOT EXISTS (SELECT 1 FROM comparison c WHERE c.pair_id = p.id AND c.rater_id = :rater) AND raters > "
+            "(SELECT count(*) FROM comparison c LEFT JOIN standing s ON s.comparison_id = c.id WHERE c.pair_id = p.id "
+            "AND c.repeat_of IS NULL AND (s.choice <> 'skip' OR s.choice IS NULL AND c.created > :since)) "
+            "ORDER BY priority DESC, id LIMIT 1",
+            {"rater": rater_id, "since": time.time() - OPEN_SECONDS},
+        ).fetchone()
+        if pair is None:
+            return None
+        sides = pair["a_id"], pair["b_id"]
+        swapped = self._draw("side", pair["id"], rater_id) < 0.5
+        return self._insert_comparison(db, pair["id"], rater_id, *(sides[::-1] if swapped else sides), None)
+
+    def _repeat(self, db, rater_id: int) -> int | None:
+        seen = db.execute("SELECT count(*) AS n FROM comparison WHERE rater_id = ?", (rater_id,)).fetchone()["n"]
+        if self._draw("repeat", rater_id, seen) >= self.repeats:
+            return None
+        old = db.execute(
+            "SELECT comparison_id, pair_id, left_id, right_id FROM standing s WHERE rater_id = ? AND repeat_of IS NULL "
+            "AND choice <> 'skip' AND NOT EXISTS (SELECT 1 FROM comparison r WHERE r.repeat_of = s.comparison_id) "
+            "AND comparison_id <= (SELECT id FROM comparison WHERE rater_id = ? ORDER BY id DESC LIMIT 1 OFFSET ?) "
+            "ORDER BY comparison_id LIMIT 1",
+            (rater_id, rater_id, REPEAT_DISTANCE),
+        ).fetchone()
+        if old is None:
+            return None
+        return self._insert_comparison(
+            db, old["pair_id"], rater_id, old["right_id"], old["left_id"], old["comparison_id"]
+        )
+
+    def _insert_comparison(self, db, pair: int, rater_id: int, left: int, right: int, repeat_of: int | None) -> int:
+        return db.execute(
+            "INSERT INTO comparison(pair_id, rater_id, left_id, right_id, repeat_of, created) VALUES (?, ?, ?, ?, ?, ?)",
+            (pair, rater_id, left, right, repeat_of, time.time()),
+        ).lastrowid
+
+    def _draw(self, *what) -> float:
+        """A number in [0, 1) that depends on the store's seed and on `what` alone: the same in every process."""
+        digest = hashlib.sha256("/".join(map(str, (self.seed, *what))).encode()).digest()
+        return int.from_bytes(digest[:6], "big") / 2**48
+
+    def _show(self, db, comparison: int) -> Comparison:
+        row = db.execute(
+            "SELECT c.id, p.content, l.text, r.text FROM comparison c JOIN completion l ON l.id = c.left_id "
+            "JOIN completion r ON r.id = c.right_id JOIN prompt p ON p.id = l.prompt_id WHERE c.id = ?",
+            (comparison,),
+        ).fetchone()
+        return Comparison(row[0], as_text(json.loads(row[1])), row[2], row[3])
+
+    def _completion(self, db, completion: int) -> sqlite3.Row:
+        row = db.execute("SELECT prompt_id, text FROM completion WHERE id = ?", (completion,)).fetchone()
+        if row is None:
+            raise Unknown(f"no completion {completion}")
+        return row
+
+    def _own(self, db, comparison: int, rater_id: int) -> None:
+        row = db.execute("SELECT rater_id FROM comparison WHERE id = ?", (comparison,)).fetchone()
+        if row is None or row["rater_id"] != rater_id:
+            raise Unknown(f"no comparison {comparison} of this rater")
+
+    def _last(self, db, comparison: int) -> sqlite3.Row | None:
+        sql = "SELECT id, choice FROM vote v WHERE comparison_id = ? AND NOT EXISTS "
+        sql += "(SELECT 1 FROM vote w WHERE w.supersedes = v.id)"
+        return db.execute(sql, (comparison,)).fetchone()
+
+    def _rater(self, name: str) -> int:
+        rows = self._read("SELECT id FROM rater WHERE name = ?", name)
+        return rows[0]["id"] if rows else self.add_rater(name)
+
+    def _find_or_insert(self, table: str, unique: dict, more: dict | None = None) -> int:
+        row = unique | (more or {}) | {"created": time.time()}
+        marks = ", ".join("?" * len(row))
+        with self.transaction() as db:
+            where = " AND ".join(f"{name} = ?" for name in unique)
+            found = db.execute(f"SELECT id FROM {table} WHERE {where}", tuple(unique.values())).fetchone()
+            if found:
+                return found["id"]
+            sql = f"INSERT INTO {table}({', '.join(row)}) VALUES ({marks})"
+            return db.execute(sql, tuple(row.values())).lastrowid
+
+    def _read(self, sql: str, *values) -> list[sqlite3.Row]:
+        with self._errors():
+            return self._db.execute(sql, values).fetchall()
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """One transaction, alone on the file; on disk when the block is left, or not at all. Those inside join it.
+
+        Around many calls it makes one wait for the disk of all of them; an id counts only once the block is left.
+        """
+        with self._errors():
+            if self._db.in_transaction:  # of this thread: the others wait for the lock
+                yield self._db
+                return
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        with self._lock:
+            try:
+                yield
+            except sqlite3.Error as error:
+                raise ValueError(f"{self.path}: {error}") from error
+
+
+def _statements(sql: str) -> Iterator[str]:
+    """The statements of a script, one by one: executescript would commit before it begins."""
+    statement = ""
+    for line in sql.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
+def _is_conversation(messages) -> bool:
+    return (
+        isinstance(messages, list)
+        and len(messages) > 0
+        and all(isinstance(m, dict) and {*m} == {"role", "content"} for m in messages)
+        and all(isinstance(text, str) for m in messages for text in m.values())
+    )
+
+
+def as_text(prompt: str | list[dict]) -> str:
+    """A prompt for the eye: a text as it is, one message as its content, more of them with their roles."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
