@@ -69,7 +69,8 @@ def main() -> None:
     check_fingerprint(train.fingerprint, tokenizer.fingerprint, train.path)
     if not len(validation):
         raise ValueError(f"{validation.path} has 0 rows: there is nothing to measure the model on; prepare more text")
-    model = build_model(cfg, tokenizer).to(dist.device)
+    model, stop_ids = build_model(cfg, tokenizer)
+    model = model.to(dist.device)
     optimizer = optim.make_optimizer(model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.95))
 
     inputs = {"data_sha256": train.manifest["sha256"]["tokens.bin"]}
@@ -86,7 +87,7 @@ def main() -> None:
     if total < 1:
         raise ValueError(f"epochs {cfg.epochs} of {loader.order.steps_per_epoch} steps each is less than one step")
     log = Metrics(cfg.out, dist.is_main, first)
-    saved_as = {"kind": "lm", "model": asdict(model.config), "tokenizer": tokenizer.fingerprint}
+    saved_as = {"kind": "lm", "model": asdict(model.config), "tokenizer": tokenizer.fingerprint, "stop_ids": stop_ids}
     if dist.is_main:
         parameters = sum(p.numel() for p in model.parameters())
         print(
@@ -129,15 +130,16 @@ def main() -> None:
     dist.close()
 
 
-def build_model(cfg: Config, tokenizer) -> Transformer:
+def build_model(cfg: Config, tokenizer) -> tuple[Transformer, tuple[int, ...]]:
+    """The model that training starts from, and the ids that end its texts."""
     if cfg.init:
         base = open_pretrained(cfg.init)
         check_fingerprint(tokenizer.fingerprint, base.tokenizer.fingerprint, cfg.init)
-        return base.model.requires_grad_(True)
+        return base.model.requires_grad_(True), base.stop_ids
     names = ("width", "layers", "heads", "kv_heads", "ffn", "context")
     model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **{n: getattr(cfg, n) for n in names}))
     model.init_weights(torch.Generator().manual_seed(cfg.seed))
-    return model
+    return model, (tokenizer.eos,)
 
 
 @torch.no_grad()

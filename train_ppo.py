@@ -170,6 +170,7 @@ def main() -> None:
         "layout": cfg.layout,
         "model": asdict(base.config),
         "tokenizer": tokenizer.fingerprint,
+        "stop_ids": stop_ids,
     }
     if cfg.layout in STORED:  # only what was trained is stored: the rest is in the base
         saved_as |= {"base": cfg.init, "base_digest": inputs["init_sha256"]}

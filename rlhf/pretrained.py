@@ -53,8 +53,7 @@ def open_pretrained(
             raise ValueError(f"{spec} is a sequence classifier; a language model is needed")
         tokenizer, stop_ids, digest = load_tokenizer(path), info.eos_ids, hf_digest(path)
     else:
-        model, tokenizer, digest = open_checkpoint(path, device)
-        stop_ids = ()
+        model, tokenizer, stop_ids, digest = open_checkpoint(path, device)
     ends = tuple(sorted({tokenizer.eos, *stop_ids}))
     if (model.config.vocab_size or 0) < tokenizer.vocab_size:
         raise ValueError(
@@ -63,8 +62,8 @@ def open_pretrained(
     return Pretrained(model.to(device), tokenizer, ends, digest, spec)
 
 
-def open_checkpoint(path: Path, device: torch.device | str) -> tuple[Transformer, Tokenizer, str]:
-    """Model, tokenizer and digest of a checkpoint of ours, on its base where it holds only what was trained."""
+def open_checkpoint(path: Path, device: torch.device | str) -> tuple[Transformer, Tokenizer, tuple[int, ...], str]:
+    """Model, tokenizer, stop ids and digest of a checkpoint of ours, on its base where it holds only what was trained."""
     saved = checkpoint.load(checkpoint.resolve(path))
     tokenizer = load_tokenizer(saved.path)
     if saved.config.get("tokenizer") != tokenizer.fingerprint:
@@ -73,7 +72,8 @@ def open_checkpoint(path: Path, device: torch.device | str) -> tuple[Transformer
         model = tuned_model(open_base(saved.config, path, device).model, saved.config, saved.tensors)
     else:
         model = language_model_of(saved, path)
-    return model, tokenizer, checkpoint.digest(saved.path)
+    # a pretrained base may end its texts with several ids, of which the tokenizer knows one
+    return model, tokenizer, tuple(saved.config.get("stop_ids", ())), checkpoint.digest(saved.path)
 
 
 def open_base(config: dict, where: str | Path, device: torch.device | str = "cpu") -> Pretrained:

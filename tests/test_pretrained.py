@@ -131,6 +131,7 @@ def test_training_goes_on_from_an_hf_directory(pretrained_world):
     world.ok("train_lm.py", init="hf", data="hf-data", out="tuned", epochs=0.2, **shape)
     before, after = open_pretrained(world.path / "hf"), open_pretrained(world.path / "tuned")
     assert after.tokenizer.fingerprint == before.tokenizer.fingerprint and not same_logits(before.model, after.model)
+    assert after.stop_ids == before.stop_ids == (0, 2)  # of which the tokenizer knows one
     options = json.loads((world.path / "tuned" / "run.json").read_text())
     assert options["init_sha256"] == before.digest == digest_of(world.path / "hf")  # the base itself did not move
 
