@@ -13,44 +13,49 @@ from torch import Tensor
 
 
 class Bins(NamedTuple):
-    count: Tensor  # (bins,) how many predictions fell in here
+    count: Tensor  # (bins,) how many predictions fell in here, or their weight
     predicted: Tensor  # (bins,) their mean probability; 0 in an empty bin
     observed: Tensor  # (bins,) their mean label; 0 in an empty bin
 
 
-def reliability_bins(probs: Tensor, labels: Tensor, bins: int = 10) -> Bins:
+def reliability_bins(probs: Tensor, labels: Tensor, bins: int = 10, weights: Tensor | None = None) -> Bins:
     """Predictions in `bins` bins of equal width, [low, high), 1 in the last one. (N,), (N,) -> Bins
 
-    Raises ValueError for probabilities outside [0, 1].
+    weights (N,) >= 0 count each prediction so often. Raises ValueError for probabilities outside [0, 1].
     """
     _check(probs, labels)
     labels = labels.to(probs.dtype)
+    w = torch.ones_like(probs) if weights is None else weights.to(probs.dtype)
     edges = torch.linspace(0, 1, bins + 1, dtype=probs.dtype, device=probs.device)
     index = torch.bucketize(probs, edges[1:-1], right=True)
     count, predicted, observed = (
         torch.zeros(bins, dtype=probs.dtype, device=probs.device).index_add(0, index, x)
-        for x in (torch.ones_like(probs), probs, labels)
+        for x in (w, w * probs, w * labels)
     )
-    return Bins(count.long(), predicted / count.clamp(min=1), observed / count.clamp(min=1))
+    divisor = torch.where(count > 0, count, 1)
+    return Bins(count.long() if weights is None else count, predicted / divisor, observed / divisor)
 
 
-def expected_calibration_error(probs: Tensor, labels: Tensor, bins: int = 10, norm: str = "l1") -> Tensor:
+def expected_calibration_error(
+    probs: Tensor, labels: Tensor, bins: int = 10, norm: str = "l1", weights: Tensor | None = None
+) -> Tensor:
     """Distance between predicted and observed frequency, averaged over bins (arXiv:1706.04599, eq. 3). (N,) -> ()
 
     l1: sum_b n_b / n |observed_b - predicted_b|;  l2: root of the weighted mean square;  max: the worst bin (eq. 5).
     """
-    count, predicted, observed = reliability_bins(probs, labels, bins)
-    weight, gap = count.to(probs.dtype) / len(probs), (observed - predicted).abs()
+    count, predicted, observed = reliability_bins(probs, labels, bins, weights)
+    weight, gap = count.to(probs.dtype) / count.sum(), (observed - predicted).abs()
     errors = {"l1": (weight * gap).sum(), "l2": (weight * gap**2).sum().sqrt(), "max": gap.max()}
     if norm not in errors:
         raise ValueError(f"unknown norm {norm!r}; choose one of {', '.join(errors)}")
     return errors[norm]
 
 
-def brier_score(probs: Tensor, labels: Tensor) -> Tensor:
+def brier_score(probs: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean squared error of the probabilities: mean of (p - label)^2; 0 best, 1/4 for always 1/2. (N,) -> ()"""
     _check(probs, labels)
-    return ((probs - labels) ** 2).mean()
+    w = torch.ones_like(probs) if weights is None else weights.to(probs.dtype)
+    return (w * (probs - labels) ** 2).sum() / w.sum()
 
 
 def fit_temperature(margins: Tensor, labels: Tensor) -> float:

@@ -1,6 +1,7 @@
-"""Statistics of a comparison: intervals, win rates, best-of-n with its analytic KL."""
+"""Statistics of a comparison: intervals, rank correlation, ROC, win rates, best-of-n with its analytic KL."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -11,6 +12,77 @@ def paired_bootstrap(difference: np.ndarray, resamples: int = 10_000, seed: int 
     means = [difference[rng.integers(0, len(difference), len(difference))].mean() for _ in range(resamples)]
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
+
+
+def cluster_bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray], clusters: np.ndarray, resamples: int = 1000, seed: int = 0
+) -> np.ndarray:
+    """95% percentile intervals of statistic(weights (N,)) -> (S,) where observations share what was sampled: (S, 2).
+
+    clusters (N, K) >= 0: the numbers of the K things that observation i rests on (both sentences of a pair, or one prompt).
+    They are drawn with replacement, and observation i weighs the product of their counts (the pigeonhole bootstrap, Owen
+    2007, arXiv:0712.1111). Pairs that share sentences are no independent sample: drawn alone, their interval is too narrow.
+    A statistic that is NaN in some resamples (an empty group) gets the interval of the others.
+    """
+    rng = np.random.default_rng(seed)
+    sampled, index = np.unique(clusters, return_inverse=True)
+    index = index.reshape(clusters.shape)  # (N, K)
+    values = []
+    for _ in range(resamples):
+        counts = np.bincount(rng.integers(0, len(sampled), len(sampled)), minlength=len(sampled))
+        values.append(np.atleast_1d(statistic(counts[index].prod(1).astype(float))))
+    values = np.array(values)  # (R, S)
+    known = ~np.isnan(values).all(0)
+    interval = np.full((values.shape[1], 2), np.nan)
+    interval[known] = np.nanquantile(values[:, known], [0.025, 0.975], axis=0).T
+    return interval
+
+
+def ranks(x: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """How much weight lies below each value, plus half of what lies on it: (N,) -> (N,). Without weights, rank - 1/2."""
+    _, group = np.unique(x, return_inverse=True)
+    weight = np.bincount(group, weights)  # (values,)
+    return (np.cumsum(weight) - weight / 2)[group]
+
+
+def correlation(a: np.ndarray, b: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Pearson's: (N,), (N,) -> -1 ... 1; NaN where one of them does not vary."""
+    w = np.ones(len(a)) if weights is None else weights
+    a, b = a - np.average(a, weights=w), b - np.average(b, weights=w)
+    size = math.sqrt(float(w @ a**2) * float(w @ b**2))
+    return float(w @ (a * b)) / size if size > 0 else math.nan
+
+
+def spearman(a: np.ndarray, b: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Spearman's rank correlation, ties with their average rank: (N,), (N,) -> -1 ... 1."""
+    return correlation(ranks(a, weights), ranks(b, weights), weights)
+
+
+def partial_spearman(a: np.ndarray, b: np.ndarray, given: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Rank correlation of a and b at equal `given`: (r_ab - r_ag r_bg) / sqrt((1 - r_ag^2)(1 - r_bg^2)). (N,) x 3."""
+    ab, ag, bg = (spearman(x, y, weights) for x, y in ((a, b), (a, given), (b, given)))
+    rest = (1 - ag**2) * (1 - bg**2)
+    return (ab - ag * bg) / math.sqrt(rest) if rest > 0 else math.nan
+
+
+def auc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """P(a positive scores higher than a negative), ties one half: the area under the ROC curve (Mann & Whitney 1947).
+
+    scores (N,), labels (N,) bool, weights (N,) -> 0 ... 1; NaN where one class is missing.
+    """
+    w = np.ones(len(scores)) if weights is None else weights
+    positive, negative = float(w @ labels), float(w @ ~labels)
+    if not (positive > 0 and negative > 0):
+        return math.nan
+    below = float((w * labels) @ ranks(scores, w)) - positive**2 / 2  # without the positives below each other
+    return below / (positive * negative)
+
+
+def roc(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The ROC curve: false and true positive rate for every threshold, highest first, from (0, 0) to (1, 1)."""
+    values, group = np.unique(-scores, return_inverse=True)
+    counts = (np.bincount(group, which, minlength=len(values)) for which in (~labels, labels))
+    return tuple(np.concatenate([[0.0], np.cumsum(n) / max(n.sum(), 1)]) for n in counts)
 
 
 def win_rate(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:

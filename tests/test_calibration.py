@@ -44,6 +44,18 @@ def test_bins_and_calibration_error(seed, bins, dtype):
     close(brier_score(probs, labels), reference.mean([(p - y) ** 2 for p, y in zip(probs.tolist(), labels.tolist())]))
 
 
+@given(st.integers(0, 2**31))
+def test_a_weight_is_a_repetition(seed):
+    margins, labels = pairs(seed, n=20)
+    weights = torch.randint(0, 4, (20,), generator=torch.Generator().manual_seed(seed)) + (torch.arange(20) == 0)
+    probs, repeated = margins.sigmoid(), torch.arange(20).repeat_interleave(weights)
+    weighted = reliability_bins(probs, labels, 5, weights)
+    for ours, plain in zip(weighted, reliability_bins(probs[repeated], labels[repeated], 5)):
+        close(ours, plain.tolist())
+    for measure in (expected_calibration_error, brier_score):
+        close(measure(probs, labels, weights=weights), measure(probs[repeated], labels[repeated]).item())
+
+
 def test_edges_belong_to_the_bin_above_and_1_to_the_last():
     probs = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
     assert reliability_bins(probs, torch.ones(5), 4).count.tolist() == [1, 1, 1, 2]

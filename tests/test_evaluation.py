@@ -1,13 +1,29 @@
-"""Best-of-n against all subsets, its KL against published numbers and against an exact one, intervals, ties, n-grams."""
+"""Best-of-n against all subsets, its KL against published numbers and against an exact one, intervals, ties, n-grams;
+rank correlation and ROC by their definitions, weights as repetitions, intervals of pairs that share sentences.
+"""
 
 import itertools
+import json
+import math
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.evaluation import best_of_n, best_of_n_kl, paired_bootstrap, win_rate
+from rlhf.evaluation import (
+    auc,
+    best_of_n,
+    best_of_n_kl,
+    cluster_bootstrap,
+    correlation,
+    paired_bootstrap,
+    partial_spearman,
+    ranks,
+    roc,
+    spearman,
+    win_rate,
+)
 from rlhf.ppo import distinct_n
 
 RNG = np.random.default_rng
@@ -95,6 +111,84 @@ def test_bootstrap_covers_the_truth_as_often_as_it_says():
         low, high = paired_bootstrap(rng.normal(size=60), resamples=200, seed=trial)
         inside += low <= 0 <= high
     assert 0.88 < inside / 200 < 0.99
+
+
+@st.composite
+def tied(draw, columns: int):
+    """(N, columns) of few different values, and whole weights of which some are 0."""
+    n = draw(st.integers(3, 12))
+    rng = RNG(draw(st.integers(0, 2**20)))
+    return rng.integers(0, draw(st.integers(1, 6)), (n, columns)).astype(float), rng.integers(0, 4, n)
+
+
+@given(tied(1))
+def test_ranks_by_the_definition(x):
+    values, weights = x[0][:, 0], x[1]
+    expected = [sum(w * ((y < v) + 0.5 * (y == v)) for y, w in zip(values, weights)) for v in values]
+    assert ranks(values, weights).tolist() == expected
+
+
+@settings(max_examples=60)
+@given(tied(3))
+def test_a_weight_is_a_repetition(x):
+    """And AUC is the share of all pairs of a positive and a negative that are in order."""
+    (a, b, c), weights = x[0].T, x[1]
+    repeated = np.repeat(np.arange(len(a)), weights)
+    labels = b > 1
+    for weighted, plain in (
+        (
+            (spearman(a, b, weights), spearman(a[repeated], b[repeated]) if len(repeated) else math.nan),
+            (auc(a, labels, weights), auc(a[repeated], labels[repeated])),
+            (partial_spearman(a, b, c, weights), partial_spearman(*(y[repeated] for y in (a, b, c)))),
+        )
+        if weights.sum()
+        else ()
+    ):
+        assert weighted == pytest.approx(plain, abs=1e-9, nan_ok=True)
+    order = [(p > n) + 0.5 * (p == n) for p in a[labels] for n in a[~labels]]
+    assert auc(a, labels) == pytest.approx(np.mean(order) if order else math.nan, nan_ok=True)
+    if order:
+        false, true = roc(a, labels)
+        area = float(np.sum(np.diff(false) * (true[1:] + true[:-1]) / 2))
+        assert area == pytest.approx(auc(a, labels)) and (false[0], true[0], false[-1], true[-1]) == (0, 0, 1, 1)
+
+
+def test_against_scipy(golden_dir):
+    golden = json.loads((golden_dir / "correlations.json").read_text())
+    a, b = (np.array(golden["inputs"][name]) for name in "ab")
+    assert correlation(a, b) == pytest.approx(golden["outputs"]["pearson"], abs=1e-12)
+    assert spearman(a, b) == pytest.approx(golden["outputs"]["spearman"], abs=1e-12)
+
+
+def test_rank_correlation_sees_order_alone():
+    rng = RNG(5)
+    a = rng.normal(size=50)
+    assert spearman(a, np.exp(a)) == pytest.approx(1) and spearman(a, -(a**3)) == pytest.approx(-1)
+    assert math.isnan(spearman(a, np.ones(50)))
+    given = rng.normal(size=4000)
+    x, y = given + rng.normal(size=4000), given + rng.normal(size=4000)
+    assert spearman(x, y) > 0.4 and abs(partial_spearman(x, y, given)) < 0.05  # only `given` connects them
+
+
+def test_pairs_that_share_sentences_are_fewer_than_they_look():
+    """200 pairs of 20 sentences: drawn by sentence, the interval of the mean covers the truth; drawn by pair, it does not."""
+    rng, inside = RNG(6), {"sentence": 0, "pair": 0}
+    for trial in range(30):
+        effect = rng.normal(size=20)
+        pairs = np.stack([rng.permutation(20)[:2] for _ in range(200)])
+        x = effect[pairs].sum(1)  # mean 0 over sentences
+        for unit, clusters in (("sentence", pairs), ("pair", np.arange(200)[:, None])):
+            ((low, high),) = cluster_bootstrap(lambda w, x=x: w @ x / w.sum(), clusters, 100, trial)
+            inside[unit] += low <= 0 <= high
+    assert inside["sentence"] >= 26 and inside["pair"] <= 18
+
+
+def test_without_shared_things_it_is_the_bootstrap():
+    x = RNG(7).normal(0.3, 2.0, size=400)
+    (low, high), (count, _) = cluster_bootstrap(lambda w: np.array([w @ x / 400, w.sum()]), np.arange(400)[:, None])
+    assert count == 400 and (low, high) == pytest.approx(paired_bootstrap(x), abs=0.03)
+    interval = cluster_bootstrap(lambda w: np.array([math.nan, 1.0]), np.arange(4)[:, None], 10)
+    assert np.isnan(interval[0]).all() and interval[1].tolist() == [1, 1]
 
 
 def test_pairing_by_prompt_is_what_makes_the_interval_narrow():

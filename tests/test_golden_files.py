@@ -3,7 +3,6 @@
 from pathlib import Path
 
 NOT_USED = {
-    "correlations": "rank correlations belong to the report, which does not print them yet",
     "inter_rater": "agreement between raters belongs to the report on human labels, which does not exist yet",
     "int8_per_channel_gptfast": "weight-only int8 comes with export",
     "int8_per_channel_torch": "weight-only int8 comes with export",
