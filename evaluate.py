@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.loader import PromptLoader, SentenceLoader, TokenFile, in_order, prompts_from_rows
+from data.loader import PromptLoader, SentenceLoader, TokenFile, in_order
 from data.tokenizer import check_fingerprint, load_tokenizer
-from data.vader import load_rules
+from evaluation.held_out import held_out_prompts, load_judge
 from model.generate import Generated, generate, row_uniforms
 from model.transformer import Transformer
 from rlhf.actor_critic import logprobs_of
@@ -25,7 +25,7 @@ from rlhf.kl import k1, k3
 from rlhf.language_model import LanguageModel
 from rlhf.ppo import distinct_n
 from rlhf.pretrained import open_base, open_pretrained
-from rlhf.reward_model import load_reward, python_reward
+from rlhf.reward_model import load_reward
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Config:
     base: str = "out/lm"  # language model before PPO (run, HF directory, GGUF file or name); KL is measured against it
     tuned: str = "out/ppo"  # language model after PPO
     reward: str = "out/rm"  # the reward that PPO maximised: a directory, or file.py:function
-    judge: str = "vader"  # score that PPO never saw: "vader" = rules in the data, or file.py:function
+    judge: str = "vader"  # score that PPO never saw: "vader" = rules in the data, a reward model, or file.py:function
     data: str = "out/data/vader"  # directory made by data.prepare
     split: Literal["validation", "test"] = "test"  # where prompts and human text come from; tune on validation
     out: str = "out/evaluation"  # directory for summary.json, results.md and samples.jsonl
@@ -63,8 +63,8 @@ def main() -> None:
         check_fingerprint(tokenizer.fingerprint, model.tokenizer.fingerprint, model.spec)
     base, tuned, stop_ids = opened[0].model.eval(), opened[1].model.eval(), opened[0].stop_ids
     reward = load_reward(cfg.reward, tokenizer, device, base=opened[0], open_base=open_base)
-    judge = load_judge(cfg, tokenizer)
-    starts = held_out_prompts(cfg)
+    judge = load_judge(cfg.judge, cfg.data, tokenizer, device, opened[0])
+    starts = held_out_prompts(cfg.data, cfg.split, cfg.prompt_tokens, cfg.domain)
     prompts, lengths, _ = PromptLoader(starts, test.pad, min(cfg.prompts, len(starts)), cfg.seed).batch(0)
     prompts, lengths = prompts.to(device), lengths.to(device)
     logprobs = {"base": logprobs_of(base, cfg.temperature), "tuned": logprobs_of(tuned, cfg.temperature)}
@@ -131,33 +131,6 @@ def main() -> None:
 
 
 WHEN = {"base": "before", "tuned": "after"}
-
-
-def held_out_prompts(cfg: Config) -> list[np.ndarray]:
-    """Different prompts of the split that no training sentence begins with: short prompts often do."""
-    domains = [cfg.domain] if cfg.domain else ()
-    train, held_out = (
-        prompts_from_rows(TokenFile(f"{cfg.data}/{split}"), cfg.prompt_tokens, domains)
-        for split in ("train", cfg.split)
-    )
-    seen = {tuple(prompt) for prompt in train}
-    unseen = {key: prompt for prompt in held_out if (key := tuple(prompt)) not in seen}
-    if not unseen:
-        raise ValueError(f"all {len(held_out)} prompts of {cfg.data}/{cfg.split} also begin a training sentence")
-    return list(unseen.values())
-
-
-def load_judge(cfg: Config, tokenizer):
-    """The judge as score(tokens, lengths, mask) -> (B,); it reads the whole text."""
-    if cfg.judge != "vader":
-        file, _, name = cfg.judge.rpartition(":")
-        if not file:
-            raise ValueError(f"--judge={cfg.judge} is neither vader nor file.py:function")
-        return python_reward(file, name, tokenizer)
-    rules = load_rules(cfg.data)
-    return lambda tokens, lengths, mask: torch.tensor(
-        [rules(tokenizer.decode(row[:n].tolist())) for row, n in zip(tokens, lengths)]
-    )
 
 
 def first_of(group: Generated, n: int) -> Generated:

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 FORMULAS = {f"rlhf.{name}" for name in ("functional", "kl", "rewards", "advantages", "losses", "calibration")}
-PACKAGES = ("model", "data", "rlhf", "rlhf.infra", "rlhf.serve")
+PACKAGES = ("model", "data", "evaluation", "rlhf", "rlhf.infra", "rlhf.serve")
 ALWAYS = {"torch", "numpy", "sentencepiece", "tiktoken", "regex", "safetensors", "tqdm", "pytest", "hypothesis"}
 INSIDE_FUNCTIONS = {
     "matplotlib",
@@ -23,7 +23,9 @@ INSIDE_FUNCTIONS = {
     "jinja2",
 }
 SOURCES = sorted(ROOT.glob("*.py")) + sorted(
-    file for room in ("model", "data", "rlhf", "tests", "bench", "docs") for file in (ROOT / room).rglob("*.py")
+    file
+    for room in ("model", "data", "rlhf", "evaluation", "tests", "bench", "docs")
+    for file in (ROOT / room).rglob("*.py")
 )
 
 
@@ -36,7 +38,7 @@ def room(module: str) -> str:
     """The room of the floor plan that a module of ours lives in."""
     if module in FORMULAS:
         return "formula"
-    for prefix in ("rlhf.infra", "rlhf.serve", "model", "data", "tests", "bench", "docs"):
+    for prefix in ("rlhf.infra", "rlhf.serve", "model", "data", "evaluation", "tests", "bench", "docs"):
         if module == prefix or module.startswith(prefix + "."):
             return prefix
     if module in ("rlhf.check", "rlhf.pretrained"):
@@ -54,7 +56,8 @@ MAY_IMPORT = {  # room -> the rooms of ours that it may import
     "join": {"model", "formula", "rlhf.infra", "join"},
     "pretrained": {"model", "data", "rlhf.infra", "join"},  # where a tokenizer meets a model
     "rlhf.serve": {"model", "pretrained", "formula", "rlhf.infra", "join", "rlhf.serve"},
-    "script": {"model", "data", "formula", "rlhf.infra", "join", "check", "pretrained", "script"},
+    "evaluation": {"model", "data", "formula", "rlhf.infra", "join", "pretrained", "evaluation"},
+    "script": {"model", "data", "formula", "rlhf.infra", "join", "check", "pretrained", "evaluation", "script"},
 }
 MAY_IMPORT |= dict.fromkeys(("tests", "bench", "docs"), MAY_IMPORT["script"] | {"tests", "rlhf.serve"})
 
@@ -110,7 +113,7 @@ def violations(source: str, path: str, ours: set[str]) -> list[str]:
     return found
 
 
-OURS = {"model", "data", "rlhf"} | {file.stem for file in ROOT.glob("*.py")}
+OURS = {"model", "data", "rlhf", "evaluation"} | {file.stem for file in ROOT.glob("*.py")}
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
@@ -137,6 +140,8 @@ def test_layers(file: Path):
         ("rlhf/rollout.py", "from rlhf import serve"),
         ("rlhf/check.py", "from model import transformer"),
         ("train_ppo.py", "from rlhf.serve import api"),
+        ("rlhf/rollout.py", "from evaluation import held_out"),
+        ("evaluation/held_out.py", "import train_ppo"),
         ("train_ppo.py", "import pandas"),
         ("evaluate.py", "import matplotlib.pyplot as plt"),
         ("data/loader.py", "import pickle"),
