@@ -35,32 +35,39 @@ def accuracy(scores: np.ndarray, file: TokenFile | SomeRows) -> dict[str, float]
 def baselines(
     train: TokenFile, test: TokenFile | SomeRows, rules: Callable[[str], float]
 ) -> dict[str, dict[str, float]]:
-    """Pairwise accuracy on the test pairs: name -> {"all", "0.5", "1", "2"}. rules: text -> score, see `load_rules`.
+    """Pairwise accuracy on the test pairs: name -> {"all", "0.5", "1", "2"}. rules: text -> score, see `load_rules`."""
+    scores = {"vader": np.array([rules(text) for text in test.texts]), **learned_scores(train, test)}
+    ceilings = {name: people(*map(test.column, columns), test) for name, columns in CEILINGS.items()}
+    return {name: accuracy(row, test) for name, row in scores.items()} | ceilings
 
-    The bag of words learns from all of `train`.
-    """
+
+def learned_scores(train: TokenFile, test: TokenFile | SomeRows) -> dict[str, np.ndarray]:
+    """A score for every test text by what all of `train` teaches a bag of words, and by length: (rows,) each."""
     length = train.lengths().astype(float)
     sign = 1.0 if accuracy(length, train)["all"] >= 0.5 else -1.0  # people like long texts or short ones: train decides
     bow = BagOfWords(train.texts, train.column("rating"))
-    return {
-        "vader": accuracy(np.array([rules(text) for text in test.texts]), test),
-        "bow": accuracy(bow.scores(test.texts), test),
-        "length": accuracy(sign * test.lengths(), test),
-        "human": people(test.column("half_a"), test.column("half_b"), test),
-        "one_rater": people(test.column("one_rater"), test.column("rest"), test),
-    }
+    return {"bow": bow.scores(test.texts), "length": sign * test.lengths()}
 
 
-def people(judge: np.ndarray, truth: np.ndarray, file: TokenFile | SomeRows) -> dict[str, float]:
-    """The ceiling: some raters' mean as the score, the mean of *other* raters as the truth, which also sets the gap.
+# whose mean is the score, and whose the truth. Two halves of the raters: what ten people say about ten others; one against
+# the rest: what a single person reaches. With the mean of all as the truth, a rater would be compared with himself.
+CEILINGS = {"human": ("half_a", "half_b"), "one_rater": ("one_rater", "rest")}
 
-    judge (rows,), truth (rows,). Two halves of the raters: what ten people say about ten others; one against the rest:
-    what a single person reaches. With the mean of all as the truth, a rater would be compared with himself.
+
+def agreement(judge: np.ndarray, truth: np.ndarray, file: TokenFile | SomeRows) -> tuple[np.ndarray, np.ndarray]:
+    """Whether the judge agrees about each pair (1, 1/2 for a tie, 0) with other people, whose truth also sets the gap.
+
+    judge (rows,), truth (rows,) -> right (pairs,), gap (pairs,) >= 0; a gap of 0 has no truth.
     """
     a, b = file.column("pair_chosen"), file.column("pair_rejected")
     gap = truth[a] - truth[b]
-    agree = (judge[a] - judge[b]) * np.sign(gap)
-    return pairwise_accuracy(agree, np.zeros_like(agree), np.abs(gap))  # gap 0 has no truth, and is not > 0
+    return (np.sign((judge[a] - judge[b]) * np.sign(gap)) + 1) / 2, np.abs(gap)
+
+
+def people(judge: np.ndarray, truth: np.ndarray, file: TokenFile | SomeRows) -> dict[str, float]:
+    """The ceiling: pairwise accuracy of some raters' mean (rows,) against the mean of others, (rows,)."""
+    right, gap = agreement(judge, truth, file)
+    return pairwise_accuracy(right, 1 - right, gap)  # gap 0 is not > 0
 
 
 class BagOfWords:

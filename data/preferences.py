@@ -1,0 +1,54 @@
+"""Preference files: one JSON object a line with prompt, chosen, rejected and perhaps subset, as RewardBench has them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Preference:
+    prompt: str
+    chosen: str
+    rejected: str
+    subset: str  # "" where the file names none
+
+
+def read_preferences(path: str | Path) -> tuple[list[Preference], int]:
+    """All comparisons of a file, and how many lines were dropped because both answers are the same text.
+
+    ValueError, naming the line, for one that is no such object or has an empty answer, and for a file without any.
+    """
+    try:
+        lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 (byte {e.start}); convert it first") from None
+    found, same = [], 0
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        row = read_row(line, f"{path}, line {number}")
+        if row.chosen == row.rejected:
+            same += 1
+        else:
+            found.append(row)
+    if not found:
+        raise ValueError(f"{path} holds no comparison of two different answers ({same} lines have the same one twice)")
+    return found, same
+
+
+def read_row(line: str, where: str) -> Preference:
+    try:
+        row = json.loads(line)
+    except ValueError as e:
+        raise ValueError(f"{where} is no JSON ({e}); one object a line was expected") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is {line.strip()[:40]!r}; an object with prompt, chosen and rejected was expected")
+    for name in ("prompt", "chosen", "rejected"):
+        if not isinstance(row.get(name), str):
+            raise ValueError(f"{where} has no text {name!r}; it has {', '.join(row) or 'nothing'}")
+    for name in ("chosen", "rejected"):
+        if not row[name].strip():
+            raise ValueError(f"{where}: {name} is empty, which no reward model can read; remove the line")
+    return Preference(row["prompt"], row["chosen"], row["rejected"], str(row.get("subset") or ""))
