@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from data.loader import PromptLoader, TokenFile, prompts_from_rows
+from data.loader import PromptBatch, PromptLoader, TokenFile, prompts_from_rows
 from data.tokenizer import check_fingerprint, load_tokenizer
+from evaluation.card import beats_length
+from evaluation.held_out import held_out_prompts, load_judge
 from model.generate import Generated, generate, row_uniforms
 from rlhf import kl, ppo
 from rlhf.actor_critic import CRITICS, LAYOUTS, STORED, LoRA
@@ -20,6 +23,7 @@ from rlhf.advantages import ESTIMATORS
 from rlhf.functional import whiten
 from rlhf.infra import checkpoint, config, distributed, optim, run
 from rlhf.infra.metrics import Metrics, read_lines, say
+from rlhf.overoptimisation import best_place, has_stalled
 from rlhf.plan import Sizes, plan, reward_parameters, table
 from rlhf.pretrained import config_of, open_base, open_pretrained
 from rlhf.reward_model import load_reward
@@ -34,6 +38,7 @@ class Config:
     reward: str = "out/rm"  # reward model, or file.py:function(prompts, responses) -> scores
     data: str = "out/data/vader"  # directory made by data.prepare; its training sentences give the prompts
     out: str = "out/ppo"  # run directory: checkpoints, metrics.jsonl, samples.jsonl, report.json
+    weak_reward: bool = False  # accept a reward model that does not beat length alone, by its card or its report
     plan: bool = False  # print the memory that each layout needs, and stop
     # roles
     layout: Literal["full", "shared", "adapters", "branch"] = (
@@ -91,6 +96,14 @@ class Config:
     # report
     sample_every: int = 10  # iterations between tables of sample texts
     checkpoint_every: int = 10  # iterations between checkpoints
+    keep_checkpoints: int | None = 2  # newest checkpoints that stay; none = all, to measure over-optimisation
+    # stop early
+    judge: str | None = (
+        None  # held-out judge that ends the run: a reward model, vader (rules in the data) or file.py:function
+    )
+    judge_every: int = 10  # iterations between its judgements; the policy that it likes best is kept in out/best
+    judge_patience: int = 3  # judgements in a row without a new best that end the run
+    judge_prompts: int = 128  # prompts from validation sentences, always the same, drawn with the same random numbers
 
     def __post_init__(self):
         config.at_least(self, prompt_tokens=1, response_tokens=1, batch=1, samples_per_prompt=1, temperature=1e-3)
@@ -98,6 +111,7 @@ class Config:
         config.at_least(self, iterations=1, epochs=1, minibatches=1, micro_batch=1, sample_every=1, checkpoint_every=1)
         config.at_least(self, clip=0, clip_high=0, dual_clip=1, value_clip=0, target_approxkl=0, max_kl=0)
         config.at_least(self, lr=0, warmup=0, weight_decay=0, adam_eps=0, grad_clip=0, seed=0)
+        config.at_least(self, keep_checkpoints=1, judge_every=1, judge_patience=1, judge_prompts=1)
         config.at_least(self, lora_rank=1, lora_alpha=0, branch_layers=1)
         config.at_most(self, gamma=1, lam=1)
         if self.layout == "full" and self.critic == "shared":
@@ -116,6 +130,7 @@ class Config:
 
 NEEDS = dict.fromkeys(("critic", "value_coef", "value_clip", "lam"), ("estimator", "gae"))
 NEEDS |= dict.fromkeys(("kl_target", "kl_horizon"), ("kl_control", "adaptive"))
+NEEDS |= dict.fromkeys(("judge_every", "judge_patience", "judge_prompts"), ("judge", ...))
 NEEDS["gamma"] = ("estimator", ("gae", "reinforce++"))
 NEEDS |= dict.fromkeys(STORED["adapters"], ("layout", "adapters")) | dict.fromkeys(
     STORED["branch"], ("layout", "branch")
@@ -135,6 +150,8 @@ def main() -> None:
     planned = memory_plan(cfg, dist, micro_batch, lora, critic)
     if cfg.plan:
         return
+    if not cfg.weak_reward:
+        beats_length(cfg.reward)
     tokenizer = load_tokenizer(cfg.data)
     sentences = TokenFile(f"{cfg.data}/train")
     check_fingerprint(sentences.fingerprint, tokenizer.fingerprint, sentences.path)
@@ -146,6 +163,9 @@ def main() -> None:
     roles = LAYOUTS[cfg.layout](base, critic, cfg.temperature, lora, cfg.branch_layers)
     policy, reference = roles.policy, roles.reference
     score = load_reward(cfg.reward, tokenizer, dist.device, pretrained, roles.frozen, open_base)
+    if cfg.judge:
+        held_out = held_out_batch(cfg, sentences.pad)
+        held_out_score = load_judge(cfg.judge, cfg.data, tokenizer, dist.device, pretrained)
     optimizer = optim.make_optimizer(policy, cfg.lr, cfg.weight_decay, betas=(0.9, 0.999), eps=cfg.adam_eps)
     kl_control = kl.FixedKL(cfg.kl_coef)
     if cfg.kl_control == "adaptive":
@@ -153,10 +173,12 @@ def main() -> None:
 
     inputs = {"init_sha256": pretrained.digest, "data_sha256": sentences.manifest["sha256"]["tokens.bin"]}
     inputs["reward_sha256"] = reward_digest(cfg.reward)
+    inputs["judge_sha256"] = None if cfg.judge in (None, "vader") else reward_digest(cfg.judge)
     state = run.resume(cfg.out, asdict(cfg) | inputs, policy, optimizer, precision.scaler, dist)
     kl_control.load_state_dict(state.get("kl_control", kl_control.state_dict()))
     first, spent, stopped = state["done"], state["seconds"], state.get("stopped", False)
     last = first if stopped else cfg.iterations
+    verdicts = state.get("verdicts", [])  # mean scores by the held-out judge, one every judge_every iterations
 
     learner = dist.wrap(policy)
     objective = ppo.Objective(cfg.clip, cfg.clip_high, cfg.dual_clip, cfg.value_clip, cfg.value_coef, cfg.entropy_coef)
@@ -179,13 +201,35 @@ def main() -> None:
     mine = torch.arange(dist.rank, cfg.batch, dist.world)  # global ids of this rank's responses
     group = torch.arange(cfg.batch, device=dist.device) // cfg.samples_per_prompt
 
-    def act(iteration: int) -> Generated:
-        """This rank's responses; what a row draws depends on (seed, iteration, its global id) alone."""
-        batch = prompts.batch(iteration)
-        chosen = (x[mine // cfg.samples_per_prompt].to(dist.device) for x in (batch.prompts, batch.prompt_lengths))
-        uniforms = row_uniforms(cfg.seed, iteration, mine.tolist(), cfg.response_tokens).to(dist.device)
+    def sample(batch: PromptBatch, rows: Tensor, iteration: int, ids: Tensor) -> Generated:
+        """Responses to some rows of the batch; what a row draws depends on (seed, iteration, its global id) alone."""
+        chosen = (x[rows].to(dist.device) for x in (batch.prompts, batch.prompt_lengths))
+        uniforms = row_uniforms(cfg.seed, iteration, ids.tolist(), cfg.response_tokens).to(dist.device)
         sizes = (cfg.response_tokens, uniforms, stop_ids, tokenizer.pad, cfg.temperature)
-        return generate(roles.sampler, *chosen, *sizes)
+        with precision.autocast():
+            return generate(roles.sampler, *chosen, *sizes)
+
+    def act(iteration: int) -> Generated:
+        """This rank's responses."""
+        return sample(prompts.batch(iteration), mine // cfg.samples_per_prompt, iteration, mine)
+
+    def ask_judge(done: int) -> dict[str, float]:
+        """judge/mean of the policy after `done` iterations, when it is time; the best policy so far goes to out/best."""
+        if done % cfg.judge_every:
+            return {}
+        scores = torch.zeros(cfg.judge_prompts, dtype=torch.float64)
+        for start in range(dist.rank, cfg.judge_prompts, cfg.batch):
+            rows = torch.arange(start, min(start + cfg.batch, cfg.judge_prompts), dist.world)
+            g = sample(held_out, rows, -1, rows)  # -1: random numbers that no iteration draws
+            scores[rows] = held_out_score(g.tokens, g.lengths, g.mask).double().cpu()
+        mean = float(dist.sum(scores).mean())  # every rank adds zeros to the others' scores: exact for any world size
+        verdicts.append(mean)
+        if dist.is_main and best_place(verdicts) == len(verdicts) - 1:
+            weights, state = checkpoint.trained_state(policy), {"done": done, "judge/mean": mean}
+            checkpoint.save(f"{cfg.out}/best", weights, saved_as, state, files=[tokenizer.path])
+        return {"judge/mean": mean}
+
+    consult = ask_judge if cfg.judge else lambda done: {}
 
     def check_once(judged: Rollout) -> None:
         """Before the first update: PASS or FAIL for every identity; on FAIL all ranks stop."""
@@ -198,14 +242,16 @@ def main() -> None:
 
     def save(done: int, stopped: bool) -> None:
         state = {"done": done, "seconds": run.seconds_used(spent), "stopped": stopped}
-        state |= {"kl_control": kl_control.state_dict()}
-        run.save(cfg.out, state, saved_as, policy, optimizer, precision.scaler, [tokenizer.path], dist)
+        state |= {"kl_control": kl_control.state_dict(), "verdicts": verdicts}
+        files = [tokenizer.path]
+        run.save(cfg.out, state, saved_as, policy, optimizer, precision.scaler, files, dist, cfg.keep_checkpoints)
 
     for iteration in run.steps(first, last, "ppo", dist):
+        if stopped := has_stalled(verdicts, cfg.judge_patience):
+            break
         clock = run.Clock()
         # 1. act: sample responses to a batch of prompts with the current policy
-        with precision.autocast():
-            samples = act(iteration)
+        samples = act(iteration)
         clock.lap("time/rollout")
 
         # 2. judge: policy, reference and value of every token; one score per response
@@ -240,11 +286,12 @@ def main() -> None:
             updates.append(update)
         clock.lap("time/learn")
 
-        # 5. report: adapt the KL coefficient, metrics, samples, checkpoint
+        # 5. report: adapt the KL coefficient, metrics, held-out judge, samples, checkpoint
         record = ppo.metrics(experience, advantages, updates, kl_control.coef, cfg.minibatches)
         record |= clock.times(record["response/length"] * cfg.batch, dist.device)
         kl_control.update(record["objective/kl"], cfg.batch)
         done = iteration + 1
+        record |= consult(done)
         log.log(iteration, record | {"lr": lr, "episode": done * cfg.batch, "iteration": iteration})
         if done % cfg.sample_every == 0 or done == last:
             log.samples(iteration, texts(rollout, tokenizer))
@@ -253,9 +300,12 @@ def main() -> None:
 
     if stopped and last > first:
         save(iteration, stopped=True)
-        say(f"stopped after {iteration} iterations: KL to the reference passed max_kl {cfg.max_kl} nats", dist.is_main)
+        why = f"KL to the reference passed max_kl {cfg.max_kl} nats"
+        if has_stalled(verdicts, cfg.judge_patience):
+            why = f"{cfg.judge_patience} judgements in a row did not beat the held-out judge's best"
+        say(f"stopped after {iteration} iterations: {why}", dist.is_main)
     if dist.is_main:
-        write_report(cfg.out)
+        write_report(cfg.out, cfg.judge_every)
         peak = run.peak_memory_gb(dist.device)
         print(f"peak memory {peak:.2f} GB, planned {planned:.2f} GB ({peak / planned - 1:+.0%}) in layout {cfg.layout}")
     dist.close()
@@ -304,6 +354,16 @@ def reward_digest(reward: str) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file.endswith(".py") else checkpoint.digest(reward)
 
 
+def held_out_batch(cfg: Config, pad: int) -> PromptBatch:
+    """The prompts of the held-out judge: from validation sentences, none of which begins a training sentence."""
+    starts = held_out_prompts(cfg.data, "validation", cfg.prompt_tokens, cfg.domain)
+    if cfg.judge_prompts > len(starts):
+        raise ValueError(
+            f"--judge_prompts={cfg.judge_prompts}: the validation split has {len(starts)}; use at most those"
+        )
+    return PromptLoader(starts, pad, cfg.judge_prompts, cfg.seed).batch(0)
+
+
 def texts(rollout, tokenizer) -> list[dict]:
     """The first responses of an iteration as rows for people to read."""
     rows = []
@@ -315,12 +375,16 @@ def texts(rollout, tokenizer) -> list[dict]:
     return rows
 
 
-def write_report(out: str) -> None:
-    """report.json: the means of the last five iterations, and the seconds used."""
+def write_report(out: str, judge_every: int) -> None:
+    """report.json: the means of the last five iterations, the held-out judge's best, and the seconds used."""
     rows, state = read_lines(f"{out}/metrics.jsonl")[-5:], checkpoint.load(out).state
     names = ("objective/scores", "objective/kl", "response/length", "response/distinct_2", "time/total")
     report = {name: sum(row[name] for row in rows) / len(rows) for name in names}
     report |= {"iterations": state["done"], "stopped": state["stopped"], "seconds": state["seconds"]}
+    if verdicts := state["verdicts"]:
+        done, mean = (best_place(verdicts) + 1) * judge_every, max(verdicts)
+        report["best"] = {"iterations": done, "judge/mean": mean}
+        print(f"the held-out judge likes the policy after {done} iterations best, {mean:.3f} -> {out}/best")
     run.write_json(f"{out}/report.json", report)
     print(
         f"score {report['objective/scores']:.2f} at {report['objective/kl']:.1f} nats, {report['seconds']:.0f} s -> {out}"

@@ -133,6 +133,13 @@ def test_a_required_option():
         config.parse(Required, [])
 
 
+def test_an_option_that_needs_another_to_be_given():
+    needs = {"steps": ("kl_target", ...)}
+    assert config.parse(Config, ["--steps=5", "--kl_target=0.5"], needs).steps == 5
+    with pytest.raises(ValueError, match=r"--steps has no effect with --kl_target=none; use --kl_target=\.\.\., or"):
+        config.parse(Config, ["--steps=5"], needs)
+
+
 def test_needs_of_an_unknown_field_is_a_bug():
     with pytest.raises(TypeError, match="kl_tarket"):
         config.parse(Config, [], {"kl_tarket": ("kl_control", "adaptive")})

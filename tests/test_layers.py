@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-FORMULAS = {f"rlhf.{name}" for name in ("functional", "kl", "rewards", "advantages", "losses", "calibration")}
+FORMULAS = {
+    f"rlhf.{name}"
+    for name in ("functional", "kl", "rewards", "advantages", "losses", "calibration", "overoptimisation")
+}
 PACKAGES = ("model", "data", "evaluation", "rlhf", "rlhf.infra", "rlhf.serve")
 ALWAYS = {"torch", "numpy", "sentencepiece", "tiktoken", "regex", "safetensors", "tqdm", "pytest", "hypothesis"}
 INSIDE_FUNCTIONS = {
@@ -55,7 +58,7 @@ MAY_IMPORT = {  # room -> the rooms of ours that it may import
     "check": {"formula", "rlhf.infra"},
     "join": {"model", "formula", "rlhf.infra", "join"},
     "pretrained": {"model", "data", "rlhf.infra", "join"},  # where a tokenizer meets a model
-    "rlhf.serve": {"model", "pretrained", "formula", "rlhf.infra", "join", "rlhf.serve"},
+    "rlhf.serve": {"model", "data", "pretrained", "formula", "rlhf.infra", "join", "rlhf.serve"},
     "evaluation": {"model", "data", "formula", "rlhf.infra", "join", "pretrained", "evaluation"},
     "script": {"model", "data", "formula", "rlhf.infra", "join", "check", "pretrained", "evaluation", "script"},
 }

@@ -148,10 +148,10 @@ def resolve(path: str | Path) -> Path:
     raise FileNotFoundError(f"no checkpoint in {path}: a config.json or step_* directories were expected there")
 
 
-def save_step(run_dir: str | Path, step: int, *args, keep: int = 2, **kwargs) -> Path:
-    """save() to run_dir/step_000123, then remove all but the newest `keep`."""
+def save_step(run_dir: str | Path, step: int, *args, keep: int | None = 2, **kwargs) -> Path:
+    """save() to run_dir/step_000123, then remove all but the newest `keep`; None keeps all."""
     path = save(Path(run_dir) / f"step_{step:06d}", *args, **kwargs)
-    kept = [*steps(run_dir)[-keep:], path]
+    kept = [*steps(run_dir)[-(keep or 0) :], path]  # [-0:] is all of them
     remove(old for old in Path(run_dir).glob("step_*") if old.is_dir() and old not in kept)
     return path
 

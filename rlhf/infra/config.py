@@ -25,8 +25,8 @@ def parse(Config: type, argv: list[str] | None = None, needs: dict[str, tuple[st
     """The frozen Config that the command line asks for: --name=value, --name value, name=value, or a bare --flag.
 
     `needs` = {"kl_target": ("kl_control", "adaptive")} says that kl_target works only where kl_control is "adaptive" (a
-    tuple lists several values): given on the command line without effect, it raises. So does every other mistake,
-    ValueError with one line. --help prints and exits.
+    tuple lists several values, ... is any but none): given on the command line without effect, it raises. So does every
+    other mistake, ValueError with one line. --help prints and exits.
     """
     kinds, needs = typing.get_type_hints(Config), needs or {}
     names = [field.name for field in dataclasses.fields(Config)]
@@ -66,10 +66,10 @@ def parse(Config: type, argv: list[str] | None = None, needs: dict[str, tuple[st
     for name in given:
         if name in needs:
             other, wanted = needs[name]
-            wanted = wanted if isinstance(wanted, tuple) else (wanted,)
-            if getattr(config, other) not in wanted:
+            wanted, value = wanted if isinstance(wanted, tuple) else (wanted,), getattr(config, other)
+            if value not in wanted and (value is None or ... not in wanted):
                 choices = " or ".join(f"--{other}={show(value)}" for value in wanted)
-                has = f"--{other}={show(getattr(config, other))}"
+                has = f"--{other}={show(value)}"
                 raise ValueError(f"--{name} has no effect with {has}; use {choices}, or leave --{name} out")
     return config
 
@@ -130,6 +130,8 @@ def show(value) -> str:
     """A value as one would write it on the command line: parse(show(value)) == value."""
     if isinstance(value, tuple):
         return ",".join(map(show, value))
+    if value is ...:  # any value
+        return "..."
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 

@@ -68,8 +68,10 @@ def has_begun(out: str) -> bool:
     return checkpoint.latest(out) is not None or metrics.exists() and metrics.stat().st_size > 0
 
 
-def save(out: str, state: dict, config: dict, module: nn.Module, optimizer, scaler, files: list, dist) -> None:
-    """Rank 0 writes the checkpoint after state["done"] steps; everybody waits for it."""
+def save(
+    out: str, state: dict, config: dict, module: nn.Module, optimizer, scaler, files: list, dist, keep: int | None = 2
+) -> None:
+    """Rank 0 writes the checkpoint after state["done"] steps and keeps the newest `keep`; everybody waits for it."""
     if dist.is_main:
         checkpoint.save_step(
             out,
@@ -79,6 +81,7 @@ def save(out: str, state: dict, config: dict, module: nn.Module, optimizer, scal
             state=state | {"scaler": scaler.state_dict()},
             optimizer=checkpoint.optimizer_tensors(optimizer, module),
             files=files,
+            keep=keep,
         )
     dist.barrier()
 

@@ -1,0 +1,183 @@
+"""Over-optimisation: the curves against numpy's solver and a grid, the stop against a slow count, the study end to end."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_resume import assert_equal_runs, killed_after
+from test_scripts import NOISE, PPO_METRICS
+from tiny import lines
+
+from rlhf.evaluation import paired_bootstrap
+from rlhf.infra import checkpoint
+from rlhf.overoptimisation import CURVES, best_place, has_stalled, resampled_means
+from rlhf.pretrained import open_pretrained
+
+RNG = np.random.default_rng
+NUMBERS = st.floats(-3, 3)
+DISTANCES = st.lists(st.floats(0.1, 6), min_size=2, max_size=12, unique_by=lambda d: round(d, 2))
+
+
+def textbook(name: str, d: float, alpha: float, beta: float) -> float:
+    """The two formulas of the paper, as they are printed there."""
+    if d == 0:
+        return 0.0
+    return {"best_of_n": d * (alpha - beta * d), "ppo": d * (alpha - beta * math.log(d))}[name]
+
+
+# ---- the fit
+
+
+@pytest.mark.parametrize("name", CURVES)
+@given(DISTANCES, NUMBERS, NUMBERS)
+def test_the_fit_recovers_the_curve_that_made_the_points(name, d, alpha, beta):
+    d = np.array([0.0, *d])
+    gain = np.array([textbook(name, x, alpha, beta) for x in d])
+    np.testing.assert_allclose(CURVES[name].gain(d, alpha, beta), gain, atol=1e-12)
+    np.testing.assert_allclose(CURVES[name].fit(d, gain), (alpha, beta), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CURVES)
+@given(st.integers(2, 9), st.integers(0, 2**20))
+def test_the_fit_is_the_least_squares_solution(name, points, seed):
+    """Of noisy points, against numpy.linalg.lstsq; in any order, many fits at once, and in any unit of the reward."""
+    rng, curve = RNG(seed), CURVES[name]
+    d, gain = np.linspace(0.2, 4, points) * rng.uniform(0.9, 1.1, points), rng.normal(size=(3, points))
+    design = np.array([[x, textbook(name, x, 0, 1)] for x in d])
+    expected = np.linalg.lstsq(design, gain.T, rcond=None)[0]  # (2, 3)
+    np.testing.assert_allclose(curve.fit(d, gain), expected, rtol=1e-6, atol=1e-8)
+    order = rng.permutation(points)
+    np.testing.assert_allclose(curve.fit(d[order], gain[:, order]), expected, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(curve.fit(d, 7 * gain), 7 * expected, rtol=1e-6, atol=1e-7)
+    with_base = np.append(d, 0.0), np.append(gain, np.zeros((3, 1)), 1)
+    np.testing.assert_allclose(curve.fit(*with_base), expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", CURVES)
+@given(st.floats(0.05, 3), st.floats(0.2, 3))
+def test_the_peak_is_where_a_grid_finds_it(name, alpha, beta):
+    curve = CURVES[name]
+    peak = float(curve.peak_of(np.array(alpha), np.array(beta)))
+    grid = np.linspace(0, 2 * peak, 20_001)
+    assert grid[curve.gain(grid, alpha, beta).argmax()] == pytest.approx(peak, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_a_curve_that_never_falls_has_no_peak(name):
+    assert CURVES[name].peak_of(np.array([1.0, 1.0]), np.array([0.0, -0.5])).tolist() == [math.inf, math.inf]
+
+
+def test_a_curve_that_falls_from_the_start_has_its_peak_there():
+    assert CURVES["best_of_n"].peak_of(np.array(-1.0), np.array(0.5)) == 0
+
+
+def test_resampled_means_are_the_bootstrap():
+    """Their quantiles against rlhf.evaluation's loop; equal rows stay equal; a constant has no spread."""
+    x = RNG(0).normal(0.3, 2.0, size=(2, 300))
+    means = resampled_means(np.stack([x[0], x[1], x[0], np.full(300, 0.25)]), 4000)
+    assert means.shape == (4000, 4)
+    np.testing.assert_array_equal(means[:, 0], means[:, 2])
+    np.testing.assert_allclose(means[:, 3], 0.25)
+    for k in range(2):
+        low, high = paired_bootstrap(x[k], resamples=4000)
+        np.testing.assert_allclose(np.quantile(means[:, k], [0.025, 0.975]), (low, high), atol=0.05 * (high - low))
+
+
+# ---- when to stop
+
+
+def stops_after(scores: list[float], patience: int) -> int | None:
+    """How many judgements a run sees that counts, one at a time, how long ago its best was."""
+    best, since = -math.inf, 0
+    for seen, score in enumerate(scores, 1):
+        best, since = (score, 0) if score > best else (best, since + 1)
+        if since >= patience:
+            return seen
+    return None
+
+
+@given(st.lists(st.integers(-3, 3).map(float), max_size=12), st.integers(1, 5))
+def test_the_stop_against_a_slow_count(scores, patience):
+    stopped = [n for n in range(len(scores) + 1) if has_stalled(scores[:n], patience)]
+    assert (stopped[0] if stopped else None) == stops_after(scores, patience)
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1))
+def test_the_best_is_the_first_of_the_largest(scores):
+    place = best_place(scores)
+    assert all(scores[place] > x for x in scores[:place]) and all(scores[place] >= x for x in scores[place:])
+
+
+# ---- the early stop of train_ppo.py
+
+JUDGED = {
+    "judge": "rewards.py:shorter", "judge_every": 1, "judge_patience": 2, "judge_prompts": 8, "domain": "none",
+    "prompt_tokens": 8, "checkpoint_every": 10,
+}  # fmt: skip
+LONGER = "def longer(prompts, responses):\n    return [len(response) for response in responses]\n"
+
+
+def test_the_judge_ends_the_run_and_the_best_policy_stays(world, tmp_path):
+    """PPO learns to write more, the judge wants less."""
+    (tmp_path / "longer.py").write_text(LONGER)
+    options = JUDGED | {"reward": f"{tmp_path}/longer.py:longer", "lr": 0.01, "kl_coef": 0, "iterations": 30}
+    run = tmp_path / "ppo"
+    out = world.ok("train_ppo.py", out=run, **options)
+    rows = lines(run / "metrics.jsonl")
+    means = [row["judge/mean"] for row in rows]
+    assert all(row.keys() == PPO_METRICS | {"judge/mean"} for row in rows)
+    assert len(means) == stops_after(means, 2) < 30
+    report = json.loads((run / "report.json").read_text())
+    assert report["stopped"] and report["iterations"] == len(means)
+    assert report["best"] == {"iterations": means.index(max(means)) + 1, "judge/mean": max(means)}
+    assert checkpoint.load(run / "best").state == {"done": report["best"]["iterations"], "judge/mean": max(means)}
+    assert f"stopped after {len(means)} iterations" in out and f"{run}/best" in out
+    assert open_pretrained(run / "best").model.config == open_pretrained(world.path / "lm").model.config
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != "report.json"}
+    world.ok("train_ppo.py", out=run, **options)  # the same command again: nothing left to do
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_a_judge_changes_nothing_but_when_the_run_ends(world, tmp_path):
+    """vader, every second iteration, never to stop: all other numbers are those of a run without a judge."""
+    world.ok("train_ppo.py", out=tmp_path / "without")
+    world.ok("train_ppo.py", out=tmp_path / "with", judge="vader", judge_every=2, judge_patience=9, judge_prompts=1)
+    without, judged = lines(tmp_path / "without/metrics.jsonl"), lines(tmp_path / "with/metrics.jsonl")
+    assert ["judge/mean" in row for row in judged] == [False, True, False, True]
+    for a, b in zip(without, judged, strict=True):
+        assert {name: b[name] for name in a if not name.startswith(NOISE)} == {
+            name: x for name, x in a.items() if not name.startswith(NOISE)
+        }
+
+
+@pytest.mark.slow
+def test_one_process_and_two_stop_at_the_same_judgement(world, tmp_path):
+    """And a run that was killed is the undisturbed one, bit for bit, its best checkpoint as well."""
+    (tmp_path / "longer.py").write_text(LONGER)
+    options = JUDGED | {"reward": f"{tmp_path}/longer.py:longer", "lr": 0.01, "kl_coef": 0, "iterations": 30}
+    options |= {"judge_patience": 8, "checkpoint_every": 2, "judge_prompts": 7}  # 7: no multiple of two processes
+    world.ok("train_ppo.py", out=tmp_path / "one", **options)
+    done = world.spawn(world.command("train_ppo.py", out=tmp_path / "two", **options), ranks=2)
+    assert done.code == 0, done.err
+    one, two = (lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert len(one) == len(two) and [row["judge/mean"] for row in one] == [row["judge/mean"] for row in two]
+    for attempt in range(5):
+        run = tmp_path / f"killed{attempt}"
+        command = world.command("train_ppo.py", out=run, **options)
+        if killed_after(world, run, 4, command) and checkpoint.latest(run):
+            break
+    else:
+        pytest.fail("could not kill a run in the middle in five attempts")
+    world.ok("train_ppo.py", out=run, **options)
+    assert_equal_runs(run, tmp_path / "one")
+    best = [checkpoint.load(directory / "best") for directory in (run, tmp_path / "one")]
+    assert best[0].state == best[1].state
+    assert all((x == best[1].tensors[name]).all() for name, x in best[0].tensors.items())
+
+
+def test_keeping_all_checkpoints(world, tmp_path):
+    world.ok("train_ppo.py", out=tmp_path, checkpoint_every=1, keep_checkpoints="none")
+    assert [path.name for path in checkpoint.steps(tmp_path)] == [f"step_{n:06d}" for n in range(1, 5)]
