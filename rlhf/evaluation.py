@@ -34,7 +34,8 @@ def cluster_bootstrap(
     values = np.array(values)  # (R, S)
     known = ~np.isnan(values).all(0)
     interval = np.full((values.shape[1], 2), np.nan)
-    interval[known] = np.nanquantile(values[:, known], [0.025, 0.975], axis=0).T
+    if known.any():
+        interval[known] = np.nanquantile(values[:, known], [0.025, 0.975], axis=0).T
     return interval
 
 

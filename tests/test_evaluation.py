@@ -187,6 +187,7 @@ def test_without_shared_things_it_is_the_bootstrap():
     x = RNG(7).normal(0.3, 2.0, size=400)
     (low, high), (count, _) = cluster_bootstrap(lambda w: np.array([w @ x / 400, w.sum()]), np.arange(400)[:, None])
     assert count == 400 and (low, high) == pytest.approx(paired_bootstrap(x), abs=0.03)
+    assert np.isnan(cluster_bootstrap(lambda w: math.nan, np.arange(4)[:, None], 10)).all()
     interval = cluster_bootstrap(lambda w: np.array([math.nan, 1.0]), np.arange(4)[:, None], 10)
     assert np.isnan(interval[0]).all() and interval[1].tolist() == [1, 1]
 

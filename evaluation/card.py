@@ -1,0 +1,724 @@
+"""The report card of a reward model: what it knows, beside what it has to beat; whether its probabilities can be believed;
+whether it knows when it is wrong; and what moves its score that should not.
+
+python evaluate.py rm --model=out/rm --data=out/data/vader
+python evaluate.py rm --model=out/rm --data=pairs.jsonl --out=out/card
+"""
+
+import importlib.util
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.baselines import CEILINGS, GAPS, agreement, learned_scores
+from data.chat import Chat
+from data.loader import SomeRows, TokenFile, pad, shorten, spread_rows
+from data.preferences import read_preferences
+from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
+from data.vader import load_rules
+from evaluation import probes
+from rlhf.calibration import brier_score, expected_calibration_error, reliability_bins
+from rlhf.evaluation import auc, cluster_bootstrap, partial_spearman, roc, spearman, win_rate
+from rlhf.infra import checkpoint, config, distributed, run
+from rlhf.pretrained import open_base
+from rlhf.reward_model import FrozenReward, load_reward_model
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = "out/rm"  # reward model: a run or checkpoint directory of train_rm.py
+    data: str = "out/data/vader"  # directory made by data.prepare, or a JSONL file of prompt, chosen, rejected (subset)
+    split: Literal["validation", "test"] | None = None  # of the directory; none = test
+    out: str | None = None  # directory for card.json, card.md and the plots; none = the model's run
+    sentences: int | None = None  # at most so many sentences, every domain with its share (or lines of the file)
+    probe_texts: int = 200  # at most so many texts are changed by each probe
+    chat: bool = False  # a file's prompts are a user's messages in the model's chat template; otherwise plain lines
+    plots: bool | None = None  # draw the plots, which needs matplotlib; none = if it is installed
+
+    def __post_init__(self):
+        config.at_least(self, sentences=2, probe_texts=2)
+
+
+BINS = 10  # of the reliability diagram
+COVERAGE = (1.0, 0.75, 0.5, 0.25)  # share of the pairs that the model is allowed to answer, the surest first
+
+
+def main() -> None:
+    cfg = config.parse(Config)
+    device = distributed.setup().device
+    out = Path(cfg.out or run_of(cfg.model))
+    drawn = can_draw(cfg.plots)
+
+    # 1. read: the model, the texts, and which of two people prefer
+    tokenizer = load_tokenizer(checkpoint.resolve(cfg.model))
+    material = read_material(cfg, tokenizer)
+    reward_model = load_reward_model(cfg.model, tokenizer.fingerprint, device, open_base=open_base)
+    context = (
+        reward_model.states.model if isinstance(reward_model, FrozenReward) else reward_model.model
+    ).config.context
+
+    # 2. score: every text once, as it is and as the probes change it
+    encode = encoder(tokenizer, Chat(tokenizer) if cfg.chat else None, context)
+    originals = [encode(*text) for text in material.texts]
+    changes = planned_probes(material, originals, encode, cfg.probe_texts)
+    rows = [*originals, *(row for change in changes for side in (change.before, change.after) for row in side)]
+    scores, members = score_rows(reward_model, rows, tokenizer.pad, device)
+
+    # 3. report
+    card = {
+        "model": cfg.model,
+        "sha256": checkpoint.digest(cfg.model),
+        "data": cfg.data,
+        "texts": len(originals),
+        "pairs": len(material.chosen),
+        "dropped": material.dropped,
+        "shortened": sum(row.shortened for row in originals),
+        **report(material, scores[: len(originals)], members[: len(originals)], float(reward_model.temperature)),
+        "probes": probe_results(material, changes, scores, len(originals)),
+        "options": asdict(cfg),
+        "seconds": run.seconds_used(),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    files = draw(card, out) if drawn else []
+    text = markdown(card, files)
+    run.write_json(out / "card.json", card)
+    (out / "card.md").write_text(text, encoding="utf-8")
+    print(text)
+    if not drawn and cfg.plots is None:
+        print("no plots: matplotlib is not installed (the extra plot has it)")
+    print(f"{card['seconds']:.0f} s -> {out}: {', '.join(['card.json', 'card.md', *files])}")
+
+
+def run_of(path: str) -> Path:
+    """The run directory of a checkpoint: itself, or the one that holds this step."""
+    return Path(path).parent if re.fullmatch(r"step_\d+", Path(path).name) else Path(path)
+
+
+def beats_length(reward: str) -> None:
+    """ValueError unless the reward model at `reward` ranks pairs better than length alone, by its card or its report.
+
+    By its card it does where the whole 95% interval of the difference is above 0; train_rm.py's report has no interval.
+    """
+    card, report = (run_of(reward) / name for name in ("card.json", "report.json"))
+    if card.exists():
+        found = json.loads(card.read_text())
+        if found["sha256"] != checkpoint.digest(reward):
+            raise ValueError(f"{card} is about other weights than {reward}: make it again with evaluate.py rm")
+        over = found["over_length"]
+        good, margin = over["low"] > 0, f"{over['value']:+.3f} [{over['low']:+.3f}, {over['high']:+.3f}]"
+        source = f"{card}, {found['pairs']} pairs"
+    elif report.exists():
+        found = json.loads(report.read_text())
+        over = found["accuracy"]["all"] - found["baselines"]["length"]["all"]
+        good, margin, source = over > 0, f"{over:+.3f}", str(report)
+    else:  # weights without their report: nobody has measured anything
+        return
+    if not good:
+        raise ValueError(
+            f"reward model {reward} does not beat length alone: accuracy {margin} beside it ({source}); train it "
+            "better, or accept it with --weak_reward=true"
+        )
+
+
+# --- what is read ---
+
+
+class Text(NamedTuple):
+    prompt: str  # "" where the text answers nothing
+    text: str
+
+
+class Row(NamedTuple):
+    tokens: np.ndarray  # (T,)
+    start: int  # first token of the answer
+    shortened: bool  # to the model's context
+
+
+@dataclass(frozen=True)
+class Material:
+    """Texts, and which of two people prefer."""
+
+    texts: list[Text]
+    group: np.ndarray  # (texts,) domain or subset
+    groups: list[str]  # their names
+    chosen: np.ndarray  # (pairs,) rows of the better text
+    rejected: np.ndarray  # (pairs,)
+    gaps: dict[str, np.ndarray]  # (pairs,) bool: pairs whose ratings differ by more than so many points
+    clusters: np.ndarray  # (pairs, K) what was sampled: both sentences of a pair, or its prompt
+    text_clusters: np.ndarray  # (texts, 1)
+    ratings: np.ndarray | None  # (texts,) mean human rating
+    baselines: dict[str, np.ndarray]  # (texts,) scores of what the reward model has to beat, "length" among them
+    ceilings: dict[str, tuple[np.ndarray, np.ndarray]]  # (pairs,) right, (pairs,) gap: what people reach
+    dropped: int = 0  # pairs of two equal texts
+
+    @property
+    def answers(self) -> bool:
+        """Do the texts answer prompts?"""
+        return any(text.prompt for text in self.texts)
+
+
+def read_material(cfg: Config, tokenizer: Tokenizer) -> Material:
+    """The pairs of a token file or of a JSONL file; ValueError for options that have no effect on what --data is."""
+    if Path(cfg.data).is_file():
+        if cfg.split:
+            raise ValueError(f"--split has no effect: {cfg.data} is a file, without splits")
+        return preferences(cfg)
+    if cfg.chat:
+        raise ValueError(f"--chat has no effect: the texts of {cfg.data} answer no prompts")
+    return rated_sentences(cfg, tokenizer)
+
+
+def rated_sentences(cfg: Config, tokenizer: Tokenizer) -> Material:
+    train, file = (TokenFile(f"{cfg.data}/{split}") for split in ("train", cfg.split or "test"))
+    check_fingerprint(file.fingerprint, tokenizer.fingerprint, file.path)
+    some = file if cfg.sentences is None else SomeRows(file, spread_rows(file, cfg.sentences, seed=1))
+    ratings, chosen, rejected, gap = (
+        np.array(some.column(name)) for name in ("rating", "pair_chosen", "pair_rejected", "pair_gap")
+    )
+    if not len(gap):
+        raise ValueError(f"{file.path} has no pairs among {len(some)} sentences: use more (--sentences)")
+    baselines = learned_scores(train, some)
+    if (Path(cfg.data) / "rules").is_dir():
+        rules = load_rules(cfg.data)
+        baselines["vader"] = np.array([rules(text) for text in some.texts])
+    return Material(
+        texts=[Text("", text) for text in some.texts],
+        group=np.array(some.column("domain")),
+        groups=file.domains,
+        chosen=chosen,
+        rejected=rejected,
+        gaps={name: gap > least for name, least in GAPS.items()},
+        clusters=np.stack([chosen, rejected], 1),
+        text_clusters=np.arange(len(some))[:, None],
+        ratings=ratings,
+        baselines=baselines,
+        ceilings={name: agreement(*map(some.column, columns), some) for name, columns in CEILINGS.items()},
+    )
+
+
+def preferences(cfg: Config) -> Material:
+    found, same = read_preferences(cfg.data)
+    if cfg.sentences is not None:
+        found = [found[i] for i in np.sort(np.random.default_rng(1).permutation(len(found))[: cfg.sentences])]
+    groups = list(dict.fromkeys(row.subset for row in found))
+    places = {prompt: i for i, prompt in enumerate(dict.fromkeys(row.prompt for row in found))}
+    prompt = np.array([places[row.prompt] for row in found])
+    longer = np.array([len(text) for row in found for text in (row.chosen, row.rejected)], float)
+    liked = win_rate(longer[::2], longer[1::2]).mean() >= 0.5  # in hindsight: no training split could tell
+    return Material(
+        texts=[Text(row.prompt, text) for row in found for text in (row.chosen, row.rejected)],
+        group=np.array([groups.index(row.subset) for row in found]).repeat(2),
+        groups=groups,
+        chosen=np.arange(0, 2 * len(found), 2),
+        rejected=np.arange(1, 2 * len(found), 2),
+        gaps={"all": np.ones(len(found), bool)},
+        clusters=prompt[:, None],
+        text_clusters=prompt.repeat(2)[:, None],
+        ratings=None,
+        baselines={"length": longer if liked else -longer},
+        ceilings={},
+        dropped=same,
+    )
+
+
+def encoder(tokenizer: Tokenizer, chat: Chat | None, context: int) -> Callable[..., Row]:
+    """encode(prompt, text, ended=True) -> Row: start token, prompt, text, eos; at most `context` tokens.
+
+    A plain prompt ends with a new line, unless it or the answer brings white space of its own.
+    """
+
+    def encode(prompt: str, text: str, ended: bool = True) -> Row:
+        if chat:
+            before = chat.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        else:
+            line = "\n" if prompt and not prompt[-1].isspace() and not text[:1].isspace() else ""
+            before = [tokenizer.start, *tokenizer.encode(prompt + line)]
+        tokens = np.array([*before, *tokenizer.encode(text), *[tokenizer.eos] * ended])
+        return Row(shorten(tokens, context), len(before), len(tokens) > context)
+
+    return encode
+
+
+# --- scores ---
+
+
+@torch.no_grad()
+def score_rows(
+    reward_model, rows: Sequence[Row], pad_id: int, device, tokens_per_batch: int = 4096
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score (N,) and the members' scores (N, M) of every row; equal rows are read once, those of equal length together."""
+    places = {row.tokens.tobytes(): row for row in rows}
+    distinct = sorted(places.values(), key=lambda row: len(row.tokens))
+    batches, start = [], 0
+    for i, row in enumerate(distinct):  # the longest so far is the last
+        if (i + 1 - start) * len(row.tokens) > tokens_per_batch and i > start:
+            batches.append(distinct[start:i])
+            start = i
+    batches.append(distinct[start:])
+    found = {}
+    for batch in tqdm(batches, desc="score", leave=False, disable=None):
+        tokens, lengths = (x.to(device) for x in pad([row.tokens for row in batch], pad_id))
+        raw = reward_model(tokens, lengths)  # (B, M)
+        both = torch.cat([reward_model.combined(raw)[:, None], reward_model.members_of(raw)], 1)
+        found |= dict(zip((row.tokens.tobytes() for row in batch), both.double().cpu().numpy()))
+    both = np.stack([found[row.tokens.tobytes()] for row in rows])
+    return both[:, 0], both[:, 1:]
+
+
+# --- the report ---
+
+
+def report(material: Material, scores: np.ndarray, members: np.ndarray, temperature: float) -> dict:
+    """All but the probes: scores (texts,), members (texts, M)."""
+    a, b = material.chosen, material.rejected
+    difference = scores[a] - scores[b]  # (pairs,) > 0 is right
+    length = np.array([len(text.text) for text in material.texts])  # characters: the same for every tokenizer
+    longer = length[a] - length[b]
+
+    right = {"reward model": win_rate(scores[a], scores[b])}
+    right |= {name: win_rate(x[a], x[b]) for name, x in material.baselines.items()}
+    right["over_length"] = right["reward model"] - right["length"]
+
+    by_group = {}
+    for i, name in enumerate(material.groups):
+        inside = material.group[a] == i
+        by_group |= {(name, gap): inside & material.gaps[gap] for gap in ("all", "1") if gap in material.gaps}
+    low, high = np.quantile(longer, [1 / 3, 2 / 3])
+    by_length = {
+        "the better text is longer": longer > 0,
+        "equally long": longer == 0,
+        "the better text is shorter": longer < 0,
+        f"lowest third of the differences (up to {low:+.0f})": longer <= low,
+        "middle third": (longer > low) & (longer <= high),
+        f"highest third (above {high:+.0f})": longer > high,
+    }
+    found = accuracies(right, material.gaps | by_group | by_length, material.clusters)
+    ours, over = found.pop("reward model"), found.pop("over_length")
+    table = {name: {gap: row[gap] for gap in material.gaps if gap in row} for name, row in found.items()}
+    for name, (agrees, gap) in material.ceilings.items():
+        groups = {key: gap > least for key, least in GAPS.items()}
+        table |= accuracies({name: agrees}, groups, material.clusters)
+
+    groups = {
+        name: {gap: ours[name, gap] for gap in ("all", "1") if (name, gap) in ours} for name in material.groups if name
+    }
+    result = {
+        "accuracy": {gap: ours[gap] for gap in material.gaps if gap in ours},
+        "baselines": table,
+        "over_length": over["all"],
+        "groups": groups,
+        "length": {name: ours[name] for name in by_length if name in ours},
+        "auc": ranking(material, scores),
+        "calibration": calibration(difference, material.clusters, temperature),
+        "uncertainty": uncertainty(difference, members[a] - members[b], material.clusters),
+        "length_correlation": length_correlation(material, scores, length),
+    }
+    if material.ratings is not None:
+        result["spearman"] = correlate(spearman, material.text_clusters, scores, material.ratings)
+        for i, name in enumerate(material.groups):
+            rows = material.group == i
+            if rows.sum() > 2:
+                columns = (material.text_clusters, scores, material.ratings)
+                groups.setdefault(name, {})["spearman"] = correlate(spearman, *(x[rows] for x in columns))
+    return result
+
+
+def estimate(value: float, interval: Sequence[float], n: int) -> dict:
+    """A number, its 95% interval and what it was counted on; null where it does not exist."""
+    value, low, high = (None if math.isnan(x) else float(x) for x in (value, *interval))
+    return {"value": value, "low": low, "high": high, "n": int(n)}
+
+
+def accuracies(right: dict[str, np.ndarray], groups: dict, clusters: np.ndarray) -> dict[str, dict]:
+    """Mean of every `right` (pairs,) in every group of pairs that is not empty, drawn together: {name: {group: estimate}}."""
+    groups = {name: pairs for name, pairs in groups.items() if pairs.any()}
+    values = np.stack(list(right.values()), 1)  # (pairs, S)
+    inside = np.stack(list(groups.values())).astype(float)  # (G, pairs)
+
+    def means(w: np.ndarray) -> np.ndarray:
+        weight = inside * w
+        with np.errstate(invalid="ignore"):  # a group that is not in this resample
+            return ((weight @ values) / weight.sum(1, keepdims=True)).ravel()
+
+    points = means(np.ones(len(values)))
+    found = [
+        estimate(x, interval, pairs.sum())
+        for x, interval, pairs in zip(
+            points, cluster_bootstrap(means, clusters), (p for p in groups.values() for _ in right)
+        )
+    ]
+    return {name: dict(zip(groups, found[i :: len(right)])) for i, name in enumerate(right)}
+
+
+def correlate(measure: Callable, clusters: np.ndarray, *columns: np.ndarray) -> dict:
+    """measure(*columns, weights) with its interval."""
+    (interval,) = cluster_bootstrap(lambda w: measure(*columns, w), clusters)
+    return estimate(measure(*columns), interval, len(clusters))
+
+
+def ranking(material: Material, scores: np.ndarray) -> dict:
+    """AUC of one text at a time: rated above 0 against below 0, or chosen against rejected over all prompts."""
+    if material.ratings is None:
+        label = np.zeros(len(scores), bool)
+        label[material.chosen] = True
+        kept = np.ones(len(scores), bool)
+    else:
+        label, kept = material.ratings > 0, material.ratings != 0
+    return correlate(auc, material.text_clusters[kept], scores[kept], label[kept])
+
+
+def calibration(difference: np.ndarray, clusters: np.ndarray, temperature: float) -> dict:
+    """Reliability, ECE and Brier score of sigmoid(difference / T), T = 1 and the stored one; every pair in random order.
+
+    Noise only ever adds to an ECE, and resampling adds noise: its interval leans upwards, and is made to reach down to the
+    estimate.
+    """
+    first = np.random.default_rng(0).random(len(difference)) < 0.5  # is the better text named first?
+    margin = torch.from_numpy(np.where(first, difference, -difference))
+    labels = torch.from_numpy(first).double()
+
+    def measures(probs: torch.Tensor, w: np.ndarray) -> np.ndarray:
+        weights = torch.from_numpy(w)
+        bins = reliability_bins(probs, labels, BINS, weights)
+        ece = expected_calibration_error(probs, labels, BINS, weights=weights)
+        observed = torch.where(bins.count > 0, bins.observed, torch.nan)
+        return torch.stack([ece, brier_score(probs, labels, weights), *observed]).numpy()
+
+    result = {"temperature": temperature}
+    for name, t in (("before", 1.0), ("after", temperature)):
+        probs = torch.sigmoid(margin / t)
+        values = measures(probs, np.ones(len(difference)))
+        intervals = cluster_bootstrap(lambda w, probs=probs: measures(probs, w), clusters)
+        intervals[0, 0] = min(intervals[0, 0], values[0])
+        bins = reliability_bins(probs, labels, BINS)
+        estimates = [estimate(*x) for x in zip(values, intervals, [len(probs)] * 2 + bins.count.tolist())]
+        ece, brier, *observed = estimates
+        rows = [{"predicted": p, "observed": o} for p, o in zip(bins.predicted.tolist(), observed) if o["n"]]
+        result[name] = {"ece": ece, "brier": brier, "reliability": rows}
+    return result
+
+
+def uncertainty(difference: np.ndarray, members: np.ndarray, clusters: np.ndarray) -> dict:
+    """Does it know when it is wrong? difference (pairs,), members (pairs, M) of the same pairs.
+
+    Doubt is a small difference; with several members also their disagreement, the deviation of their differences. Its AUC:
+    P(more doubt about a pair that is ranked wrong than about one that is ranked right).
+    """
+    wrong = difference <= 0
+    doubts = {"difference": -np.abs(difference)}
+    if members.shape[1] > 1:
+        doubts["disagreement"] = members.std(1)
+    surest = np.argsort(-np.abs(difference), kind="stable")
+    result = {"members": members.shape[1], "errors": float(wrong.mean()), "auc": {}, "roc": {}}
+    for name, doubt in doubts.items():
+        result["auc"][name] = correlate(auc, clusters, doubt, wrong)
+        curve = np.stack(roc(doubt, wrong), 1)
+        result["roc"][name] = curve[np.linspace(0, len(curve) - 1, 101).round().astype(int)].tolist()  # enough to draw
+    kept = {share: surest[: max(1, round(share * len(surest)))] for share in COVERAGE}
+    result["coverage"] = {f"{share:.0%}": float(1 - wrong[rows].mean()) for share, rows in kept.items()}
+    if members.shape[1] > 1:
+        quarters = np.array_split(np.argsort(doubts["disagreement"], kind="stable"), 4)
+        result["disagreement"] = [
+            {"mean": float(doubts["disagreement"][rows].mean()), "errors": float(wrong[rows].mean())}
+            for rows in quarters
+            if len(rows)
+        ]
+    return result
+
+
+def length_correlation(material: Material, scores: np.ndarray, length: np.ndarray) -> dict:
+    """Rank correlation of score and length: at equal rating; where there are none, of the differences within a pair."""
+    if material.ratings is None:
+        a, b = material.chosen, material.rejected
+        found = correlate(spearman, material.clusters, scores[a] - scores[b], (length[a] - length[b]).astype(float))
+        return found | {"of": "differences within a pair", "passed": None, "verdict": "-"}
+    found = correlate(partial_spearman, material.text_clusters, scores, length, material.ratings)
+    moved = found["value"] is not None and abs(found["value"]) > probes.MEAN_SHIFT and found["low"] * found["high"] > 0
+    text = "depends on length although people do not" if moved else "stays"
+    return found | {"of": "texts at equal rating", "passed": not moved, "verdict": text}
+
+
+# --- probes ---
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one probe compares."""
+
+    name: str
+    expect: probes.Expect
+    texts: np.ndarray  # (n,) which of the material's
+    before: list[Row]
+    after: list[Row]
+    of_original: bool  # is `before` the text as it is?
+
+
+def planned_probes(material: Material, originals: list[Row], encode: Callable, count: int) -> list[Change]:
+    """Up to `count` texts, changed by every probe that applies to them; a probe that applies to none is left out."""
+    chosen = np.sort(np.random.default_rng(0).permutation(len(originals))[:count])
+    planned = []
+    for probe in probes.probes(material.answers):
+        rows, before, after = [], [], []
+        for i in chosen:
+            prompt, text = material.texts[i]
+            changed = probe.change(text, int(i))
+            if changed is not None and changed != text:
+                rows.append(i)
+                before.append(encode(prompt, probe.against(text, int(i))) if probe.against else originals[i])
+                after.append(encode(prompt, changed, probe.ended))
+        if rows:
+            planned.append(Change(probe.name, probe.expect, np.array(rows), before, after, probe.against is None))
+    return [*planned, *swapped_prompts(material, originals, encode, chosen)]
+
+
+PROMPT_TOKENS = 4  # what counts as the prompt of a text that answers none: as PPO's default
+
+
+def swapped_prompts(material: Material, originals: list[Row], encode: Callable, chosen: np.ndarray) -> list[Change]:
+    """The same answer behind the prompt of the next text with another one; it should lose.
+
+    A text that answers nothing gets the first four tokens of the next: what people would think of that is not known.
+    """
+    rows, after = [], []
+    for i, j in zip(chosen, np.roll(chosen, -1)):
+        if material.answers:
+            others = (material.texts[k].prompt for k in np.roll(chosen, -int(np.searchsorted(chosen, i))))
+            other = next((prompt for prompt in others if prompt != material.texts[i].prompt), None)
+            changed = None if other is None else encode(other, material.texts[i].text)
+        else:
+            own, theirs = originals[i].tokens, originals[j].tokens
+            enough = min(len(own), len(theirs)) > PROMPT_TOKENS + 2  # bos and eos
+            tokens = np.concatenate([theirs[: 1 + PROMPT_TOKENS], own[1 + PROMPT_TOKENS :]])
+            changed = Row(tokens, originals[i].start, False) if enough else None
+        if changed is not None:
+            rows.append(i)
+            after.append(changed)
+    name = "answer behind another prompt" if material.answers else "first four tokens of another text"
+    expect = "down" if material.answers else "any"
+    return [Change(name, expect, np.array(rows), [originals[i] for i in rows], after, True)] if rows else []
+
+
+def probe_results(material: Material, changes: list[Change], scores: np.ndarray, texts: int) -> list[dict]:
+    """What every probe did: scores (all rows,) of the `texts` originals, then before and after of every change."""
+    original, results, at = scores[:texts], [], texts
+    deviation = float(original.std())
+    if not deviation > 0:
+        raise ValueError(f"the reward model gives all {texts} texts the same score: it is untrained")
+    for change in changes:
+        n = len(change.texts)
+        before, after = scores[at : at + n], scores[at + n : at + 2 * n]
+        at += 2 * n
+        right = None
+        if change.of_original:
+            gamed = np.full(texts, np.nan)
+            gamed[change.texts] = after
+            pairs = ~np.isnan(gamed[material.rejected])  # the worse text can be changed
+            a, b = material.chosen[pairs], material.rejected[pairs]
+            right = win_rate(original[a], original[b]), win_rate(original[a], gamed[b])
+        clusters = material.text_clusters[change.texts]
+        measured = probes.measure(change.expect, before, after, deviation, clusters, right)
+        results.append({"name": change.name, **measured})
+    return results
+
+
+# --- files ---
+
+
+def can_draw(wanted: bool | None) -> bool:
+    """Whether to draw; ValueError where plots are wanted and cannot be."""
+    installed = importlib.util.find_spec("matplotlib") is not None
+    if wanted and not installed:
+        raise ValueError("--plots=true needs matplotlib: install the extra plot, or leave --plots out")
+    return installed if wanted is None else wanted
+
+
+def show(x: dict | None, signed: bool = False) -> str:
+    """0.763 [0.741, 0.785]"""
+    if x is None or x["value"] is None:
+        return "-"
+    form = "{:+.3f}" if signed else "{:.3f}"
+    interval = "" if x["low"] is None else f" [{form.format(x['low'])}, {form.format(x['high'])}]"
+    return form.format(x["value"]) + interval
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+NAMES = {
+    "vader": "VADER rules",
+    "bow": "bag of words, trained on all labels",
+    "human": "half of the raters against the other half",
+    "one_rater": "one person against the mean of the others",
+}
+
+
+def markdown(card: dict, plots: Sequence[str] = ()) -> str:
+    """The card for people."""
+    gaps, over = list(card["accuracy"]), card["over_length"]
+    columns = ["all" if gap == "all" else f"gap > {gap}" for gap in gaps]
+    before, after = card["calibration"]["before"], card["calibration"]["after"]
+    doubt = card["uncertainty"]
+    failed = [probe for probe in card["probes"] if probe["passed"] is False]
+    better = "beats" if over["low"] > 0 else "is not shown to beat"
+    lines = [
+        f"# Report card: {card['model']}",
+        f"{card['texts']} texts, {card['pairs']} pairs of {card['data']}; 95% intervals by resampling "
+        + ("sentences" if "spearman" in card else "prompts")
+        + (f"; {card['dropped']} pairs of equal texts dropped" if card["dropped"] else "")
+        + (f"; {card['shortened']} texts shortened to the model's context" if card["shortened"] else ""),
+        "\n".join(
+            [
+                f"- It {better} length alone: accuracy {show(over, signed=True)} beside it.",
+                f"- Calibration: ECE {show(after['ece'])} with the stored temperature "
+                f"{card['calibration']['temperature']:.2f} ({show(before['ece'])} without).",
+                f"- It knows when it is wrong: AUC {show(doubt['auc']['difference'])} (0.5 is not at all).",
+                f"- Probes: {len(card['probes'])}, of which {len(failed)} failed"
+                + (f": {', '.join(probe['name'] for probe in failed)}." if failed else "."),
+            ]
+        ),
+        "## Accuracy",
+        table(
+            ["pairs ranked right", *columns],
+            [
+                [NAMES.get(name, name), *(show(row.get(gap)) for gap in gaps)]
+                for name, row in {"**reward model**": card["accuracy"], **card["baselines"]}.items()
+            ],
+        ),
+    ]
+    rank = "rated above 0 against below 0" if "spearman" in card else "chosen against rejected, over all prompts"
+    lines.append(f"One text at a time: AUC {show(card['auc'])} ({rank})")
+    if "spearman" in card:
+        lines[-1] += f"; Spearman with the mean rating {show(card['spearman'])}"
+    if card["groups"]:
+        some = [key for key in ("all", "1", "spearman") if any(key in row for row in card["groups"].values())]
+        head = {"all": "accuracy", "1": "gap > 1", "spearman": "Spearman"}
+        lines.append(
+            table(
+                ["", *(head[key] for key in some), "pairs"],
+                [
+                    [name, *(show(row.get(key)) for key in some), str(row["all"]["n"]) if "all" in row else "0"]
+                    for name, row in card["groups"].items()
+                ],
+            )
+        )
+    lines += [
+        "## Length",
+        table(
+            ["characters, better minus worse text", "accuracy", "pairs"],
+            [[name, show(x), str(x["n"])] for name, x in card["length"].items()],
+        ),
+        f"Rank correlation of score and length, {card['length_correlation']['of']}: "
+        f"{show(card['length_correlation'], signed=True)}: {card['length_correlation']['verdict']}",
+        "## Calibration",
+        table(
+            ["", "ECE", "Brier"],
+            [
+                [name, show(x["ece"]), show(x["brier"])]
+                for name, x in (("without temperature", before), ("with", after))
+            ],
+        ),
+        table(
+            ["predicted, with temperature", "observed", "pairs"],
+            [[f"{x['predicted']:.3f}", show(x["observed"]), str(x["observed"]["n"])] for x in after["reliability"]],
+        ),
+        "## Does it know when it is wrong?",
+        table(
+            ["doubt", "AUC against error"],
+            [
+                [
+                    {"difference": "small difference", "disagreement": f"disagreement of {doubt['members']} members"}[
+                        name
+                    ],
+                    show(x),
+                ]
+                for name, x in doubt["auc"].items()
+            ],
+        ),
+        table(
+            ["surest pairs", *doubt["coverage"]],
+            [["accuracy", *(f"{x:.3f}" for x in doubt["coverage"].values())]],
+        ),
+    ]
+    if "disagreement" in doubt:
+        quarters = doubt["disagreement"]
+        lines.append(
+            table(
+                ["quarter by disagreement", *(f"{x['mean']:.3f}" for x in quarters)],
+                [["share ranked wrong", *(f"{x['errors']:.3f}" for x in quarters)]],
+            )
+        )
+    lines += [
+        "## What moves the score",
+        "Shift of the score in its deviations between texts; the last two numbers are accuracies where the worse text of "
+        "a pair is left as it is, and where it alone is changed.",
+        table(
+            ["change", "mean shift", "mean size", "texts", "verdict", "accuracy", "gamed"],
+            [probe_row(probe) for probe in card["probes"]],
+        ),
+    ]
+    return "\n\n".join([*lines, *(f"![{Path(file).stem}]({file})" for file in plots)]) + "\n"
+
+
+def probe_row(probe: dict) -> list[str]:
+    shift = show({"value": probe["mean_shift"], "low": probe["low"], "high": probe["high"]}, signed=True)
+    gamed = [f"{probe[key]:.3f}" if key in probe else "-" for key in ("accuracy", "accuracy_gamed")]
+    mark = "**" if probe["passed"] is False else ""
+    size = f"{probe['mean_absolute_shift']:.3f}"
+    return [probe["name"], shift, size, str(probe["texts"]), f"{mark}{probe['verdict']}{mark}", *gamed]
+
+
+def draw(card: dict, out: Path) -> list[str]:
+    """reliability.png, roc.png and, where pairs have a gap, gaps.png; returns their names."""
+    from matplotlib.figure import Figure
+
+    def errors(rows: list[dict]) -> np.ndarray:
+        """Distances to both ends of the intervals (2, n), as matplotlib wants them."""
+        values, low, high = (np.array([x[key] for x in rows], float) for key in ("value", "low", "high"))
+        return np.nan_to_num(np.stack([values - low, high - values]).clip(min=0))
+
+    def axes(title: str, x: str, y: str):
+        figure = Figure(figsize=(5, 4), layout="constrained")
+        ax = figure.subplots()
+        ax.set(title=title, xlabel=x, ylabel=y)
+        ax.grid(alpha=0.3)
+        return figure, ax
+
+    figures = {}
+    figures["reliability.png"], ax = axes("Reliability", "predicted probability", "observed share")
+    ax.plot([0, 1], [0, 1], color="gray", linewidth=1)
+    for name, label in (("before", "without temperature"), ("after", "with temperature")):
+        x = card["calibration"][name]
+        observed = [row["observed"] for row in x["reliability"]]
+        text = f"{label}, ECE {x['ece']['value']:.3f}"
+        places = [row["predicted"] for row in x["reliability"]]
+        ax.errorbar(places, [o["value"] for o in observed], errors(observed), marker="o", capsize=2, label=text)
+    ax.legend()
+
+    figures["roc.png"], ax = axes(
+        "Does it know when it is wrong?", "share of right pairs doubted", "share of wrong pairs doubted"
+    )
+    ax.plot([0, 1], [0, 1], color="gray", linewidth=1)
+    for name, curve in card["uncertainty"]["roc"].items():
+        value = card["uncertainty"]["auc"][name]["value"]
+        ax.plot(*zip(*curve), label=f"{name}, AUC " + ("-" if value is None else f"{value:.3f}"))
+    ax.legend()
+
+    if len(card["accuracy"]) > 1:
+        figures["gaps.png"], ax = axes("Accuracy by gap of the ratings", "gap above, points", "pairs ranked right")
+        for name, row in {"reward model": card["accuracy"], **card["baselines"]}.items():
+            places = [GAPS[gap] for gap in row]
+            values = list(row.values())
+            ax.errorbar(places, [x["value"] for x in values], errors(values), marker="o", capsize=2, label=name)
+        ax.legend(fontsize="small")
+    for name, figure in figures.items():
+        figure.savefig(out / name, dpi=120)
+    return list(figures)
