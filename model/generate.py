@@ -121,7 +121,7 @@ def generate(
 
     # 1. prefill: all prompts at once; only each row's last position is unembedded
     width = min(longest + max_new_tokens, context)
-    dtype = model.embed_tokens.weight.dtype
+    dtype = model.norm.weight.dtype  # of the hidden states; the embedding may be stored smaller
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     cache = KVCache(model.config, len(prompts), width, dtype, device)

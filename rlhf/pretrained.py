@@ -14,6 +14,7 @@ from data.fetch import MODELS, fetch_model, sha256
 from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_parts
 from model.gguf import gguf_config, load_gguf, read_gguf, tokenizer_parts
 from model.hf import find_tensors, load_hf, read_config
+from model.quantize import load_quantized
 from model.transformer import ModelConfig, Transformer
 from rlhf.actor_critic import tuned_model
 from rlhf.infra import checkpoint
@@ -36,8 +37,8 @@ class Pretrained:
 def open_pretrained(
     spec: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
 ) -> Pretrained:
-    """The model that `spec` means: the name of one of data.fetch.MODELS, a GGUF file, an HF-format directory, or a run or
-    checkpoint directory of train_lm.py or train_ppo.py.
+    """The model that `spec` means: the name of one of data.fetch.MODELS, a GGUF file, an HF-format directory, a run or
+    checkpoint directory of train_lm.py or train_ppo.py, or an int8 directory of export.py.
 
     dtype: of the weights; None keeps what an HF directory stores. On the CPU, weights that need no conversion stay
     memory-mapped: never write into them in place. FileNotFoundError, or ValueError in one line for what is none of these.
@@ -70,6 +71,8 @@ def open_checkpoint(path: Path, device: torch.device | str) -> tuple[Transformer
         raise ValueError(f"{saved.path} was trained with another tokenizer than the one that lies in it")
     if saved.config.get("layout") in LAYOUTS_ON_A_BASE:
         model = tuned_model(open_base(saved.config, path, device).model, saved.config, saved.tensors)
+    elif saved.config.get("kind") == "int8":
+        model = load_quantized(stored_config(saved.config["model"], path), saved.tensors, path)
     else:
         model = language_model_of(saved, path)
     # a pretrained base may end its texts with several ids, of which the tokenizer knows one

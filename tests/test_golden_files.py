@@ -4,8 +4,6 @@ from pathlib import Path
 
 NOT_USED = {
     "inter_rater": "agreement between raters belongs to the report on human labels, which does not exist yet",
-    "int8_per_channel_gptfast": "weight-only int8 comes with export",
-    "int8_per_channel_torch": "weight-only int8 comes with export",
     "smollm2_logits": "needs the weights of SmolLM2, which are not part of the checkout",
     "smollm2_tokenizer": "its byte-level tokenizer comes with the import of models",
     "logprob_mismatch_demo": "orders of magnitude, not numbers to match; the sampler's own tests bound the mismatch",

@@ -1,0 +1,154 @@
+"""Weight-only int8: every row of a matrix as int8 numbers and one scale, w ~ scale q. For sampling and scoring.
+
+model = quantize(model) transforms a built model in place; the model file mentions nothing of it. Norms, biases and learned
+positions keep their dtype. The embedding is kept as bfloat16, or as int8 rows; a tied output matrix shares those rows, or
+gets int8 rows of its own, which are made from the bfloat16 ones and not stored.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.transformer import VOCABULARY_PART, ModelConfig, Transformer
+
+FEW_ROWS = 8  # a CPU multiplies up to so many rows by int8 directly; for more, float32 weights in parts are faster
+KERNEL_STEP = 16  # torch's int8 kernel reads beyond the end of a row whose length is no multiple of this
+
+
+def quantize_rows(weight: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 per output channel: q = round(w / s), s = max|w| / 127. (N, K) -> int8 (N, K), scales (N,)
+
+    A scale_dtype that is coarser than float32 is rounded up, so that no q leaves [-127, 127]. A row of zeros has scale 1.
+    """
+    weight = weight.detach().float()
+    exact = weight.abs().amax(dim=1) / 127  # (N,)
+    scale = torch.where(exact > 0, exact, 1).to(scale_dtype)
+    scale = torch.where(scale.float() < exact, scale.nextafter(torch.full_like(scale, torch.inf)), scale)
+    return (weight / scale.float()[:, None]).round().to(torch.int8), scale
+
+
+class Int8Linear(nn.Module):
+    """y = scale (q x) + bias, with x in any floating-point dtype. The scales are bfloat16, which every path multiplies by.
+
+    On a CPU: up to `few_rows` rows by torch's int8 kernel, whose activations are bfloat16, otherwise in x's own dtype, some
+    weights at a time. On CUDA: int8 converted and multiplied, which torch.compile fuses into one read (gpt-fast's form).
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.few_rows = FEW_ROWS
+        self.register_buffer("weight", weight)  # (N, K) int8
+        self.register_buffer("scale", scale)  # (N,) bfloat16
+        self.register_buffer("bias", bias)  # (N,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError("int8 weights cannot be trained, nor trained through: train the model that was exported")
+        if not x.is_cpu:
+            y = F.linear(x, self.weight.to(x.dtype))
+            y = y * self.scale.to(y.dtype)
+        elif x.numel() <= self.few_rows * x.shape[-1] and x.shape[-1] % KERNEL_STEP == 0:
+            # the kernel is fast with bfloat16 alone; a row's result does not depend on the other rows
+            rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+            y = (
+                torch._weight_int8pack_mm(rows, self.weight, self.scale)
+                .to(x.dtype)
+                .view(*x.shape[:-1], len(self.weight))
+            )
+        else:
+            y = self.in_parts(x)
+        return y if self.bias is None else y + self.bias
+
+    def in_parts(self, x: Tensor) -> Tensor:
+        """The product with weights that are converted a part at a time, so that they are still in the cache."""
+        rows = x.reshape(-1, x.shape[-1])  # (M, K)
+        y = rows.new_empty(len(rows), len(self.weight))
+        for start in range(0, len(self.weight), VOCABULARY_PART):
+            part = slice(start, start + VOCABULARY_PART)
+            torch.mm(rows, self.weight[part].to(x.dtype).t(), out=y[:, part])
+        return y.mul_(self.scale).view(*x.shape[:-1], len(self.weight))
+
+
+class SmallEmbedding(nn.Module):
+    """nn.Embedding whose rows are bfloat16, or int8 with a scale each; what it returns has the dtype of the model."""
+
+    def __init__(self, weight: Tensor, scale: Tensor | None, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+        self.register_buffer("weight", weight)  # (V, D)
+        self.register_buffer("scale", scale)  # (V,)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.weight[ids].to(self.dtype)
+        return rows if self.scale is None else rows * self.scale[ids].to(self.dtype)[..., None]
+
+
+@torch.no_grad()
+def quantize(model: Transformer, embedding: Literal["bf16", "int8"] = "bf16") -> Transformer:
+    """Replace the linear layers and the embedding of a built float model by int8 ones, in place; returns the model.
+
+    ValueError for a model that carries adapters or is quantized already.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Int8Linear) or ".lora_" in name:
+            raise ValueError(f"{name} is an adapter or int8 already: quantize a merged model of floating-point weights")
+        if type(module) is nn.Linear:
+            bias = None if module.bias is None else module.bias.detach()
+            model.set_submodule(name, Int8Linear(*quantize_rows(module.weight, torch.bfloat16), bias))
+    weight, dtype = model.embed_tokens.weight.detach(), model.norm.weight.dtype
+    small = {"bf16": lambda: (weight.to(torch.bfloat16), None), "int8": lambda: quantize_rows(weight, torch.bfloat16)}
+    model.embed_tokens = SmallEmbedding(*small[embedding](), dtype)
+    tie(model)
+    return model.requires_grad_(False)
+
+
+def tie(model: Transformer) -> None:
+    """Give a tied model its int8 output matrix: the embedding's rows."""
+    if model.config.tied:
+        embedding = model.embed_tokens
+        rows = (embedding.weight, embedding.scale) if embedding.scale is not None else None
+        model.lm_head = Int8Linear(*(rows or quantize_rows(embedding.weight, torch.bfloat16)))
+
+
+def stored_tensors(model: Transformer) -> dict[str, Tensor]:
+    """What a file of the quantized model holds; a tied output matrix is made anew from the embedding."""
+    tensors = model.state_dict()
+    return {name: x for name, x in tensors.items() if not (model.config.tied and name.startswith("lm_head."))}
+
+
+def load_quantized(config: ModelConfig, tensors: dict[str, Tensor], where: str | Path) -> Transformer:
+    """The model whose `stored_tensors` these are; ValueError in one line unless names, shapes and dtypes are its own."""
+    embedding = "int8" if "embed_tokens.scale" in tensors else "bf16"
+    with torch.device("meta"):
+        model = quantize(Transformer(config), embedding)
+    own = stored_tensors(model)
+    for name in sorted(own.keys() | tensors.keys()):
+        there, here = (describe(x.get(name)) for x in (tensors, own))
+        if there != here:
+            raise ValueError(f"{where} is no int8 model of this architecture: {name} is {there} there, {here} here")
+    model.lm_head = None if config.tied else model.lm_head
+    model.load_state_dict(tensors, assign=True)
+    tie(model)
+    return model.requires_grad_(False)
+
+
+def describe(x: Tensor | None) -> str:
+    return "missing" if x is None else f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+
+
+@contextmanager
+def decoding_path(model: Transformer) -> Iterator[None]:
+    """Every product as decoding computes it, however many rows there are: to measure long texts."""
+    layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    for layer in layers:
+        layer.few_rows = 1 << 60
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.few_rows = FEW_ROWS

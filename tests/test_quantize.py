@@ -1,0 +1,203 @@
+"""Weight-only int8: against gpt-fast's and torch's numbers, against the definition, and as a model that samples."""
+
+import copy
+import dataclasses
+
+import golden
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference_model import FAMILIES, random_ids, slow_logits, small_model
+
+from model.generate import generate, row_uniforms
+from model.quantize import (
+    FEW_ROWS,
+    Int8Linear,
+    decoding_path,
+    load_quantized,
+    quantize,
+    quantize_rows,
+    stored_tensors,
+)
+from model.transformer import KVCache
+
+EMBEDDINGS = ("bf16", "int8")
+WHOLE_STEPS = dict(width=32, heads=4, kv_heads=2, head_dim=8, ffn=48)  # what torch's kernel takes
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def random_weight(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def dequantized(model, embedding: str = "bf16"):
+    """A float64 model with the weights that the int8 one multiplies by, worked out row by row."""
+
+    def rows(weight):
+        q, scale = quantize_rows(weight, torch.bfloat16)
+        return torch.stack([s.double() * row.double() for s, row in zip(scale, q)])
+
+    model = copy.deepcopy(model).double()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight = torch.nn.Parameter(rows(module.weight))
+    stored = model.embed_tokens.weight.detach().to(torch.bfloat16)
+    looked_up = stored.double() if embedding == "bf16" else rows(model.embed_tokens.weight)
+    if model.config.tied:  # the output matrix may differ from what is looked up
+        model.lm_head = torch.nn.Linear(*model.embed_tokens.weight.shape[::-1], bias=False, dtype=torch.float64)
+        model.lm_head.weight = torch.nn.Parameter(rows(stored) if embedding == "bf16" else looked_up)
+        model.config = dataclasses.replace(model.config, tied=False)
+    model.embed_tokens.weight = torch.nn.Parameter(looked_up)
+    return model
+
+
+def test_torch_quantizes_the_same(golden_dir):
+    file = golden.load(golden_dir, "int8_per_channel_torch")
+    q, scale = quantize_rows(file.inputs["weight(out,in)"])
+    assert torch.equal(q.long(), file.outputs["int8"])
+    assert torch.allclose(scale[:3].double(), file.inputs["scales(max|w|/127)"][:3], rtol=1e-6)
+    assert torch.allclose(q.double() * scale.double()[:, None], file.outputs["dequantised"], rtol=1e-6)
+
+
+def test_gpt_fast_quantizes_nearly_the_same(golden_dir):
+    """Its scale is max|w| / 127.5, so that a largest weight above zero is clipped; ours / theirs = 127.5 / 127."""
+    file = golden.load(golden_dir, "int8_per_channel_gptfast")
+    weight, x = file.inputs["weight(out,in)"], file.inputs["x"]
+    q, scale = quantize_rows(weight)
+    assert torch.allclose(scale[:3].double(), file.outputs["scales"][:3] * 127.5 / 127, rtol=1e-6)
+    assert (q - file.outputs["int8"]).abs().max() <= 1
+    layer = Int8Linear(file.outputs["int8"].to(torch.int8), file.outputs["scales"])
+    assert torch.allclose(layer.in_parts(x), file.outputs["linear_out"], atol=1e-5)
+
+
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(0, 99), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_rounding_is_to_the_nearest(N, K, seed, dtype):
+    weight = random_weight(seed, N, K) * 10.0 ** (seed % 9 - 4)
+    weight[seed % N] *= seed % 3  # rows of zeros too
+    q, scale = quantize_rows(weight, dtype)
+    assert q.dtype == torch.int8 and scale.dtype == dtype and q.abs().max() <= 127
+    largest = weight.abs().amax(1) / 127
+    assert (scale >= largest.to(torch.float32)).all() and (
+        scale[largest > 0] <= largest[largest > 0] * (1 + 2**-7)
+    ).all()
+    error = (weight.double() - scale.double()[:, None] * q.double()).abs()
+    assert (error <= scale.double()[:, None] * 0.5001).all()
+
+
+@pytest.mark.parametrize("rows", [0, 1, FEW_ROWS, FEW_ROWS + 1, 40])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_is_that_of_the_dequantized_weights(rows, bias):
+    weight, x = random_weight(1, 1100, 48), random_weight(2, rows, 48)  # more outputs than are converted at a time
+    q, scale = quantize_rows(weight, torch.bfloat16)
+    b = random_weight(3, 1100) if bias else None
+    exact = x.double() @ (q.double() * scale.double()[:, None]).T + (b.double() if bias else 0)
+    y = Int8Linear(q, scale, b)(x)
+    assert y.shape == exact.shape and y.dtype == x.dtype
+    few = rows <= FEW_ROWS  # bfloat16 activations and results: 8 bits
+    assert torch.allclose(y.double(), exact, atol=0.15 if few else 1e-4, rtol=2**-7 if few else 1e-5)
+
+
+@given(st.integers(1, 9), st.integers(1, 70), st.integers(0, 99))
+def test_rows_of_any_length(N, K, seed):
+    """torch's kernel gives wrong numbers, or ends the process, for lengths that are no multiple of its step."""
+    q, scale = quantize_rows(random_weight(seed, N, K), torch.bfloat16)
+    x = random_weight(seed + 1, 2, K)
+    exact = x.double() @ (q.double() * scale.double()[:, None]).T
+    assert torch.allclose(Int8Linear(q, scale)(x).double(), exact, atol=0.1, rtol=2**-6)
+
+
+def test_a_row_does_not_depend_on_the_others():
+    q, scale = quantize_rows(random_weight(1, 70, 48), torch.bfloat16)
+    layer, x = Int8Linear(q, scale), random_weight(2, FEW_ROWS, 48)
+    assert torch.equal(layer(x), torch.cat([layer(row[None]) for row in x]))
+
+
+@pytest.mark.parametrize("embedding", EMBEDDINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_computes_with_its_dequantized_weights(family, embedding):
+    model = small_model(family, torch.float32)
+    expected, ids = slow_logits(dequantized(model, embedding), [3, 1, 4, 1, 5]), torch.tensor([[3, 1, 4, 1, 5]])
+    quantized = quantize(copy.deepcopy(model), embedding)
+    for layer in quantized.modules():
+        if isinstance(layer, Int8Linear):
+            layer.few_rows = 0  # float32 throughout
+    assert torch.allclose(quantized(ids)[0].double(), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoding_continues_a_text(family):
+    """Token by token with a cache is the same as all at once by the same kernel, but for the order of float32 sums."""
+    changes = WHOLE_STEPS | ({"kv_heads": 4} if family == "gpt2" else {})
+    model, ids = quantize(small_model(family, torch.float32, **changes)), random_ids(1, 3, 9)
+    cache = KVCache(model.config, 3, 9)
+    steps = torch.cat([model(ids[:, t : t + 1], cache) for t in range(9)], 1)
+    with decoding_path(model):
+        whole = model(ids)
+    # a sum that is rounded to bfloat16 the other way moves what follows
+    assert (steps - whole).abs().mean() < 0.02 * whole.std()
+
+
+@pytest.mark.parametrize("embedding", EMBEDDINGS)
+def test_a_text_is_the_same_alone_and_in_company(embedding):
+    model = quantize(small_model("llama", torch.float32, **WHOLE_STEPS), embedding)
+    prompts, lengths, draws = random_ids(5, 6, 4), torch.tensor([4, 1, 3, 2, 4, 4]), row_uniforms(1, 0, range(6), 8)
+    with decoding_path(model):
+        together = generate(model, prompts, lengths, 8, draws, eos=[], pad=0)
+        for row in range(6):
+            own, length = slice(row, row + 1), lengths[row]
+            alone = generate(model, prompts[own, :length], lengths[own], 8, draws[own], [], 0)
+            assert torch.equal(alone.tokens[0], together.tokens[row, : length + 8])
+
+
+@pytest.mark.parametrize("embedding", EMBEDDINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_stored_comes_back(family, embedding):
+    model, ids = quantize(small_model(family, torch.float32), embedding), random_ids(1, 2, 12)
+    tensors = {name: x.clone() for name, x in stored_tensors(model).items()}
+    back = load_quantized(model.config, tensors, "here")
+    assert torch.equal(back(ids), model(ids)) and torch.equal(back(ids[:1, :3]), model(ids[:1, :3]))
+    assert not any(parameter.requires_grad for parameter in back.parameters())
+    if model.config.tied:
+        assert not any(name.startswith("lm_head") for name in tensors)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape", "dtype"])
+def test_another_architecture_is_refused(change):
+    model = quantize(small_model("llama", torch.float32))
+    tensors, name = stored_tensors(model), "layers.0.mlp.up_proj.weight"
+    tensors |= {
+        "shape": {name: tensors[name][:1]},
+        "dtype": {name: tensors[name].float()},
+        "extra": {"more": tensors[name]},
+    }.get(change, {})
+    if change == "missing":
+        del tensors[name]
+    with pytest.raises(
+        ValueError, match=r"here is no int8 model .*: (more|layers.0.mlp.up_proj.weight) is .* there, .* here"
+    ):
+        load_quantized(model.config, tensors, "here")
+
+
+def test_it_is_smaller():
+    model = small_model("llama", torch.float32)
+    before = sum(x.nbytes for x in model.state_dict().values())
+    sizes = {e: sum(x.nbytes for x in stored_tensors(quantize(copy.deepcopy(model), e)).values()) for e in EMBEDDINGS}
+    assert sizes["int8"] < sizes["bf16"] < 0.5 * before
+
+
+def test_training_is_refused():
+    model = quantize(small_model("llama", torch.float32))
+    model.requires_grad_(True)  # as train_lm.py --init= asks for
+    with torch.enable_grad(), pytest.raises(ValueError, match="int8 weights cannot be trained"):
+        model(random_ids(1, 2, 12))
+
+
+def test_twice_is_refused():
+    with pytest.raises(ValueError, match="int8 already"):
+        quantize(quantize(small_model("llama", torch.float32)))
