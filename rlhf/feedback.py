@@ -4,6 +4,11 @@ Append-only: triggers refuse UPDATE and DELETE, an undo is a row that supersedes
 is on disk before it returns (WAL, synchronous=FULL), so an acknowledged vote survives kill -9, and any number of processes
 may use the file. Which answer stands on the left is drawn here, from the store's seed, and never by who asks.
 
+python -m rlhf.feedback --store=out/feedback.sqlite --action=import --file=pairs.jsonl --raters=2
+python -m rlhf.feedback --store=out/feedback.sqlite --rater=ana
+python -m rlhf.feedback --store=out/feedback.sqlite --action=statistics
+python -m rlhf.feedback --store=out/feedback.sqlite --action=export --file=preferences.jsonl
+
     store = FeedbackStore("out/feedback.sqlite")
     prompt = store.add_prompt("A good film is")
     a, b = (store.add_completion(prompt, store.add_model(name), text) for name, text in samples)
@@ -16,14 +21,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import secrets
+import shutil
 import sqlite3
+import sys
+import textwrap
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+from rlhf.infra import config
+from rlhf.preferences import FORMS, ORDERS, answer_text, as_text, is_conversation, read_rows
+from rlhf.raters import Judgement, describe, rate
 
 FORMAT = 1  # PRAGMA user_version
 CHOICES = ("left", "right", "tie", "both_bad", "skip")
@@ -82,6 +97,19 @@ SCHEMA += "".join(
     for table in TABLES
     for verb in ("UPDATE", "DELETE")
 )
+VOTES = """
+SELECT s.id AS vote, s.pair_id AS pair, p.content AS prompt, l.text AS left, r.text AS right, ml.name AS left_model,
+       mr.name AS right_model, t.name AS rater, t.kind, s.choice, s.strength, s.seconds, s.repeat_of IS NOT NULL AS repeat,
+       s.left_id = q.a_id AS a_left, s.created
+FROM standing s JOIN pair q ON q.id = s.pair_id JOIN rater t ON t.id = s.rater_id
+JOIN completion l ON l.id = s.left_id JOIN completion r ON r.id = s.right_id
+JOIN model ml ON ml.id = l.model_id JOIN model mr ON mr.id = r.model_id JOIN prompt p ON p.id = l.prompt_id ORDER BY s.id
+"""
+RATINGS = """
+SELECT p.content AS prompt, c.text AS response, g.score, g.low, g.high, t.name AS rater, t.kind, m.name AS model
+FROM rating g JOIN completion c ON c.id = g.completion_id JOIN prompt p ON p.id = c.prompt_id
+JOIN rater t ON t.id = g.rater_id JOIN model m ON m.id = c.model_id ORDER BY g.id
+"""
 
 
 class Unknown(ValueError):
@@ -150,7 +178,7 @@ class FeedbackStore:
 
     def add_prompt(self, prompt: str | list[dict], source: str | None = None) -> int:
         """The id of a prompt, a text or [{"role", "content"}, ...]; the same prompt gives the same id."""
-        if not isinstance(prompt, str) and not _is_conversation(prompt):
+        if not isinstance(prompt, str) and not is_conversation(prompt):
             raise ValueError(f"a prompt is a text or a list of messages with role and content, not {str(prompt)[:80]}")
         content = json.dumps(prompt, ensure_ascii=False)
         return self._find_or_insert("prompt", {"content": content}, {"source": source})
@@ -238,7 +266,7 @@ class FeedbackStore:
             raise ValueError(f"choice {choice!r} is none of {', '.join(CHOICES)}")
         if strength is not None and (strength not in (1, 2, 3) or choice not in ("left", "right")):
             raise ValueError(f"strength {strength!r} with choice {choice}: 1, 2 or 3, and only for left or right")
-        if seconds is not None and not 0 <= seconds < 1e6:
+        if seconds is not None and not (isinstance(seconds, int | float) and 0 <= seconds < 1e6):
             raise ValueError(f"seconds {seconds!r} must be between 0 and 1,000,000")
         if not (isinstance(nonce, str) and 8 <= len(nonce) <= 100):
             raise ValueError("nonce must be a text of 8 to 100 characters, new for every vote, so that a retry is safe")
@@ -283,6 +311,131 @@ class FeedbackStore:
         values = {"completion_id": completion, "rater_id": self._rater(rater), "score": score, "low": low, "high": high}
         return self._find_or_insert("rating", {"nonce": nonce}, values)
 
+    # what came out
+
+    def judgements(self) -> list[Judgement]:
+        """All votes that count, in the form that `rlhf.raters` reads."""
+        rows = self._read(
+            "SELECT s.pair_id, r.name, s.left_id = p.a_id, s.choice, s.seconds, s.repeat_of IS NOT NULL FROM standing s "
+            "JOIN rater r ON r.id = s.rater_id JOIN pair p ON p.id = s.pair_id ORDER BY s.id"
+        )
+        return [Judgement(pair, rater, bool(a_left), *more, bool(again)) for pair, rater, a_left, *more, again in rows]
+
+    def statistics(self) -> dict:
+        """`rlhf.raters.describe` of the votes, and how far the queue is: no model names, raters may read it."""
+        pairs, prompts = self._read("SELECT (SELECT count(*) FROM pair), (SELECT count(*) FROM prompt)")[0]
+        return describe(self.judgements()) | {"queued_pairs": pairs, "prompts": prompts}
+
+    def wins(self) -> list[dict]:
+        """Votes for a side, by the two models compared: [{"model", "against", "wins", "of"}]. Not for raters' eyes."""
+        rows = self._read(
+            "SELECT w.name, l.name, count(*) FROM standing s "
+            "JOIN completion cw ON cw.id = iif(s.choice = 'left', s.left_id, s.right_id) "
+            "JOIN completion cl ON cl.id = iif(s.choice = 'left', s.right_id, s.left_id) "
+            "JOIN model w ON w.id = cw.model_id JOIN model l ON l.id = cl.model_id "
+            "WHERE s.choice IN ('left', 'right') AND w.id <> l.id GROUP BY w.id, l.id ORDER BY w.name, l.name"
+        )
+        won = {(row[0], row[1]): row[2] for row in rows}
+        both = {(a, b): (won.get((a, b), 0), won.get((b, a), 0)) for pair in won for a, b in (pair, pair[::-1])}
+        return [{"model": a, "against": b, "wins": w, "of": w + l} for (a, b), (w, l) in sorted(both.items())]
+
+    def export_jsonl(self, path: str | Path, form: str = "preference") -> dict[str, int]:
+        """Write the votes as JSON lines and return how many rows were written, and why pairs were left out.
+
+        preference: TRL's {"prompt", "chosen", "rejected"}, one row a pair with the verdict of most raters, by their
+            first votes; conversational where the prompt is a conversation. Beside it strength (mean, 1 to 3, or null),
+            votes, agreement, raters' kinds, models. Left out and counted: tie, both_bad, skip, split (no majority).
+        votes: every vote that counts, with its texts, models, rater, sides and seconds.
+        ratings: {"prompt", "response", "score", "low", "high", "rater", "kind", "model"}.
+        """
+        if form not in FORMS:
+            raise ValueError(f"form {form!r} is none of {', '.join(FORMS)}")
+        rows, counts = FORMS[form]([dict(row) for row in self._read(RATINGS if form == "ratings" else VOTES)])
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with open(unfinished, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return {"written": len(rows), **counts}
+
+    def import_jsonl(
+        self,
+        path: str | Path,
+        rater: str = "import",
+        raters: int = 1,
+        order: str = "given",
+        seed: int = 0,
+    ) -> dict[str, int]:
+        """Read JSON lines, all or nothing, and return the counts of what is new; the same file again changes nothing.
+
+        {"prompt", "chosen", "rejected"}: a vote of `rater` (kind "import"), its sides drawn by the store.
+        {"prompt", "responses": [{"text", "model", "scores"}, ...]}: to be compared, every two of a prompt, by `raters`
+            people each, in the `order` given, random (by seed), or active: first where the members of a reward
+            ensemble, whose scores every response then has, disagree most (see `disagreement`).
+        Prompts are texts or conversations; chosen and rejected are texts or one message of the assistant.
+        """
+        if order not in ORDERS:
+            raise ValueError(f"order {order!r} is none of {', '.join(ORDERS)}")
+        counts = dict.fromkeys(("rows", "votes", "pairs", "identical"), 0)
+        asked = []  # (a, b, scores of a, scores of b)
+        with self.transaction():
+            for where, row in read_rows(path):
+                counts["rows"] += 1
+                prompt = self.add_prompt(row["prompt"], source=Path(path).name)
+                if "chosen" in row:
+                    self._import_vote(prompt, row, rater, counts)
+                    continue
+                answers = [self._answer(prompt, answer, where) for answer in row["responses"]]
+                for (a, text_a, scores_a), (b, text_b, scores_b) in combinations(answers, 2):
+                    if text_a == text_b:
+                        counts["identical"] += 1
+                    else:
+                        asked.append((a, b, scores_a, scores_b))
+            if asked:
+                pairs = [(a, b) for a, b, _, _ in asked]
+                priorities = ORDERS[order]([x[2:] for x in asked], seed)
+                counts["pairs"] = self.make_comparisons(pairs, raters, priorities)
+        return counts
+
+    def _import_vote(self, prompt: int, row: dict, rater: str, counts: dict) -> None:
+        if row["chosen"] == row["rejected"]:
+            counts["identical"] += 1
+            return
+        rater_id = self.add_rater(rater, "import")
+        chosen, rejected = (
+            self.add_completion(prompt, self.add_model(row.get(f"{side}_model") or side), answer_text(row[side]))
+            for side in ("chosen", "rejected")
+        )
+        self.make_comparison(chosen, rejected)
+        with self.transaction() as db:
+            a, b = sorted((chosen, rejected))
+            pair = db.execute("SELECT id FROM pair WHERE a_id = ? AND b_id = ?", (a, b)).fetchone()["id"]
+            sql = "SELECT 1 FROM comparison WHERE pair_id = ? AND rater_id = ?"
+            if db.execute(sql, (pair, rater_id)).fetchone():
+                return  # imported before
+            left, right = self._sides(pair, a, b, rater_id)
+            comparison = self._insert_comparison(db, pair, rater_id, left, right, None)
+        choice = "left" if left == chosen else "right"
+        self.vote(comparison, rater, choice, nonce=f"import/{comparison}/{rater_id}")
+        counts["votes"] += 1
+
+    def _answer(self, prompt: int, answer: str | dict, where: str) -> tuple[int, str, list[float] | None]:
+        answer = {"text": answer} if isinstance(answer, str) else answer
+        if (
+            not isinstance(answer, dict)
+            or not isinstance(answer.get("text"), str)
+            or not isinstance(answer.get("model", ""), str)
+        ):
+            raise ValueError(f"{where}: a response is a text or has text and model")
+        scores = answer.get("scores")
+        about = None if scores is None else {"scores": scores}
+        model = self.add_model(answer.get("model", "unknown"))
+        return self.add_completion(prompt, model, answer["text"], about), answer["text"], scores
+
     # the parts of a transaction
 
     def _new(self, db, rater_id: int) -> int | None:
@@ -296,9 +449,8 @@ class FeedbackStore:
         ).fetchone()
         if pair is None:
             return None
-        sides = pair["a_id"], pair["b_id"]
-        swapped = self._draw("side", pair["id"], rater_id) < 0.5
-        return self._insert_comparison(db, pair["id"], rater_id, *(sides[::-1] if swapped else sides), None)
+        sides = self._sides(pair["id"], pair["a_id"], pair["b_id"], rater_id)
+        return self._insert_comparison(db, pair["id"], rater_id, *sides, None)
 
     def _repeat(self, db, rater_id: int) -> int | None:
         seen = db.execute("SELECT count(*) AS n FROM comparison WHERE rater_id = ?", (rater_id,)).fetchone()["n"]
@@ -322,6 +474,9 @@ class FeedbackStore:
             "INSERT INTO comparison(pair_id, rater_id, left_id, right_id, repeat_of, created) VALUES (?, ?, ?, ?, ?, ?)",
             (pair, rater_id, left, right, repeat_of, time.time()),
         ).lastrowid
+
+    def _sides(self, pair: int, a: int, b: int, rater_id: int) -> tuple[int, int]:
+        return (a, b) if self._draw("side", pair, rater_id) < 0.5 else (b, a)
 
     def _draw(self, *what) -> float:
         """A number in [0, 1) that depends on the store's seed and on `what` alone: the same in every process."""
@@ -395,7 +550,7 @@ class FeedbackStore:
         with self._lock:
             try:
                 yield
-            except sqlite3.Error as error:
+            except (sqlite3.Error, OverflowError) as error:  # an id of more than 63 bits
                 raise ValueError(f"{self.path}: {error}") from error
 
 
@@ -409,19 +564,155 @@ def _statements(sql: str) -> Iterator[str]:
             statement = ""
 
 
-def _is_conversation(messages) -> bool:
-    return (
-        isinstance(messages, list)
-        and len(messages) > 0
-        and all(isinstance(m, dict) and {*m} == {"role", "content"} for m in messages)
-        and all(isinstance(text, str) for m in messages for text in m.values())
+# the terminal
+
+
+@dataclass(frozen=True)
+class Config:
+    store: str  # SQLite file; import makes it
+    action: Literal["vote", "import", "export", "statistics"] = "vote"  # what to do with it
+    rater: str = ""  # who votes; with import, whose votes chosen and rejected are
+    file: str = ""  # JSON lines to read or to write
+    # import
+    raters: int = 1  # people who judge each new pair
+    order: Literal["given", "random", "active"] = "given"  # which pairs first; active: where reward models disagree
+    seed: int | None = None  # of a new store: sides and repetitions; with order=random, of the order too
+    repeats: float | None = None  # of a new store: share of comparisons that show an earlier pair again, swapped
+    # export
+    form: Literal["preference", "votes", "ratings"] = "preference"  # preference: TRL's prompt, chosen, rejected
+
+    def __post_init__(self):
+        config.at_least(self, raters=1, seed=0)
+        if self.action == "vote" and not self.rater:
+            raise ValueError("--rater=NAME is required: whose votes are these?")
+        if self.action in ("import", "export") and not self.file:
+            raise ValueError(f"--file=PATH is required to {self.action}: JSON lines")
+        if self.action != "import" and not Path(self.store).is_file():
+            raise ValueError(f"there is no store {self.store}; make it with --action=import")
+
+
+NEEDS = dict.fromkeys(("raters", "order", "seed", "repeats"), ("action", "import"))
+NEEDS |= {
+    "rater": ("action", ("vote", "import")),
+    "file": ("action", ("import", "export")),
+    "form": ("action", "export"),
+}
+KEYS = {"a": "left", "b": "right", "t": "tie", "x": "both_bad", "s": "skip"}
+HELP = "a, b: better (A, B: much better)   t: tie   x: both bad   s: skip   u: undo   q: quit"
+
+
+def main() -> None:
+    cfg = config.parse(Config, needs=NEEDS)
+    store = FeedbackStore(cfg.store, cfg.seed, cfg.repeats)
+    try:
+        ACTIONS[cfg.action](cfg, store)
+    finally:
+        store.close()
+
+
+def ask(cfg: Config, store: FeedbackStore) -> None:
+    """Show pair after pair and store what is typed; every vote is on disk before the next pair is shown."""
+    votes, started = 0, time.perf_counter()
+    with keyboard() as read_key:
+        while True:
+            shown = store.next_comparison(cfg.rater)
+            print(page(shown) if shown else "nothing is left to compare   u: undo   q: quit", flush=True)
+            before = time.perf_counter()
+            allowed = ("u", "q", "", *((*KEYS, "A", "B") if shown else ()))
+            while (key := read_key()) not in allowed:
+                print(HELP, flush=True)
+            if key in ("q", ""):
+                break
+            if key == "u":
+                if last := store.last_vote(cfg.rater):
+                    store.undo(last.id, cfg.rater)
+                    votes -= 1
+                print(f"undone: {last.choice}" if last else "there is nothing to undo", flush=True)
+                continue
+            choice, strength = KEYS[key.lower()], 3 if key in "AB" else None
+            store.vote(shown.id, cfg.rater, choice, strength, time.perf_counter() - before, secrets.token_hex(16))
+            votes += 1
+            print(choice.replace("_", " "), flush=True)
+    print(f"{votes} votes in {time.perf_counter() - started:.0f} s -> {cfg.store}")
+
+
+def page(shown: Comparison) -> str:
+    """A comparison for a terminal; what is no printable character is spelled, so no text can send control sequences."""
+    width = min(100, shutil.get_terminal_size((80, 24)).columns)
+    parts = ["=" * width]
+    for head, text in (("", shown.prompt), ("A", shown.left), ("B", shown.right)):
+        seen = "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+        lines = [wrapped for line in seen.split("\n") for wrapped in textwrap.wrap(line, width - 4) or [""]]
+        parts += [f"--- {head} ".ljust(width, "-")] if head else []
+        parts += ["    " * bool(head) + line for line in lines]
+    return "\n".join([*parts, HELP])
+
+
+@contextmanager
+def keyboard() -> Iterator[Callable[[], str]]:
+    """A function that waits for a key, without Enter where the input is a terminal; "" at the end of the input."""
+    if not sys.stdin.isatty():
+
+        def next_character() -> str:
+            while (key := sys.stdin.read(1)).isspace():
+                pass
+            return key
+
+        yield next_character
+        return
+    import termios
+    import tty
+
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+
+    def next_key() -> str:
+        key = os.read(terminal, 32).decode(errors="replace")
+        return {"\x1b[D": "a", "\x1b[C": "b", "\x04": ""}.get(key, key[:1])  # the arrows point at the sides
+
+    try:
+        tty.setcbreak(terminal)
+        yield next_key
+    finally:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+
+
+def read_file(cfg: Config, store: FeedbackStore) -> None:
+    print(
+        json.dumps(store.import_jsonl(cfg.file, cfg.rater or "import", cfg.raters, cfg.order, cfg.seed or 0)),
+        f"-> {cfg.store}",
     )
 
 
-def as_text(prompt: str | list[dict]) -> str:
-    """A prompt for the eye: a text as it is, one message as its content, more of them with their roles."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1:
-        return prompt[0]["content"]
-    return "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+def write_file(cfg: Config, store: FeedbackStore) -> None:
+    print(json.dumps(store.export_jsonl(cfg.file, cfg.form)), f"-> {cfg.file}")
+
+
+def print_statistics(cfg: Config, store: FeedbackStore) -> None:
+    statistics = store.statistics()
+    print(f"{'rater':<20}{'votes':>7}{'left':>7}{'  95% interval':<16}{'same again':>11}{'of':>5}{'seconds':>9}")
+    for name, row in [*statistics["by_rater"].items(), ("all", statistics)]:
+        left, again = row["left"], row["self_consistency"]
+        interval = f"  [{left['low']:.2f}, {left['high']:.2f}]" if left["n"] else "  -"
+        cells = [f"{row['votes']:>7}", cell(left["share"], 7), f"{interval:<16}", cell(again["share"], 11)]
+        print(f"{name:<20}" + "".join(cells) + f"{again['n']:>5}" + cell(row["median_seconds"], 9))
+    two = statistics["pairs_with_two_raters"]
+    print(f"\n{two} of {statistics['queued_pairs']} pairs have two raters or more; agreement", end=" ")
+    print(cell(statistics["agreement"]), f"(Fleiss' kappa {cell(statistics['fleiss_kappa'])})")
+    for row in statistics["cohen_kappa"]:
+        print(f"Cohen's kappa of {' and '.join(row['raters'])}: {cell(row['kappa'])} on {row['pairs']} pairs")
+    for row in store.wins():
+        won = rate(row["wins"], row["of"])
+        share = f"{won['share']:.2f} [{won['low']:.2f}, {won['high']:.2f}]"
+        print(f"{row['model']} against {row['against']}: {share} of {row['of']} votes for a side")
+
+
+def cell(x: float | None, width: int = 0) -> str:
+    return ("-" if x is None else f"{x:.2f}").rjust(width)
+
+
+ACTIONS = {"vote": ask, "import": read_file, "export": write_file, "statistics": print_statistics}
+
+
+if __name__ == "__main__":
+    config.run(main)

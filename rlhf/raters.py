@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rlhf.calibration import wilson_interval
-
 VERDICTS = ("a", "b", "tie", "both_bad")  # the nominal categories of every kappa; a skip is no verdict
 
 
@@ -82,6 +80,8 @@ def table(judgements: Sequence[Judgement]) -> np.ndarray:
 
 def rate(part: int, whole: int) -> dict:
     """A share with its 95% interval (Wilson), for JSON: null where there is nothing to count."""
+    from rlhf.calibration import wilson_interval  # brings torch, and seconds; who only votes needs neither
+
     if not whole:
         return {"n": 0, "share": None, "low": None, "high": None}
     low, high = wilson_interval(part, whole)
