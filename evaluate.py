@@ -13,13 +13,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from data.loader import PromptLoader, SentenceLoader, TokenFile, in_order
 from data.tokenizer import check_fingerprint, load_tokenizer
-from evaluation import card
-from evaluation.held_out import held_out_prompts, load_judge
-from model.generate import Generated, generate, row_uniforms
+from evaluation import card, overoptimisation
+from evaluation.held_out import held_out_prompts, load_judge, sample_groups
+from model.generate import Generated
 from model.transformer import Transformer
 from rlhf.actor_critic import logprobs_of
 from rlhf.evaluation import best_of_n, best_of_n_kl, paired_bootstrap, win_rate
@@ -72,28 +71,16 @@ def main() -> None:
     prompts, lengths = prompts.to(device), lengths.to(device)
     logprobs = {"base": logprobs_of(base, cfg.temperature), "tuned": logprobs_of(tuned, cfg.temperature)}
 
-    def sample(model: Transformer, n: int) -> list[Generated]:
-        """n responses per prompt, 64 prompts at a time; the first of each is the same draw for every n."""
-        groups = []
-        for rows in tqdm(list(in_order(len(prompts), 64)), desc="sample", leave=False, disable=None):
-            ids = [int(row) + k * len(prompts) for row in rows for k in range(n)]
-            uniforms = row_uniforms(cfg.seed, 0, ids, cfg.response_tokens).to(device)
-            groups.append(
-                generate(
-                    model, prompts[rows], lengths[rows], cfg.response_tokens, uniforms,
-                    stop_ids, tokenizer.pad, cfg.temperature,
-                )
-            )  # fmt: skip
-        return groups
+    sampling = (cfg.seed, cfg.response_tokens, stop_ids, tokenizer.pad, cfg.temperature)
 
     def scores(score, groups: list[Generated]) -> np.ndarray:
         """One number per response (rows,)."""
         return torch.cat([score(g.tokens, g.lengths, g.mask) for g in groups]).double().cpu().numpy()
 
-    pool = sample(base, cfg.best_of)
+    pool = sample_groups(base, prompts, lengths, cfg.best_of, *sampling)
     firsts = [first_of(group, cfg.best_of) for group in pool]
     results = {}
-    for name, groups in (("base", firsts), ("tuned", sample(tuned, 1))):
+    for name, groups in (("base", firsts), ("tuned", sample_groups(tuned, prompts, lengths, 1, *sampling))):
         results[name] = {
             "reward": scores(reward, groups),
             "judge": scores(judge, groups),
@@ -259,7 +246,7 @@ def continuations(pairs: list[dict[str, str]]) -> str:
     return "\n".join(f"{i}. before: {pair['before']}\n   after:  {pair['after']}" for i, pair in enumerate(pairs, 1))
 
 
-COMMANDS = {"rm": card}
+COMMANDS = {"rm": card, "overoptimisation": overoptimisation}
 
 if __name__ == "__main__":
     config.run(COMMANDS[sys.argv.pop(1)].main if sys.argv[1:2] and sys.argv[1] in COMMANDS else main)

@@ -4,9 +4,7 @@ python train_ppo.py --init=out/lm --reward=out/rm --data=out/data/vader --out=ou
 torchrun --nproc_per_node=2 train_ppo.py --init=out/lm --reward=out/rm --data=out/data/vader --out=out/ppo
 """
 
-import hashlib
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,7 +13,7 @@ from torch import Tensor
 from data.loader import PromptBatch, PromptLoader, TokenFile, prompts_from_rows
 from data.tokenizer import check_fingerprint, load_tokenizer
 from evaluation.card import beats_length
-from evaluation.held_out import held_out_prompts, load_judge
+from evaluation.held_out import held_out_prompts, load_judge, score_digest
 from model.generate import Generated, generate, row_uniforms
 from rlhf import kl, ppo
 from rlhf.actor_critic import CRITICS, LAYOUTS, STORED, LoRA
@@ -172,8 +170,7 @@ def main() -> None:
         kl_control = kl.AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
 
     inputs = {"init_sha256": pretrained.digest, "data_sha256": sentences.manifest["sha256"]["tokens.bin"]}
-    inputs["reward_sha256"] = reward_digest(cfg.reward)
-    inputs["judge_sha256"] = None if cfg.judge in (None, "vader") else reward_digest(cfg.judge)
+    inputs |= {"reward_sha256": score_digest(cfg.reward), "judge_sha256": score_digest(cfg.judge)}
     state = run.resume(cfg.out, asdict(cfg) | inputs, policy, optimizer, precision.scaler, dist)
     kl_control.load_state_dict(state.get("kl_control", kl_control.state_dict()))
     first, spent, stopped = state["done"], state["seconds"], state.get("stopped", False)
@@ -346,12 +343,6 @@ def row_counts(cfg: Config, world: int) -> int:
             f"try {max(n for n in range(1, micro_batch + 1) if share % n == 0)}"
         )
     return micro_batch
-
-
-def reward_digest(reward: str) -> str:
-    """sha256 of the reward model's weights, or of the Python file."""
-    file = reward.rpartition(":")[0]
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file.endswith(".py") else checkpoint.digest(reward)
 
 
 def held_out_batch(cfg: Config, pad: int) -> PromptBatch:

@@ -1,12 +1,19 @@
 """What a policy is measured on and by: prompts that training never saw, and a judge that PPO never asked."""
 
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
-from data.loader import TokenFile, prompts_from_rows
+from data.loader import TokenFile, in_order, prompts_from_rows
 from data.vader import load_rules
+from model.generate import Generated, generate, row_uniforms
+from model.transformer import Transformer
+from rlhf.infra import checkpoint
 from rlhf.pretrained import open_base
 from rlhf.reward_model import Score, load_reward
 
@@ -25,6 +32,31 @@ def held_out_prompts(data: str, split: str, prompt_tokens: int, domain: str | No
     if not unseen:
         raise ValueError(f"all {len(held_out)} prompts of {data}/{split} also begin a training sentence")
     return list(unseen.values())
+
+
+def sample_groups(
+    model: Transformer,
+    prompts: Tensor,
+    lengths: Tensor,
+    n: int,
+    seed: int,
+    response_tokens: int,
+    stop_ids: Iterable[int],
+    pad: int,
+    temperature: float,
+) -> list[Generated]:
+    """n responses per prompt next to each other, in groups of whole prompts; the first of each is the same draw for any n.
+
+    prompts (P, T) right-padded, lengths (P,). What a row draws depends on (seed, its place) alone, so models can be compared.
+    """
+    groups = []
+    at_once = max(1, min(64, 1024 // n))  # prompts: the cache holds all their responses
+    for rows in tqdm(list(in_order(len(prompts), at_once)), desc="sample", leave=False, disable=None):
+        ids = [int(row) + k * len(prompts) for row in rows for k in range(n)]
+        uniforms = row_uniforms(seed, 0, ids, response_tokens).to(prompts.device)
+        chosen = (prompts[rows], lengths[rows])
+        groups.append(generate(model, *chosen, response_tokens, uniforms, stop_ids, pad, temperature))
+    return groups
 
 
 def vader_judge(data: str, tokenizer) -> Score:
@@ -46,3 +78,11 @@ def load_judge(spec: str, data: str, tokenizer, device: torch.device | str = "cp
     if not Path(spec).exists() and not spec.rpartition(":")[0].endswith(".py"):
         raise ValueError(f"the judge {spec} is neither vader, a reward model's directory nor file.py:function")
     return load_reward(spec, tokenizer, device, base, open_base=open_base)
+
+
+def score_digest(spec: str | None) -> str | None:
+    """sha256 of the weights of a reward or judge, or of its Python file; None for vader, whose rules are pinned, or nobody."""
+    if spec in (None, "vader"):
+        return None
+    file = spec.rpartition(":")[0]
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file.endswith(".py") else checkpoint.digest(spec)

@@ -2,16 +2,18 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_bad_input import refused
 from test_resume import assert_equal_runs, killed_after
 from test_scripts import NOISE, PPO_METRICS
 from tiny import lines
 
-from rlhf.evaluation import paired_bootstrap
+from rlhf.evaluation import best_of_n_kl, paired_bootstrap
 from rlhf.infra import checkpoint
 from rlhf.overoptimisation import CURVES, best_place, has_stalled, resampled_means
 from rlhf.pretrained import open_pretrained
@@ -181,3 +183,82 @@ def test_one_process_and_two_stop_at_the_same_judgement(world, tmp_path):
 def test_keeping_all_checkpoints(world, tmp_path):
     world.ok("train_ppo.py", out=tmp_path, checkpoint_every=1, keep_checkpoints="none")
     assert [path.name for path in checkpoint.steps(tmp_path)] == [f"step_{n:06d}" for n in range(1, 5)]
+
+
+# ---- evaluate.py overoptimisation
+
+
+@pytest.fixture(scope="module")
+def study(world, tmp_path_factory):
+    """PPO learns to write less, and keeps its checkpoints; the reward model of the world says what that was worth."""
+    path = tmp_path_factory.mktemp("study")
+    options = {"reward": "rewards.py:shorter", "domain": "none", "prompt_tokens": 8, "lr": 0.01, "kl_coef": 0.01}
+    world.ok("train_ppo.py", out=path / "ppo", checkpoint_every=1, keep_checkpoints="none", **options)
+    return path
+
+
+def measure(world, study, *options: str):
+    given = dict(word.split("=", 1) for word in options)
+    defaults = {"run": study / "ppo", "base": "lm", "proxy": "rewards.py:shorter", "gold": "rm", "data": "data"}
+    defaults |= {"out": study / "out", "best_of": 8, "prompts": 5}
+    words = [f"--{name}={value}" for name, value in (defaults | given).items()]
+    return world.start(["evaluate.py", "overoptimisation", *words]).wait()
+
+
+def test_the_study(world, study):
+    done = measure(world, study)
+    assert (done.code, done.err) == (0, ""), done
+    result = json.loads((study / "out/overoptimisation.json").read_text())
+    assert (study / "out/overoptimisation.md").read_text().strip() in done.out
+    rows = {row["name"]: row for row in result["rows"]}
+    names = ["base", "best of 2", "best of 4", "best of 8", *(f"PPO, {n} iterations" for n in range(1, 5))]
+    assert list(rows) == names and result["prompts"] == 5
+    base, chosen, tuned = result["rows"][0], result["rows"][1:4], result["rows"][4:]
+    assert base["d"] == base["kl"]["value"] == 0
+    proxies = [row["proxy"]["value"] for row in (base, *chosen)]
+    assert proxies == sorted(proxies)  # more to choose from can only please the proxy
+    for row in chosen:
+        assert row["proxy_gain"]["value"] == pytest.approx(row["proxy"]["value"] - base["proxy"]["value"])
+        assert row["d"] == pytest.approx(math.sqrt(best_of_n_kl(int(row["name"].split()[-1]))))
+    assert tuned[-1]["kl"]["value"] > tuned[0]["kl"]["value"] and tuned[-1]["proxy_gain"]["value"] > 0
+    for row in tuned:
+        assert row["d"] == pytest.approx(math.sqrt(max(row["kl"]["value"], 0)))
+        assert all(row[k]["low"] <= row[k]["value"] <= row[k]["high"] for k in ("kl", "proxy", "gold", "gold_gain"))
+    for name, points in (("best_of_n", chosen), ("ppo", tuned)):
+        d = np.array([row["d"] for row in points])
+        design = np.array([[x, textbook(name, x, 0, 1)] for x in d])
+        gains = np.array([row["gold_gain"]["value"] for row in points])
+        expected, *_ = np.linalg.lstsq(design, gains, rcond=None)
+        fitted = result["fits"][name]
+        assert [fitted["alpha"]["value"], fitted["beta"]["value"]] == pytest.approx(expected.tolist(), rel=1e-5)
+        assert fitted["rms_error"] == pytest.approx(np.sqrt(np.mean((design @ expected - gains) ** 2)), rel=1e-5)
+
+
+def test_the_gold_reward_may_be_the_proxy(world, study):
+    """Then they agree everywhere, and nothing is over-optimised."""
+    done = measure(world, study, "gold=rewards.py:shorter", f"out={study}/same")
+    assert (done.code, done.err) == (0, ""), done
+    for row in json.loads((study / "same/overoptimisation.json").read_text())["rows"]:
+        assert row["proxy"] == row["gold"] and row.get("proxy_gain") == row.get("gold_gain")
+
+
+@pytest.mark.parametrize(
+    "option, words",
+    [
+        ("proxy=rm", ("--proxy=rm has sha256", "was trained with")),
+        ("run=lm", ("lm/run.json", "PPO run")),
+        ("run=nowhere", ("nowhere/run.json", "PPO run")),
+        ("gold=poems", ("poems", "vader")),
+        ("best_of=3", ("--best_of=3", "at least 4")),
+    ],
+)
+def test_what_the_study_refuses(world, study, option, words):
+    refused(measure(world, study, option, f"out={study}/none"), *words)
+    assert not (study / "none").exists()
+
+
+def test_a_curve_needs_two_checkpoints(world, study, tmp_path):
+    shutil.copytree(study / "ppo", tmp_path / "ppo")
+    for path in checkpoint.steps(tmp_path / "ppo")[1:]:
+        shutil.rmtree(path)
+    refused(measure(world, study, f"run={tmp_path}/ppo"), "1 checkpoint", "--keep_checkpoints=none")

@@ -1,0 +1,275 @@
+"""Over-optimisation, measured (Gao et al. 2022, arXiv:2210.10760): what a reward still means after it has been maximised.
+
+PPO and best-of-n maximise the proxy; the gold reward, which neither of them saw, says what that was worth, against
+d = sqrt(KL(policy || base)). Train the two on disjoint halves of the raters, and let PPO keep its checkpoints:
+
+python train_rm.py --labels=half_a --out=out/rm_a
+python train_rm.py --labels=half_b --out=out/rm_b
+python train_ppo.py --reward=out/rm_a --kl_coef=0.02 --keep_checkpoints=none --out=out/ppo
+python evaluate.py overoptimisation --run=out/ppo --proxy=out/rm_a --gold=out/rm_b --out=out/overoptimisation
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.loader import PromptLoader, TokenFile
+from data.tokenizer import check_fingerprint, load_tokenizer
+from evaluation.card import can_draw
+from evaluation.held_out import held_out_prompts, load_judge, sample_groups, score_digest
+from model.generate import Generated
+from rlhf.actor_critic import logprobs_of
+from rlhf.evaluation import best_of_n, best_of_n_kl
+from rlhf.infra import checkpoint, config, distributed, run
+from rlhf.kl import k1
+from rlhf.overoptimisation import CURVES, resampled_means
+from rlhf.pretrained import open_base, open_pretrained
+from rlhf.reward_model import Score, load_reward
+
+
+@dataclass(frozen=True)
+class Config:
+    run: str = "out/ppo"  # PPO run; all its checkpoints are measured (train_ppo.py --keep_checkpoints=none keeps all)
+    base: str = "out/lm"  # language model that it started from; best-of-n chooses among its samples
+    proxy: str = "out/rm_a"  # the reward that PPO maximised and best-of-n chooses by: a directory, or file.py:function
+    gold: str = "out/rm_b"  # the reward that says what it was worth: a reward model, vader, or file.py:function
+    data: str = "out/data/vader"  # directory made by data.prepare
+    split: Literal["validation", "test"] = "test"  # where the prompts come from
+    out: str = "out/overoptimisation"  # directory for overoptimisation.json, .md and .png
+    prompts: int = 256  # held-out prompts, of the kind that the run was trained on
+    best_of: int = 64  # samples per prompt of the base; best-of-n is reported for n = 2, 4, 8 ... up to this
+    seed: int = 7  # of prompts and samples; all models draw with the same random numbers
+    plots: bool | None = None  # draw the plot, which needs matplotlib; none = if it is installed
+
+    def __post_init__(self):
+        config.at_least(self, prompts=2, best_of=4, seed=0)
+
+
+def main() -> None:
+    cfg = config.parse(Config)
+    device = distributed.setup().device
+    torch.set_grad_enabled(False)
+    drawn = can_draw(cfg.plots)
+
+    # 1. read: base and rewards, and how the run sampled
+    steps, settings = checkpoint.steps(cfg.run), read_settings(cfg)
+    tokenizer = load_tokenizer(cfg.data)
+    opened = open_pretrained(cfg.base, device)
+    check_fingerprint(tokenizer.fingerprint, opened.tokenizer.fingerprint, cfg.base)
+    check_same(cfg, settings, opened.digest, len(steps))
+    proxy = load_reward(cfg.proxy, tokenizer, device, opened, open_base=open_base)
+    gold = load_judge(cfg.gold, cfg.data, tokenizer, device, opened)
+    starts = held_out_prompts(cfg.data, cfg.split, settings["prompt_tokens"], settings["domain"])
+    pad = TokenFile(f"{cfg.data}/{cfg.split}").pad
+    batch = PromptLoader(starts, pad, min(cfg.prompts, len(starts)), cfg.seed).batch(0)
+    prompts = batch.prompts.to(device), batch.prompt_lengths.to(device)
+    temperature = settings["temperature"]
+    sampling = (cfg.seed, settings["response_tokens"], opened.stop_ids, tokenizer.pad, temperature)
+    base = opened.model.eval()
+    reference = logprobs_of(base, temperature)
+
+    # 2. best-of-n: one pool of samples of the base gives every n
+    pool = sample_groups(base, *prompts, cfg.best_of, *sampling)
+    pool = {name: scores(score, pool).reshape(-1, cfg.best_of) for name, score in (("proxy", proxy), ("gold", gold))}
+    measured = []
+    for n in powers_of_two(cfg.best_of):
+        means = {name: best_of_n(pool["proxy"], x, n) for name, x in pool.items()}  # (P,) each
+        gains = {f"{name}_gain": x - pool[name].mean(1) for name, x in means.items()}
+        kl = np.full(len(pool["proxy"]), best_of_n_kl(n))
+        measured.append({"curve": "best_of_n", "name": f"best of {n}", "kl": kl, **means, **gains})
+
+    # 3. PPO: every checkpoint answers the same prompts, with the random numbers of the pool's first samples
+    for path in tqdm(steps, desc="checkpoints", leave=False, disable=None):
+        policy = open_pretrained(path, device).model.eval()
+        groups = sample_groups(policy, *prompts, 1, *sampling)
+        means = {"proxy": scores(proxy, groups), "gold": scores(gold, groups)}
+        gains = {f"{name}_gain": x - pool[name][:, 0] for name, x in means.items()}
+        kl = divergence(groups, logprobs_of(policy, temperature), reference)
+        done = checkpoint.load(path).state["done"]
+        measured.append({"curve": "ppo", "name": f"PPO, {done} iterations", "kl": kl, **means, **gains})
+
+    # 4. fit, and report
+    before = {name: x.mean(1) for name, x in pool.items()}
+    rows = [
+        point(row) for row in [{"curve": None, "name": "base", "kl": np.zeros(len(pool["gold"])), **before}, *measured]
+    ]
+    result = {
+        "rows": rows,
+        "fits": {name: fit(name, [row for row in measured if row["curve"] == name]) for name in CURVES},
+        "prompts": len(pool["gold"]),
+        "options": asdict(cfg),
+        "sampling": settings,
+        "seconds": run.seconds_used(),
+    }
+    write(Path(cfg.out), result, drawn)
+    if not drawn and cfg.plots is None:
+        print("no plot: matplotlib is not installed (the extra plot has it)")
+
+
+def read_settings(cfg: Config) -> dict:
+    """What run.json says about the run's prompts and samples, and by which reward and base it was trained."""
+    path = Path(cfg.run) / "run.json"
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}: --run is the directory of a PPO run, see train_ppo.py")
+    options, names = json.loads(path.read_text()), ("domain", "prompt_tokens", "response_tokens", "temperature")
+    names += ("kl_coef", "init_sha256", "reward_sha256")
+    if missing := [name for name in names if name not in options]:
+        raise ValueError(
+            f"{path} says nothing about {missing[0]}: --run is the directory of a PPO run, see train_ppo.py"
+        )
+    return {name: options[name] for name in names}
+
+
+def check_same(cfg: Config, settings: dict, base_digest: str, checkpoints: int) -> None:
+    """ValueError unless base and proxy are those of the run, and a curve can go through its checkpoints."""
+    for option, ours, theirs in (
+        ("base", base_digest, settings["init_sha256"]),
+        ("proxy", score_digest(cfg.proxy), settings["reward_sha256"]),
+    ):
+        if ours != theirs:
+            spec = getattr(cfg, option)
+            raise ValueError(f"--{option}={spec} has sha256 {ours[:12]}, {cfg.run} was trained with {theirs[:12]}")
+    if checkpoints < 2:
+        raise ValueError(
+            f"{cfg.run} has {checkpoints} checkpoint(s), a curve needs at least 2: train it with --keep_checkpoints=none"
+        )
+
+
+def powers_of_two(most: int) -> list[int]:
+    """2, 4, 8 ... up to `most`."""
+    return [2**k for k in range(1, most.bit_length())]
+
+
+def scores(score: Score, groups: list[Generated]) -> np.ndarray:
+    """One number per response (rows,)."""
+    return torch.cat([score(g.tokens, g.lengths, g.mask) for g in groups]).double().cpu().numpy()
+
+
+def divergence(groups: list[Generated], policy, base) -> np.ndarray:
+    """KL(policy || base) of every response by k1, nats: its mean over the prompts is unbiased. (rows,)"""
+    kl = [k1(policy(g.tokens, g.mask), base(g.tokens, g.mask)).sum(1) for g in groups]
+    return torch.cat(kl).double().cpu().numpy()
+
+
+def distance(kl: np.ndarray) -> np.ndarray:
+    """d = sqrt(KL). The mean of k1 may be a little below 0 where the policy has hardly moved: that counts as 0."""
+    return np.sqrt(np.maximum(kl, 0))
+
+
+def point(row: dict) -> dict:
+    """A row of the table: means over prompts, each with its 95% bootstrap interval."""
+    names = [name for name in ("kl", "proxy", "gold", "proxy_gain", "gold_gain") if name in row]
+    means = resampled_means(np.stack([row[name] for name in names]))
+    low, high = np.quantile(means, [0.025, 0.975], axis=0)
+    cells = {
+        name: {"value": float(row[name].mean()), "low": float(a), "high": float(b)}
+        for name, a, b in zip(names, low, high)
+    }
+    return {"curve": row["curve"], "name": row["name"], "d": float(distance(row["kl"].mean())), **cells}
+
+
+def fit(name: str, measured: list[dict]) -> dict:
+    """The curve's alpha and beta through the gold gains, where it peaks, with 95% bootstrap intervals over prompts.
+
+    Every resample of the prompts moves KL and gain of all points together, and is fitted anew.
+    """
+    curve = CURVES[name]
+    kl, gain = (np.stack([row[key] for row in measured]) for key in ("kl", "gold_gain"))  # (K, P) each
+    d, gains = distance(kl.mean(1)), gain.mean(1)
+    alpha, beta = curve.fit(d, gains)
+    if not (np.isfinite(alpha) and np.isfinite(beta)):
+        raise ValueError(f"the {len(d)} points of {name} have fewer than two different KL: the run has hardly learned")
+    means = resampled_means(np.concatenate([kl, gain]))  # (B, 2K)
+    alphas, betas = curve.fit(distance(means[:, : len(kl)]), means[:, len(kl) :])
+    peak, peaks = curve.peak_of(alpha, beta), curve.peak_of(alphas, betas)
+    rms = np.sqrt(np.mean((curve.gain(d, alpha, beta) - gains) ** 2))
+    return {
+        "alpha": with_interval(alpha, alphas),
+        "beta": with_interval(beta, betas),
+        "peak_d": with_interval(peak, peaks),  # null: no end of it, R(d) does not fall
+        "peak_kl": finite(peak**2),
+        "peak_gain": float(curve.gain(peak, alpha, beta)) if np.isfinite(peak) else None,
+        "largest_d": float(d.max()),  # a peak beyond it is an extrapolation
+        "rms_error": float(rms),
+    }
+
+
+def with_interval(value: np.ndarray, resampled: np.ndarray) -> dict:
+    """Quantiles that are some resample's value: infinity has no mean with its neighbour."""
+    low, high = np.quantile(resampled, [0.025, 0.975], method="inverted_cdf")
+    return {"value": finite(value), "low": finite(low), "high": finite(high)}
+
+
+def finite(x: float) -> float | None:
+    return float(x) if math.isfinite(x) else None
+
+
+def write(out: Path, result: dict, drawn: bool) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    files = ["overoptimisation.json", "overoptimisation.md"]
+    if drawn:
+        draw(result, out / "overoptimisation.png")
+        files.append("overoptimisation.png")
+    text = "\n\n".join([points_table(result), fits_table(result)])
+    run.write_json(out / files[0], result)
+    (out / files[1]).write_text(text + "\n", encoding="utf-8")
+    print(text)
+    print(f"\n{result['seconds']:.0f} s -> {out}: {', '.join(files)}")
+
+
+def points_table(result: dict) -> str:
+    lines = ["| policy | KL, nats | d | proxy | gold | gold, gain |", "|---" * 6 + "|"]
+    for row in result["rows"]:
+        sign = "<= " if row["curve"] == "best_of_n" else ""
+        cells = [f"{sign}{row['kl']['value']:.2f}", f"{row['d']:.2f}", *(show(row[name]) for name in ("proxy", "gold"))]
+        cells.append(show(row["gold_gain"]) if "gold_gain" in row else "-")
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def fits_table(result: dict) -> str:
+    formulas = {"best_of_n": "best of n: d (alpha - beta d)", "ppo": "PPO: d (alpha - beta log d)"}
+    columns = ("alpha", "beta", "gold peaks at d", "KL there, nats", "gain there", "rms error of the fit")
+    lines = ["| gold gain | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, x in result["fits"].items():
+        peak = x["peak_d"]["value"]
+        beyond = (
+            "" if peak is None or peak <= x["largest_d"] else f", beyond the largest measured, {x['largest_d']:.2f}"
+        )
+        cells = [show(x["alpha"]), show(x["beta"]), show(x["peak_d"]) + beyond]
+        cells += ["-" if x[key] is None else f"{x[key]:.2f}" for key in ("peak_kl", "peak_gain")]
+        lines.append(f"| {formulas[name]} | " + " | ".join([*cells, f"{x['rms_error']:.3f}"]) + " |")
+    return "\n".join(lines)
+
+
+def show(x: dict) -> str:
+    """0.412 [0.380, 0.455]; inf where there is no end."""
+    value, low, high = ("inf" if x[key] is None else f"{x[key]:.3f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def draw(result: dict, file: Path) -> None:
+    """Proxy and gold gain against d, points with their intervals, and the fitted curve of the gold gain."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for ax, (name, x), title in zip(figure.subplots(1, 2, sharey=True), result["fits"].items(), ("best of n", "PPO")):
+        rows = [row for row in result["rows"] if row["curve"] == name]
+        for key, color in (("proxy_gain", "tab:gray"), ("gold_gain", "tab:orange")):
+            value, low, high = (np.array([row[key][k] for row in rows]) for k in ("value", "low", "high"))
+            errors = np.stack([value - low, high - value]).clip(min=0)
+            label = key.removesuffix("_gain")
+            ax.errorbar([row["d"] for row in rows], value, errors, fmt="o", capsize=2, color=color, label=label)
+        d = np.linspace(0, x["largest_d"], 200)
+        curve = CURVES[name].gain(d, x["alpha"]["value"], x["beta"]["value"])
+        ax.plot(d, curve, color="tab:orange", label="fit to gold")
+        ax.set(title=title, xlabel="sqrt(KL(policy || base)), KL in nats", ylabel="reward, gain over the base")
+        ax.grid(alpha=0.3)
+        ax.legend()
+    figure.savefig(file, dpi=120)
