@@ -3,6 +3,7 @@
 Sizes in the shape comments: B rows, T tokens, D width, H heads, G key/value heads, K head size, V vocabulary.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -140,6 +141,21 @@ class KVCache:
         self.values = [values.index_select(0, rows) for values in self.values]
         self.lengths = self.lengths[rows]
         self.longest = int(self.lengths.max()) if len(rows) else 0
+
+    def view(self, rows: slice, lengths: list[int], longest: int) -> "KVCache":
+        """Some rows as a cache of their own that writes into the memory of this one; whoever views keeps the lengths.
+
+        longest: at least max(lengths); columns up to it are attended to under the mask.
+        """
+        view = copy.copy(self)
+        view.keys, view.values = [x[rows] for x in self.keys], [x[rows] for x in self.values]
+        view.lengths, view.longest = torch.tensor(lengths, device=self.lengths.device), longest
+        return view
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """The first `length` columns of row `target` become those of row `source`."""
+        for x in (*self.keys, *self.values):
+            x[target, :length] = x[source, :length]
 
 
 @dataclass

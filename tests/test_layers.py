@@ -17,6 +17,7 @@ INSIDE_FUNCTIONS = {
     "matplotlib",
     "starlette",
     "uvicorn",
+    "openai",
     "trl",
     "transformers",
     "tokenizers",

@@ -1,0 +1,454 @@
+"""The API over HTTP: OpenAI's endpoints, ours beside them, the page, and who may use them.
+
+Starlette gives routes, uvicorn the sockets; both are imported where they are needed, so that only a server needs them.
+"""
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+import re
+import secrets
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.chat import Chat
+from data.tokenizer import Tokenizer
+from rlhf.serve import protocol
+from rlhf.serve.protocol import ApiError, Call, Limits, Writer
+from rlhf.serve.scheduler import Event, Full, Scheduler
+from rlhf.serve.scorer import Scorer
+
+PAGE = Path(__file__).with_name("page.html")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SMALL_BODY = 16_384  # bytes; taking a larger one apart happens in a thread, so that streams go on
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the endpoints need."""
+
+    scheduler: Scheduler
+    scorer: Scorer
+    tokenizer: Tokenizer
+    chat: Chat | None
+    name: str
+    fingerprint: str  # of the weights
+    limits: Limits
+    timeout: float  # seconds a request may take
+    max_body: int  # bytes
+    key: str | None = None
+    feedback: object | None = None  # a FeedbackStore
+
+    # ---- who may do what
+
+    def guard(self, request, public: bool) -> None:
+        """ApiError unless this request may be answered.
+
+        Without a key the server listens on loopback alone: a name in Host that is none of loopback's means a web page whose
+        name was pointed here. A browser says in Origin which page sends a request; only our own may change anything.
+        """
+        host = request.headers.get("host", "")
+        if self.key is None and (request.url.hostname or "") not in LOOPBACK:
+            raise ApiError(403, f"this server is not {host!r:.100}; without a key it answers on loopback only")
+        origin = request.headers.get("origin")
+        if request.method not in ("GET", "HEAD") and origin is not None:
+            if origin.lower() not in (f"http://{host.lower()}", f"https://{host.lower()}"):
+                raise ApiError(403, "a page of another origin may not use this server")
+        if self.key is not None and not public:
+            scheme, _, given = request.headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.key.encode()):
+                raise ApiError(401, "a key is needed: Authorization: Bearer KEY", None, "invalid_api_key")
+
+    async def body(self, request) -> dict:
+        """The JSON object of a request. ApiError for one that is too large, too slow or none."""
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(self.timeout) if hasattr(asyncio, "timeout") else _no_timeout():
+                async for part in request.stream():
+                    size += len(part)
+                    if size > self.max_body:
+                        raise ApiError(
+                            413, f"the body has more than {self.max_body} bytes", None, None, Connection="close"
+                        )
+                    parts.append(part)
+        except TimeoutError:
+            raise ApiError(408, "the body did not arrive in time", None, None, Connection="close") from None
+        return protocol.parse_body(b"".join(parts))
+
+    # ---- OpenAI
+
+    async def chat_completions(self, request):
+        body = await self.body(request)
+        call = await aside(body, protocol.parse_chat, body, self.tokenizer, self.chat, self.name, self.limits)
+        return await self.answer(request, call)
+
+    async def completions(self, request):
+        body = await self.body(request)
+        call = await aside(body, protocol.parse_completion, body, self.tokenizer, self.name, self.limits)
+        return await self.answer(request, call)
+
+    async def models(self, request):
+        about = {"id": self.name, "object": "model", "created": 0, "owned_by": "plain-rlhf"}
+        return reply({"object": "list", "data": [about | {"max_model_len": self.limits.width}]})
+
+    async def model(self, request):
+        if request.path_params["name"] != self.name:
+            raise ApiError(404, "no such model here", "model", "model_not_found")
+        return reply({"id": self.name, "object": "model", "created": 0, "owned_by": "plain-rlhf"})
+
+    async def answer(self, request, call: Call):
+        """Submits the call's requests and gives their answer, whole or as a stream; a client that leaves frees the rows."""
+        from starlette.responses import Response
+
+        queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        deadline = time.monotonic() + self.timeout
+        for index, one in enumerate(call.requests):
+            one.inbox, one.deadline = (queue, index), deadline
+        try:
+            self.scheduler.submit(call.requests)
+        except Full:
+            raise overloaded() from None
+        writer = Writer(call, self.tokenizer, self.name, self.fingerprint, secrets.token_hex(12))
+        if call.stream:
+            return Stream(self, call, writer, queue)
+        task = asyncio.ensure_future(self.collect(call, writer, queue))
+        gone = asyncio.ensure_future(disconnected(request.receive))
+        try:
+            await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+            return reply(task.result()) if task.done() else Response(status_code=499)
+        finally:
+            await ended(task, gone)
+            self.leave(call)
+
+    async def collect(self, call: Call, writer: Writer, queue: asyncio.Queue) -> dict:
+        texts, tokens, finishes = [[] for _ in call.requests], [[] for _ in call.requests], [None] * len(call.requests)
+        while None in finishes:
+            index, event = await queue.get()
+            if event.error:
+                raise failed(event)
+            texts[index].append(event.text)
+            tokens[index] += event.tokens
+            finishes[index] = event.finish
+        return writer.whole(["".join(pieces) for pieces in texts], tokens, finishes)
+
+    def leave(self, call: Call) -> None:
+        for request in call.requests:
+            self.scheduler.cancel(request)
+
+    # ---- ours
+
+    async def job(self, function, *args):
+        try:
+            future = self.scheduler.call(function, *args)
+        except Full:
+            raise overloaded() from None
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), self.timeout)
+        except (TimeoutError, asyncio.CancelledError):
+            raise overloaded() from None
+
+    def parts(self, body: dict) -> tuple[list[int], list[int]]:
+        """Ids of the prompt and the response of a body. ApiError where they do not fit."""
+        protocol.check_model(body, self.name)
+        prompt = protocol.prompt_of(body, self.tokenizer, self.chat)
+        response = protocol.continuation(body, self.tokenizer)
+        longest = self.scheduler.model.config.context
+        if len(prompt) + len(response) > longest:
+            message = f"{len(prompt)} tokens of prompt and {len(response)} of response exceed the context of {longest}"
+            raise ApiError(400, message, "response", "context_length_exceeded")
+        return prompt, response
+
+    async def score(self, request):
+        body = await self.body(request)
+        prompt, response = await aside(body, self.parts, body)
+        if self.scorer.reward is None:
+            raise ApiError(400, "the server has no reward model: start it with --reward", None, "no_reward")
+        if not response:
+            raise ApiError(400, "the response is empty", "response")
+        return reply({"score": await self.job(self.scorer.score, prompt, response)})
+
+    async def tokens(self, request):
+        body = await self.body(request)
+        prompt, response = await aside(body, self.parts, body)
+        records = await self.job(self.scorer.tokens, prompt, response) if response else []
+        texts = protocol.token_texts(self.tokenizer, response) if response else []
+        keys = ("logprob", "kl", "value", "reward")
+        tokens = [{"text": text} | {key: record[key] for key in keys} for text, record in zip(texts, records)]
+        return reply({"tokens": tokens})
+
+    async def health(self, request):
+        s = self.scheduler
+        state = {"status": "stopping" if s.stopping else "ok", "model": self.name, "running": len(s.active)}
+        features = {"reward": self.scorer.reward, "reference": self.scorer.reference, "value": self.scorer.values}
+        features |= {"chat": self.chat, "feedback": self.feedback}
+        state |= {
+            "waiting": len(s.waiting),
+            "rows": s.rows,
+            "max_length": self.limits.width,
+            "exact": s.exact is not None,
+        }
+        return reply(state | {"has": [name for name, there in features.items() if there is not None]})
+
+    async def metrics(self, request):
+        from starlette.responses import PlainTextResponse
+
+        return PlainTextResponse(prometheus(self.scheduler), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def page(self, request):
+        from starlette.responses import HTMLResponse, PlainTextResponse
+
+        if not PAGE.is_file():
+            return PlainTextResponse("no page here; the API is at /v1", status_code=404)
+        content = await asyncio.to_thread(PAGE.read_text, encoding="utf-8")
+        return HTMLResponse(content, headers={"Content-Security-Policy": policy(content), "Cache-Control": "no-cache"})
+
+    # ---- feedback
+
+    async def comparison(self, request):
+        from starlette.responses import Response
+
+        rater = self.rater(request.query_params.get("rater"))
+        shown = await self.ask(self.feedback.next_comparison, rater)
+        if shown is None:
+            return Response(status_code=204)
+        sides = {"left": {"text": shown.left}, "right": {"text": shown.right}}
+        return reply({"id": str(shown.id), "prompt": shown.prompt} | sides)
+
+    async def vote(self, request):
+        body, comparison = await self.body(request), number(request.path_params["id"])
+        args = (
+            protocol.take(body, "choice", str, ""), protocol.take(body, "strength", int, None, 1, 3),
+            protocol.take(body, "seconds", float, None, 0), protocol.take(body, "nonce", str, ""),
+        )  # fmt: skip
+        vote = await self.ask(self.feedback.vote, comparison, self.rater(body.get("rater")), *args)
+        return reply({"vote": str(vote)})
+
+    async def undo(self, request):
+        body, vote = await self.body(request), number(request.path_params["vote"])
+        await self.ask(self.feedback.undo, vote, self.rater(body.get("rater")))
+        return reply({"undone": True})
+
+    async def statistics(self, request):
+        return reply(await self.ask(self.feedback.statistics))
+
+    @staticmethod
+    def rater(name) -> str:
+        name = protocol.text(name, "rater").strip()
+        if not 1 <= len(name) <= 100:
+            raise ApiError(400, "rater must have between 1 and 100 characters", "rater")
+        return name
+
+    @staticmethod
+    async def ask(method, *args):
+        """A call of the feedback store, which waits for the disk, in a thread."""
+        from rlhf.feedback import Unknown
+
+        try:
+            return await asyncio.to_thread(method, *args)
+        except Unknown as error:
+            raise ApiError(404, str(error)) from None
+        except ValueError as error:
+            raise ApiError(400, str(error)) from None
+
+
+class Stream:
+    """Server-sent events of a call, as an ASGI response."""
+
+    def __init__(self, service: Service, call: Call, writer: Writer, queue: asyncio.Queue):
+        self.service, self.call, self.writer, self.queue = service, call, writer, queue
+
+    async def __call__(self, scope, receive, send) -> None:
+        task = asyncio.ensure_future(self.write(send))
+        gone = asyncio.ensure_future(disconnected(receive))
+        try:
+            await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                task.result()
+        finally:
+            await ended(task, gone)
+            self.service.leave(self.call)
+
+    async def write(self, send) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        left, begun = len(self.call.requests), set()
+        while left:
+            batch = [await self.queue.get()]  # and whatever else is there: one write
+            while not self.queue.empty():
+                batch.append(self.queue.get_nowait())
+            chunks = []
+            for index, event in batch:
+                if event.error:
+                    chunks.append(failed(event).body())
+                    left = 0
+                    break
+                if index not in begun:
+                    begun.add(index)
+                    chunks += self.begin(index)
+                if event.text or event.tokens:
+                    chunks.append(self.writer.chunk(index, event.text, event.tokens, None))
+                if event.finish:
+                    chunks.append(self.writer.chunk(index, "", [], event.finish))
+                    left -= 1
+            if not left:
+                chunks += [self.writer.last()] if self.call.include_usage and not event.error else []
+                chunks.append("[DONE]")
+            data = b"".join(b"data: " + (dumps(c) if isinstance(c, dict) else c.encode()) + b"\n\n" for c in chunks)
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def begin(self, index: int) -> list[dict]:
+        """A chat's choice opens with its role, a completion's with what it echoes."""
+        text, tokens = self.writer.prompt(index)
+        return [self.writer.chunk(index, text, tokens, None, first=True)] if self.call.chat or text or tokens else []
+
+
+async def disconnected(receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def ended(*tasks) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _no_timeout:  # Python 3.10 has no asyncio.timeout
+    async def __aenter__(self):
+        pass
+
+    async def __aexit__(self, *error):
+        pass
+
+
+async def aside(body: dict, function, *args):
+    """function(*args), in a thread where the body is large."""
+    large = sum(len(value) for value in body.values() if isinstance(value, (str, list))) > SMALL_BODY
+    return await asyncio.to_thread(function, *args) if large else function(*args)
+
+
+def overloaded() -> ApiError:
+    return ApiError(503, "the server is busy; try again later", None, "overloaded", Retry_After="1")
+
+
+def failed(event: Event) -> ApiError:
+    return ApiError(event.status, event.error, None, None, **({"Retry_After": "1"} if event.status == 503 else {}))
+
+
+def number(word: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,18}", word):
+        raise ApiError(404, "no such id")
+    return int(word)
+
+
+def dumps(value) -> bytes:
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
+
+
+def reply(value: dict, status: int = 200, headers: dict | None = None):
+    from starlette.responses import Response
+
+    return Response(dumps(value), status, headers, "application/json")
+
+
+def policy(page: str) -> str:
+    """Content-Security-Policy of the page: its own inline scripts, by their hashes, and nothing from elsewhere."""
+    scripts = re.findall(r"<script[^>]*>(.*?)</script>", page, re.DOTALL)
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
+    return (
+        f"default-src 'none'; script-src {hashes or chr(39) + 'none' + chr(39)}; style-src 'unsafe-inline'; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+METRICS = {  # name -> help; counters that the scheduler keeps
+    "requests": "texts asked for",
+    "finished": "texts that came to their end",
+    "cancelled": "texts whose client left",
+    "rejected": "texts turned away because the queue was full",
+    "prompt_tokens": "prompt tokens read",
+    "tokens": "tokens sampled",
+    "first_tokens": "texts that got their first token",
+    "first_token_seconds": "seconds from arrival to first token, summed over those",
+    "steps": "decoding steps",
+    "step_rows": "rows of all decoding steps",
+    "decode_seconds": "seconds spent decoding",
+    "prefill_seconds": "seconds spent reading prompts",
+}
+
+
+def prometheus(scheduler: Scheduler) -> str:
+    """The scheduler's numbers in Prometheus' text format."""
+    lines = []
+    for name, meaning in METRICS.items():
+        full = f"plain_rlhf_{name}_total"
+        lines += [f"# HELP {full} {meaning}", f"# TYPE {full} counter", f"{full} {scheduler.counts[name]}"]
+    gauges = {"running": len(scheduler.active), "waiting": len(scheduler.waiting), "rows": scheduler.rows}
+    for name, value in gauges.items():
+        lines += [f"# TYPE plain_rlhf_{name} gauge", f"plain_rlhf_{name} {value}"]
+    return "\n".join(lines) + "\n"
+
+
+def application(service: Service):
+    """The ASGI application."""
+    from starlette.applications import Starlette
+    from starlette.requests import ClientDisconnect
+    from starlette.responses import Response
+    from starlette.routing import Route
+
+    def error(error: ApiError):
+        return reply(error.body(), error.status, error.headers)
+
+    def route(path: str, endpoint, method: str = "GET", public: bool = False) -> Route:
+        async def guarded(request):
+            try:
+                service.guard(request, public)
+                return await endpoint(request)
+            except ApiError as problem:
+                return error(problem)
+            except ClientDisconnect:
+                return Response(status_code=499)
+            except Exception:  # a bug: its traceback is for the log, not for the client
+                traceback.print_exc()
+                return error(ApiError(500, "the server failed"))
+
+        return Route(path, guarded, methods=[method])
+
+    async def http_error(request, problem):
+        return error(ApiError(problem.status_code, problem.detail, **dict(problem.headers or {})))
+
+    routes = [
+        route("/", service.page, public=True),
+        route("/health", service.health, public=True),
+        route("/metrics", service.metrics),
+        route("/v1/models", service.models),
+        route("/v1/models/{name:path}", service.model),
+        route("/v1/chat/completions", service.chat_completions, "POST"),
+        route("/v1/completions", service.completions, "POST"),
+        route("/v1/score", service.score, "POST"),
+        route("/v1/tokens", service.tokens, "POST"),
+    ]
+    if service.feedback is not None:
+        routes += [
+            route("/v1/comparison", service.comparison),
+            route("/v1/comparison/{id}/vote", service.vote, "POST"),
+            route("/v1/votes/{vote}/undo", service.undo, "POST"),
+            route("/v1/feedback/statistics", service.statistics),
+        ]
+    return Starlette(routes=routes, exception_handlers={404: http_error, 405: http_error})
+
+
+def deliver_to(loop: asyncio.AbstractEventLoop):
+    """A Scheduler's `deliver`: events go to the queue in each request's inbox, in the loop's thread."""
+
+    def put(events: list[Event]) -> None:
+        for event in events:
+            queue, index = event.request.inbox
+            queue.put_nowait((index, event))
+
+    return lambda events: loop.call_soon_threadsafe(put, events)

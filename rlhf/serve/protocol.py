@@ -1,0 +1,385 @@
+"""OpenAI's bodies: requests checked and taken apart, answers put together. Nothing here touches a model or a socket.
+
+platform.openai.com/docs/api-reference: chat, completions, models. Fields that we do not know are ignored, as clients
+expect; fields that we know and cannot honour are an error, never silently without effect.
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+
+from data.chat import Chat
+from data.tokenizer import Tokenizer
+from rlhf.serve.scheduler import Request, Sampling, TextStream, Token
+
+MOST_STOPS, MOST_ALTERNATIVES = 4, 20
+COLDEST, HOTTEST = 0.01, 100.0  # temperatures beside 0: a colder one would overflow the logits
+UNSUPPORTED = {  # known fields that would change the answer, and the values at which they do not
+    "presence_penalty": (0, None),
+    "frequency_penalty": (0, None),
+    "repetition_penalty": (1, None),
+    "min_p": (0, None),
+    "logit_bias": ({}, None),
+    "suffix": ("", None),
+    "tools": ([], None),
+    "functions": ([], None),
+    "response_format": ({"type": "text"}, None),
+}
+
+
+class ApiError(Exception):
+    """An answer in OpenAI's form for errors."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+    def body(self) -> dict:
+        kind = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error"}
+        name = kind.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": name, "param": self.param, "code": self.code}}
+
+
+@dataclass(frozen=True)
+class Limits:
+    width: int  # longest prompt and answer together, tokens
+    max_tokens: int  # longest answer
+    choices: int  # most texts per request
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a client asked for: its requests in the order of their choices."""
+
+    chat: bool
+    requests: list[Request]
+    prompts: list[list[int]]
+    echo: list[str] | None  # with echo: the text of each prompt
+    skip: int  # tokens of a prompt that are ours, not the client's: the start token before a text
+    n: int
+    logprobs: bool
+    stream: bool
+    include_usage: bool
+
+
+# ---- fields
+
+
+def parse_body(raw: bytes) -> dict:
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise ApiError(400, "the body is not JSON") from None
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body is not a JSON object")
+    return body
+
+
+def take(body: dict, name: str, kind: type, default=None, low: float | None = None, high: float | None = None):
+    """The field as a `kind` within [low, high], or the default where it is missing or null."""
+    value = body.get(name)
+    if value is None:
+        return default
+    if kind is float and type(value) is int and abs(value) < 2**63:
+        value = float(value)
+    if type(value) is not kind:
+        names = {int: "an integer", float: "a number", str: "a text", bool: "true or false", dict: "an object"}
+        raise ApiError(400, f"{name} must be {names[kind]}", name)
+    if kind is float and not math.isfinite(value):
+        raise ApiError(400, f"{name} must be a finite number", name)
+    if low is not None and value < low or high is not None and value > high:
+        raise ApiError(400, f"{name} must be between {low} and {high}", name)
+    return text(value, name) if kind is str else value
+
+
+def text(value, name: str) -> str:
+    """ApiError unless it is a text that has bytes (a lone surrogate has none)."""
+    try:
+        value.encode()
+    except AttributeError:
+        raise ApiError(400, f"{name} must be a text", name) from None
+    except UnicodeEncodeError:
+        raise ApiError(400, f"{name} holds half a surrogate pair", name) from None
+    return value
+
+
+def stops(body: dict) -> tuple[str, ...]:
+    value = body.get("stop")
+    value = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(value, list) or len(value) > MOST_STOPS:
+        raise ApiError(400, f"stop must be a text, or a list of at most {MOST_STOPS}", "stop")
+    if any(not text(stop, "stop") or len(stop) > 1000 for stop in value):
+        raise ApiError(400, "a stop text must have between 1 and 1000 characters", "stop")
+    return tuple(value)
+
+
+def check_model(body: dict, name: str) -> None:
+    if (model := take(body, "model", str)) not in (None, name):
+        raise ApiError(404, f"no model {model!r:.100} here; it is {name!r}", "model", "model_not_found")
+
+
+def check_unsupported(body: dict) -> None:
+    for name, harmless in UNSUPPORTED.items():
+        if body.get(name) not in harmless:
+            raise ApiError(400, f"{name} is not supported", name, "unsupported_parameter")
+
+
+# ---- prompts
+
+
+def messages_of(body: dict) -> list[dict]:
+    """The conversation with every content one text; clients send lists of parts too."""
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise ApiError(400, "messages must be a list of at least one message", "messages")
+    plain = []
+    for message in messages:
+        if not isinstance(message, dict):
+            raise ApiError(400, "a message must be an object with role and content", "messages")
+        role, content = text(message.get("role"), "messages"), message.get("content")
+        if isinstance(content, list):
+            if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+                raise ApiError(400, "content parts other than text are not supported", "messages")
+            content = "".join(text(part.get("text"), "messages") for part in content)
+        plain.append({"role": role, "content": text(content, "messages")})
+    return plain
+
+
+def render(chat: Chat | None, messages: list[dict]) -> list[int]:
+    if chat is None:
+        raise ApiError(400, "the model has no chat template; use /v1/completions", "messages")
+    try:
+        return chat.render(messages, add_generation_prompt=True)
+    except ValueError as error:
+        raise ApiError(400, str(error), "messages") from None
+
+
+def prompts_of(body: dict, tokenizer: Tokenizer, rows: int) -> tuple[list[list[int]], list[str] | None, int]:
+    """Ids of every prompt; their texts (None where ids were given); how many start tokens stand before each."""
+    prompt = body.get("prompt")
+    if isinstance(prompt, str):
+        prompt = [prompt]
+    if isinstance(prompt, list) and prompt and all(type(i) is int for i in prompt):
+        prompt = [prompt]
+    if not isinstance(prompt, list) or not prompt:
+        raise ApiError(400, "prompt must be a text, a list of texts, token ids, or a list of those", "prompt")
+    if len(prompt) > rows:
+        raise ApiError(400, f"{len(prompt)} prompts; at most {rows} are taken at once", "prompt")
+    if all(isinstance(one, str) for one in prompt):
+        return [[tokenizer.start, *tokenizer.encode(text(one, "prompt"))] for one in prompt], prompt, 1
+    for one in prompt:
+        if not isinstance(one, list) or not one or not all(type(i) is int for i in one):
+            raise ApiError(400, "a prompt of token ids must be a list of at least one integer", "prompt")
+        if not 0 <= min(one) <= max(one) < tokenizer.vocab_size:
+            raise ApiError(400, f"token ids must be between 0 and {tokenizer.vocab_size - 1}", "prompt")
+    return prompt, None, 0
+
+
+def prompt_of(body: dict, tokenizer: Tokenizer, chat: Chat | None) -> list[int]:
+    """The one prompt of /v1/score and /v1/tokens: a text or a conversation."""
+    if ("prompt" in body) == ("messages" in body):
+        raise ApiError(400, "give prompt or messages, one of them")
+    if "messages" in body:
+        return render(chat, messages_of(body))
+    return [tokenizer.start, *tokenizer.encode(text(body["prompt"], "prompt"))]
+
+
+def continuation(body: dict, tokenizer: Tokenizer) -> list[int]:
+    """Ids of the response of /v1/score and /v1/tokens, whether or not it brings the space between it and the prompt."""
+    response = text(body.get("response"), "response")
+    ids = tokenizer.encode(response)
+    if response.startswith(" ") and b"".join(map(tokenizer.token_bytes, ids)) == b" " + response.encode():
+        return tokenizer.encode(response[1:])  # sentencepiece has added one by itself
+    return ids
+
+
+# ---- calls
+
+
+def parse_chat(body: dict, tokenizer: Tokenizer, chat: Chat | None, name: str, limits: Limits) -> Call:
+    check_model(body, name)
+    check_unsupported(body)
+    prompts = [render(chat, messages_of(body))]
+    wants = take(body, "logprobs", bool, False)
+    alternatives = take(body, "top_logprobs", int, 0, 0, MOST_ALTERNATIVES)
+    if alternatives and not wants:
+        raise ApiError(400, "top_logprobs has no effect without logprobs", "top_logprobs")
+    longest = take(body, "max_completion_tokens", int, None, 1, limits.max_tokens)
+    if longest is None:
+        longest = take(body, "max_tokens", int, None, 1, limits.max_tokens)
+    return call(body, True, prompts, None, 0, longest, alternatives if wants else None, limits)
+
+
+def parse_completion(body: dict, tokenizer: Tokenizer, name: str, limits: Limits) -> Call:
+    check_model(body, name)
+    check_unsupported(body)
+    prompts, texts, skip = prompts_of(body, tokenizer, limits.choices)
+    alternatives = take(body, "logprobs", int, None, 0, MOST_ALTERNATIVES)
+    longest = take(body, "max_tokens", int, 16, 0, limits.max_tokens)
+    if take(body, "best_of", int, 1, 1) > take(body, "n", int, 1, 1):
+        raise ApiError(400, "best_of is not supported; use n", "best_of", "unsupported_parameter")
+    echo = None
+    if take(body, "echo", bool, False):
+        echo = texts or ["".join(token_texts(tokenizer, ids)) for ids in prompts]
+    return call(body, False, prompts, echo, skip, longest, alternatives, limits)
+
+
+def call(
+    body: dict, chat: bool, prompts: list[list[int]], echo: list[str] | None, skip: int, longest: int | None,
+    alternatives: int | None, limits: Limits,
+) -> Call:  # fmt: skip
+    n = take(body, "n", int, 1, 1, limits.choices)
+    if n * len(prompts) > limits.choices:
+        raise ApiError(400, f"{n} choices of {len(prompts)} prompts; at most {limits.choices} texts at once", "n")
+    temperature = take(body, "temperature", float, 1.0, 0, HOTTEST)
+    if 0 < temperature < COLDEST:
+        raise ApiError(400, f"temperature must be 0, or between {COLDEST} and {HOTTEST}", "temperature")
+    top_p = take(body, "top_p", float, 1.0, 0, 1)
+    if top_p == 0:
+        raise ApiError(400, "top_p must be above 0", "top_p")
+    top_k, seed = take(body, "top_k", int, 0, 0), take(body, "seed", int, None, -(2**63), 2**64)
+    options = take(body, "stream_options", dict, {})
+    stop, stream = stops(body), take(body, "stream", bool, False)
+    requests = []
+    for ids in prompts:
+        room = limits.width - len(ids)
+        most = min(limits.max_tokens, room) if longest is None else longest
+        if not (0 if longest == 0 else 1) <= most <= room:
+            wanted = "" if longest is None else f" and {longest} of the answer"
+            raise ApiError(
+                400, f"{len(ids)} tokens of the prompt{wanted} exceed the {limits.width} that there is room for",
+                "messages" if chat else "prompt", "context_length_exceeded",
+            )  # fmt: skip
+        for row in range(n):
+            sampling = Sampling(
+                most, temperature, top_k, top_p, stop, seed, row, alternatives,
+                prompt_logprobs=echo is not None and alternatives is not None, strip=chat,
+            )  # fmt: skip
+            requests.append(Request(ids, sampling))
+    usage = take(options, "include_usage", bool, False)
+    return Call(chat, requests, prompts, echo, skip, n, alternatives is not None, stream, usage)
+
+
+# ---- answers
+
+
+def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    """What each id of a text from its start adds to it; all together are the text."""
+    stream, texts = TextStream(tokenizer, strip=True), []
+    for i in ids:
+        texts.append(stream.push(Token(i, None, []))[0])
+    texts[-1] += stream.flush()[0]
+    return texts
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity; OpenAI writes -9999."""
+    return max(logprob, -9999.0)
+
+
+class Writer:
+    """One call's answer, whole or in pieces."""
+
+    def __init__(self, call: Call, tokenizer: Tokenizer, name: str, fingerprint: str, identity: str):
+        self.call, self.tokenizer = call, tokenizer
+        self.control = {i: name for name, i in tokenizer.control.items()}
+        prefix, kind = ("chatcmpl-", "chat.completion") if call.chat else ("cmpl-", "text_completion")
+        self.head = {
+            "id": prefix + identity,
+            "object": kind,
+            "created": int(time.time()),
+            "model": name,
+            "system_fingerprint": fingerprint,
+        }
+        self.offsets = [0] * len(call.requests)  # characters of each text so far
+
+    def names(self, i: int) -> str:
+        return self.control.get(i) or self.tokenizer.token_bytes(i).decode("utf-8", "replace")
+
+    def usage(self) -> dict:
+        prompt = sum(len(ids) - self.call.skip for ids in self.call.prompts)
+        completion = sum(request.count for request in self.call.requests)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+    def logprobs(self, index: int, tokens: list[Token], prompt: bool = False) -> dict | None:
+        if not self.call.logprobs:
+            return None
+        if self.call.chat:
+            return {"content": [self.chat_logprob(token) for token in tokens], "refusal": None}
+        wanted, names = self.call.requests[index].sampling.logprobs, [self.names(token.id) for token in tokens]
+        lengths = [len(name) for name in names]
+        if prompt:
+            pieces = token_texts(self.tokenizer, [token.id for token in tokens])
+            lengths = [len(piece) for piece in pieces]
+        offsets = []
+        for length in lengths:
+            offsets.append(self.offsets[index])
+            self.offsets[index] += length
+        top = []
+        for token in tokens:
+            if token.logprob is None or not wanted:
+                top.append(None)
+                continue
+            found = {}
+            for i, logprob in [*token.top, (token.id, token.logprob)]:
+                found.setdefault(self.names(i), finite(logprob))  # the likeliest of those that are written alike
+            top.append(found)
+        return {
+            "tokens": names,
+            "token_logprobs": [None if token.logprob is None else finite(token.logprob) for token in tokens],
+            "top_logprobs": top if wanted else None,
+            "text_offset": offsets,
+        }
+
+    def chat_logprob(self, token: Token) -> dict:
+        def one(i: int, logprob: float) -> dict:
+            data = self.tokenizer.token_bytes(i)
+            return {"token": self.names(i), "logprob": finite(logprob), "bytes": list(data) or None}
+
+        return one(token.id, token.logprob) | {"top_logprobs": [one(*pair) for pair in token.top]}
+
+    def prompt(self, index: int) -> tuple[str, list[Token]]:
+        """With echo: the prompt's text and tokens, without what we put before it."""
+        if self.call.echo is None:
+            return "", []
+        return self.call.echo[index // self.call.n], self.call.requests[index].prompt_tokens[self.call.skip :]
+
+    def whole(self, texts: list[str], tokens: list[list[Token]], finishes: list[str]) -> dict:
+        choices = []
+        for index, (text, some, finish) in enumerate(zip(texts, tokens, finishes)):
+            choice = {"index": index, "finish_reason": finish}
+            if self.call.chat:
+                choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+                choice["logprobs"] = self.logprobs(index, some)
+            else:
+                before, own = self.prompt(index)
+                choice["text"] = before + text
+                choice["logprobs"] = joined(self.logprobs(index, own, prompt=True), self.logprobs(index, some))
+            choices.append(choice)
+        return self.head | {"choices": choices, "usage": self.usage()}
+
+    def chunk(self, index: int, text: str, tokens: list[Token], finish: str | None, first: bool = False) -> dict:
+        """A piece of a stream. first: the one that opens a choice."""
+        choice = {"index": index, "finish_reason": finish}
+        if self.call.chat:
+            choice["delta"] = {"role": "assistant", "content": ""} if first else {"content": text} if text else {}
+            choice["logprobs"] = self.logprobs(index, tokens) if tokens else None
+        else:
+            choice["text"] = text
+            choice["logprobs"] = self.logprobs(index, tokens, prompt=first) if tokens or first else None
+        kind = "chat.completion.chunk" if self.call.chat else "text_completion"
+        usage = {"usage": None} if self.call.include_usage else {}
+        return self.head | {"object": kind, "choices": [choice]} | usage
+
+    def last(self) -> dict:
+        """With include_usage, the chunk after all choices."""
+        kind = "chat.completion.chunk" if self.call.chat else "text_completion"
+        return self.head | {"object": kind, "choices": [], "usage": self.usage()}
+
+
+def joined(a: dict | None, b: dict | None) -> dict | None:
+    if a is None or b is None:
+        return a or b
+    return {name: None if a[name] is None else a[name] + b[name] for name in a}

@@ -1,0 +1,468 @@
+"""Continuous batching (Orca, Yu et al. 2022): requests join and leave the batch between two decoding steps.
+
+One thread owns the model and calls `step` again and again. A step prefills at most CHUNK tokens of waiting prompts and
+gives every running request one token. Rows 0..n-1 of the cache belong to the running requests, each with its own length;
+one row beyond them is where the next prompt is read before it moves in, so reading and decoding never mix.
+
+A request with a seed gets the same text alone or in any company. It owns its uniforms, every prompt is read alone, and
+decoding is made to be the same arithmetic for a row whatever lies beside it: `exact_shape` finds how many rows and columns
+a call must have at least for that, on this model and machine. Where there is no such shape (`exact` is None), log-probs agree
+up to rounding, and a text can differ only where a uniform lies that close to the border between two tokens.
+"""
+
+import secrets
+import threading
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from data.tokenizer import Detokenizer, Tokenizer
+from model.generate import row_uniforms, sample_step
+from model.transformer import KVCache, Transformer
+
+CHUNK = 256  # prompt tokens per step: others wait no longer than that for their next token
+COLUMNS = 64  # attended columns are a multiple of it
+
+
+class Full(Exception):
+    """The queue is full; try again later."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a text is continued."""
+
+    max_tokens: int  # 0: nothing is sampled, the prompt is only read
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()  # texts that end the answer and are not part of it
+    seed: int | None = None  # None: another text every time
+    row: int = 0  # which of the texts of this seed: the n-th choice
+    logprobs: int | None = None  # how many alternatives to report for each token; None: no log-probs at all
+    prompt_logprobs: bool = False  # also of the prompt's tokens, with as many alternatives
+    strip: bool = False  # the text starts afresh: without the space before sentencepiece's first word
+
+
+class Token(NamedTuple):
+    id: int
+    logprob: float | None  # under the model, at temperature 1; None for the first token of a prompt
+    top: list[tuple[int, float]]  # the likeliest ids with their log-probs
+
+
+@dataclass
+class Event:
+    """What a step brought for one request."""
+
+    request: "Request"
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    finish: str | None = None  # "stop" or "length" with the last event
+    error: str | None = None  # or this, and
+    status: int = 503  # the kind of error, in HTTP's numbers
+
+
+@dataclass(eq=False)
+class Request:
+    """One text to be continued. The scheduler's from `submit` until its last event."""
+
+    prompt: list[int]
+    sampling: Sampling
+    deadline: float = float("inf")  # time.monotonic(): what is not finished by then is cut off
+    inbox: object = None  # the submitter's own
+    cancelled: bool = False
+    read: int = 0  # tokens of the prompt in the cache
+    prompt_tokens: list[Token] = field(default_factory=list)  # with prompt_logprobs
+    count: int = 0  # sampled tokens
+    submitted: float = field(default_factory=time.monotonic)
+
+    def begin(self, tokenizer: Tokenizer) -> None:
+        s = self.sampling
+        self.stream = TextStream(tokenizer, s.stop, s.strip)
+        seed = s.seed if s.seed is not None else secrets.randbits(63)
+        self.uniforms = row_uniforms(seed, 0, [s.row], s.max_tokens)[0] if s.temperature else None  # (max_tokens,)
+
+
+class TextStream:
+    """The text of sampled ids, given out as soon as it cannot be part of a stop string any more, with its tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), strip: bool = False):
+        self.tokenizer, self.stop, self.strip = tokenizer, stop, strip
+        self.detokenizer = Detokenizer(tokenizer)
+        self.held, self.pending = "", deque()  # text not yet given out; (its tokens, where each begins in it)
+        self.stopped = False
+
+    def push(self, token: Token) -> tuple[str, list[Token]]:
+        """Text and tokens to give out now; `stopped` says whether a stop string has ended it."""
+        piece = self.detokenizer.push(token.id)
+        if self.strip and piece:
+            self.strip = False
+            if not self.tokenizer.decode([token.id]).startswith(" "):
+                piece = piece.removeprefix(" ")
+        self.pending.append((token, len(self.held)))
+        self.held += piece
+        return self._give()
+
+    def flush(self) -> tuple[str, list[Token]]:
+        """The rest, half characters as U+FFFD. Also when it is stopped, with nothing."""
+        if self.stopped:
+            return "", []
+        self.held += self.detokenizer.flush()
+        text, tokens = self._give()
+        if not self.stopped:
+            text, tokens = text + self.held, tokens + [token for token, _ in self.pending]
+            self.held = ""
+        return text, tokens
+
+    def _give(self) -> tuple[str, list[Token]]:
+        found = [at for at in (self.held.find(stop) for stop in self.stop) if at >= 0]
+        if found:
+            self.stopped, end = True, min(found)
+        else:
+            end = len(self.held) - max((overlap(self.held, stop) for stop in self.stop), default=0)
+        text, self.held = self.held[:end], self.held[end:]
+        tokens = []
+        while self.pending and self.pending[0][1] < end:  # one whose text is still held back waits with it
+            tokens.append(self.pending.popleft()[0])
+        self.pending = deque((token, max(0, at - end)) for token, at in self.pending)
+        return text, tokens
+
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Scheduler:
+    """rows: requests that decode together. width: longest prompt and answer together. queue: requests that may wait.
+
+    `deliver` gets the events of every step, in the scheduler's thread. Without `start`, `step` can be called by hand.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        stop_ids: Iterable[int],
+        rows: int,
+        width: int,
+        queue: int,
+        deliver: Callable[[list[Event]], object],
+    ):
+        self.model, self.tokenizer, self.stop_ids = model.eval(), tokenizer, frozenset(stop_ids)
+        self.rows, self.queue, self.deliver = rows, queue, deliver
+        self.device = model.embed_tokens.weight.device
+        # a multiple of 8 columns: the last, shorter vector of a row would be added up in another order
+        self.width = min(width, model.config.context) // 8 * 8 or min(width, model.config.context)
+        self.cache = KVCache(model.config, rows + 1, self.width, model.norm.weight.dtype, self.device)
+        self.spare = rows  # the row that prompts are read in
+        self.active: list[Request] = []  # active[i] decodes in row i
+        self.next: list[int] = []  # its newest token, which the cache does not hold yet
+        self.reading: Request | None = None
+        self.in_spare: tuple[list[int], Tensor] | None = None  # a prompt that lies there, and its last hidden state
+        self.waiting: deque[Request] = deque()
+        self.jobs: deque[tuple[Callable, Future]] = deque()
+        self.wake, self.thread, self.stopping = threading.Condition(), None, False
+        self.counts = Counter()  # what /metrics shows
+        with torch.no_grad():
+            self.exact = self.exact_shape()
+
+    # ---- what other threads call
+
+    def submit(self, requests: list[Request]) -> None:
+        """Queues all or none of them. Full when they would make more than `queue` wait; ValueError for what never fits."""
+        for request in requests:
+            if not request.prompt:
+                raise ValueError("the prompt is empty")
+            if len(request.prompt) + request.sampling.max_tokens > self.width:
+                raise ValueError(
+                    f"{len(request.prompt)} tokens of prompt and {request.sampling.max_tokens} of answer exceed the "
+                    f"{self.width} that there is room for"
+                )
+        with self.wake:
+            free = self.rows - len(self.active) - (self.reading is not None)
+            if self.stopping or len(self.waiting) + len(requests) > self.queue + free:
+                self.counts["rejected"] += len(requests)
+                raise Full
+            self.waiting.extend(requests)
+            self.counts["requests"] += len(requests)
+            self.wake.notify()
+
+    def cancel(self, request: Request) -> None:
+        """Its row is free from the next step on; no more events come."""
+        with self.wake:
+            request.cancelled = True
+            self.wake.notify()
+
+    def call(self, function: Callable, *args) -> Future:
+        """The function's result, between two steps, in the thread that owns the model. Full as for `submit`."""
+        future = Future()
+        with self.wake:
+            if self.stopping or len(self.jobs) >= self.queue:
+                self.counts["rejected"] += 1
+                raise Full
+            self.jobs.append((lambda: function(*args), future))
+            self.wake.notify()
+        return future
+
+    def start(self) -> None:
+        self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self.thread.start()
+
+    def stop(self) -> None:
+        """Takes nothing more, ends what runs, and waits for the thread."""
+        with self.wake:
+            self.stopping = True
+            self.wake.notify()
+        if self.thread:
+            self.thread.join()
+
+    @property
+    def idle(self) -> bool:
+        return not (self.active or self.reading or self.waiting or self.jobs)
+
+    def _run(self) -> None:
+        torch.set_grad_enabled(False)  # of this thread
+        while True:
+            with self.wake:
+                self.wake.wait_for(lambda: self.stopping or not self.idle)
+                if self.stopping:
+                    break
+            try:
+                self.step()
+            except Exception:  # out of memory, a bug: those of this step are lost, not the server
+                traceback.print_exc()
+                lost = [*self.active, *([self.reading] if self.reading else [])]
+                self.active, self.next, self.reading, self.in_spare = [], [], None, None
+                self.deliver([Event(request, error="the server failed", status=500) for request in lost])
+        left = [*self.active, *self.waiting, *([self.reading] if self.reading else [])]
+        self.deliver([Event(request, error="the server stops") for request in left])
+        for _, future in self.jobs:
+            future.cancel()
+
+    # ---- the thread that owns the model
+
+    @torch.no_grad()
+    def step(self) -> list[Event]:
+        """Drops who left, runs a job, reads prompts, decodes one token of every row; -> events, which are delivered."""
+        self._drop()
+        with self.wake:
+            job = self.jobs.popleft() if self.jobs else None
+        if job and job[1].set_running_or_notify_cancel():
+            try:
+                job[1].set_result(job[0]())
+            except Exception as error:  # the caller's to report
+                job[1].set_exception(error)
+        events = self._decode() if self.active else []
+        events += self._read()
+        if events:
+            self.deliver(events)
+        return events
+
+    def _drop(self) -> None:
+        now = time.monotonic()
+        with self.wake:
+            gone = [r for r in self.waiting if r.cancelled]
+            late = [r for r in self.waiting if now > r.deadline and not r.cancelled]
+            if gone or late:
+                self.waiting = deque(r for r in self.waiting if not r.cancelled and now <= r.deadline)
+            if self.reading and self.reading.cancelled:
+                gone.append(self.reading)
+                self.reading = None
+        for row in reversed(range(len(self.active))):
+            if self.active[row].cancelled:
+                gone.append(self.active[row])
+                self._release(row)
+        self.counts["cancelled"] += len(gone)
+        if late:
+            self.deliver([Event(request, error="it waited too long") for request in late])
+
+    def _release(self, row: int) -> None:
+        """The last row moves into the hole, so that the batch stays dense."""
+        last = self.active.pop()
+        token = self.next.pop()
+        if row < len(self.active):
+            self.cache.copy_row(len(self.active), row, self._length(last))
+            self.active[row], self.next[row] = last, token
+
+    @staticmethod
+    def _length(request: Request) -> int:
+        """Tokens in the cache of a request that decodes: all but the newest."""
+        return len(request.prompt) + request.count - 1
+
+    def _forward(self, ids: list[int], lengths: list[int], seeded: bool) -> Tensor:
+        """Logits (B, V) after one more token in each of the first B rows."""
+        rows, columns = (self.exact if seeded else None) or (1, 1)
+        blank = max(0, rows - len(ids))  # rows that nobody reads
+        longest = max(columns, min(-(-(max(lengths) + 1) // COLUMNS) * COLUMNS, self.width)) - 1
+        view = self.cache.view(slice(0, len(ids) + blank), lengths + [0] * blank, longest)
+        hidden = self.model.trunk(torch.tensor(ids + [0] * blank, device=self.device)[:, None], view)  # (B, 1, D)
+        return self.model.unembed(hidden[:, 0])[: len(ids)]
+
+    def exact_shape(self) -> tuple[int, int] | None:
+        """The fewest rows and columns from which on a row's logits do not depend, bit by bit, on what lies beside it.
+
+        Libraries choose their kernel by the shape: on a CPU a product of fewer than four rows is added up in another
+        order. None where even full steps give other bits when a row moves to another place.
+        """
+        generator, vocabulary = torch.Generator().manual_seed(0), self.model.config.vocab_size
+        longest = min(100, self.width)
+        prompt = torch.randint(vocabulary, (1, longest), generator=generator).to(self.device)
+        ids = torch.randint(vocabulary, (self.rows,), generator=generator)
+        lengths = torch.tensor([37 * row % longest for row in range(self.rows)])
+        self.model.trunk(prompt, self.cache.view(slice(self.spare, self.spare + 1), [0], 0))
+
+        def logits(order: Tensor) -> Tensor:
+            for row in range(len(order)):
+                self.cache.copy_row(self.spare, row, longest)
+            return self._forward(ids[order].tolist(), lengths[order].tolist(), seeded=True)
+
+        everybody = torch.arange(self.rows)
+        self.exact = (self.rows, self.width)
+        full = logits(everybody)
+        for shape in [*((2**k, 1) for k in range(10) if 2**k < self.rows), (self.rows, 1), (self.rows, self.width)]:
+            self.exact = shape
+            counts = {min(n, self.rows) for n in (1, shape[0], shape[0] + 1, self.rows // 2 + 1, self.rows)}
+            orders = [order for n in counts for order in (everybody[:n], everybody.flip(0)[:n])]
+            if all(torch.equal(logits(order), full[order]) for order in orders):
+                return shape
+        return None
+
+    def _decode(self) -> list[Event]:
+        started = time.perf_counter()
+        seeded = any(request.sampling.seed is not None for request in self.active)
+        logits = self._forward(self.next, [self._length(request) for request in self.active], seeded)
+        events, tokens = [], self._sample(logits, self.active)
+        for row in reversed(range(len(self.active))):
+            request = self.active[row]
+            event = self._advance(request, tokens[row])
+            events.append(event)
+            if event.finish or event.error:
+                self._release(row)
+            else:
+                self.next[row] = tokens[row].id
+        self.counts["steps"] += 1
+        self.counts["step_rows"] += len(tokens)
+        self.counts["decode_seconds"] += time.perf_counter() - started
+        return events
+
+    def _sample(self, logits: Tensor, requests: list[Request]) -> list[Token | str]:
+        """One token for each row of logits (B, V), by its own settings and uniforms; an error where there is none."""
+        groups, sampled = {}, [None] * len(requests)
+        for row, request in enumerate(requests):
+            s = request.sampling
+            groups.setdefault((s.temperature, s.top_k, s.top_p), []).append(row)
+        for (temperature, top_k, top_p), rows in groups.items():
+            uniforms = None
+            if temperature:
+                uniforms = torch.stack([requests[row].uniforms[requests[row].count] for row in rows]).to(self.device)
+            some = logits if len(groups) == 1 else logits[rows]
+            try:
+                chosen = sample_step(some, uniforms, temperature, top_k, top_p)[0].tolist()
+            except ValueError as error:  # not finite
+                for row in rows:
+                    sampled[row] = str(error)
+                continue
+            for row, i in zip(rows, chosen):
+                sampled[row] = Token(i, None, [])
+        wanted = [
+            row for row, request in enumerate(requests)
+            if request.sampling.logprobs is not None and isinstance(sampled[row], Token)
+        ]  # fmt: skip
+        if wanted:
+            most = max(requests[row].sampling.logprobs for row in wanted)
+            reports = report(logits[wanted], [sampled[row].id for row in wanted], most)
+            for row, token in zip(wanted, reports):
+                sampled[row] = token._replace(top=token.top[: requests[row].sampling.logprobs])
+        return sampled
+
+    def _advance(self, request: Request, token: Token | str) -> Event:
+        """Appends a sampled token to the request's text."""
+        if isinstance(token, str):
+            return Event(request, error=token, status=500)
+        if request.count == 0:
+            self.counts["first_tokens"] += 1
+            self.counts["first_token_seconds"] += time.monotonic() - request.submitted
+        request.count += 1
+        self.counts["tokens"] += 1
+        event = Event(request)
+        if token.id in self.stop_ids:
+            event.finish = "stop"
+        else:
+            event.text, event.tokens = request.stream.push(token)
+            if request.stream.stopped:
+                event.finish = "stop"
+            elif request.count == request.sampling.max_tokens or time.monotonic() > request.deadline:
+                event.finish = "length"
+        if event.finish:
+            text, tokens = request.stream.flush()
+            event.text, event.tokens = event.text + text, event.tokens + tokens
+            event.finish = "stop" if request.stream.stopped else event.finish
+            self.counts["finished"] += 1
+        return event
+
+    def _read(self) -> list[Event]:
+        """Up to CHUNK tokens of prompts go into the spare row, and from there whole ones into the batch."""
+        events, budget = [], CHUNK
+        while budget > 0 and len(self.active) < self.rows:
+            with self.wake:
+                if self.reading is None:
+                    if not self.waiting:
+                        break
+                    self.reading = self.waiting.popleft()
+            request, started = self.reading, time.perf_counter()
+            if request.read == 0:
+                request.begin(self.tokenizer)
+            if self.in_spare and self.in_spare[0] == request.prompt and not request.sampling.prompt_logprobs:
+                hidden, request.read = self.in_spare[1], len(request.prompt)  # another choice for the same prompt
+            else:
+                # chunks begin at multiples of CHUNK whatever else happens: the same arithmetic every time
+                self.in_spare, start = None, request.read
+                ids = torch.tensor([request.prompt[start : start + CHUNK]], device=self.device)
+                row = self.cache.view(slice(self.spare, self.spare + 1), [start], start)
+                hidden = self.model.trunk(ids, row)[0]  # (T, D)
+                if request.sampling.prompt_logprobs:
+                    self._report_prompt(request, hidden)
+                hidden, request.read = hidden[-1:], start + len(hidden)
+                budget -= ids.shape[1]
+                self.counts["prompt_tokens"] += ids.shape[1]
+            self.counts["prefill_seconds"] += time.perf_counter() - started
+            if request.read < len(request.prompt):
+                continue
+            self.in_spare, self.reading = (request.prompt, hidden), None
+            if request.sampling.max_tokens == 0:
+                self.counts["finished"] += 1
+                events.append(Event(request, finish="length"))
+                continue
+            token = self._sample(self.model.unembed(hidden), [request])[0]
+            event = self._advance(request, token)
+            events.append(event)
+            if not event.finish and not event.error:
+                self.cache.copy_row(self.spare, len(self.active), len(request.prompt))
+                self.active.append(request)
+                self.next.append(token.id)
+        return events
+
+    def _report_prompt(self, request: Request, hidden: Tensor) -> None:
+        """Log-probs of the tokens that the positions just read (T, D) predict; the first token has none."""
+        if request.read == 0:
+            request.prompt_tokens.append(Token(request.prompt[0], None, []))
+        after = request.prompt[request.read + 1 : request.read + 1 + len(hidden)]
+        if after:
+            logits = self.model.unembed(hidden[: len(after)])
+            request.prompt_tokens += report(logits, after, request.sampling.logprobs or 0)
+
+
+def report(logits: Tensor, ids: list[int], most: int) -> list[Token]:
+    """Log-probs at temperature 1 of `ids` (N) and of the `most` likeliest tokens of each row. logits (N, V)"""
+    logprobs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    chosen = logprobs.gather(-1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].tolist()
+    values, tops = (x.tolist() for x in logprobs.topk(min(most, logits.shape[-1]), dim=-1))
+    return [Token(i, p, list(zip(t, v))) for i, p, t, v in zip(ids, chosen, tops, values)]

@@ -1,0 +1,209 @@
+"""An OpenAI-compatible server with a page, for any model that can be sampled. Needs the extra "serve".
+
+python serve.py --init=out/ppo
+python serve.py --init=out/ppo --reference=out/lm --reward=out/rm --feedback=out/feedback.sqlite
+python serve.py --init=SmolLM2-135M-Instruct --port=8080 --workers=2
+
+One process decodes all its requests together. With --workers several processes share the port: one per GPU, or each with its
+share of the cores. A request with a seed gets the same text alone or in company.
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import multiprocessing.connection
+import os
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.chat import Chat
+from rlhf.infra import config
+from rlhf.pretrained import Pretrained, open_base, open_pretrained
+from rlhf.reward_model import load_reward
+
+KEY = "PLAIN_RLHF_KEY"  # the environment variable for --key
+
+
+@dataclass(frozen=True)
+class Config:
+    # What is served
+    init: str  # run or checkpoint directory, HF-format or int8 directory, GGUF file, or a model's name
+    reference: str | None = None  # the model before tuning: /v1/tokens tells the KL to it
+    reward: str | None = None  # directory of train_rm.py, or file.py:function: /v1/score
+    feedback: str | None = None  # file of a feedback store: comparisons are shown and votes taken
+    name: str | None = None  # what clients call the model; none = the last part of --init
+    device: str = "cpu"  # cpu | cuda; with several workers the k-th takes the k-th GPU
+
+    # Who may use it
+    host: str = "127.0.0.1"  # address to listen on; one that others reach needs a key
+    port: int = 8000  # 0 = any free one
+    key: str | None = None  # what clients send as their API key; or set PLAIN_RLHF_KEY, which no process list shows
+
+    # How much of it
+    workers: int = 1  # processes behind the port, each with a model, a batch and a queue of its own
+    max_batch: int = 32  # texts that one worker decodes together
+    cache_tokens: int = 32768  # tokens in a worker's cache; each text may have a max_batch-th of them, prompt included
+    max_tokens: int = 1024  # longest answer
+    queue: int = 128  # texts that may wait; more are turned away with status 503
+    timeout: float = 300.0  # seconds that a request may take; then it ends with what there is
+    max_body: int = 262144  # bytes of a request
+    grace: float = 10.0  # seconds for running requests after SIGTERM or Ctrl-C
+
+    def __post_init__(self):
+        config.at_least(self, port=0, workers=1, max_batch=1, max_tokens=1, queue=0, max_body=1024, grace=0)
+        config.at_most(self, port=65535)
+        if not self.timeout > 0:
+            raise ValueError(f"--timeout={self.timeout} must be above 0")
+        if self.cache_tokens < 8 * self.max_batch:
+            raise ValueError(
+                f"--cache_tokens={self.cache_tokens} leaves each of {self.max_batch} texts less than 8 tokens; "
+                "raise it, or lower --max_batch"
+            )
+
+
+def main() -> None:
+    cfg = config.parse(Config)
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError:
+        raise ValueError("the server needs starlette and uvicorn: pip install -e '.[serve]'") from None
+    key = cfg.key or os.environ.get(KEY) or None
+    if key is None and not is_loopback(cfg.host):
+        raise ValueError(
+            f"--host={cfg.host} can be reached by others: give a key with --key or {KEY}, or stay on 127.0.0.1"
+        )
+    listener = bind(cfg.host, cfg.port)
+    if cfg.workers == 1:
+        return work(cfg, key, listener, 0, None)
+
+    # the workers inherit one socket: whoever is free takes the next connection
+    context = multiprocessing.get_context("fork")  # before any model is opened, or a GPU touched
+    ready = context.Barrier(cfg.workers)
+    workers = [
+        context.Process(target=config.run, args=(lambda k=k: work(cfg, key, listener, k, ready),))
+        for k in range(cfg.workers)
+    ]
+    for worker in workers:
+        worker.start()
+    listener.close()
+
+    def stop(*_) -> None:
+        for worker in workers:
+            if worker.is_alive():
+                worker.terminate()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    multiprocessing.connection.wait([worker.sentinel for worker in workers])
+    stop()  # one has ended: so do the others
+    for worker in workers:
+        worker.join()
+    if failed := [worker.exitcode for worker in workers if worker.exitcode]:
+        raise SystemExit(2 if 2 in failed else 1)
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket; OSError says which address is taken."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        raise ValueError(f"cannot listen on {host}:{port}: {error.strerror}; try another --port") from None
+    return listener
+
+
+def work(cfg: Config, key: str | None, listener: socket.socket, rank: int, ready) -> None:
+    """One process of the server, until a signal ends it."""
+    torch.set_grad_enabled(False)
+    if cfg.workers > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // cfg.workers))
+    device = torch.device(cfg.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", rank % max(1, torch.cuda.device_count()))
+    opened = open_pretrained(cfg.init, device)
+    reference = open_pretrained(cfg.reference, device) if cfg.reference else None
+    if reference and reference.tokenizer.fingerprint != opened.tokenizer.fingerprint:
+        raise ValueError(f"{cfg.reference} reads other tokens than {cfg.init}: the KL between them means nothing")
+    reward = None
+    if cfg.reward:
+        reward = load_reward(cfg.reward, opened.tokenizer, device, base=reference or opened, open_base=open_base)
+    asyncio.run(serve(cfg, key, listener, rank, ready, opened, reference, reward))
+
+
+async def serve(
+    cfg: Config, key: str | None, listener: socket.socket, rank: int, ready, opened: Pretrained,
+    reference: Pretrained | None, reward,
+) -> None:  # fmt: skip
+    """Listens until SIGTERM or Ctrl-C, then lets running requests finish for a while."""
+    import uvicorn
+
+    from rlhf.feedback import FeedbackStore
+    from rlhf.serve.api import Service, application, deliver_to
+    from rlhf.serve.protocol import Limits
+    from rlhf.serve.scheduler import Scheduler
+    from rlhf.serve.scorer import Scorer, load_values
+
+    loop, model, tokenizer = asyncio.get_running_loop(), opened.model, opened.tokenizer
+    chat = chat_of(opened)
+    stop_ids = {*opened.stop_ids, *(chat.stop_ids() if chat else ())}
+    scheduler = Scheduler(
+        model, tokenizer, stop_ids, cfg.max_batch, cfg.cache_tokens // cfg.max_batch, cfg.queue, deliver_to(loop)
+    )
+    scorer = Scorer(model, reference.model.eval() if reference else None, reward, load_values(cfg.init, model))
+    service = Service(
+        scheduler, scorer, tokenizer, chat, cfg.name or Path(cfg.init).name, opened.digest[:16],
+        Limits(scheduler.width, min(cfg.max_tokens, scheduler.width), cfg.max_batch + cfg.queue),
+        cfg.timeout, cfg.max_body, key, FeedbackStore(cfg.feedback) if cfg.feedback else None,
+    )  # fmt: skip
+    server = uvicorn.Server(
+        uvicorn.Config(
+            application(service), log_level="warning", lifespan="off", access_log=False, server_header=False,
+            timeout_graceful_shutdown=max(1, round(cfg.grace)),
+        )
+    )  # fmt: skip
+    server.capture_signals = contextlib.nullcontext  # ours do the same, and the exit code stays 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lambda: setattr(server, "should_exit", True))
+    if ready is not None:
+        await asyncio.to_thread(ready.wait)
+    scheduler.start()
+    if rank == 0:
+        host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
+        same = "the same text for a seed, alone or in company" if scheduler.exact else "a seed's text up to rounding"
+        print(
+            f"serving {service.name} at http://{host}:{listener.getsockname()[1]} ({cfg.workers} x {cfg.max_batch} "
+            f"texts of {scheduler.width} tokens; {same})",
+            flush=True,
+        )
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        await asyncio.to_thread(scheduler.stop)
+
+
+def chat_of(opened: Pretrained) -> Chat | None:
+    """The model's chat template, or ChatML where its tokenizer can spell it; None: it has neither."""
+    try:
+        return Chat(opened.tokenizer)
+    except ValueError as error:
+        print(f"no chat: {error}", file=sys.stderr)
+        return None
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,0 +1,300 @@
+"""Continuous batching against the plain sampler: the same texts in any company, and every row comes back."""
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from reference_model import FAMILIES, random_ids, small_model
+
+from data.tokenizer import SentencePieceTokenizer, train_sentencepiece
+from model.generate import generate, row_uniforms
+from rlhf.serve.scheduler import Full, Request, Sampling, Scheduler, TextStream, Token, overlap
+
+V, CONTEXT = 16, 32
+SHAPE = dict(vocab_size=V, width=32, ffn=48)  # as real ones: multiples of the vectors of a CPU
+
+
+class Letters:
+    """A tokenizer of 16 letters, one of them two bytes long over two tokens."""
+
+    control, vocab_size = {}, V
+    pieces = [b"a", b"b", b"c", b"d", b"e", b"f", b"g", b"h", b"i", b"j", b"k", b"\xc3", b"\xa9", b"l", b"m", b"n"]
+
+    def token_bytes(self, i):
+        return self.pieces[i]
+
+    def decode(self, ids):
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+
+
+class Log(dict):
+    """What was delivered: request -> its text, tokens and how it ended."""
+
+    def __call__(self, events):
+        for event in events:
+            text, tokens, ends = self.setdefault(event.request, ("", [], []))
+            assert not ends, "an event after the last"
+            self[event.request] = (text + event.text, tokens + event.tokens, ends)
+            if event.finish or event.error:
+                ends.append(event.finish or event.error)
+
+    def end(self, request):
+        return (self[request][2] or [None])[0] if request in self else None
+
+    def ids(self, request):
+        return [token.id for token in self[request][1]]
+
+
+def scheduler(model, rows=6, width=CONTEXT, queue=100, stop_ids=()):
+    log = Log()
+    return Scheduler(model, Letters(), stop_ids, rows, width, queue, log), log
+
+
+def run(s):
+    for _ in range(10_000):
+        if s.idle:
+            return
+        s.step()
+    raise AssertionError("it does not come to an end")
+
+
+def nothing_leaked(s):
+    assert (s.active, s.next, s.reading, list(s.waiting)) == ([], [], None, [])
+
+
+requests = st.builds(
+    lambda prompt, n, temperature, top_k, top_p, seed, row: Request(
+        prompt, Sampling(min(n, CONTEXT - len(prompt)), temperature, top_k, top_p, (), seed, row)
+    ),
+    st.lists(st.integers(0, V - 1), min_size=1, max_size=20),
+    st.integers(1, 12),
+    st.sampled_from([0.0, 0.7, 1.0]),
+    st.sampled_from([0, 4]),
+    st.sampled_from([1.0, 0.8]),
+    st.integers(0, 3),
+    st.integers(0, 2),
+)
+
+
+def copy_of(request):
+    return Request(request.prompt, request.sampling)
+
+
+MODELS = {family: small_model(family, torch.float32, head_dim=8, **SHAPE) for family in ("gpt2", "smollm2", "qwen3")}
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_text_is_that_of_generate(family):
+    model = MODELS[family].double()
+    s, log = scheduler(model, stop_ids={3})
+    for seed in range(8):
+        prompt = random_ids(seed, 1 + seed).tolist()
+        request = Request(prompt, Sampling(9, 0.9, 6, 0.9, (), seed, row=seed % 3))
+        s.submit([request])
+        run(s)
+        uniforms = row_uniforms(seed, 0, [seed % 3], 9)
+        out = generate(model, torch.tensor([prompt]), torch.tensor([len(prompt)]), 9, uniforms, 3, 0, 0.9, 6, 0.9)
+        expected = out.tokens[0, len(prompt) : out.lengths[0]].tolist()
+        ended = expected[-1] == 3
+        assert log.ids(request) == (expected[:-1] if ended else expected)
+        assert log.end(request) == ("stop" if ended else "length")
+    nothing_leaked(s)
+    MODELS[family].float()
+
+
+@pytest.mark.parametrize("family", MODELS)
+@settings(max_examples=6, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(st.data())
+def test_company_changes_nothing_and_no_row_is_lost(family, data):
+    """Arrivals and cancellations between any two steps; what was not cancelled has the tokens and log-probs it has alone."""
+    s, log = scheduler(MODELS[family], rows=5)
+    sent, cancelled = [], set()
+    for _ in range(data.draw(st.integers(1, 12))):
+        for request in data.draw(st.lists(requests, max_size=4)):
+            request = Request(request.prompt, Sampling(**{**vars(request.sampling), "logprobs": 2}))
+            sent.append(request)
+            s.submit([request])
+        if sent and data.draw(st.booleans()):
+            cancelled.add(request := data.draw(st.sampled_from(sent)))
+            s.cancel(request)
+        for _ in range(data.draw(st.integers(0, 3))):
+            s.step()
+            assert len(s.active) == len(s.next) <= s.rows
+    run(s)
+    nothing_leaked(s)
+    for request in sent:
+        if request not in cancelled:
+            alone = copy_of(request)
+            s.submit([alone])
+            run(s)
+            assert log[alone] == log[request]  # bit by bit, the log-probs too
+
+
+def test_the_shape_that_is_exact_is_found():
+    s, _ = scheduler(MODELS["smollm2"], rows=16)
+    rows, columns = s.exact
+    assert 1 <= rows <= 16 and columns in (1, s.width)
+    assert scheduler(MODELS["smollm2"], rows=1)[0].exact == (1, 1)
+
+
+def test_long_prompts_are_read_in_chunks_while_others_decode(monkeypatch):
+    monkeypatch.setattr("rlhf.serve.scheduler.CHUNK", 8)
+    model = MODELS["smollm2"].double()
+    s, log = scheduler(model)
+    short, long = Request([1, 2], Sampling(20, 0.0)), Request(random_ids(1, 25).tolist(), Sampling(3, 0.0, logprobs=0))
+    s.submit([short])
+    s.step()
+    s.submit([long])
+    counts = []
+    while not log.end(long):
+        before = short.count
+        s.step()
+        counts.append(short.count - before)
+    assert counts[:4] == [1, 1, 1, 1]  # nobody waited for the 25 tokens
+    out = generate(model, torch.tensor([long.prompt]), torch.tensor([25]), 3, None, [], 0, temperature=0)
+    assert log.ids(long) == out.tokens[0, 25:].tolist()
+    MODELS["smollm2"].float()
+
+
+@pytest.mark.parametrize("chunk", [4, 256])
+def test_logprobs_are_those_of_the_forward(chunk, monkeypatch):
+    monkeypatch.setattr("rlhf.serve.scheduler.CHUNK", chunk)
+    model = MODELS["gpt2"].double()
+    s, log = scheduler(model)
+    request = Request(random_ids(5, 11).tolist(), Sampling(5, 0.5, 3, seed=1, logprobs=4, prompt_logprobs=True))
+    s.submit([request])
+    run(s)
+    ids = request.prompt + log.ids(request)
+    with torch.no_grad():
+        expected = model(torch.tensor([ids]))[0].log_softmax(-1)
+    tokens = request.prompt_tokens + log[request][1]
+    assert [token.id for token in tokens] == ids and tokens[0] == Token(ids[0], None, [])
+    for t, token in enumerate(tokens[1:]):
+        assert token.logprob == pytest.approx(float(expected[t, ids[t + 1]]), abs=1e-9)
+        best = expected[t].topk(4)
+        assert [i for i, _ in token.top] == best.indices.tolist()
+        assert [p for _, p in token.top] == pytest.approx(best.values.tolist(), abs=1e-9)
+    MODELS["gpt2"].float()
+
+
+def test_more_choices_of_one_prompt_read_it_once():
+    s, log = scheduler(MODELS["smollm2"])
+    prompt = random_ids(2, 9).tolist()
+    choices = [Request(prompt, Sampling(6, seed=5, row=row)) for row in range(4)]
+    s.submit(choices)
+    run(s)
+    assert s.counts["prompt_tokens"] == 9
+    alone = copy_of(choices[3])
+    s.submit([Request([1], Sampling(1, 0.0)), alone])
+    run(s)
+    assert log[alone] == log[choices[3]]
+
+
+def test_bounds():
+    s, log = scheduler(MODELS["smollm2"], rows=2, queue=3)
+    with pytest.raises(ValueError, match="30 tokens of prompt and 3 of answer exceed the 32"):
+        s.submit([Request([1] * 30, Sampling(3))])
+    with pytest.raises(ValueError, match="empty"):
+        s.submit([Request([], Sampling(3))])
+    many = [Request([1], Sampling(4)) for _ in range(6)]
+    with pytest.raises(Full):
+        s.submit(many)  # all or nothing
+    assert s.idle and s.counts["rejected"] == 6
+    s.submit(many[:5])
+    with pytest.raises(Full):
+        s.submit(many[5:])
+    run(s)
+    s.submit(many[5:])
+    run(s)
+    nothing_leaked(s)
+    assert all(log.end(request) == "length" for request in many)
+    assert [future.result() for future in [s.call(lambda x: x + 1, 1)] if not run(s)] == [2]
+
+
+def test_what_takes_too_long_is_cut_off():
+    s, log = scheduler(MODELS["smollm2"], rows=1)
+    late, waits = Request([1], Sampling(20), deadline=0.0), Request([1], Sampling(20), deadline=0.0)
+    s.submit([late])
+    s.deliver(s._read())  # its first token; it runs already when its time is over
+    s.submit([waits])
+    run(s)
+    assert log.end(late) == "length" and log.end(waits) == "it waited too long"
+    nothing_leaked(s)
+
+
+def test_a_model_that_has_diverged_fails_its_requests_alone():
+    model = small_model("smollm2", torch.float32)
+    s, log = scheduler(model)
+    model.norm.weight.data.fill_(torch.nan)
+    s.submit([request := Request([1, 2], Sampling(3))])
+    run(s)
+    assert "not finite" in log.end(request)
+    nothing_leaked(s)
+
+
+def test_the_thread_stops_and_tells_who_waits():
+    s, log = scheduler(MODELS["smollm2"], rows=1, width=32)
+    s.start()
+    s.submit([first := Request([1], Sampling(3))])
+    future = s.call(lambda: 7)
+    assert future.result(60) == 7
+    s.stop()
+    assert log.end(first) in ("length", "the server stops")
+    with pytest.raises(Full):
+        s.submit([Request([1], Sampling(3))])
+
+
+# ---- text
+
+
+def test_overlap():
+    assert [overlap(text, "abab") for text in ("", "a", "xab", "aba", "abab", "b")] == [0, 1, 2, 3, 2, 0]
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(st.integers(0, 3) | st.integers(11, 12), max_size=20),
+    st.lists(st.text("abcdé", min_size=1, max_size=4), max_size=3),
+)
+def test_pieces_are_the_text_up_to_the_first_stop(ids, stops):
+    """Never half a character, never the beginning of a stop string that comes, never a token after it."""
+    stream, text, tokens = TextStream(Letters(), tuple(stops)), "", []
+    for i in ids:
+        piece, some = stream.push(Token(i, 0.0, []))
+        text, tokens = text + piece, tokens + some
+        if stream.stopped:
+            break
+    rest, some = stream.flush()
+    text, tokens = text + rest, tokens + some
+    whole = Letters().decode(ids)
+    cuts = [whole.find(stop) for stop in stops if stop in whole]
+    if stream.stopped:
+        assert text == whole[: len(text)] and not any(stop in text for stop in stops)
+        assert any(whole[len(text) :].startswith(stop) for stop in stops)
+    else:
+        assert cuts == [] and text == whole
+        assert [token.id for token in tokens] == ids
+    assert [token.id for token in tokens] == ids[: len(tokens)]
+
+
+def test_a_stop_string_over_tokens_ends_the_answer_and_its_tokens():
+    stream = TextStream(Letters(), ("cd",))
+    assert stream.push(Token(0, 0.0, [])) == ("a", [Token(0, 0.0, [])])
+    assert stream.push(Token(2, 0.0, [])) == ("", [])  # might be the beginning
+    assert stream.push(Token(2, 0.0, [])) == ("c", [Token(2, 0.0, [])])
+    assert stream.push(Token(3, 0.0, [])) == ("", []) and stream.stopped
+    assert stream.flush() == ("", [])
+
+
+def test_sentencepiece_answers_start_without_its_space(tmp_path):
+    tokenizer = train_sentencepiece(["a good film", "a bad film", "good or bad"] * 20, tmp_path / "m", 280)
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    ids = tokenizer.encode("good film")
+    for strip, expected in ((True, "good film"), (False, " good film")):
+        stream = TextStream(tokenizer, strip=strip)
+        text = "".join(stream.push(Token(i, 0.0, []))[0] for i in ids) + stream.flush()[0]
+        assert text == expected
+
+
+def test_families_are_real():
+    assert set(MODELS) <= set(FAMILIES)
