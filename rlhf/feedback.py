@@ -72,6 +72,7 @@ CREATE TABLE comparison(  -- a pair as it was put before one rater; repeat_of: t
   repeat_of INTEGER UNIQUE REFERENCES comparison(id), created REAL NOT NULL, CHECK(left_id <> right_id));
 CREATE UNIQUE INDEX comparison_first ON comparison(pair_id, rater_id) WHERE repeat_of IS NULL;
 CREATE INDEX comparison_rater ON comparison(rater_id, id);
+CREATE INDEX comparison_pair ON comparison(pair_id, rater_id);
 CREATE TABLE vote(  -- a chain per comparison: the first has supersedes NULL, each later row supersedes the one before it
   id INTEGER PRIMARY KEY, comparison_id INTEGER NOT NULL REFERENCES comparison(id),
   choice TEXT NOT NULL CHECK(choice IN ('left', 'right', 'tie', 'both_bad', 'skip', 'undone')),
@@ -79,7 +80,7 @@ CREATE TABLE vote(  -- a chain per comparison: the first has supersedes NULL, ea
   supersedes INTEGER UNIQUE REFERENCES vote(id), created REAL NOT NULL,
   CHECK(strength IS NULL OR choice IN ('left', 'right')), CHECK(choice = 'undone' OR nonce IS NOT NULL));
 CREATE UNIQUE INDEX vote_first ON vote(comparison_id) WHERE supersedes IS NULL;
-CREATE INDEX vote_comparison ON vote(comparison_id);
+CREATE INDEX vote_comparison ON vote(comparison_id, id);
 CREATE TABLE rating(
   id INTEGER PRIMARY KEY, completion_id INTEGER NOT NULL REFERENCES completion(id),
   rater_id INTEGER NOT NULL REFERENCES rater(id), score REAL NOT NULL, low REAL NOT NULL, high REAL NOT NULL,
@@ -97,6 +98,8 @@ SCHEMA += "".join(
     for table in TABLES
     for verb in ("UPDATE", "DELETE")
 )
+# of comparison c, the newest row of its chain: "undone" is also where there is none yet
+LAST = "coalesce((SELECT v.choice FROM vote v WHERE v.comparison_id = c.id ORDER BY v.id DESC LIMIT 1), 'undone')"
 VOTES = """
 SELECT s.id AS vote, s.pair_id AS pair, p.content AS prompt, l.text AS left, r.text AS right, ml.name AS left_model,
        mr.name AS right_model, t.name AS rater, t.kind, s.choice, s.strength, s.seconds, s.repeat_of IS NOT NULL AS repeat,
@@ -240,9 +243,7 @@ class FeedbackStore:
         rater_id = self._rater(rater)
         with self.transaction() as db:
             row = db.execute(
-                "SELECT id FROM comparison c WHERE rater_id = ? AND NOT EXISTS "
-                "(SELECT 1 FROM standing s WHERE s.comparison_id = c.id) ORDER BY id LIMIT 1",
-                (rater_id,),
+                f"SELECT id FROM comparison c WHERE rater_id = ? AND {LAST} = 'undone' ORDER BY id LIMIT 1", (rater_id,)
             ).fetchone()
             comparison = row["id"] if row else self._repeat(db, rater_id) or self._new(db, rater_id)
             return None if comparison is None else self._show(db, comparison)
@@ -442,8 +443,8 @@ class FeedbackStore:
         pair = db.execute(
             "SELECT id, a_id, b_id FROM pair p "
             "WHERE NOT EXISTS (SELECT 1 FROM comparison c WHERE c.pair_id = p.id AND c.rater_id = :rater) AND raters > "
-            "(SELECT count(*) FROM comparison c LEFT JOIN standing s ON s.comparison_id = c.id WHERE c.pair_id = p.id "
-            "AND c.repeat_of IS NULL AND (s.choice <> 'skip' OR s.choice IS NULL AND c.created > :since)) "
+            "(SELECT count(*) FROM comparison c WHERE c.pair_id = p.id AND +c.repeat_of IS NULL AND "
+            f"CASE {LAST} WHEN 'undone' THEN c.created > :since ELSE {LAST} <> 'skip' END) "
             "ORDER BY priority DESC, id LIMIT 1",
             {"rater": rater_id, "since": time.time() - OPEN_SECONDS},
         ).fetchone()
