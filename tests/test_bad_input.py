@@ -92,6 +92,7 @@ def test_unknown_option(bad, script, wrong, meant):
     [
         ("train_ppo.py", {"kl_target": 6.0}, ("--kl_target has no effect", "--kl_control=adaptive")),
         ("train_ppo.py", {"kl_horizon": 100}, ("--kl_horizon has no effect", "--kl_control=adaptive")),
+        ("train_ppo.py", {"judge_every": 5}, ("--judge_every has no effect with --judge=none", "--judge=...")),
         ("train_ppo.py", {"lam": 0.9, "estimator": "rloo", "samples_per_prompt": 2}, ("--lam", "--estimator=gae")),
         ("train_ppo.py", {"critic": "shared", "estimator": "grpo", "samples_per_prompt": 2}, ("--critic", "gae")),
         ("train_ppo.py", {"estimator": "rloo", "samples_per_prompt": 1}, ("rloo", "samples_per_prompt >= 2")),
@@ -378,6 +379,8 @@ def test_reward_function(bad, reward, words):
 def test_judge_function(bad):
     bad("evaluate.py", "rewards.py:nan", "finite", judge="rewards.py:nan")
     bad("evaluate.py", "poems", judge="poems")
+    bad("train_ppo.py", "poems", judge="poems", judge_prompts=1)
+    bad("train_ppo.py", "--judge_prompts=50", "the validation split has", judge="vader", judge_prompts=50)
 
 
 # ---- no space, no permission, no network
