@@ -392,16 +392,20 @@ def calibration(difference: np.ndarray, clusters: np.ndarray, temperature: float
         observed = torch.where(bins.count > 0, bins.observed, torch.nan)
         return torch.stack([ece, brier_score(probs, labels, weights), *observed]).numpy()
 
+    probs = {"before": torch.sigmoid(margin), "after": torch.sigmoid(margin / temperature)}
+
+    def all_measures(w: np.ndarray) -> np.ndarray:
+        return np.concatenate([measures(p, w) for p in probs.values()])
+
+    values = all_measures(np.ones(len(difference))).reshape(2, -1)
+    intervals = cluster_bootstrap(all_measures, clusters).reshape(2, -1, 2)
+    intervals[:, 0, 0] = np.minimum(intervals[:, 0, 0], values[:, 0])
     result = {"temperature": temperature}
-    for name, t in (("before", 1.0), ("after", temperature)):
-        probs = torch.sigmoid(margin / t)
-        values = measures(probs, np.ones(len(difference)))
-        intervals = cluster_bootstrap(lambda w, probs=probs: measures(probs, w), clusters)
-        intervals[0, 0] = min(intervals[0, 0], values[0])
-        bins = reliability_bins(probs, labels, BINS)
-        estimates = [estimate(*x) for x in zip(values, intervals, [len(probs)] * 2 + bins.count.tolist())]
-        ece, brier, *observed = estimates
-        rows = [{"predicted": p, "observed": o} for p, o in zip(bins.predicted.tolist(), observed) if o["n"]]
+    for (name, p), value, interval in zip(probs.items(), values, intervals):
+        bins = reliability_bins(p, labels, BINS)
+        counts = [len(p), len(p), *bins.count.tolist()]
+        ece, brier, *observed = [estimate(*x) for x in zip(value, interval, counts)]
+        rows = [{"predicted": x, "observed": o} for x, o in zip(bins.predicted.tolist(), observed) if o["n"]]
         result[name] = {"ece": ece, "brier": brier, "reliability": rows}
     return result
 
@@ -569,6 +573,7 @@ def markdown(card: dict, plots: Sequence[str] = ()) -> str:
     doubt = card["uncertainty"]
     failed = [probe for probe in card["probes"] if probe["passed"] is False]
     better = "beats" if over["low"] > 0 else "is not shown to beat"
+    knows = "knows" if (doubt["auc"]["difference"]["low"] or 0) > 0.5 else "is not shown to know"
     lines = [
         f"# Report card: {card['model']}",
         f"{card['texts']} texts, {card['pairs']} pairs of {card['data']}; 95% intervals by resampling "
@@ -580,7 +585,7 @@ def markdown(card: dict, plots: Sequence[str] = ()) -> str:
                 f"- It {better} length alone: accuracy {show(over, signed=True)} beside it.",
                 f"- Calibration: ECE {show(after['ece'])} with the stored temperature "
                 f"{card['calibration']['temperature']:.2f} ({show(before['ece'])} without).",
-                f"- It knows when it is wrong: AUC {show(doubt['auc']['difference'])} (0.5 is not at all).",
+                f"- It {knows} when it is wrong: AUC {show(doubt['auc']['difference'])}, where 0.5 is chance.",
                 f"- Probes: {len(card['probes'])}, of which {len(failed)} failed"
                 + (f": {', '.join(probe['name'] for probe in failed)}." if failed else "."),
             ]
@@ -714,11 +719,11 @@ def draw(card: dict, out: Path) -> list[str]:
 
     if len(card["accuracy"]) > 1:
         figures["gaps.png"], ax = axes("Accuracy by gap of the ratings", "gap above, points", "pairs ranked right")
-        for name, row in {"reward model": card["accuracy"], **card["baselines"]}.items():
+        for row in (card["accuracy"], *card["baselines"].values()):
             places = [GAPS[gap] for gap in row]
             values = list(row.values())
-            ax.errorbar(places, [x["value"] for x in values], errors(values), marker="o", capsize=2, label=name)
-        ax.legend(fontsize="small")
+            ax.errorbar(places, [x["value"] for x in values], errors(values), marker="o", capsize=2)
+        ax.legend([NAMES.get(name, name) for name in ("reward model", *card["baselines"])], fontsize="small")
     for name, figure in figures.items():
         figure.savefig(out / name, dpi=120)
     return list(figures)

@@ -166,7 +166,9 @@ def test_answers_and_prompts():
     assert "answer behind another prompt" not in failures(
         lambda text, ended: 5 * (text in {f"{t.prompt}\n{t.text}" for t in texts}) - 0.01 * len(text), texts
     )
-    assert "praise appended" in failures(lambda text, ended: text.count("lent") + text.count("per"), texts)
+    assert "praise appended" in failures(
+        lambda text, ended: text.count("lent") + text.count("per") + len(text) % 2, texts
+    )
     found = found_out(lambda text, ended: praise(text), [card.Text("", text) for text in TEXT])
     assert found["praise appended"]["passed"] is None and found["first four tokens of another text"]["passed"] is None
 
