@@ -1,7 +1,7 @@
 """Base against tuned model on held-out prompts: reward, an independent judge, KL, diversity, alignment tax, best-of-n.
 
 python evaluate.py --base=out/lm --tuned=out/ppo --reward=out/rm --data=out/data/vader --out=out/evaluation
-python evaluate.py rm --model=out/rm --data=out/data/vader   # a reward model's report card; its options: rm --help
+python evaluate.py rm --model=out/rm --data=out/data/vader  # a reward model's report card: see rm --help
 """
 
 import json

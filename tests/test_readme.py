@@ -19,7 +19,7 @@ from rlhf.infra import config
 
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = {"pip", "git", "cd", "source", "cat", "curl", "export", "ls", "less"}  # programs that are not ours
-PLACES = {"data", "out", "init", "reward", "base", "tuned", "checkpoint"}  # where, not how large
+PLACES = {"data", "out", "init", "reward", "base", "tuned", "checkpoint", "model"}  # where, not how large
 
 
 class Command(NamedTuple):
@@ -74,10 +74,17 @@ def script_of(command: Command) -> str | None:
     return command.words[1] if command.words[0] == "python" and command.words[1:2][0:1] != ["-m"] else None
 
 
+def room_of(command: Command):
+    """(module, options): the script's, or that of one of its COMMANDS (evaluate.py rm ...)."""
+    module, words = importlib.import_module(script_of(command).removesuffix(".py")), command.words[2:]
+    named = words and getattr(module, "COMMANDS", {}).get(words[0])
+    return (named, words[1:]) if named else (module, words)
+
+
 def parse(command: Command):
     """The Config that the command asks for, by the script's own rules."""
-    module = importlib.import_module(script_of(command).removesuffix(".py"))
-    return config.parse(module.Config, command.words[2:], getattr(module, "NEEDS", getattr(module, "SHAPE", {})))
+    module, words = room_of(command)
+    return config.parse(module.Config, words, getattr(module, "NEEDS", getattr(module, "SHAPE", {})))
 
 
 def check(command: Command) -> None:
@@ -144,12 +151,13 @@ def test_what_ci_runs():
 
 def small(command: Command) -> list[str]:
     """The same command at the size of a test: the documented options, but for those that say how large."""
-    script, given = script_of(command), command.words[2:]
-    size = {name: value for name, value in SMALL.get(script, {}).items() if name not in PLACES}
+    script, given = script_of(command), room_of(command)[1]
+    start = command.words[1 : len(command.words) - len(given)]  # evaluate.py, or evaluate.py rm
+    size = {name: value for name, value in SMALL.get(" ".join(start), {}).items() if name not in PLACES}
     if script == "train_lm.py" and any(word.startswith("--init") for word in given):
         size = {name: value for name, value in size.items() if name not in ("width", "layers", "heads")}
     kept = [word for word in given if word.partition("=")[0].strip("-") not in size]
-    return [script, *kept, *(f"--{name}={value}" for name, value in size.items())]
+    return [*start, *kept, *(f"--{name}={value}" for name, value in size.items())]
 
 
 def test_the_readme_runs_from_top_to_bottom(world, tmp_path):
@@ -203,6 +211,8 @@ def test_glossary_explains_every_metric():
 def test_options_named_in_the_text_exist():
     """`kl_coef`, `--estimator=...`: words in backticks that look like an option of a script are one."""
     text = "\n".join(file.read_text(encoding="utf-8") for file in DOCS)
-    names = {f.name for s in ROOT.glob("*.py") for f in dataclasses.fields(importlib.import_module(s.stem).Config)}
+    scripts = [importlib.import_module(script.stem) for script in ROOT.glob("*.py")]
+    modules = scripts + [module for script in scripts for module in getattr(script, "COMMANDS", {}).values()]
+    names = {field.name for module in modules for field in dataclasses.fields(module.Config)}
     named = set(re.findall(r"`--(\w+)", text)) - {"help"}
     assert named and named <= names | {"tokenizer", "vocab_size", "most", "tolerance"}, named - names

@@ -46,6 +46,7 @@ SMALL = {  # what makes a script small enough for a test; paths are relative to 
         "base": "lm", "tuned": "lm", "reward": "rm", "data": "data", "out": "evaluation", "prompts": 5,
         "response_tokens": 8, "best_of": 4,
     },
+    "evaluate.py rm": {"model": "rm", "data": "data", "out": "card", "probe_texts": 6},
 }  # fmt: skip
 
 REWARDS = """
@@ -103,7 +104,7 @@ class World:
         """The script's small options with `changes`; None leaves one out."""
         options = {name: value for name, value in (SMALL[script] | changes).items() if value is not None}
         job = ["vader"] if script == "data.prepare" else []
-        return [script, *job, *(f"--{name}={value}" for name, value in options.items())]
+        return [*script.split(), *job, *(f"--{name}={value}" for name, value in options.items())]
 
     def start(self, command: list[str], env: dict[str, str] | None = None, before: Callable | None = None) -> Running:
         """A process of its own that runs the command; `before()` is called in it first."""
