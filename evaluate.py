@@ -2,6 +2,7 @@
 
 python evaluate.py --base=out/lm --tuned=out/ppo --reward=out/rm --data=out/data/vader --out=out/evaluation
 python evaluate.py rm --model=out/rm --data=out/data/vader  # a reward model's report card: see rm --help
+python evaluate.py overoptimisation --run=out/ppo --proxy=out/rm_a --gold=out/rm_b --out=out/overoptimisation
 """
 
 import json
