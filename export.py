@@ -1,29 +1,42 @@
-"""Any model of ours, or any that --init= can open, for the rest of the world: an HF directory, a GGUF file, a PEFT adapter.
+"""Any model of ours, or any that --init= can open, for the rest of the world or smaller: HF, GGUF, PEFT, int8.
+
+With --data= the export is opened again, measured beside the original on held-out text, and refused if it is too far from
+it; the receipt is printed and stored beside the export. int8 is never written without one.
 
 python export.py --init=out/ppo --out=out/hf                                   # transformers, TRL, vLLM
 python export.py --init=out/rm --out=out/hf-reward                             # ... as a sequence classifier
 python export.py --init=out/ppo --out=out/model.gguf --format=gguf --dtype=Q8_0    # llama.cpp
 python export.py --init=smollm2-135m-instruct --out=out/smollm2/base           # unpacked once, then memory-mapped by all
+python export.py --init=out/ppo --out=out/int8 --format=int8 --data=out/data/vader --reward=out/rm    # sample.py, serve.py
 """
 
+import copy
+import os
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import nn
 
-from data.tokenizer import Tokenizer, load_tokenizer, write_hf
+from data.loader import in_order, pad, prompts_from_text
+from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer, write_hf
+from data.tokens import TokenFile
 from model.gguf import save_gguf
-from model.hf import reward_head, save_hf
+from model.hf import complete_directory, reward_head, save_hf
 from model.lora import load_adapter, save_peft
+from model.quantize import quantize, stored_tensors
 from model.transformer import Transformer
+from rlhf import receipt
 from rlhf.actor_critic import PREFIX, STORED, policy_adapter, tuned_model
-from rlhf.infra import checkpoint, config
+from rlhf.infra import checkpoint, config, run
 from rlhf.language_model import new_transformer
-from rlhf.pretrained import open_base, open_pretrained
-from rlhf.reward_model import RewardModel, load_reward_model
+from rlhf.pretrained import Pretrained, open_base, open_pretrained
+from rlhf.reward_model import RewardModel, load_reward, load_reward_model
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -32,24 +45,51 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 class Config:
     init: str = "out/ppo"  # run or checkpoint directory, HF-format directory, GGUF file, or a model's name
     out: str = "out/export"  # directory to write, or file for --format=gguf
-    format: Literal["hf", "gguf", "peft"] = "hf"  # peft: the policy's LoRA adapter alone (layout adapters)
+    # peft: the policy's LoRA adapter alone (layout adapters). int8: of our own, for sample.py, serve.py and evaluate.py
+    format: Literal["hf", "gguf", "peft", "int8"] = "hf"
     part: Literal["policy", "critic"] = "policy"  # of a PPO run; the critic becomes a sequence classifier
     dtype: Literal["F32", "F16", "BF16", "Q8_0"] = "F32"  # of the matrices; BF16 for hf alone, Q8_0 for gguf alone
+    embedding: Literal["bf16", "int8"] = "bf16"  # rows of int8's embedding; a tied output matrix is int8 in either
+
+    # the receipt: what the export costs on held-out text
+    data: str | None = None  # directory made by data.prepare, or a text file with one text per line; int8 needs it
+    texts: int = 128  # texts, spread over the held-out split
+    reward: str | None = None  # a reward whose change is measured: a directory, or file.py:function
+    prompt_tokens: int = 4  # text tokens of a prompt, the beginnings of the texts
+    response_tokens: int = 24  # longest response, tokens
+    max_kl: float = 0.02  # largest KL(original || export) that is written, nats per token
 
     def __post_init__(self):
-        possible = {"hf": ("F32", "F16", "BF16"), "gguf": ("F32", "F16", "Q8_0"), "peft": ("F32",)}[self.format]
+        config.at_least(self, texts=1, prompt_tokens=1, response_tokens=1, max_kl=0)
+        possible = {"hf": ("F32", "F16", "BF16"), "gguf": ("F32", "F16", "Q8_0")}.get(self.format, ("F32",))
         if self.dtype not in possible:
             raise ValueError(f"--format={self.format} has no {self.dtype}; choose from {', '.join(possible)}")
         if self.part == "critic" and self.format != "hf":
             raise ValueError(f"a critic is a sequence classifier, which --format={self.format} cannot hold; use hf")
+        if self.format == "int8" and self.data is None:
+            raise ValueError(
+                "--format=int8 measures what it costs: give held-out text, --data=out/data/vader or --data=texts.txt"
+            )
+        if self.data is not None and (self.part == "critic" or self.format == "peft"):
+            raise ValueError("a receipt is made of language models: --data has no effect on a critic or an adapter")
+
+
+NEEDS = {"embedding": ("format", "int8"), "texts": ("data", ...), "reward": ("data", ...), "max_kl": ("data", ...)}
+NEEDS |= dict.fromkeys(("prompt_tokens", "response_tokens"), ("reward", ...))
 
 
 def main() -> None:
-    cfg = config.parse(Config)
+    cfg = config.parse(Config, needs=NEEDS)
     torch.set_grad_enabled(False)
     saved = our_checkpoint(cfg.init)
     kind = saved.config.get("kind") if saved else "lm"
+    if kind == "int8":
+        raise ValueError(
+            f"{cfg.init} is int8 already, and its weights were rounded: export the model that it was made of"
+        )
     if kind == "reward":
+        if cfg.data is not None:
+            raise ValueError(f"{cfg.init} is a reward model: a receipt is made of language models, leave --data out")
         if cfg.format != "hf" or cfg.part != "policy":
             raise ValueError(f"{cfg.init} is a reward model: only --format=hf can hold it")
         export_reward_model(cfg, saved)
@@ -69,26 +109,118 @@ def our_checkpoint(spec: str) -> checkpoint.Checkpoint | None:
 
 
 def export_language_model(cfg: Config) -> None:
-    opened = open_pretrained(cfg.init, dtype=None if cfg.format == "hf" and cfg.dtype != "F32" else torch.float32)
-    model, tokenizer = opened.model, opened.tokenizer
+    plain = cfg.data is None and cfg.format == "hf" and cfg.dtype != "F32"
+    original = open_pretrained(cfg.init, dtype=None if plain else torch.float32)
+    rows = held_out_rows(cfg, original) if cfg.data else []  # before anything is written
+    with new_place(cfg) as place:
+        WRITERS[cfg.format](place, original, cfg)
+        if rows:
+            measured = measure(cfg, original, place, rows)
+            print(receipt.lines(measured))
+            receipt.check(measured, cfg.max_kl)
+            run.write_json(receipt_of(place), measured)
+
+
+@contextmanager
+def new_place(cfg: Config) -> Iterator[Path]:
+    """Where to write first: it takes the place of --out, with its receipt, unless something raises."""
+    out = Path(cfg.out).resolve()
     if cfg.format == "gguf":
-        save_gguf(cfg.out, model, cfg.dtype, tokenizer.parts())
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
+            yield Path(place) / out.name
+            receipt_of(out).unlink(missing_ok=True)  # an older one
+            os.replace(Path(place) / out.name, out)
+            if receipt_of(Path(place) / out.name).exists():
+                os.replace(receipt_of(Path(place) / out.name), receipt_of(out))
         return
+    with complete_directory(out, "config.json") as place:
+        yield place / "export"
+        for file in (place / "export").iterdir():
+            file.rename(place / file.name)
+        (place / "export").rmdir()
+
+
+def receipt_of(path: Path) -> Path:
+    return path / "receipt.json" if path.is_dir() else path.with_name(path.name + ".receipt.json")
+
+
+def write_hf_model(place: Path, original: Pretrained, cfg: Config) -> None:
+    tokenizer = original.tokenizer
     with tokenizer_files(tokenizer) as files:
         save_hf(
-            cfg.out, model, bos_id=tokenizer.bos, eos_ids=opened.stop_ids, pad_id=tokenizer.pad, files=files.iterdir(),
-            dtype=DTYPES[cfg.dtype],
+            place, original.model, bos_id=tokenizer.bos, eos_ids=original.stop_ids, pad_id=tokenizer.pad,
+            files=files.iterdir(), dtype=DTYPES[cfg.dtype],
         )  # fmt: skip
+
+
+def write_gguf(place: Path, original: Pretrained, cfg: Config) -> None:
+    save_gguf(place, original.model, cfg.dtype, original.tokenizer.parts())
+
+
+def write_int8(place: Path, original: Pretrained, cfg: Config) -> None:
+    model = quantize(copy.deepcopy(original.model), cfg.embedding)
+    about = {"kind": "int8", "model": asdict(model.config), "tokenizer": original.tokenizer.fingerprint}
+    about |= {"stop_ids": original.stop_ids, "of": original.digest}
+    with tempfile.TemporaryDirectory() as files:
+        checkpoint.save(place, stored_tensors(model), about, files=[original.tokenizer.save(files)])
+
+
+WRITERS = {"hf": write_hf_model, "gguf": write_gguf, "int8": write_int8}
+
+
+def held_out_rows(cfg: Config, original: Pretrained) -> list[np.ndarray]:
+    """At most --texts texts as token ids, spread over the held-out split or the text file, neighbours of similar length."""
+    tokenizer = original.tokenizer
+    if Path(cfg.data).is_file():
+        rows = prompts_from_text(cfg.data, tokenizer)
+    else:
+        test = TokenFile(f"{cfg.data}/test")
+        check_fingerprint(test.fingerprint, tokenizer.fingerprint, test.path)
+        rows = [test[i] for i in range(len(test))]
+    rows = [row[: original.model.config.context] for row in rows if len(row) > 1]
+    if not rows:
+        raise ValueError(f"{cfg.data} has no text that is longer than one token")
+    chosen = np.linspace(0, len(rows) - 1, min(cfg.texts, len(rows))).astype(np.int64)
+    return sorted((rows[i] for i in chosen), key=len)
+
+
+def measure(cfg: Config, original: Pretrained, place: Path, rows: list[np.ndarray]) -> dict:
+    """The receipt of what was written at `place`, opened again."""
+    tokenizer, exported = original.tokenizer, open_pretrained(place)
+    models = {"before": original.model.eval(), "after": exported.model.eval()}
+
+    def batches(rows: list[np.ndarray], size: int):
+        return (pad([rows[i] for i in batch], tokenizer.pad) for batch in in_order(len(rows), size))
+
+    texts = ((x, (t := torch.arange(x.shape[1])).gt(0) & (t < n[:, None])) for x, n in batches(rows, 8))
+    measured = {"original": cfg.init, "format": cfg.format, "dtype": cfg.dtype, "text": cfg.data}
+    weights = [place] if place.is_file() else list(place.glob("*.safetensors"))
+    parameters = sum(x.numel() for x in original.model.state_dict().values())
+    measured["bytes"] = {"before": 4 * parameters, "after": sum(file.stat().st_size for file in weights)}
+    measured |= receipt.compare(models["before"], models["after"], texts)
+    if cfg.reward:
+        prompts = [row[: 1 + cfg.prompt_tokens] for row in rows if len(row) > 1 + cfg.prompt_tokens]
+        if not prompts:
+            raise ValueError(f"no text of {cfg.data} is longer than {cfg.prompt_tokens} tokens; use shorter prompts")
+        score = load_reward(cfg.reward, tokenizer, base=original, open_base=open_base)
+        measured["reward"] = receipt.reward_change(
+            models, score, list(batches(prompts, 64)), cfg.response_tokens, original.stop_ids, tokenizer.pad
+        )
+    return measured | {"tokens_per_s": receipt.decoding_speed(models, torch.from_numpy(rows[0][:8].astype(np.int64)))}
 
 
 def export_reward_model(cfg: Config, saved: checkpoint.Checkpoint) -> None:
     tokenizer = load_tokenizer(saved.path)
     reward_model = load_reward_model(cfg.init, tokenizer.fingerprint, open_base=open_base)
-    if not isinstance(reward_model, RewardModel):
+    if not isinstance(reward_model, RewardModel) or reward_model.stop_ids is not None:
         raise ValueError(
-            f"{cfg.init} reads hidden states between the layers of {saved.config['base']}; HF's sequence classifiers read "
-            "the last token of the last layer alone: train one with --trunk=full --pooling=last to export it"
+            f"{cfg.init} reads {saved.config['base']} between its layers, or without the start and the end of a text; HF's "
+            "sequence classifiers read the last token of the last layer: train one with --trunk=full --pooling=last"
         )
+    if reward_model.ensemble.members > 1:
+        raise ValueError(f"{cfg.init} has {reward_model.ensemble.members} heads; HF's classifiers have no ensembles")
+    reward_model.model.lm_head = None  # of a language-modelling loss beside the reward loss
     score, bias = reward_head(
         reward_model.head, float(reward_model.gain), float(reward_model.bias), reward_model.pooling
     )
