@@ -175,7 +175,7 @@ class Service:
         body = await self.body(request)
         prompt, response = await aside(body, self.parts, body)
         records = await self.job(self.scorer.tokens, prompt, response) if response else []
-        texts = protocol.token_texts(self.tokenizer, response) if response else []
+        texts = protocol.token_texts(self.tokenizer, response)
         keys = ("logprob", "kl", "value", "reward")
         tokens = [{"text": text} | {key: record[key] for key in keys} for text, record in zip(texts, records)]
         return reply({"tokens": tokens})

@@ -270,8 +270,8 @@ def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     stream, texts = TextStream(tokenizer, strip=True), []
     for i in ids:
         texts.append(stream.push(Token(i, None, []))[0])
-    texts[-1] += stream.flush()[0]
-    return texts
+    rest = stream.flush()[0]
+    return [*texts[:-1], texts[-1] + rest] if texts else []
 
 
 def finite(logprob: float) -> float:

@@ -1,0 +1,161 @@
+"""Random and malformed bodies: an answer always comes, never a 5xx but 503, and no row is lost."""
+
+import http.client
+import json
+import urllib.parse
+
+import pytest
+import tiny_server
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+PATHS = [
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/score",
+    "/v1/tokens",
+    "/v1/comparison/1/vote",
+    "/v1/votes/1/undo",
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    home = tiny_server.build(tmp_path_factory.mktemp("fuzzed"))
+    options = (
+        "--max_batch=4 --cache_tokens=256 --queue=20 --max_body=20000 --reward=reward.py:length --feedback=votes.sqlite"
+    )
+    with tiny_server.serving(home, *options.split()) as server:
+        yield server
+
+
+texts = st.text(max_size=20) | st.sampled_from(["<|im_end|>", "\x00", "\ud800", "�", "a" * 3000, "\u2581"])
+numbers = st.integers(-3, 40) | st.integers() | st.floats() | st.just(2**70)
+leaves = st.none() | st.booleans() | numbers | texts
+anything = st.recursive(
+    leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=3), max_leaves=8
+)
+messages = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", "<|im_start|>"]), "content": texts})
+    | anything,
+    max_size=4,
+)
+plausible = {
+    "model": st.just("lm"),
+    "prompt": texts | st.lists(texts, max_size=3) | st.lists(st.integers(-1, 400), max_size=70) | anything,
+    "messages": messages,
+    "response": texts,
+    "max_tokens": st.integers(0, 12),
+    "n": st.integers(1, 4),
+    "temperature": st.sampled_from([0, 0.01, 0.5, 1.0, 100.0]),
+    "top_p": st.floats(0, 1),
+    "top_k": st.integers(0, 400),
+    "stop": texts | st.lists(texts, max_size=5),
+    "seed": st.integers(-(2**63), 2**63),
+    "logprobs": st.booleans() | st.integers(0, 20),
+    "top_logprobs": st.integers(0, 20),
+    "echo": st.booleans(),
+    "stream": st.booleans(),
+    "stream_options": st.fixed_dictionaries({"include_usage": st.booleans()}),
+    "rater": texts,
+    "choice": st.sampled_from(["left", "right", "tie", "up"]),
+    "strength": st.integers(0, 4),
+    "seconds": st.floats(),
+    "nonce": texts,
+}
+bodies = st.fixed_dictionaries({}, optional=plausible) | st.fixed_dictionaries(
+    {}, optional={name: one | anything for name, one in plausible.items()}
+)
+
+
+def surrogates_kept(value) -> bytes:
+    return json.dumps(value).encode()  # NaN, Infinity and "\ud800" go out as they are
+
+
+raw_bodies = (
+    st.binary(max_size=50)
+    | st.builds(lambda body, cut: surrogates_kept(body)[:cut], bodies, st.integers(0, 60))
+    | st.sampled_from([b"[" * 10_000, b"9" * 5000, b'{"prompt":' * 2000, b"x" * 30_000, b'{"n": 1e999}'])
+)
+
+
+def send(server, method: str, path: str, raw: bytes, headers: dict):
+    """Status and all bytes of the answer."""
+    url = urllib.parse.urlparse(server.url)
+    connection = http.client.HTTPConnection(url.hostname, url.port, timeout=60)
+    try:
+        connection.request(method, path, raw, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    except ConnectionError:  # refused before it was read to its end
+        return 400, b"{}"
+    finally:
+        connection.close()
+
+
+def check(server, method, path, raw, headers=()):
+    status, content = send(server, method, path, raw, dict(headers))
+    assert status < 500 or status == 503, (path, raw, status, content)
+    if status == 200 and content.startswith(b"data: "):
+        *events, last = content.decode().strip().split("\n\n")
+        assert last == "data: [DONE]" and all("error" not in json.loads(event[6:]) for event in events)
+    elif content:
+        assert "error" in json.loads(content) if status >= 400 else json.loads(content)
+
+
+def fuzz(examples):
+    return settings(max_examples=examples, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+
+
+def idle(server):
+    """Nothing runs and nothing waits, and the server answers as if nothing had been."""
+    server.metric_becomes("running", 0)
+    server.metric_becomes("waiting", 0)
+    body = {"prompt": "a good film", "max_tokens": 5, "n": 4, "seed": 1}
+    assert server.request("/v1/completions", body)[0] == 200
+
+
+@pytest.mark.parametrize("examples", [40, pytest.param(1500, marks=pytest.mark.slow)])
+def test_bodies(server, examples):
+    @fuzz(examples)
+    @given(st.sampled_from(PATHS[:2] * 3 + PATHS), bodies.map(surrogates_kept) | raw_bodies)
+    def attack(path, raw):
+        check(server, "POST", path, raw)
+
+    attack()
+    idle(server)
+
+
+@pytest.mark.parametrize("examples", [20, pytest.param(300, marks=pytest.mark.slow)])
+def test_methods_paths_and_headers(server, examples):
+    words = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=12)
+
+    @fuzz(examples)
+    @given(
+        st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"]),
+        st.sampled_from([*PATHS, "/", "/health", "/metrics", "/v1/models", "/v1/comparison", "/v1/feedback/statistics"])
+        | words.map(lambda word: "/v1/" + word),
+        st.dictionaries(st.sampled_from(["Origin", "Authorization", "Content-Type", "X-A"]), words, max_size=2),
+    )
+    def attack(method, path, headers):
+        status, content = send(server, method, path, b"{}" if method != "GET" else b"", headers)
+        assert status < 500, (method, path, headers, status, content)
+
+    attack()
+    idle(server)
+
+
+def test_half_a_body_and_a_client_that_leaves(server):
+    """Cut off in the middle of the headers, of the body, of the answer."""
+    url = urllib.parse.urlparse(server.url)
+    body = json.dumps({"prompt": "a", "max_tokens": 50, "n": 4, "stream": True}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n" % len(body)
+    for sent in (head[:20], head, head + body[:10], head + body):
+        for read in (0, 1):
+            connection = http.client.HTTPConnection(url.hostname, url.port, timeout=60)
+            connection.connect()
+            connection.sock.sendall(sent)
+            if read and sent == head + body:
+                connection.sock.recv(read)
+            connection.close()
+    idle(server)

@@ -1,0 +1,379 @@
+"""The real server process, driven by the unmodified openai client and by plain HTTP."""
+
+import concurrent.futures
+import http.client
+import json
+import random
+import re
+import signal
+import socket
+import sys
+import urllib.parse
+
+import pytest
+import tiny_server
+import torch
+from tiny_server import serving
+
+import serve
+from data.tokenizer import load_tokenizer
+from model.generate import generate, row_uniforms
+from rlhf.feedback import FeedbackStore
+from rlhf.pretrained import open_pretrained
+from rlhf.serve.api import policy
+
+HELLO = [{"role": "user", "content": "a good film"}]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tiny_server.build(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="module")
+def server(home):
+    store = FeedbackStore(home / "feedback.sqlite", repeats=0.0)
+    prompt = store.add_prompt("A good film is")
+    a, b = (store.add_completion(prompt, store.add_model(name), text) for name, text in (("x", "long"), ("y", "short")))
+    store.make_comparisons([(a, b)])
+    options = "--max_batch=8 --cache_tokens=1024 --queue=60 --reward=reward.py:length --reference=lm --feedback=feedback.sqlite"
+    with serving(home, *options.split()) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return server.client()
+
+
+# ---- the openai client
+
+
+def test_models(client):
+    assert [model.id for model in client.models.list()] == ["lm"]
+    assert client.models.retrieve("lm").id == "lm"
+
+
+def test_chat(client, home):
+    answer = client.chat.completions.create(
+        model="lm", messages=HELLO, max_tokens=9, seed=1, n=3, logprobs=True, top_logprobs=2
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2] and answer.object == "chat.completion"
+    assert len({choice.message.content for choice in answer.choices}) > 1
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    tokenizer = load_tokenizer(home / "lm")
+    for choice in answer.choices:
+        assert choice.message.role == "assistant" and choice.finish_reason in ("stop", "length")
+        said = b"".join(bytes(token.bytes or ()) for token in choice.logprobs.content).decode("utf-8", "replace")
+        assert said.removeprefix(" ") == choice.message.content
+        assert all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in choice.logprobs.content)
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a good "}, {"type": "text", "text": "film"}]}]
+    again = client.chat.completions.create(model="lm", messages=parts, max_completion_tokens=9, seed=1)
+    assert again.choices[0].message.content == answer.choices[0].message.content
+    assert answer.usage.prompt_tokens == again.usage.prompt_tokens > len(tokenizer.encode("a good film"))
+
+
+def test_control_tokens_cannot_be_typed(client):
+    def count(content):
+        call = client.chat.completions.create(model="lm", messages=[{"role": "user", "content": content}], max_tokens=1)
+        return call.usage.prompt_tokens
+
+    assert count("<|im_end|>") - count("") > 5  # ten characters, not one token
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_stream_says_the_same(client, n):
+    options = dict(model="lm", messages=HELLO, max_tokens=12, seed=3, n=n, logprobs=True)
+    whole = client.chat.completions.create(**options)
+    texts, logprobs, finishes, usage = [""] * n, [[] for _ in range(n)], [None] * n, None
+    for chunk in client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}):
+        assert chunk.object == "chat.completion.chunk"
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            logprobs[choice.index] += choice.logprobs.content if choice.logprobs else []
+            finishes[choice.index] = choice.finish_reason or finishes[choice.index]
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert finishes == [choice.finish_reason for choice in whole.choices]
+    assert logprobs == [choice.logprobs.content for choice in whole.choices]
+    assert usage == whole.usage
+
+
+def test_completions_are_those_of_the_sampler(client, home):
+    """The i-th choice of a seed is the i-th sample of `sample.py` with it."""
+    opened = open_pretrained(home / "lm")
+    ids = [opened.tokenizer.start, *opened.tokenizer.encode("a good")]
+    answer = client.completions.create(
+        model="lm", prompt="a good", max_tokens=8, seed=5, n=4, temperature=0.8, top_p=0.9, extra_body={"top_k": 20}
+    )
+    out = generate(
+        opened.model, torch.tensor([ids]), torch.tensor([len(ids)]), 8, row_uniforms(5, 0, range(4), 8),
+        opened.stop_ids, opened.tokenizer.pad, 0.8, 20, 0.9,
+    )  # fmt: skip
+    for row, length, choice in zip(out.tokens, out.lengths, answer.choices):
+        expected = opened.tokenizer.decode(row[:length].tolist())
+        assert one_mark("a good" + choice.text) == one_mark(expected)
+
+
+def one_mark(text: str) -> str:
+    """How many U+FFFD broken bytes become differs between decoders."""
+    return re.sub("\ufffd+", "\ufffd", text)
+
+
+def test_echo_and_logprobs_as_an_evaluation_harness_asks(client, home):
+    """Token ids in, their log-probs out, and one more token, which the harness drops; several prompts at once."""
+    opened, prompts = open_pretrained(home / "lm"), [[7, 8, 9, 300, 11], [1, 301, 20]]
+    options = dict(model="lm", prompt=prompts, echo=True, logprobs=1, max_tokens=1, temperature=0, seed=1234)
+    for choice, ids in zip(client.completions.create(**options).choices, prompts):
+        logprobs = opened.model(torch.tensor([ids]))[0].log_softmax(-1).detach()
+        says = choice.logprobs
+        assert len(says.tokens) == len(says.token_logprobs) == len(says.top_logprobs) in (len(ids), len(ids) + 1)
+        assert says.token_logprobs[0] is None and says.top_logprobs[0] is None
+        expected = [float(logprobs[t, i]) for t, i in enumerate(ids[1:])]
+        assert says.token_logprobs[1 : len(ids)] == pytest.approx(expected, abs=1e-4)
+        best = [float(row.max()) for row in logprobs[:-1]]
+        assert [max(top.values()) for top in says.top_logprobs[1 : len(ids)]] == pytest.approx(best, abs=1e-4)
+        assert one_mark(choice.text).startswith(one_mark(opened.tokenizer.decode(ids)))
+    text = client.completions.create(model="lm", prompt="a good film", echo=True, logprobs=0, max_tokens=0).choices[0]
+    assert text.text == "a good film" and text.finish_reason == "length"
+    assert [text.text[a:b] for a, b in zip(text.logprobs.text_offset, text.logprobs.text_offset[1:] + [None])] == [
+        token.removeprefix(" ") if k == 0 else token for k, token in enumerate(text.logprobs.tokens)
+    ]
+    streamed = client.completions.create(**options | {"prompt": prompts[0]}, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed).startswith(opened.tokenizer.decode(prompts[0]))
+
+
+def test_stop_strings(client):
+    options = dict(model="lm", prompt="a good film", max_tokens=40, seed=2)
+    text = client.completions.create(**options).choices[0].text
+    stop = text[len(text) // 2 :][:3]
+    ended = client.completions.create(**options, stop=[stop, "\x00"]).choices[0]
+    assert (ended.text, ended.finish_reason) == (text[: text.find(stop)], "stop")
+    chunks = list(client.completions.create(**options, stop=stop, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == ended.text
+
+
+def test_errors_are_those_of_the_client(client, server):
+    import openai
+
+    good = dict(model="lm", prompt="a", max_tokens=1)
+    cases = [
+        (openai.NotFoundError, dict(model="gpt"), "model"),
+        (openai.BadRequestError, dict(prompt="a " * 200), "prompt"),
+        (openai.BadRequestError, dict(max_tokens=10_000), "max_tokens"),
+        (openai.BadRequestError, dict(temperature=-1), "temperature"),
+        (openai.BadRequestError, dict(temperature=1e-9), "temperature"),
+        (openai.BadRequestError, dict(top_p=0), "top_p"),
+        (openai.BadRequestError, dict(n=1000), "n"),
+        (openai.BadRequestError, dict(stop=[""]), "stop"),
+        (openai.BadRequestError, dict(prompt=[5000]), "prompt"),
+        (openai.BadRequestError, dict(prompt=[]), "prompt"),
+        (openai.BadRequestError, dict(logprobs=21), "logprobs"),
+        (openai.BadRequestError, dict(frequency_penalty=1.0), "frequency_penalty"),
+        (openai.BadRequestError, dict(seed="x"), "seed"),
+    ]
+    for kind, changes, param in cases:
+        with pytest.raises(kind) as caught:
+            client.completions.create(**good | changes)
+        assert caught.value.body["param"] == param and caught.value.body["type"] == "invalid_request_error"
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model="lm", messages=[])
+    status, _, body = server.request("/v1/completions", raw=b"{" + b" " * 300_000)
+    assert (status, body["error"]["type"]) == (413, "invalid_request_error")
+    for raw in (b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"prompt": "\\ud800"}', b'{"prompt": "a", "top_p": NaN}'):
+        assert server.request("/v1/completions", raw=raw)[0] == 400
+    assert server.request("/v1/completions")[0] == 405 and server.request("/v1/nothing")[0] == 404
+    client.completions.create(**good, extra_body={"nobody_knows": 1, "frequency_penalty": 0})
+
+
+def test_who_leaves_early_frees_the_row(client, server):
+    import openai
+
+    before = server.metric("cancelled_total")
+    stream = client.completions.create(model="lm", prompt="a", max_tokens=120, n=8, temperature=2.0, stream=True)
+    next(iter(stream))
+    stream.close()
+    server.metric_becomes("running", 0)
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.02).completions.create(
+            model="lm", prompt="a", max_tokens=120, n=60, temperature=2.0
+        )
+    server.metric_becomes("running", 0)
+    server.metric_becomes("waiting", 0)
+    assert server.metric("cancelled_total") > before
+
+
+# ---- company
+
+
+def mixed(seed: int, longest: int) -> dict:
+    rng = random.Random(seed)
+    return {
+        "prompt": " ".join(rng.choices("a good bad film story that nobody likes".split(), k=rng.randint(1, 20))),
+        "max_tokens": rng.randint(1, longest),
+        "temperature": rng.choice([0, 0.7, 1.0, 1.5]),
+        "top_p": rng.choice([1.0, 0.9]),
+        "top_k": rng.choice([0, 30]),
+        "seed": rng.randrange(5),
+        "logprobs": rng.choice([None, 2]),
+        "echo": rng.random() < 0.3,
+        "stop": rng.choice([None, ["o"], ["film", "st"]]),
+    }
+
+
+@pytest.mark.parametrize("longest", [8, pytest.param(90, marks=pytest.mark.slow)])
+def test_64_mixed_requests_get_what_they_get_alone(server, longest):
+    """To the bit: the log-probs too."""
+    assert "the same text for a seed" in server.first_line and server.request("/health")[2]["exact"] is True
+
+    def ask(body):
+        status, _, answer = server.request("/v1/completions", body)
+        assert status == 200, answer
+        return answer["choices"], answer["usage"]
+
+    bodies = [mixed(seed, longest) for seed in range(64)]
+    with concurrent.futures.ThreadPoolExecutor(64) as pool:
+        together = list(pool.map(ask, bodies))
+    assert together == [ask(body) for body in bodies]
+    assert (server.metric("running"), server.metric("waiting")) == (0, 0)
+
+
+def test_overload_is_503_and_passes(server):
+    def ask(_):
+        return server.request("/v1/completions", {"prompt": "a", "max_tokens": 12, "n": 20, "temperature": 2.0})
+
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(ask, range(12)))
+    busy = [answer for answer in answers if answer[0] == 503]
+    assert {answer[0] for answer in answers} == {200, 503}
+    assert all(headers["Retry-After"] and body["error"]["code"] == "overloaded" for _, headers, body in busy)
+    assert ask(0)[0] == 200 and server.metric("running") == server.metric("waiting") == 0
+
+
+# ---- ours
+
+
+def test_score_and_tokens(server, home):
+    asked = {"prompt": "a good", "response": " film"}
+    assert server.request("/v1/score", asked)[::2] == (200, {"score": 4.0})
+    _, _, answer = server.request("/v1/tokens", asked)
+    opened = open_pretrained(home / "lm")
+    prompt = [opened.tokenizer.start, *opened.tokenizer.encode("a good")]
+    response = opened.tokenizer.encode("film")
+    logprobs = opened.model(torch.tensor([prompt + response]))[0].log_softmax(-1).detach()
+    expected = [float(logprobs[len(prompt) - 1 + t, i]) for t, i in enumerate(response)]
+    assert [token["logprob"] for token in answer["tokens"]] == pytest.approx(expected, abs=1e-5)
+    assert "".join(token["text"] for token in answer["tokens"]) == "film"
+    assert all(token["kl"] == pytest.approx(0, abs=1e-6) and token["value"] is None for token in answer["tokens"])
+    assert [token["reward"] for token in answer["tokens"]] == [None] * (len(response) - 1) + [4.0]
+    chat = {"messages": HELLO, "response": "film"}
+    assert server.request("/v1/score", chat)[0] == 200
+    for wrong in (
+        {},
+        {"response": "x"},
+        {"prompt": "a", "messages": HELLO, "response": "x"},
+        {"prompt": "a", "response": 3},
+    ):
+        assert server.request("/v1/score", wrong)[0] == 400
+    assert server.request("/v1/score", {"prompt": "a", "response": ""})[0] == 400
+    assert server.request("/v1/tokens", {"prompt": "a", "response": ""})[2] == {"tokens": []}
+    assert server.request("/v1/tokens", {"prompt": "a " * 200, "response": "x"})[0] == 400
+
+
+def test_votes(server):
+    status, _, shown = server.request("/v1/comparison?rater=ana")
+    assert status == 200 and {shown["left"]["text"], shown["right"]["text"]} == {"long", "short"}
+    assert set(shown) == {"id", "prompt", "left", "right"}  # blind
+    vote = {"rater": "ana", "choice": "left", "strength": 2, "seconds": 1.5, "nonce": "0123456789"}
+    path = f"/v1/comparison/{shown['id']}/vote"
+    first, again = server.request(path, vote), server.request(path, vote)
+    assert first[::2] == again[::2] and first[0] == 200
+    assert server.request("/v1/comparison?rater=ana")[0] == 204
+    assert server.request("/v1/feedback/statistics")[0] == 200
+    undo = f"/v1/votes/{first[2]['vote']}/undo"
+    assert server.request(undo, {"rater": "ana"})[::2] == (200, {"undone": True})
+    assert server.request("/v1/comparison?rater=ana")[2]["id"] == shown["id"]
+    for where, body, status in (
+        (path, vote | {"nonce": "another-nonce", "choice": "both"}, 400),
+        (path, {}, 400),
+        ("/v1/comparison/999/vote", vote | {"nonce": "another-nonce"}, 404),
+        ("/v1/comparison/x/vote", vote, 404),
+        ("/v1/votes/999/undo", {"rater": "ana"}, 404),
+    ):
+        assert server.request(where, body)[0] == status, (where, body)
+    assert server.request("/v1/comparison")[0] == 400
+
+
+def test_health_metrics_and_page(server):
+    status, _, health = server.request("/health")
+    assert status == 200 and health["has"] == ["reward", "reference", "chat", "feedback"]
+    status, headers, text = server.request("/metrics")
+    assert headers["Content-Type"].startswith("text/plain") and "# TYPE plain_rlhf_requests_total counter" in text
+    status, headers, text = server.request("/")
+    assert status == 200 and headers["Content-Type"].startswith("text/html")
+    assert headers["Content-Security-Policy"] == policy(text) and "'none'" in policy("")
+
+
+def test_other_origins_and_names_are_refused(server):
+    host = urllib.parse.urlparse(server.url).netloc
+    body = {"prompt": "a", "max_tokens": 1}
+    for origin in (f"http://{host}", f"HTTP://{host.upper()}"):
+        assert server.request("/v1/completions", body, Origin=origin)[0] == 200
+    for origin in ("http://evil.example", "null", f"http://{host}.evil.example", "http://127.0.0.1:1"):
+        assert server.request("/v1/completions", body, Origin=origin)[0] == 403
+    # a name of a stranger that points to 127.0.0.1: its pages would be of "our" origin
+    assert server.request("/v1/models", Host="evil.example:80")[0] == 403
+    assert server.request("/v1/completions", body, Origin="http://evil.example", Host="evil.example")[0] == 403
+
+
+# ---- start and end
+
+
+def test_a_key_is_needed_to_be_reached_by_others(monkeypatch):
+    def main(*options):
+        monkeypatch.setattr(sys, "argv", ["serve.py", "--init=nothing", *options])
+        serve.main()
+
+    monkeypatch.delenv(serve.KEY, raising=False)
+    for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
+        with pytest.raises(ValueError, match="give a key"):
+            main(f"--host={host}")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ValueError, match="try another --port"):
+            main(f"--port={taken.getsockname()[1]}")
+    with pytest.raises(ValueError, match="less than 8 tokens"):
+        main("--cache_tokens=100")
+
+
+@pytest.mark.slow
+def test_a_key_and_workers(home):
+    import openai
+
+    with serving(home, "--host=0.0.0.0", "--workers=2", "--max_batch=4", env={"PLAIN_RLHF_KEY": "secret"}) as server:
+        server.url = server.url.replace("0.0.0.0", "127.0.0.1")
+        assert server.request("/health")[0] == server.request("/")[0] == 200
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+            assert server.request("/v1/models", **headers)[0] == 401
+        with pytest.raises(openai.AuthenticationError):
+            server.client().models.list()
+        client = server.client(api_key="secret")
+        options = dict(model="lm", prompt="a good", max_tokens=20, seed=4)
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            texts = list(pool.map(lambda _: client.completions.create(**options).choices[0].text, range(24)))
+        assert len(set(texts)) == 1  # whichever worker
+
+
+@pytest.mark.slow
+def test_running_requests_finish_when_the_server_is_told_to_stop(home):
+    with serving(home, "--max_batch=4") as server:
+        host = urllib.parse.urlparse(server.url)
+        connection = http.client.HTTPConnection(host.hostname, host.port, timeout=120)
+        body = {"prompt": "a", "max_tokens": 100, "stream": True, "temperature": 0, "seed": 1}
+        connection.request("POST", "/v1/completions", json.dumps(body))
+        answer = connection.getresponse()
+        answer.readline()
+        server.process.send_signal(signal.SIGINT)
+        events = answer.read().decode().strip().split("\n\n")
+        assert events[-1] == "data: [DONE]" and '"finish_reason":' in events[-2]
