@@ -159,6 +159,15 @@ class KVCache:
 
 
 @dataclass
+class Packed:
+    """Texts one after the other in a single row, see model/packed.py."""
+
+    sizes: list[int]  # tokens of every text that stand in the row
+    shared: list[int]  # tokens that come before them, and stand at the beginning of the text before
+    ends: Tensor | None = None  # (B,) columns of the texts' last tokens, where nobody reads the other states
+
+
+@dataclass
 class Span:
     """Where the T new tokens of a call stand, worked out once for all layers."""
 
@@ -169,6 +178,26 @@ class Span:
     rows: Tensor | None = None  # (B, 1) and
     columns: Tensor | None = None  # (B, T): where to write in the cache; None: from column 0
     end: int = 0  # columns of the cache that are attended to
+    packed: Packed | None = None  # of a packed row, B = 1 and T = all tokens
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, gqa: bool) -> Tensor:
+    """Causal attention of every text to itself: k and v (1, G, N, K), q (1, H, N, K), or (1, H, B, K) of the last tokens."""
+    last, out = packed.ends is not None, []
+    texts = zip(q.split(1 if last else packed.sizes, 2), k.split(packed.sizes, 2), v.split(packed.sizes, 2))
+    before = None
+    for (own_q, own_k, own_v), size, shared in zip(texts, packed.sizes, packed.shared):
+        mask, keys, values = None, own_k, own_v
+        if shared:
+            keys, values = (torch.cat((x[:, :, :shared], y), 2) for x, y in zip(before, (own_k, own_v)))
+            if not last:
+                mask = torch.ones(size, shared + size, dtype=torch.bool, device=q.device).tril(shared)
+        causal = mask is None and not last
+        out.append(
+            F.scaled_dot_product_attention(own_q, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
+        )
+        before = own_k, own_v
+    return torch.cat(out, 2)
 
 
 class Attention(nn.Module):
@@ -185,20 +214,25 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
-        q = self.q_proj(x).view(heads)  # (B, T, H, K)
+        ends = None if span.packed is None else span.packed.ends
+        q = self.q_proj(x if ends is None else x[:, ends]).unflatten(-1, heads[2:])  # (B, T, H, K)
         k = self.k_proj(x).view(heads)  # (B, T, G, K)
         v = self.v_proj(x).view(heads)  # (B, T, G, K)
         if self.q_norm is not None:
             dtype = self.q_norm.weight.dtype  # under autocast q and k are half, the norm's weights are not
             q, k = self.q_norm(q.to(dtype)), self.k_norm(k.to(dtype))
         if span.rope is not None:
-            q, k = rotate(q, *span.rope), rotate(k, *span.rope)
+            rope = span.rope if ends is None else [x[:, ends] for x in span.rope]
+            q, k = rotate(q, *rope), rotate(k, *span.rope)
         if span.cache is not None:
             k, v = span.cache.write(self.layer, k, v, span)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, ., K)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=span.mask, is_causal=span.mask is None, enable_gqa=self.gqa
-        )  # (B, H, T, K)
+        if span.packed is not None:
+            y = packed_attention(q, k, v, span.packed, self.gqa)  # (1, H, N, K)
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=span.mask, is_causal=span.mask is None, enable_gqa=self.gqa
+            )  # (B, H, T, K)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -225,7 +259,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, hidden: Tensor, span: Span) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), span)
+        attended = self.self_attn(self.input_layernorm(hidden), span)
+        if span.packed is not None and span.packed.ends is not None:
+            hidden = hidden[:, span.packed.ends]
+        hidden = hidden + attended
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -298,14 +335,19 @@ class Transformer(nn.Module):
             if new_lengths is not None:  # padding goes to the spare column
                 span.columns = torch.where(steps < new_lengths[:, None], span.positions, cache.max_length)
             span.mask = torch.arange(longest, device=ids.device) <= span.positions[:, None, :, None]  # (B, 1, T, end)
-        if self.config.positions == "rope":
-            # float32 at least: the angle of a late position does not fit a half
-            dtype = torch.promote_types(self.embed_tokens.weight.dtype, torch.float32)
-            frequencies = rope_frequencies(self.config, dtype, ids.device)  # (K/2,)
-            angles = span.positions[..., None, None] * frequencies  # (., T, 1, K/2)
-            cos, sin = angles.cos(), angles.sin()
-            span.rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        span.rope = self.rotations(span.positions)
         return span
+
+    def rotations(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Cosine and signed sine of RoPE at these positions, (., T) -> two of (., T, 1, K); None without RoPE."""
+        if self.config.positions != "rope":
+            return None
+        # float32 at least: the angle of a late position does not fit a half
+        dtype = torch.promote_types(self.embed_tokens.weight.dtype, torch.float32)
+        frequencies = rope_frequencies(self.config, dtype, positions.device)  # (K/2,)
+        angles = positions[..., None, None] * frequencies  # (., T, 1, K/2)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
     def embed(self, ids: Tensor, span: Span) -> Tensor:
         """(B, T) -> (B, T, D)"""
