@@ -182,6 +182,7 @@ async def serve(
     if ready is not None:
         await asyncio.to_thread(ready.wait)
     scheduler.start()
+    listener.listen(2048)  # from here on connections wait, and are not refused
     if rank == 0:
         host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
         same = "the same text for a seed, alone or in company" if scheduler.exact else "a seed's text up to rounding"
