@@ -376,14 +376,14 @@ def ranking(material: Material, scores: np.ndarray) -> dict:
 
 
 def calibration(difference: np.ndarray, clusters: np.ndarray, temperature: float) -> dict:
-    """Reliability, ECE and Brier score of sigmoid(difference / T), T = 1 and the stored one; every pair in random order.
+    """Reliability, ECE and Brier score at temperature 1 and at the stored one, in the form of arXiv:1706.04599.
 
-    Noise only ever adds to an ECE, and resampling adds noise: its interval leans upwards, and is made to reach down to the
-    estimate.
+    The probability sigmoid(|difference| / T) of the side that the model prefers, against whether people do: as in the
+    report of train_rm.py. Noise only ever adds to an ECE, and resampling adds noise: its interval leans upwards, and is
+    made to reach down to the estimate.
     """
-    first = np.random.default_rng(0).random(len(difference)) < 0.5  # is the better text named first?
-    margin = torch.from_numpy(np.where(first, difference, -difference))
-    labels = torch.from_numpy(first).double()
+    margin = torch.from_numpy(np.abs(difference))
+    labels = torch.from_numpy((difference > 0) + 0.5 * (difference == 0))
 
     def measures(probs: torch.Tensor, w: np.ndarray) -> np.ndarray:
         weights = torch.from_numpy(w)
@@ -632,7 +632,7 @@ def markdown(card: dict, plots: Sequence[str] = ()) -> str:
             ],
         ),
         table(
-            ["predicted, with temperature", "observed", "pairs"],
+            ["probability of the side it prefers, with temperature", "share where people do", "pairs"],
             [[f"{x['predicted']:.3f}", show(x["observed"]), str(x["observed"]["n"])] for x in after["reliability"]],
         ),
         "## Does it know when it is wrong?",
@@ -698,8 +698,8 @@ def draw(card: dict, out: Path) -> list[str]:
         return figure, ax
 
     figures = {}
-    figures["reliability.png"], ax = axes("Reliability", "predicted probability", "observed share")
-    ax.plot([0, 1], [0, 1], color="gray", linewidth=1)
+    figures["reliability.png"], ax = axes("Reliability", "probability of the side it prefers", "share where people do")
+    ax.plot([0.5, 1], [0.5, 1], color="gray", linewidth=1)
     for name, label in (("before", "without temperature"), ("after", "with temperature")):
         x = card["calibration"][name]
         observed = [row["observed"] for row in x["reliability"]]
