@@ -1,4 +1,4 @@
-"""Text -> token files: `python -m data.prepare vader` (rated sentences) or `python -m data.prepare text FILE`.
+"""Text -> token files: `python -m data.prepare vader` (rated sentences), `text FILE` or `preferences FILE`.
 
 Writes out/{train,validation,test,tokenizer}; data/tokens.py describes what lies in a split.
 """
@@ -21,6 +21,7 @@ import numpy as np
 
 from data import vader
 from data.fetch import fetch, sha256
+from data.preferences import read_preferences
 from data.text import SPLITS, key, split_of
 from data.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer, train_sentencepiece
 from data.tokens import FORMAT, write_token_file
@@ -53,8 +54,13 @@ def make_pairs(ratings: np.ndarray, domains: np.ndarray, count: int, seed: int) 
     return {"pair_chosen": pairs[:, 0], "pair_rejected": pairs[:, 1], "pair_gap": np.abs(gap).astype(np.float32)}
 
 
-def prepare_vader(out: Path, vocab_size: int = 2048, tokenizer_dir: Path | None = None) -> None:
-    """Rated sentences of four domains -> out/{train,validation,test,tokenizer,rules} and out/manifest.json."""
+def prepare_vader(
+    out: Path, vocab_size: int = 2048, tokenizer_dir: Path | None = None, train_domains: list[str] | None = None
+) -> None:
+    """Rated sentences of four domains -> out/{train,validation,test,tokenizer,rules} and out/manifest.json.
+
+    train_domains: the domains of the training split, none = all; validation and test always have all of them.
+    """
     made = {
         "by": "python -m data.prepare vader",
         "source": vader.SDIST,
@@ -62,12 +68,15 @@ def prepare_vader(out: Path, vocab_size: int = 2048, tokenizer_dir: Path | None 
         **({"tokenizer": load_tokenizer(tokenizer_dir).fingerprint} if tokenizer_dir else {"vocab_size": vocab_size}),
         "pairs": PAIRS,
         "recipe": RECIPE,
+        **({"train_domains": train_domains} if train_domains else {}),
     }
     if _is_prepared(out, made):
         return
     print(f"getting {vader.PACKAGE} {vader.VERSION} (cached, or with pip)", flush=True)
     sdist = fetch(vader.PACKAGE, vader.VERSION, vader.SDIST, vader.SDIST_SHA256)
     sentences, counts = vader.read_sentences(sdist)
+    if train_domains:
+        sentences = [s for s in sentences if s.split != "train" or s.domain in train_domains]
     with _building(out) as work:
         vader.write_rules(sdist, work / "rules")
         train = [s.text for s in sentences if s.split == "train"]
@@ -136,6 +145,46 @@ def prepare_text(file: Path, out: Path, tokenizer_dir: Path | None, vocab_size: 
             ids = [f"{split}/{i}" for i in range(len(texts))]
             splits[split] = write_token_file(work / split, texts, tokenizer, [file.stem], columns, ids, made)
         _finish(work, made, {file.stem: count | {s: len(t) for s, t in rows.items()}}, splits, tokenizer)
+    _report(out)
+
+
+def prepare_preferences(file: Path, out: Path, tokenizer_dir: Path | None, vocab_size: int) -> None:
+    """JSON lines with prompt, chosen, rejected -> token files whose pairs are the lines; a prompt lies in one split.
+
+    Rows 2 i and 2 i + 1 are pair i, prompt and answer joined as they are. pair_gap is the line's strength (1 where it has
+    none), and the ratings are half of it above and below 0: points within a pair, not between pairs.
+    """
+    made = {
+        "by": "python -m data.prepare preferences",
+        "source": file.name,
+        "sha256": sha256(file),
+        "tokenizer": load_tokenizer(tokenizer_dir).fingerprint if tokenizer_dir else f"trained, {vocab_size} pieces",
+        "recipe": RECIPE,
+    }
+    if _is_prepared(out, made):
+        return
+    found, same = read_preferences(file)
+    rows = {s: [row for row in found if split_of(row.prompt) == s] for s in SPLITS}
+    if missing := [s for s in SPLITS if not rows[s]]:
+        raise ValueError(f"{file}: none of its {len(found)} pairs falls into {missing[0]}; collect more prompts")
+    count = {"read": len(found) + same, "identical": same}
+    with _building(out) as work:
+        texts = {
+            s: [(p.prompt + side).replace("\u2581", "_") for p in rows[s] for side in (p.chosen, p.rejected)]
+            for s in SPLITS
+        }
+        tokenizer = make_tokenizer(texts["train"], work / "tokenizer", vocab_size, tokenizer_dir)
+        splits = {}
+        for split in SPLITS:
+            gap = np.array([p.strength for p in rows[split]], np.float32)
+            first = np.arange(0, 2 * len(gap), 2, dtype=np.int32)
+            pairs = {"pair_chosen": first, "pair_rejected": first + 1, "pair_gap": gap}
+            columns = {"domain": np.zeros(2 * len(gap), np.uint8), "rating": np.stack([gap, -gap], 1).ravel() / 2}
+            ids = [f"{split}/{i}/{side}" for i in range(len(gap)) for side in ("chosen", "rejected")]
+            splits[split] = write_token_file(
+                work / split, texts[split], tokenizer, [file.stem], columns, ids, made, pairs
+            )
+        _finish(work, made, {file.stem: count | {s: 2 * len(r) for s, r in rows.items()}}, splits, tokenizer)
     _report(out)
 
 
@@ -219,11 +268,18 @@ def main(argv: list[str] | None = None) -> None:
     jobs = parser.add_subparsers(dest="job", required=True)
     v = jobs.add_parser("vader", help="rated sentences of four domains, from PyPI", allow_abbrev=False)
     v.add_argument("--out", type=Path, default=Path("out/data/vader"), help="directory to write (%(default)s)")
+    v.add_argument(
+        "--train_domains", nargs="+", choices=list(vader.DOMAINS), metavar="DOMAIN",
+        help="train on these alone (%(choices)s); validation and test keep all",
+    )  # fmt: skip
     t = jobs.add_parser("text", help="any plain text file", allow_abbrev=False)
     t.add_argument("file", type=Path, help="UTF-8 text")
     t.add_argument("--out", type=Path, required=True, help="directory to write")
     t.add_argument("--unit", choices=["paragraph", "line"], default="paragraph", help="what one row is (%(default)s)")
-    for job in (v, t):
+    p = jobs.add_parser("preferences", help="JSON lines with prompt, chosen, rejected", allow_abbrev=False)
+    p.add_argument("file", type=Path, help="one comparison a line, prompts and answers as texts")
+    p.add_argument("--out", type=Path, required=True, help="directory to write")
+    for job in (v, t, p):
         job.add_argument(
             "--tokenizer", type=Path, help="use this tokenizer (a directory that holds one) and train none"
         )
@@ -233,7 +289,9 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--vocab_size has no effect with --tokenizer: that one is trained already")
     vocab_size = args.vocab_size or 2048
     if args.job == "vader":
-        prepare_vader(args.out, vocab_size, args.tokenizer)
+        prepare_vader(args.out, vocab_size, args.tokenizer, args.train_domains)
+    elif args.job == "preferences":
+        prepare_preferences(args.file, args.out, args.tokenizer, vocab_size)
     else:
         prepare_text(args.file, args.out, args.tokenizer, vocab_size, args.unit)
     print(f"{time.perf_counter() - STARTED:.1f} s")

@@ -17,7 +17,7 @@ from data import fetch as fetching
 from data import prepare, vader
 from data.fetch import fetch, sha256
 from data.prepare import main, make_pairs
-from data.text import SPLITS, key
+from data.text import SPLITS, key, split_of
 from data.tokenizer import load_tokenizer
 from data.tokens import TokenFile
 
@@ -95,6 +95,19 @@ def test_the_tokenizer_sees_the_training_split_alone(fake, monkeypatch):
     monkeypatch.setattr(prepare, "train_sentencepiece", lambda texts, *a: seen.extend(texts) or original(seen, *a))
     main(["vader", "--out=out", "--vocab_size=400"])
     assert seen == TokenFile("out/train").texts
+
+
+def test_training_on_some_domains_leaves_the_other_splits_alone(fake):
+    main(["vader", "--out=all", "--vocab_size=400"])
+    main(["vader", "--out=some", "--tokenizer=all", "--train_domains", "film", "news"])
+    everything, some = TokenFile("all/train"), TokenFile("some/train")
+    domains = everything.column("domain")
+    kept = [i for i in range(len(everything)) if everything.domains[domains[i]] in ("film", "news")]
+    assert 0 < len(kept) < len(everything) and some.texts == [everything.texts[i] for i in kept]
+    for split in ("validation", "test"):
+        assert [row.tolist() for row in TokenFile(f"some/{split}")] == [
+            row.tolist() for row in TokenFile(f"all/{split}")
+        ]
 
 
 def test_the_same_archive_gives_the_same_bytes(fake):
@@ -315,3 +328,35 @@ def test_the_reason_in_what_pip_says():
     assert fetching._reason("/usr/bin/python: No module named pip\n") == "/usr/bin/python: No module named pip"
     assert fetching._reason("Collecting x\nERROR: Could not install: No space left on device\n").startswith("Could not")
     assert fetching._reason("") == "it said nothing"
+
+
+# preferences
+
+
+def preferences(path: Path, count: int = 40) -> Path:
+    rows = [
+        {"prompt": f"number {i}", "chosen": " is good", "rejected": f" is bad{i}", "strength": 2} for i in range(count)
+    ]
+    rows += [rows[0] | {"chosen": " is", "strength": None}, {"prompt": "p", "chosen": "x", "rejected": "x"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_preferences_become_pairs(tmp_path, capsys):
+    main(["preferences", str(preferences(tmp_path / "p.jsonl")), f"--out={tmp_path / 'out'}", "--vocab_size=300"])
+    assert "identical" in capsys.readouterr().out
+    found = []
+    for split in ("train", "validation", "test"):
+        file = TokenFile(tmp_path / "out" / split, verify=True)
+        chosen, rejected, gap = (file.column(f"pair_{name}") for name in ("chosen", "rejected", "gap"))
+        assert (file.column("rating")[chosen] - file.column("rating")[rejected]).tolist() == gap.tolist()
+        found += [(file.texts[a], file.texts[b], float(g)) for a, b, g in zip(chosen, rejected, gap)]
+        prompts = {text.partition(" is")[0] for text in file.texts}
+        assert {split_of(prompt) for prompt in prompts} == {split}
+    expected = [(f"number {i} is good", f"number {i} is bad{i}", 2.0) for i in range(40)]
+    assert sorted(found) == sorted([*expected, ("number 0 is", "number 0 is bad0", 1.0)])
+
+
+def test_too_few_preferences(tmp_path):
+    with pytest.raises(ValueError, match="none of its 2 pairs falls into .*; collect more prompts"):
+        main(["preferences", str(preferences(tmp_path / "p.jsonl", 1)), f"--out={tmp_path / 'out'}"])
