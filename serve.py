@@ -2,7 +2,7 @@
 
 python serve.py --init=out/ppo
 python serve.py --init=out/ppo --reference=out/lm --reward=out/rm --feedback=out/feedback.sqlite
-python serve.py --init=SmolLM2-135M-Instruct --port=8080 --workers=2
+python serve.py --init=smollm2-135m-instruct --port=8080 --workers=2
 
 One process decodes all its requests together. With --workers several processes share the port: one per GPU, or each with its
 share of the cores. A request with a seed gets the same text alone or in company.

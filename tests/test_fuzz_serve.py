@@ -9,6 +9,7 @@ import tiny_server
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.slow
 PATHS = [
     "/v1/completions",
     "/v1/chat/completions",
@@ -115,9 +116,8 @@ def idle(server):
     assert server.request("/v1/completions", body)[0] == 200
 
 
-@pytest.mark.parametrize("examples", [40, pytest.param(1500, marks=pytest.mark.slow)])
-def test_bodies(server, examples):
-    @fuzz(examples)
+def test_bodies(server):
+    @fuzz(600)
     @given(st.sampled_from(PATHS[:2] * 3 + PATHS), bodies.map(surrogates_kept) | raw_bodies)
     def attack(path, raw):
         check(server, "POST", path, raw)
@@ -126,11 +126,10 @@ def test_bodies(server, examples):
     idle(server)
 
 
-@pytest.mark.parametrize("examples", [20, pytest.param(300, marks=pytest.mark.slow)])
-def test_methods_paths_and_headers(server, examples):
+def test_methods_paths_and_headers(server):
     words = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=12)
 
-    @fuzz(examples)
+    @fuzz(150)
     @given(
         st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"]),
         st.sampled_from([*PATHS, "/", "/health", "/metrics", "/v1/models", "/v1/comparison", "/v1/feedback/statistics"])
