@@ -13,6 +13,7 @@ class Preference:
     chosen: str
     rejected: str
     subset: str  # "" where the file names none
+    strength: float = 1.0  # how much better, as the file says; 1 where it does not
 
 
 def read_preferences(path: str | Path) -> tuple[list[Preference], int]:
@@ -51,4 +52,7 @@ def read_row(line: str, where: str) -> Preference:
     for name in ("chosen", "rejected"):
         if not row[name].strip():
             raise ValueError(f"{where}: {name} is empty, which no reward model can read; remove the line")
-    return Preference(row["prompt"], row["chosen"], row["rejected"], str(row.get("subset") or ""))
+    strength = row.get("strength") or 1.0
+    if not isinstance(strength, int | float) or not 0 < strength < 1e6:
+        raise ValueError(f"{where}: strength {strength!r} is no number above 0")
+    return Preference(row["prompt"], row["chosen"], row["rejected"], str(row.get("subset") or ""), float(strength))
