@@ -33,11 +33,16 @@ def accuracy(scores: np.ndarray, file: TokenFile | SomeRows) -> dict[str, float]
 
 
 def baselines(
-    train: TokenFile, test: TokenFile | SomeRows, rules: Callable[[str], float]
+    train: TokenFile, test: TokenFile | SomeRows, rules: Callable[[str], float] | None
 ) -> dict[str, dict[str, float]]:
-    """Pairwise accuracy on the test pairs: name -> {"all", "0.5", "1", "2"}. rules: text -> score, see `load_rules`."""
-    scores = {"vader": np.array([rules(text) for text in test.texts]), **learned_scores(train, test)}
-    ceilings = {name: people(*map(test.column, columns), test) for name, columns in CEILINGS.items()}
+    """Pairwise accuracy on the test pairs: name -> {"all", "0.5", "1", "2"}. rules: text -> score, see `load_rules`.
+
+    Data of preferences have neither rules (None) nor single raters, so no "vader" and no ceilings.
+    """
+    scores = {"vader": np.array([rules(text) for text in test.texts])} if rules else {}
+    scores |= learned_scores(train, test)
+    there = {name: columns for name, columns in CEILINGS.items() if test.has(*columns)}
+    ceilings = {name: people(*map(test.column, columns), test) for name, columns in there.items()}
     return {name: accuracy(row, test) for name, row in scores.items()} | ceilings
 
 

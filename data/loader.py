@@ -307,5 +307,8 @@ class SomeRows:
     def lengths(self) -> np.ndarray:
         return self.file.lengths()[self.rows]
 
+    def has(self, *names: str) -> bool:
+        return self.file.has(*names)
+
     def column(self, name: str) -> np.ndarray:
         return self._pairs[name] if name.startswith("pair_") else self.file.column(name)[self.rows]

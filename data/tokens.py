@@ -146,6 +146,9 @@ class TokenFile:
             raise ValueError(f"{self.path} has no column {name!r}; it has {', '.join(sorted(self._arrays))}")
         return self._arrays[name]
 
+    def has(self, *names: str) -> bool:
+        return {*names} <= self._arrays.keys()
+
     def domain_ids(self, names: Sequence[str]) -> list[int]:
         for name in names:
             if name not in self.domains:
