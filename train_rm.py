@@ -1,8 +1,10 @@
-"""Train the reward model on human ratings or preferences, normalise it, and report what it knows beside its baselines.
+"""Train the reward model on human ratings or preferences, normalise and calibrate it, and report what it knows.
 
 python train_rm.py --init=out/lm --data=out/data/vader --out=out/rm
 torchrun --nproc_per_node=2 train_rm.py --init=out/lm --data=out/data/vader --out=out/rm
 torchrun --nproc_per_node=2 train_rm.py --init=smollm2-135m-instruct --trunk=frozen --data=out/data/smollm2 --out=out/rm
+torchrun --nproc_per_node=2 train_rm.py --init=smollm2-135m-instruct --trunk=adapters --depth=15 --data=out/data/smollm2
+python train_rm.py --average=out/rm-a,out/rm-b --init=out/lm --data=out/data/vader --out=out/rm-mean
 """
 
 import copy
@@ -16,25 +18,42 @@ import torch
 
 from data.baselines import GAPS, accuracy, baselines
 from data.loader import (
+    PairBatch,
     PairLoader,
     PromptBatch,
     PromptLoader,
+    RatingBatch,
     RatingLoader,
     SomeRows,
     TokenFile,
     in_order,
     prompts_from_rows,
+    shard,
     spread_rows,
 )
 from data.tokenizer import check_fingerprint, load_tokenizer
 from data.vader import load_rules
 from model.generate import generate, row_uniforms
+from rlhf.actor_critic import LoRA
+from rlhf.calibration import brier_score, expected_calibration_error, fit_temperature
+from rlhf.evaluation import cluster_bootstrap
 from rlhf.frozen import FrozenStates
 from rlhf.infra import checkpoint, config, distributed, optim, run
 from rlhf.infra.metrics import Metrics, say
-from rlhf.losses import preference_loss
-from rlhf.pretrained import Pretrained, open_pretrained
-from rlhf.reward_model import Fit, RewardModel, fit_heads, head_of, text_features
+from rlhf.pretrained import Pretrained, open_base, open_pretrained
+from rlhf.reward_model import (
+    Ensemble,
+    Fit,
+    RewardModel,
+    adapted_trunk,
+    average,
+    bagged,
+    fit_heads,
+    head_of,
+    restored,
+    text_features,
+)
+from rlhf.reward_objective import Objective, Texts, reward_loss, side_by_side
 
 
 @dataclass(frozen=True)
@@ -42,16 +61,38 @@ class Config:
     init: str = "out/lm"  # language model whose trunk the reward model starts from, or reads
     data: str = "out/data/vader"  # directory made by data.prepare
     out: str = "out/rm"  # run directory: checkpoints, metrics.jsonl, report.json
-    reset: bool = False  # draw new weights in the shape of init: shows what pretraining is worth
+    labels: Literal["rating", "half_a", "half_b"] = "rating"  # mean of all raters, or of one half; all splits
+    average: tuple[str, ...] | None = None  # train nothing: the mean of these runs' weights (WARM), on init's samples
     # model
-    trunk: Literal["full", "frozen"] = "full"  # train all of it, or fit a linear head on hidden states of init
-    objective: Literal["regression", "pairs"] = "regression"  # squared error of ratings, or Bradley-Terry on pairs
-    pooling: Literal["last", "mean"] = "mean"  # hidden state that the head reads: last token's, or all tokens' mean
+    trunk: Literal["full", "frozen", "adapters"] = "full"  # train all of it; or fit a linear head on hidden states of
+    #   init; or train a LoRA adapter and a head on init
+    reset: bool = False  # draw new weights in the shape of init: shows what pretraining is worth
+    pooling: Literal["last", "mean", "attention"] = "mean"  # state that the head reads: the last token's, all tokens'
+    #   mean, or a mean weighted by one learned query
+    lora_rank: int = 16  # of the adapter
+    lora_alpha: float = 32.0  # the adapter is scaled by alpha / rank
+    lora_targets: tuple[str, ...] | None = None  # last names of the linear layers to adapt; none = all in the blocks
+    depth: int | None = None  # read the state above so many layers, and run no others; none = all, and the final norm
+    start: str | None = None  # run of --trunk=frozen on init, on the mean of --depth alone: its head is the start
+    # ensemble of heads on one trunk
+    members: int = 1  # each with its own start and its own bootstrap sample of the training rows
+    combine: Literal["mean", "min", "uncertainty"] = "mean"  # one score from theirs; mean - uncertainty_coef variance
+    uncertainty_coef: float = 0.5  # price of the members' variance
+    # objective
+    objective: Literal["regression", "pairs", "joint"] = "regression"  # squared error of ratings, Bradley-Terry on
+    #   pairs, or both on pairs
+    joint_coef: float = 1.0  # weight of the squared error beside Bradley-Terry
+    soft_labels: bool = False  # the label of a pair is how likely a rater prefers chosen (Thurstone), not 1
+    label_smoothing: float = 0.0  # the label of a pair is 1 minus this
+    margin: float = 0.0  # by how much chosen must win, per point of rating gap
+    center_coef: float = 0.0  # weight of (chosen + rejected)^2, which keeps scores near 0
+    lm_coef: float = 0.0  # weight of the language-modelling loss on the same texts, nats per token
     # frozen trunk: ridge regression of the ratings, what to read chosen by the validation split
     sentences: int | None = 1600  # at most so many training sentences, every domain with its share; none = all
     eval_sentences: int | None = 500  # at most so many of the validation and of the test split, each; none = all
     depths: tuple[int, ...] | None = None  # candidates: states above so many layers; none = 2/5 and 1/2 of them
     poolings: tuple[Literal["last", "mean"], ...] = ("mean",)  # candidates; last suffers when a text is cut off
+    features: int = 2  # at most so many of the depths x poolings are read together
     ridge: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)  # candidates: weight of the head's squared norm
     # optimisation
     epochs: float = 2.0  # passes over the training split
@@ -63,9 +104,9 @@ class Config:
     weight_decay: float = 0.1  # AdamW, on matrices alone
     grad_clip: float = 1.0  # largest global gradient norm; 0 = unclipped
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast type; bf16 and fp16 need CUDA
-    seed: int = 1  # of the head, the order of the data and the reference samples
+    seed: int = 1  # of the heads, the adapter, the order of the data, the bootstrap and the reference samples
     # normalisation: continuations by init, whose scores get mean 0 and deviation 1
-    reference_samples: int | None = None  # texts; none = 512, with a frozen trunk 64
+    reference_samples: int | None = None  # texts; none = 512, with a frozen trunk or adapters 64
     domain: str | None = "film"  # prompts from this domain alone; none = all
     prompt_tokens: int = 4  # text tokens of a prompt, after bos
     response_tokens: int = 24  # longest response, tokens
@@ -78,26 +119,50 @@ class Config:
         config.at_least(self, epochs=0, batch=1, micro_batch=1, lr=0, warmup=0, weight_decay=0, grad_clip=0, seed=0)
         config.at_least(self, reference_samples=2, prompt_tokens=1, response_tokens=1)
         config.at_least(self, log_every=1, eval_every=1, checkpoint_every=1)
-        config.at_least(self, sentences=2, eval_sentences=2)
-        for name in ("depths", "poolings", "ridge"):
+        config.at_least(self, sentences=2, eval_sentences=2, features=1, members=1, depth=1, lora_rank=1)
+        config.at_least(self, uncertainty_coef=0, joint_coef=0, margin=0, center_coef=0, lm_coef=0, label_smoothing=0)
+        for name in ("depths", "poolings", "ridge", "lora_targets", "average"):
             if getattr(self, name) == ():
                 raise ValueError(f"--{name} is empty: name at least one candidate")
         if min(self.ridge) <= 0:
             raise ValueError(f"--ridge={min(self.ridge)} must be above 0: there may be more features than sentences")
         if self.eval_every % self.log_every:
             raise ValueError(f"eval_every {self.eval_every} is not a multiple of log_every {self.log_every}")
+        if self.members == 1 and self.combine != "mean":
+            raise ValueError(f"--combine={self.combine} has no effect with --members=1; use more members")
+        if self.label_smoothing >= 0.5:
+            raise ValueError(f"--label_smoothing={self.label_smoothing} must be below 0.5, where labels say nothing")
+        if self.label_smoothing and self.soft_labels:
+            raise ValueError("--label_smoothing with --soft_labels would smooth twice; use one")
+        if self.soft_labels and self.labels != "rating":
+            raise ValueError(f"--soft_labels reads the spread of all raters, --labels={self.labels} only half of them")
+        if self.lm_coef and self.depth is not None:
+            raise ValueError(f"--lm_coef needs the last layer, --depth={self.depth} leaves it out")
+        if self.start and self.depth is None:
+            raise ValueError("--start needs the --depth that the other run reads")
+        if self.average and len(self.average) < 2:
+            raise ValueError("--average needs two runs or more")
 
 
-FULL = "reset objective pooling epochs batch micro_batch lr warmup decay weight_decay grad_clip precision log_every eval_every"
-FROZEN = ("sentences", "eval_sentences", "depths", "poolings", "ridge")
-NEEDS = dict.fromkeys([*FULL.split(), "checkpoint_every"], ("trunk", "full"))
-NEEDS |= dict.fromkeys(FROZEN, ("trunk", "frozen"))
+GRADIENT = "objective lm_coef pooling epochs batch micro_batch lr warmup decay weight_decay grad_clip precision".split()
+GRADIENT += ["log_every", "eval_every", "checkpoint_every"]
+ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets", "depth", "start")
+FROZEN = ("sentences", "eval_sentences", "depths", "poolings", "features", "ridge")
+PAIRS = ("soft_labels", "label_smoothing", "margin", "center_coef")
+NEEDS = dict.fromkeys(GRADIENT, ("trunk", ("full", "adapters"))) | dict.fromkeys(ADAPTERS, ("trunk", "adapters"))
+NEEDS |= dict.fromkeys(FROZEN, ("trunk", "frozen")) | dict.fromkeys(PAIRS, ("objective", ("pairs", "joint")))
+NEEDS |= {"reset": ("trunk", "full"), "joint_coef": ("objective", "joint")}
+NEEDS |= {"uncertainty_coef": ("combine", "uncertainty")}
+TRAINING = {*NEEDS, "trunk", "members", "combine"}  # without effect on an average
 
 
 def main() -> None:
     cfg = config.parse(Config, needs=NEEDS)
+    if cfg.average:
+        config.parse(Config, needs=dict.fromkeys(TRAINING, ("average", None)))
     dist = distributed.setup()
-    TRUNKS[cfg.trunk](cfg, dist)
+    job = average_runs if cfg.average else JOBS[cfg.trunk]
+    job(cfg, dist)
     dist.close()
 
 
@@ -108,52 +173,53 @@ def open_inputs(cfg: Config, device):
     check_fingerprint(files[0].fingerprint, tokenizer.fingerprint, files[0].path)
     base = open_pretrained(cfg.init, device)
     check_fingerprint(files[0].fingerprint, base.tokenizer.fingerprint, f"{cfg.data}, with --init={cfg.init}")
-    return (
-        base,
-        tokenizer,
-        files,
-        {"init_sha256": base.digest, "data_sha256": files[0].manifest["sha256"]["tokens.bin"]},
-    )
+    inputs = {"init_sha256": base.digest, "data_sha256": files[0].manifest["sha256"]["tokens.bin"]}
+    if cfg.labels != "rating":
+        files = [file.labelled_by(cfg.labels) for file in files]
+    return base, tokenizer, files, inputs
 
 
-# the whole trunk, by gradient descent
+# by gradient descent: the whole trunk, or an adapter on it
 
 
-def train_full(cfg: Config, dist) -> None:
+def train(cfg: Config, dist) -> None:
     precision = optim.amp(dist.device, cfg.precision)
-    base, tokenizer, (train, validation, test), inputs = open_inputs(cfg, dist.device)
-    references = reference_prompts(cfg, train, 512)
-    reward_model = build_model(cfg, base).to(dist.device)
+    base, tokenizer, files, inputs = open_inputs(cfg, dist.device)
+    references = reference_prompts(cfg, files[0])
+    reward_model = BUILDERS[cfg.trunk](cfg, base).to(dist.device)
+    if cfg.start:
+        inputs["start_sha256"] = start_at(cfg, base, reward_model)
     optimizer = optim.make_optimizer(reward_model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.95))
 
     state = run.resume(cfg.out, asdict(cfg) | inputs, reward_model, optimizer, precision.scaler, dist)
     first, spent = state["done"], state["seconds"]
 
     learner = dist.wrap(reward_model)
-    loader = LOADERS[cfg.objective](train, cfg.batch, cfg.seed, dist.rank, dist.world, base.model.config.context)
-    standard = float(np.mean(train.column("rating"))), float(np.std(train.column("rating")))
+    loader = LOADERS[cfg.objective](cfg, files[0], base.model.config.context)
+    counts = bootstrap_counts(len(loader), cfg)
+    objective = objective_of(cfg, files[0])
     total = int(cfg.epochs * loader.order.steps_per_epoch)
     if total < 1:
         raise ValueError(f"epochs {cfg.epochs} of {loader.order.steps_per_epoch} steps each is less than one step")
     log = Metrics(cfg.out, dist.is_main, first)
-    saved_as = {
-        "kind": "reward",
-        "model": asdict(base.model.config),
-        "pooling": cfg.pooling,
-        "tokenizer": tokenizer.fingerprint,
-    }
+    saved_as = description(cfg, base, tokenizer)
+
+    def save(done: int) -> None:
+        state = {"done": done, "seconds": run.seconds_used(spent)}
+        run.save(cfg.out, state, saved_as, reward_model, optimizer, precision.scaler, [tokenizer.path], dist)
 
     for step in run.steps(first, total, "rm", dist):
-        batch = [x.to(dist.device) for x in loader.batch(step)]
-        micro_batch = cfg.micro_batch or len(batch[0])
+        rows = shard(loader.order.rows(step), dist.rank, dist.world)
+        texts = Texts(*(x.to(dist.device) for x in TEXTS[cfg.objective](loader.take(rows), counts[rows])))
+        micro_batch = cfg.micro_batch or len(rows)
         loss = 0.0
-        for start in range(0, len(batch[0]), micro_batch):
-            rows = [x[start : start + micro_batch] for x in batch]
-            with dist.grad_sync(learner, on=start + micro_batch >= len(batch[0])):
+        for start in range(0, len(rows), micro_batch):
+            part = Texts(*(x[start : start + micro_batch] for x in texts))
+            with dist.grad_sync(learner, on=start + micro_batch >= len(rows)):
                 with precision.autocast():
-                    part = LOSSES[cfg.objective](learner, rows, standard).sum() / cfg.batch
-                precision.scaler.scale(part * dist.loss_scale).backward()
-            loss = loss + part.detach()
+                    part_loss = reward_loss(learner, part, cfg.objective, objective).sum() / cfg.batch
+                precision.scaler.scale(part_loss * dist.loss_scale).backward()
+            loss = loss + part_loss.detach()
         lr = optim.schedule(step, total, cfg.warmup, cfg.lr, cfg.decay)
         optim.set_lr(optimizer, lr)
         grad_norm = optim.step(optimizer, reward_model, precision.scaler, cfg.grad_clip)
@@ -162,67 +228,123 @@ def train_full(cfg: Config, dist) -> None:
         if done % cfg.log_every == 0 or done == total:
             record = {"loss/train": float(dist.sum(loss)), "grad_norm": grad_norm, "lr": lr}
             if done % cfg.eval_every == 0:
-                scores = score_rows(reward_model, validation, dist)
-                record["validation/accuracy"] = accuracy(scores, validation)["all"]
+                scores = reward_model.combined(raw_scores(reward_model, base, files[1], dist))
+                record["validation/accuracy"] = accuracy(scores.cpu().numpy(), files[1])["all"]
             log.log(step, record)
-        if done == total:
-            reward_model.normalise(reference_scores(reward_model, base, references, cfg))
-        if done % cfg.checkpoint_every == 0 or done == total:
-            state = {"done": done, "seconds": run.seconds_used(spent)}
-            run.save(cfg.out, state, saved_as, reward_model, optimizer, precision.scaler, [tokenizer.path], dist)
+        if done % cfg.checkpoint_every == 0 and done < total:
+            save(done)
 
-    report = {
-        "accuracy": accuracy(score_rows(reward_model, test, dist), test),
-        "validation": accuracy(score_rows(reward_model, validation, dist), validation),
-        "parameters": sum(p.numel() for p in reward_model.parameters()),
-    }
+    raw = [raw_scores(reward_model, base, file, dist) for file in files[1:]]
+    problem = normalise_and_calibrate(cfg, dist, reward_model, base, references, raw[0], files[1])
+    save(total)
+    trained = sum(x.numel() for x in reward_model.parameters() if x.requires_grad)
     if dist.is_main:
-        report["baselines"] = baselines(train, test, load_rules(cfg.data))
-        report["seconds"] = run.seconds_used(spent)
-        run.write_json(f"{cfg.out}/report.json", report)
-        print(accuracy_table(rows_of(report)))
-        print(f"{report['seconds']:.0f} s -> {cfg.out}")
+        write_report(cfg, reward_model, raw, files, problem, {"parameters": trained}, spent)
 
 
-def build_model(cfg: Config, base: Pretrained) -> RewardModel:
+def whole_model(cfg: Config, base: Pretrained) -> RewardModel:
     generator = torch.Generator().manual_seed(cfg.seed)
     model = copy.deepcopy(base.model).requires_grad_(True)  # whose own weights may be mapped from a file
     if cfg.reset:
         model.init_weights(generator)
-    return RewardModel(model, cfg.pooling, generator)
+    return RewardModel(model, cfg.pooling, generator, ensemble_of(cfg), language=cfg.lm_coef > 0)
 
 
-def regression(learner, batch: list[torch.Tensor], standard: tuple[float, float]) -> torch.Tensor:
-    """Half the squared error of every rating, standardised by the training split's mean and deviation: (B,)."""
-    tokens, lengths, ratings = batch
-    mean, deviation = standard
-    return (learner(tokens, lengths) - (ratings - mean) / deviation) ** 2 / 2
+def adapted_model(cfg: Config, base: Pretrained) -> RewardModel:
+    if cfg.depth is not None and cfg.depth > base.model.config.layers:
+        raise ValueError(f"--depth={cfg.depth}: {cfg.init} has {base.model.config.layers} layers")
+    generator = torch.Generator().manual_seed(cfg.seed)
+    lora = LoRA(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
+    trunk = adapted_trunk(base.model, lora, cfg.depth)
+    return RewardModel(trunk, cfg.pooling, generator, ensemble_of(cfg), base.stop_ids, cfg.lm_coef > 0)
 
 
-def pairs(learner, batch: list[torch.Tensor], standard: tuple[float, float]) -> torch.Tensor:
-    """Bradley-Terry loss of every pair (B,); both sides go through one forward."""
-    chosen, chosen_lengths, rejected, rejected_lengths, _ = batch
-    width = max(chosen.shape[1], rejected.shape[1])
-    both = torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in (chosen, rejected)])
-    scores = learner(both, torch.cat([chosen_lengths, rejected_lengths]))
-    return preference_loss(*scores.chunk(2))
+BUILDERS = {"full": whole_model, "adapters": adapted_model}
 
 
-LOADERS = {"regression": RatingLoader, "pairs": PairLoader}
-LOSSES = {"regression": regression, "pairs": pairs}
+def ensemble_of(cfg: Config) -> Ensemble:
+    return Ensemble(cfg.members, cfg.combine, cfg.uncertainty_coef)
+
+
+def description(cfg: Config, base: Pretrained, tokenizer) -> dict:
+    """The config of a checkpoint: all that is needed to build the module that its tensors fill."""
+    saved_as = {"kind": "reward", "trunk": cfg.trunk, "tokenizer": tokenizer.fingerprint} | asdict(ensemble_of(cfg))
+    if cfg.trunk == "full":
+        return saved_as | {"model": asdict(base.model.config), "pooling": cfg.pooling, "language": cfg.lm_coef > 0}
+    saved_as |= {"base": cfg.init, "base_digest": base.digest, "stop_ids": base.stop_ids}
+    if cfg.trunk == "adapters":
+        names = ("pooling", "lora_rank", "lora_alpha", "lora_targets", "depth")
+        saved_as |= {name: getattr(cfg, name) for name in names} | {"language": cfg.lm_coef > 0}
+    return saved_as
 
 
 @torch.no_grad()
-def score_rows(reward_model: RewardModel, data: TokenFile, dist, batch: int = 64) -> np.ndarray:
-    """Raw score of every row (N,), shared out over the ranks and added up again."""
-    loader = RatingLoader(data, batch, seed=0, context=reward_model.model.config.context)
-    scores = torch.zeros(len(data), dtype=torch.float64)
+def start_at(cfg: Config, base: Pretrained, reward_model: RewardModel) -> str:
+    """Start the head where a run on the frozen trunk has ended, since the adapter starts as no change; -> its checksum."""
+    saved = checkpoint.load(cfg.start)
+    pooling = "last" if cfg.pooling == "last" else "mean"  # attention starts as the mean
+    wanted = {"base_digest": base.digest, "depths": [cfg.depth], "poolings": [pooling]}
+    for name, value in wanted.items():
+        if saved.config.get(name) != value:
+            raise ValueError(f"--start={cfg.start} has {name} {saved.config.get(name)}; {value} is needed")
+    weight, bias = saved.tensors["head.weight"], saved.tensors["head.bias"]
+    if len(bias) != cfg.members:
+        raise ValueError(f"--start={cfg.start} has {len(bias)} members, this run {cfg.members}")
+    reward_model.head.weight.copy_(weight)
+    reward_model.head.bias.copy_(bias)
+    return checkpoint.digest(cfg.start)
+
+
+def rating_loader(cfg: Config, file: TokenFile, context: int) -> RatingLoader:
+    return RatingLoader(file, cfg.batch, cfg.seed, context=context)
+
+
+def pair_loader(cfg: Config, file: TokenFile, context: int) -> PairLoader:
+    return PairLoader(file, cfg.batch, cfg.seed, context=context, soft=cfg.soft_labels)
+
+
+def rated(batch: RatingBatch, counts: torch.Tensor) -> Texts:
+    tokens, lengths, ratings = (x[:, None] for x in batch)
+    return Texts(tokens, lengths, ratings, torch.ones(len(tokens)), counts)
+
+
+def paired(batch: PairBatch, counts: torch.Tensor) -> Texts:
+    sides = [(batch.chosen, batch.chosen_lengths), (batch.rejected, batch.rejected_lengths)]
+    return Texts(*side_by_side(sides), batch.ratings, batch.preference, counts)
+
+
+LOADERS = {"regression": rating_loader, "pairs": pair_loader, "joint": pair_loader}
+TEXTS = {"regression": rated, "pairs": paired, "joint": paired}
+
+
+def objective_of(cfg: Config, train: TokenFile) -> Objective:
+    ratings = train.column("rating")
+    return Objective(
+        float(np.mean(ratings)), float(np.std(ratings)), cfg.soft_labels, cfg.label_smoothing, cfg.margin,
+        cfg.center_coef, cfg.joint_coef, cfg.lm_coef,
+    )  # fmt: skip
+
+
+def bootstrap_counts(rows: int, cfg: Config) -> torch.Tensor:
+    """How often every row counts for every head, (rows, M): Poisson(1), a bootstrap sample drawn row by row (Oza &
+    Russell 2001); a single head sees all rows once.
+    """
+    if cfg.members == 1:
+        return torch.ones(rows, 1)
+    return torch.from_numpy(np.random.default_rng([cfg.seed, rows]).poisson(1.0, (rows, cfg.members))).float()
+
+
+@torch.no_grad()
+def raw_scores(reward_model, base: Pretrained, data: TokenFile, dist, batch: int = 64) -> torch.Tensor:
+    """Raw scores of every row (N, M), shared out over the ranks and added up again."""
+    loader = RatingLoader(data, batch, seed=0, context=base.model.config.context)
+    scores = torch.zeros(len(data), reward_model.ensemble.members, device=dist.device)
     by_length = data.lengths().argsort(kind="stable")  # rows of equal length share a batch: less padding
     for places in list(in_order(len(data), batch))[dist.rank :: dist.world]:
         rows = by_length[places]
         tokens, lengths, _ = loader.take(rows)
-        scores[rows] = reward_model(tokens.to(dist.device), lengths.to(dist.device)).double().cpu()
-    return dist.sum(scores).numpy()
+        scores[torch.from_numpy(rows)] = reward_model(tokens.to(dist.device), lengths.to(dist.device))
+    return dist.sum(scores)
 
 
 # a head on the frozen trunk, in closed form
@@ -232,70 +354,58 @@ def fit_frozen(cfg: Config, dist) -> None:
     """Nothing is written before the head is complete: what is interrupted starts again."""
     base, tokenizer, files, inputs = open_inputs(cfg, dist.device)
     candidates = [(depth, pooling) for depth in depths_of(cfg, base) for pooling in dict.fromkeys(cfg.poolings)]
-    references = reference_prompts(cfg, files[0], 64)
+    references = reference_prompts(cfg, files[0])
     run.begin(cfg.out, asdict(cfg) | inputs, dist)
-    if checkpoint.latest(cfg.out) and Path(cfg.out, "report.json").exists():
-        say(accuracy_table(rows_of(json.loads(Path(cfg.out, "report.json").read_text()))), dist.is_main)
+    if already_finished(cfg, dist):
         return
 
     # 1. read: pooled hidden states of some sentences of every split, at all candidate depths
     states = FrozenStates(base.model).read(depth for depth, _ in candidates)
     counts = (cfg.sentences, cfg.eval_sentences, cfg.eval_sentences)
-    chosen = [spread_rows(file, count, cfg.seed) for file, count in zip(files, counts)]
+    chosen = [some_rows(file, count, cfg.seed) for file, count in zip(files, counts)]
     features = [read_rows(states, candidates, f, rows, base.stop_ids, dist) for f, rows in zip(files, chosen)]
 
-    # 2. fit: one head per set of at most two features; the validation split decides
+    # 2. fit: one head per set of at most --features features; the validation split decides which set
     ratings = [torch.from_numpy(np.array(file.column("rating")[rows])) for file, rows in zip(files, chosen)]
-    fits = fit_heads(candidates, features[0], ratings[0], features[1], ratings[1], cfg.ridge)
-    reward_model = head_of(fits[0], states, base.stop_ids).to(dist.device)
+    fits = fit_heads(candidates, features[0], ratings[0], features[1], ratings[1], cfg.ridge, cfg.features)
+    best, columns = fits[0], [candidates.index(feature) for feature in fits[0].features]
+    if cfg.members > 1:
+        best = bagged(best, features[0][:, columns], ratings[0], cfg.members, cfg.seed)
+    reward_model = head_of(best, states, base.stop_ids, ensemble_of(cfg)).to(dist.device)
 
-    # 3. normalise, with continuations shared out over the ranks
-    scores = torch.zeros(len(references.rows))
-    mine = slice(dist.rank, None, dist.world)
-    if len(references.rows[mine]):
-        few = PromptBatch(*(x[mine] for x in references))
-        scores[mine] = reference_scores(reward_model, base, few, cfg).cpu()
-    reward_model.normalise(dist.sum(scores))
+    # 3. normalise and calibrate
+    some = [file if len(rows) == len(file) else SomeRows(file, rows) for file, rows in zip(files, chosen)]
+    raw = [head_predictions(best, x[:, columns]).to(dist.device) for x in features[1:]]
+    problem = normalise_and_calibrate(cfg, dist, reward_model, base, references, raw[0], some[1])
 
     # 4. save and report
-    train, validation, test = [
-        file if len(rows) == len(file) else SomeRows(file, rows) for file, rows in zip(files, chosen)
-    ]
     if dist.is_main:
-        depths, poolings = zip(*fits[0].features)
-        saved_as = {
-            "kind": "reward",
-            "trunk": "frozen",
-            "base": cfg.init,
-            "base_digest": base.digest,
-            "depths": depths,
-            "poolings": poolings,
-            "stop_ids": base.stop_ids,
-            "tokenizer": tokenizer.fingerprint,
-        }
+        depths, poolings = zip(*best.features)
+        saved_as = description(cfg, base, tokenizer) | {"depths": depths, "poolings": poolings}
         state = {"done": 1, "seconds": run.seconds_used()}
-        tensors = reward_model.state_dict()
-        checkpoint.save_step(cfg.out, 1, tensors, saved_as, state, files=[tokenizer.path])
-        predicted = head_predictions(fits[0], candidates, features[2])
-        report = {
-            "accuracy": accuracy(predicted, test),
-            "validation": accuracy(fits[0].predictions.numpy(), validation),
-            "parameters": sum(p.numel() for p in reward_model.parameters()),
-            "chosen": describe(fits[0], validation),
-            "candidates": [describe(fit, validation) for fit in fits],
-            "sentences": {"train": len(train), "validation": len(validation), "test": len(test)},
-            "pairs": {"validation": len(validation.column("pair_gap")), "test": len(test.column("pair_gap"))},
-            "reference_samples": len(scores),
-            "baselines": baselines(files[0], test, load_rules(cfg.data)),
-            "seconds": run.seconds_used(),
-        }
-        run.write_json(f"{cfg.out}/report.json", report)
+        checkpoint.save_step(cfg.out, 1, reward_model.state_dict(), saved_as, state, files=[tokenizer.path])
+        table = [describe(fit, some[1]) for fit in fits]
         print(f"{'validation, best first':<28}{'ridge':>8}{'error':>8}{'gap 1':>8}")
-        for row in report["candidates"][:8]:
+        for row in table[:8]:
             print(f"{row['features']:<28}{row['ridge']:8g}{row['error']:8.3f}{row['accuracy']['1']:8.3f}")
-        print(accuracy_table(rows_of(report)))
-        print(f"{len(test)} test sentences, {report['pairs']['test']} pairs; head fitted to {len(train)} sentences")
-        print(f"{report['seconds']:.0f} s -> {cfg.out}")
+        print(f"{len(some[2])} test sentences; head fitted to {len(some[0])} sentences")
+        extra = {"parameters": sum(p.numel() for p in reward_model.parameters()), "chosen": table[0]}
+        extra |= {"candidates": table, "sentences": dict(zip(("train", "validation", "test"), map(len, some)))}
+        write_report(cfg, reward_model, raw, [files[0], *some[1:]], problem, extra)
+
+
+def some_rows(file: TokenFile, count: int | None, seed: int) -> np.ndarray:
+    """`spread_rows`, but all rows in their own order, in which the file's pairs name them."""
+    return np.arange(len(file)) if count is None or count >= len(file) else spread_rows(file, count, seed)
+
+
+def already_finished(cfg: Config, dist) -> bool:
+    """A finished run stays as it is, and prints its table again."""
+    report = Path(cfg.out, "report.json")
+    if not (checkpoint.latest(cfg.out) and report.exists()):
+        return False
+    say(accuracy_table(rows_of(json.loads(report.read_text()))), dist.is_main)
+    return True
 
 
 def depths_of(cfg: Config, base: Pretrained) -> list[int]:
@@ -328,33 +438,76 @@ def read_rows(states, candidates, data: TokenFile, rows: np.ndarray, stop_ids, d
     return dist.sum(features)
 
 
-def head_predictions(fit: Fit, candidates: list, features: torch.Tensor) -> np.ndarray:
-    """Raw scores (N,) of features (N, F, D) that were read already."""
-    columns = [candidates.index(feature) for feature in fit.features]
-    return (features[:, columns].flatten(1).double() @ fit.weight + fit.constant).numpy()
+def head_predictions(fit: Fit, features: torch.Tensor) -> torch.Tensor:
+    """Raw scores (N, M) of features (N, F, D) that were read already."""
+    return (features.flatten(1).double() @ fit.weight.T + fit.constant).float()
 
 
 def describe(fit: Fit, validation) -> dict:
     names = " + ".join(f"layer {depth} {pooling}" for depth, pooling in fit.features)
-    scores = accuracy(fit.predictions.numpy(), validation)
+    scores = accuracy(fit.predictions[:, 0].numpy(), validation)
     return {"features": names, "ridge": fit.penalty, "error": fit.error, "accuracy": scores}
 
 
-TRUNKS = {"full": train_full, "frozen": fit_frozen}
+# the mean of finished runs
 
 
-# normalisation and report
+def average_runs(cfg: Config, dist) -> None:
+    base, tokenizer, files, inputs = open_inputs(cfg, dist.device)
+    saved_as, tensors = average(cfg.average)
+    check_fingerprint(files[0].fingerprint, saved_as["tokenizer"], cfg.average[0])
+    references = reference_prompts(cfg, files[0])
+    inputs["average_sha256"] = [checkpoint.digest(path) for path in cfg.average]
+    run.begin(cfg.out, asdict(cfg) | inputs, dist)
+    if already_finished(cfg, dist):
+        return
+    reward_model = restored(saved_as, tensors, cfg.average[0], dist.device, base, None, open_base)
+    raw = [raw_scores(reward_model, base, file, dist) for file in files[1:]]
+    problem = normalise_and_calibrate(cfg, dist, reward_model, base, references, raw[0], files[1])
+    if dist.is_main:
+        tensors |= {name: x.cpu() for name, x in reward_model.named_buffers() if name in tensors}
+        state = {"done": 1, "seconds": run.seconds_used()}
+        checkpoint.save_step(cfg.out, 1, tensors, saved_as, state, files=[tokenizer.path])
+        write_report(cfg, reward_model, raw, files, problem, {"averaged": list(cfg.average)})
 
 
-def reference_prompts(cfg: Config, train: TokenFile, count: int) -> PromptBatch:
+JOBS = {"full": train, "adapters": train, "frozen": fit_frozen}
+
+
+# normalisation, calibration and report
+
+
+def reference_prompts(cfg: Config, train: TokenFile) -> PromptBatch:
     """Prompts of the samples whose scores get mean 0 and deviation 1 (Ziegler et al. 2019)."""
     starts = prompts_from_rows(train, cfg.prompt_tokens, [cfg.domain] if cfg.domain else ())
-    return PromptLoader(starts, train.pad, cfg.reference_samples or count, cfg.seed).batch(0)
+    count = cfg.reference_samples or (512 if cfg.trunk == "full" else 64)
+    return PromptLoader(starts, train.pad, count, cfg.seed).batch(0)
 
 
 @torch.no_grad()
-def reference_scores(reward_model, base: Pretrained, references: PromptBatch, cfg: Config) -> torch.Tensor:
-    """Raw scores of continuations sampled from the base model: (N,)."""
+def normalise_and_calibrate(
+    cfg: Config, dist, reward_model, base: Pretrained, references: PromptBatch, raw: torch.Tensor, validation
+) -> str | None:
+    """Gain and bias from the references, temperature from the pairs of the validation split, whose raw scores are given.
+
+    Returns why no temperature could be fitted, if so; it is 1 then.
+    """
+    scores = torch.zeros(len(references.rows), raw.shape[1], device=dist.device)
+    mine = slice(dist.rank, None, dist.world)
+    if len(references.rows[mine]):
+        scores[mine] = reference_scores(cfg, reward_model, base, PromptBatch(*(x[mine] for x in references)))
+    reward_model.normalise(dist.sum(scores))
+    margins = pair_margins(reward_model, raw, validation)
+    reward_model.temperature.fill_(1.0)
+    try:
+        reward_model.temperature.fill_(fit_temperature(margins, torch.ones_like(margins)))
+    except ValueError as problem:  # too good or too bad for one: a finding about the model, not a reason to lose it
+        return str(problem)
+    return None
+
+
+def reference_scores(cfg: Config, reward_model, base: Pretrained, references: PromptBatch) -> torch.Tensor:
+    """Raw scores of continuations sampled from the base model: (N, M)."""
     prompts, lengths, rows = references
     device = base.model.embed_tokens.weight.device
     uniforms = row_uniforms(cfg.seed, 0, rows.tolist(), cfg.response_tokens).to(device)
@@ -370,6 +523,63 @@ def reference_scores(reward_model, base: Pretrained, references: PromptBatch, cf
     return reward_model(samples.tokens, samples.lengths)
 
 
+def pair_margins(reward_model, raw: torch.Tensor, file) -> torch.Tensor:
+    """Score of the better rated text minus that of the other, for every pair of the split: (pairs,) float64."""
+    scores = reward_model.combined(raw).double().cpu()
+    chosen, rejected = (
+        torch.from_numpy(file.column(f"pair_{name}").astype(np.int64)) for name in ("chosen", "rejected")
+    )
+    return scores[chosen] - scores[rejected]
+
+
+def calibration(reward_model, raw: torch.Tensor, file, problem: str | None) -> dict:
+    """ECE and Brier score on the pairs of a split, at temperature 1 and at the fitted one, with 95% intervals.
+
+    In the form of arXiv:1706.04599: the probability of the side that the model prefers, against whether people do. The
+    intervals are bootstrapped over sentences, which the pairs share; resampling adds noise, which an ECE counts as error,
+    so that they are made to reach down to the value.
+    """
+    margins, temperature = pair_margins(reward_model, raw, file), float(reward_model.temperature)
+    right = (margins > 0).double() + 0.5 * (margins == 0)
+    confidence = [(margins.abs() / t).sigmoid() for t in (1.0, temperature)]
+    measures = (expected_calibration_error, brier_score)
+
+    def all_of(weights: np.ndarray) -> np.ndarray:
+        w = torch.from_numpy(weights)
+        return np.array([float(measure(p, right, weights=w)) for p in confidence for measure in measures])
+
+    sentences = np.stack([file.column("pair_chosen"), file.column("pair_rejected")], 1)
+    values, intervals = all_of(np.ones(len(margins))), cluster_bootstrap(all_of, sentences)
+    names = [(when, what) for when in ("before", "after") for what in ("ece", "brier")]
+    report = {"temperature": temperature, "pairs": len(margins), "problem": problem, "before": {}, "after": {}}
+    for (when, what), value, interval in zip(names, values, intervals):
+        report[when] |= {what: float(value), f"{what}_interval": [min(interval[0], value), interval[1]]}
+    return report
+
+
+def write_report(cfg: Config, reward_model, raw, files, problem: str | None, extra: dict, spent: float = 0.0) -> None:
+    """report.json, and the same as a table; raw are the scores (N, M) of the validation and of the test rows."""
+    train, validation, test = files
+    scores = [reward_model.combined(x).cpu().numpy() for x in raw]
+    members = [accuracy(x.cpu().numpy(), test) for x in raw[1].T]
+    report = {
+        "accuracy": accuracy(scores[1], test),
+        "validation": accuracy(scores[0], validation),
+        "members": members if len(members) > 1 else [],
+        "calibration": calibration(reward_model, raw[1], test, problem),
+        "baselines": baselines(train, test, load_rules(cfg.data) if Path(cfg.data, "rules").is_dir() else None),
+        "sentences": {"train": len(train), "validation": len(validation), "test": len(test)},
+        "pairs": {"validation": len(validation.column("pair_gap")), "test": len(test.column("pair_gap"))},
+        "peak_memory_gb": run.peak_memory_gb(raw[0].device),
+        **extra,
+        "seconds": run.seconds_used(spent),
+    }
+    run.write_json(f"{cfg.out}/report.json", report)
+    print(accuracy_table(rows_of(report)))
+    print(calibration_line(report["calibration"]))
+    print(f"{report['seconds']:.0f} s -> {cfg.out}")
+
+
 def rows_of(report: dict) -> dict[str, dict[str, float]]:
     return {"reward model": report["accuracy"], **report["baselines"]}
 
@@ -379,6 +589,16 @@ def accuracy_table(rows: dict[str, dict[str, float]]) -> str:
     head = f"{'test accuracy, rating gap':<28}" + "".join(f"{gap:>8}" for gap in GAPS)
     lines = [f"{name:<28}" + "".join(f"{row[gap]:8.3f}" for gap in GAPS) for name, row in rows.items()]
     return "\n".join([head, *lines])
+
+
+def calibration_line(report: dict) -> str:
+    def shown(what: str) -> str:
+        before, after = report["before"], report["after"]
+        low, high = after[f"{what}_interval"]
+        return f"{before[what]:.3f} -> {after[what]:.3f} [{low:.3f}, {high:.3f}]"
+
+    line = f"calibration on {report['pairs']} test pairs: ECE {shown('ece')}, Brier {shown('brier')}"
+    return f"{line}, temperature {report['temperature']:.3f}" + (f" ({report['problem']})" if report["problem"] else "")
 
 
 if __name__ == "__main__":

@@ -121,6 +121,8 @@ class PairBatch(NamedTuple):
     rejected: Tensor  # (B, T')
     rejected_lengths: Tensor  # (B,)
     gap: Tensor  # (B,) float32 > 0
+    ratings: Tensor  # (B, 2) float32, chosen and rejected
+    preference: Tensor  # (B,) float32: probability that a rater prefers chosen, see `thurstone`; 1 unless it is soft
 
 
 class PromptBatch(NamedTuple):
@@ -198,6 +200,16 @@ class RatingLoader:
         return self.take(shard(self.order.rows(step), self.rank, self.world))
 
 
+def thurstone(a: np.ndarray, b: np.ndarray, spread_a: np.ndarray | float, spread_b: np.ndarray | float) -> np.ndarray:
+    """How likely a rater puts the first text above the second, from mean ratings and deviations of single raters. (B,)
+
+    Phi((a - b) / sqrt(spread_a^2 + spread_b^2)): Thurstone 1927, "A law of comparative judgment", case III. Where all
+    raters agree (spread 0) it is certain.
+    """
+    spread = np.hypot(np.float64(spread_a), np.float64(spread_b))
+    return torch.special.ndtr(torch.from_numpy((np.float64(a) - b) / np.maximum(spread, 1e-6))).numpy()
+
+
 @dataclass(frozen=True, eq=False)
 class PairLoader:
     """Pairs of rows of one domain, the better rated first; a "row" of this loader is a pair."""
@@ -209,6 +221,7 @@ class PairLoader:
     world: int = 1
     context: int = 1 << 30
     bucket: bool = True
+    soft: bool = False
 
     @cached_property
     def order(self) -> Order:
@@ -222,7 +235,11 @@ class PairLoader:
     def take(self, rows: np.ndarray) -> PairBatch:
         sides = [self.file.column(name)[rows] for name in ("pair_chosen", "pair_rejected")]
         chosen, rejected = (pad([shorten(self.file[i], self.context) for i in side], self.file.pad) for side in sides)
-        return PairBatch(*chosen, *rejected, torch.from_numpy(self.file.column("pair_gap")[rows].astype(np.float32)))
+        gap, ratings = self.file.column("pair_gap")[rows], [self.file.column("rating")[side] for side in sides]
+        spread = [self.file.column("rating_std")[side] for side in sides] if self.soft else (0.0, 0.0)
+        preference = thurstone(*ratings, *spread)
+        facts = (gap, np.stack(ratings, 1), preference)
+        return PairBatch(*chosen, *rejected, *(torch.from_numpy(x.astype(np.float32)) for x in facts))
 
     def batch(self, step: int) -> PairBatch:
         return self.take(shard(self.order.rows(step), self.rank, self.world))

@@ -10,6 +10,7 @@ manifest.json   counts, dtypes, tokenizer fingerprint, sha256 of every file, how
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -148,6 +149,19 @@ class TokenFile:
 
     def has(self, *names: str) -> bool:
         return {*names} <= self._arrays.keys()
+
+    def labelled_by(self, name: str) -> TokenFile:
+        """This file as it would be if `name`, e.g. half of the raters, were its ratings: pairs turn, and ties fall out."""
+        ratings, file = self.column(name), copy.copy(self)
+        chosen, rejected = self.column("pair_chosen"), self.column("pair_rejected")
+        gap = ratings[chosen] - ratings[rejected]  # (pairs,)
+        pairs = {
+            "pair_chosen": np.where(gap > 0, chosen, rejected)[gap != 0],
+            "pair_rejected": np.where(gap > 0, rejected, chosen)[gap != 0],
+            "pair_gap": np.abs(gap)[gap != 0],
+        }
+        file._arrays = self._arrays | {"rating": ratings} | pairs
+        return file
 
     def domain_ids(self, names: Sequence[str]) -> list[int]:
         for name in names:

@@ -102,6 +102,15 @@ def preference_loss(
     return -p * F.logsigmoid(difference) - (1 - p) * F.logsigmoid(-difference)
 
 
+def centring_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """(chosen + rejected)^2: keeps the level of the rewards, which the preference loss leaves free, near 0. (B,) -> (B,)
+
+    Eisenstein et al. 2023 (arXiv:2312.09244), eq. 2; the center_rewards_coefficient of TRL's RewardTrainer weighs it.
+    """
+    _same_shape(chosen=chosen, rejected=rejected)
+    return (chosen + rejected) ** 2
+
+
 def dpo_loss(
     policy_chosen: Tensor,
     policy_rejected: Tensor,

@@ -34,11 +34,11 @@ class Sizes:
 
 
 def reward_parameters(spec: str) -> int:
-    """Numbers in the trunk of a reward model of its own; 0 for a Python function or a head on a frozen trunk."""
+    """Numbers in the trunk of a reward model of its own; 0 for a Python function or what stands on a frozen one."""
     if spec.endswith(".py") or spec.rpartition(":")[0].endswith(".py"):
         return 0
     config = checkpoint.load(spec).config
-    if config.get("trunk", "full") == "frozen":
+    if config.get("trunk", "full") != "full":
         return 0
     return trunk_parameters(stored_config(config["model"], spec))
 

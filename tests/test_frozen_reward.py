@@ -45,7 +45,7 @@ def fitted(states: FrozenStates, features=FEATURES, dtype=torch.float32) -> Froz
     model = FrozenReward(states, features, STOPS).to(dtype)
     torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(1))
     torch.nn.init.ones_(model.head.bias)
-    model.normalise(torch.tensor([3.0, -1.0, 2.5]))
+    model.normalise(torch.tensor([[3.0], [-1.0], [2.5]]))
     return model.requires_grad_(False)
 
 
@@ -159,8 +159,10 @@ def test_the_fit_finds_what_tells_the_rating():
     spread, mean = ratings.double().std(unbiased=False), ratings.double().mean()
     for fit in fits:  # the head reads plain features and gives standardised ratings
         x = unseen[:, [NAMES.index(f) for f in fit.features]].flatten(1).double()
-        torch.testing.assert_close(x @ fit.weight + fit.constant, fit.predictions)
-        assert fit.error == pytest.approx(float(((fit.predictions - (truth.double() - mean) / spread) ** 2).mean()))
+        torch.testing.assert_close(x @ fit.weight.T + fit.constant, fit.predictions)
+        assert fit.error == pytest.approx(
+            float(((fit.predictions[:, 0] - (truth.double() - mean) / spread) ** 2).mean())
+        )
 
 
 def test_validation_decides_which_head_and_never_how_it_looks():
@@ -204,7 +206,8 @@ def test_what_is_saved_scores_the_same_when_loaded(tmp_path):
     base = Base(small_model("llama", torch.float32))
     model, texts = fitted(FrozenStates(base.model)), batch(TEXTS)
     path = saved(model, tmp_path / "rm")
-    assert checkpoint.load(path).tensors.keys() == {"head.weight", "head.bias", "gain", "bias"}  # and no trunk
+    normalisation = {"gain", "bias", "member_gain", "member_bias", "temperature"}
+    assert checkpoint.load(path).tensors.keys() == {"head.weight", "head.bias"} | normalisation  # and no trunk
     wanted = model.score(*texts)
     frozen = FrozenStates(base.model).read([0])
     opened = []

@@ -11,6 +11,7 @@ from reference import batches, close
 
 from rlhf.losses import (
     approx_kl,
+    centring_loss,
     clip_fraction,
     dpo_loss,
     next_token_loss,
@@ -160,6 +161,15 @@ def test_preference_loss_at_extreme_differences():
     assert torch.autograd.grad(loss.sum(), a)[0].tolist() == [-1, 0, 0, -1]
 
 
+@given(batches(), st.floats(-5, 5))
+def test_centring_sets_the_level_that_the_preference_loss_leaves_free(batch, shift):
+    """Its best common shift c of all rewards is minus their mean, by d/dc sum (a + b + 2 c)^2 = 0."""
+    a, b = batch.row().double(), batch.row().double()
+    best = -torch.cat([a, b]).mean()
+    assert centring_loss(a + best, b + best).sum() <= centring_loss(a + shift, b + shift).sum() + 1e-9
+    close(centring_loss(a, b), [(x + y) ** 2 for x, y in zip(a.tolist(), b.tolist())])
+
+
 @pytest.mark.parametrize("smoothing", [0.05, 0.1, 0.2])
 def test_smoothing_has_its_optimum_at_a_finite_difference(smoothing):
     best = torch.tensor([math.log((1 - smoothing) / smoothing)], dtype=torch.float64).requires_grad_()
@@ -218,6 +228,7 @@ def test_gradients_of_every_loss():
     check(lambda a, b: preference_loss(a, b, label_smoothing=0.1), doubles(*pair))
     check(lambda a, b, m: preference_loss(a, b, margin=m), doubles(*pair, (5,)))
     check(lambda a, b, y: preference_loss(a, b, label=y.sigmoid()), doubles(*pair, (5,)))
+    check(centring_loss, doubles(*pair))
     for smoothing in (0.0, 0.1):
         check(lambda *x, s=smoothing: dpo_loss(*x, 0.5, s), doubles(*pair, *pair))
     check(lambda z: next_token_loss(z, tokens), doubles((3, 4, 6)))
@@ -235,6 +246,7 @@ def test_gradients_of_every_loss():
         lambda a, b: preference_loss(a, b),
         lambda a, b: preference_loss(b, b, margin=a),
         lambda a, b: preference_loss(b, b, label=a),
+        lambda a, b: centring_loss(a, b),
         lambda a, b: dpo_loss(a, a, b, b, 0.1),
     ],
 )

@@ -24,6 +24,7 @@ RUNS = {
     "lm": ("train_lm.py", LM),
     "rm": ("train_rm.py", RM),
     "rm pairs": ("train_rm.py", RM | {"objective": "pairs", "epochs": 0.1}),
+    "rm adapters": ("train_rm.py", RM | {"trunk": "adapters", "depth": 1, "members": 3, "pooling": "attention"}),
 }
 
 
@@ -35,7 +36,7 @@ def numbers(run: Path) -> list[dict]:
 
 def without_times(report: Path) -> dict:
     content = json.loads(report.read_text()) if report.exists() else {}
-    return {name: value for name, value in content.items() if name not in ("seconds", "time/total")}
+    return {name: value for name, value in content.items() if name not in ("seconds", "time/total", "peak_memory_gb")}
 
 
 def assert_equal_runs(run: Path, undisturbed: Path) -> None:
@@ -69,7 +70,7 @@ def killed_after(world, run: Path, at_least: int, command: list[str]) -> bool:
     return running.wait().code == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "rm adapters")) for n in RUNS])
 def test_killed_twice(world, tmp_path, name):
     """Once before the first checkpoint, so that it starts anew, and once in the middle."""
     script, options = RUNS[name]

@@ -1,5 +1,6 @@
 """A score belongs to its text: not to the batch it came in, the padding behind it, or the file it was loaded from."""
 
+import math
 from dataclasses import asdict
 
 import pytest
@@ -10,12 +11,12 @@ from reference_model import random_ids, small_model
 from small_rollout import reward_model
 
 from rlhf.infra import checkpoint
-from rlhf.reward_model import POOLING, RewardModel, last_token, load_reward, load_reward_model, mean_token
+from rlhf.reward_model import POOLINGS, RewardModel, last_token, load_reward, load_reward_model, mean_token
 
 ROWS, LONGEST = 8, 9
 LENGTHS = torch.tensor([1, 9, 4, 2, 7, 3, 9, 5])
 TEXTS = [row[:n].tolist() for row, n in zip(random_ids(3, ROWS, LONGEST), LENGTHS)]
-both = pytest.mark.parametrize("pooling", POOLING)
+both = pytest.mark.parametrize("pooling", POOLINGS)
 
 
 def batch(texts, width: int, junk=lambda n: torch.full((n,), 7)):
@@ -26,9 +27,11 @@ def batch(texts, width: int, junk=lambda n: torch.full((n,), 7)):
 
 
 def trained(pooling: str = "mean", dtype=torch.float32) -> RewardModel:
-    """With a gain and a bias that are not one and zero."""
+    """With a gain, a bias and a query that are not one and zero."""
     model = reward_model(dtype, pooling)
-    model.normalise(torch.tensor([3.0, -1.0, 2.5]))
+    model.normalise(torch.tensor([[3.0], [-1.0], [2.5]]))
+    if pooling == "attention":
+        torch.nn.init.normal_(model.pool.query, generator=torch.Generator().manual_seed(6), std=3.0)
     return model.requires_grad_(False)
 
 
@@ -54,11 +57,14 @@ def test_company_and_padding_change_no_score(pooling, rows, extra, seed):
 
 @both
 def test_score_by_the_definition(pooling):
-    """The head on the last hidden state or on the mean of all of them, then gain and bias; one text at a time."""
+    """The head on the last hidden state or on a mean of all of them, then gain and bias; one text at a time."""
     model = trained(pooling, torch.float64)
     for text in TEXTS:
         hidden = model.model.trunk(torch.tensor([text]))[0]  # (T, D)
         pooled = hidden[-1] if pooling == "last" else sum(hidden) / len(text)
+        if pooling == "attention":
+            weights = [math.exp(float(h @ model.pool.query) / math.sqrt(24)) for h in hidden]
+            pooled = sum(w * h for w, h in zip(weights, hidden)) / sum(weights)
         raw = sum(w * h for w, h in zip(model.head.weight[0], pooled)) + model.head.bias[0]
         tokens, lengths, mask = batch([text], LONGEST)
         assert float(model(tokens, lengths)) == pytest.approx(float(raw), abs=1e-12)
@@ -105,12 +111,12 @@ def test_the_head_starts_small_and_repeats():
 @both
 def test_normalised_scores_have_mean_0_and_deviation_1(pooling):
     model, reference = reward_model(torch.float64, pooling), batch(TEXTS, LONGEST)
-    raw = model(*reference[:2]).detach()
+    raw = model(*reference[:2]).detach()  # (ROWS, 1)
     model.normalise(raw)
     scores = model.score(*reference).detach()
     assert float(scores.mean()) == pytest.approx(0, abs=1e-6)
     assert float(scores.std(unbiased=False)) == pytest.approx(1, abs=1e-6)
-    assert torch.equal(scores.argsort(), raw.argsort())  # nobody changes places
+    assert torch.equal(scores.argsort(), raw[:, 0].argsort())  # nobody changes places
     model.normalise(raw)  # from raw scores, so doing it again changes nothing
     assert torch.equal(model.score(*reference).detach(), scores)
     assert torch.equal(model(*reference[:2]).detach(), raw)  # and training sees no gain
@@ -119,7 +125,7 @@ def test_normalised_scores_have_mean_0_and_deviation_1(pooling):
 @pytest.mark.parametrize("scores", [[2.0, 2.0, 2.0], [1.0], [float("nan"), 1.0]], ids=str)
 def test_normalising_needs_scores_that_differ(scores):
     with pytest.raises(ValueError, match=f"all {len(scores)} reference samples the same score"):
-        reward_model(torch.float32).normalise(torch.tensor(scores))
+        reward_model(torch.float32).normalise(torch.tensor(scores)[:, None])
 
 
 # ---- files
@@ -135,7 +141,11 @@ class Words:
 
 
 def saved(reward_model: RewardModel, path, **changes) -> str:
-    shape = {"model": asdict(reward_model.model.config), "pooling": reward_model.pooling}
+    shape = {
+        "model": asdict(reward_model.model.config),
+        "pooling": reward_model.pooling,
+        **asdict(reward_model.ensemble),
+    }
     checkpoint.save(path, reward_model.state_dict(), {"kind": "reward", **shape, "tokenizer": "words", **changes})
     return str(path)
 

@@ -1,0 +1,396 @@
+"""Trunks, poolings, ensembles, objectives and means of reward models: what is trained is what is loaded, and scores alike."""
+
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference_model import small_model
+from test_bad_input import refused
+from test_frozen_reward import STOPS, TEXTS, Base, batch
+from tiny import SMALL, lines
+
+from data.loader import PairLoader, thurstone
+from data.tokens import TokenFile
+from model.lora import merge
+from rlhf.actor_critic import LoRA
+from rlhf.frozen import FrozenStates
+from rlhf.infra import checkpoint
+from rlhf.infra.optim import make_optimizer
+from rlhf.pretrained import open_pretrained
+from rlhf.reward_model import (
+    POOLINGS,
+    Ensemble,
+    FrozenReward,
+    RewardModel,
+    adapted_trunk,
+    average,
+    bagged,
+    fit_heads,
+    load_reward,
+    load_reward_model,
+    restored,
+)
+from rlhf.reward_objective import Objective, Texts, reward_loss, side_by_side
+
+BASE = Base(small_model("llama", torch.float32))
+LORA = {"lora_rank": 3, "lora_alpha": 6.0, "lora_targets": None}
+
+
+class Words:
+    fingerprint = "words"
+
+
+def noisy(model, seed: int = 0):
+    """Every trainable number moved: adapters that are no longer nothing, queries that are not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for x in model.parameters():
+        if x.requires_grad:
+            x.data.add_(0.3 * torch.randn(x.shape, generator=generator))
+    return model
+
+
+def make(trunk: str, pooling: str, ensemble: Ensemble, seed: int = 0) -> tuple[torch.nn.Module, dict]:
+    """A reward model with a life behind it, normalised, and the config of its checkpoint."""
+    config = {"kind": "reward", "trunk": trunk, "tokenizer": "words"} | asdict(ensemble)
+    generator = torch.Generator().manual_seed(seed)
+    if trunk == "frozen":
+        model = FrozenReward(FrozenStates(BASE.model), [(1, "mean"), (2, pooling)], STOPS, ensemble)
+        config |= {"depths": (1, 2), "poolings": ("mean", pooling)}
+    elif trunk == "adapters":
+        depth = 1 if seed % 2 else None
+        lora = LoRA(LORA["lora_rank"], LORA["lora_alpha"], None, seed)
+        model = RewardModel(adapted_trunk(BASE.model, lora, depth), pooling, generator, ensemble, STOPS)
+        config |= LORA | {"pooling": pooling, "depth": depth}
+    else:
+        model = RewardModel(small_model("qwen2", torch.float32, seed=4), pooling, generator, ensemble)
+        config |= {"model": asdict(model.model.config), "pooling": pooling}
+    if trunk != "full":
+        config |= {"base": "smol", "base_digest": BASE.digest, "stop_ids": STOPS}
+    noisy(model, seed)
+    with torch.no_grad():
+        model.normalise(model(*batch(TEXTS)[:2]))
+    return model, config
+
+
+KINDS = [(t, p) for t in ("full", "adapters", "frozen") for p in POOLINGS if (t, p) != ("frozen", "attention")]
+COMBINED = [Ensemble(), Ensemble(3, "mean"), Ensemble(3, "min"), Ensemble(3, "uncertainty", 0.7)]
+
+
+@pytest.mark.parametrize(("trunk", "pooling"), KINDS)
+def test_a_score_is_the_same_alone_in_company_padded_and_reloaded(trunk, pooling, tmp_path):
+    scorers = []
+    for seed, ensemble in enumerate(COMBINED):
+        model, config = make(trunk, pooling, ensemble, seed)
+        model.temperature.fill_(0.8)
+        path = checkpoint.save(tmp_path / str(seed), checkpoint.trained_state(model), config)
+        loaded = load_reward_model(str(path), "words", base=BASE)
+        assert float(loaded.temperature) == pytest.approx(0.8)
+        assert trunk == "full" or not any("embed" in name for name in checkpoint.load(path).tensors)
+        scorers.append((torch.no_grad()(model.score), loaded.score, load_reward(str(path), Words(), base=BASE)))
+
+    @settings(max_examples=15)
+    @given(
+        scorers=st.sampled_from(scorers),
+        rows=st.lists(st.integers(0, len(TEXTS) - 1), min_size=1, max_size=5),
+        extra=st.integers(0, 6),
+        padding=st.integers(0, 12),
+    )
+    def check(scorers, rows, extra, padding):
+        texts = [TEXTS[row] for row in rows]
+        alone = torch.cat([scorers[0](*batch([text])) for text in texts])
+        for score in scorers:
+            together = score(*batch(texts, max(map(len, texts)) + extra, padding))
+            torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+    check()
+
+
+def test_a_checkpoint_of_before_the_ensembles(tmp_path):
+    model, config = make("full", "mean", Ensemble())
+    old = {name: x for name, x in model.state_dict().items() if "member" not in name and name != "temperature"}
+    checkpoint.save(tmp_path / "rm", old, {k: config[k] for k in ("kind", "tokenizer", "model", "pooling")})
+    loaded = load_reward_model(str(tmp_path / "rm"), "words")
+    assert torch.equal(loaded.score(*batch(TEXTS)), model.score(*batch(TEXTS)).detach())
+
+
+@pytest.mark.parametrize("changes", [{"trunk": "cut"}, {"pooling": "max"}, {"combine": "median"}], ids=str)
+def test_a_checkpoint_from_the_future(tmp_path, changes):
+    model, config = make("full", "mean", Ensemble())
+    with pytest.raises(ValueError, match="unknown here"):
+        restored(config | changes, model.state_dict(), str(tmp_path), "cpu")
+
+
+# ---- ensembles
+
+
+@pytest.mark.parametrize("ensemble", COMBINED, ids=str)
+def test_members_and_their_combination(ensemble):
+    """By the definition, in plain Python; the references end at mean 0 and deviation 1 in every way of combining."""
+    model, _ = make("full", "mean", ensemble)
+    texts = batch(TEXTS)
+    with torch.no_grad():
+        raw, members, scores = model(*texts[:2]).double(), model.member_scores(*texts), model.score(*texts)
+    assert members.shape == (len(TEXTS), ensemble.members) and scores.shape == (len(TEXTS),)
+    single = ensemble.members == 1
+    z = raw if single else (raw - raw.mean(0)) / raw.std(0, unbiased=False)
+    combined = []
+    for row in z.tolist():
+        mean = sum(row) / len(row)
+        variance = sum((x - mean) ** 2 for x in row) / len(row)
+        combined.append({"mean": mean, "min": min(row), "uncertainty": mean - 0.7 * variance}[ensemble.combine])
+    combined = torch.tensor(combined, dtype=torch.float64)
+    wanted = (combined - combined.mean()) / combined.std(unbiased=False)
+    torch.testing.assert_close(scores.double(), wanted, rtol=1e-4, atol=1e-5)
+    if ensemble.combine == "mean":
+        torch.testing.assert_close(members.mean(1), scores)
+    if ensemble.combine == "min":
+        torch.testing.assert_close(members.amin(1), scores)
+
+
+def test_bagged_heads_are_ridge_on_the_drawn_sentences():
+    """Against the same fit on the sentences written out as often as they were drawn."""
+    rng = np.random.default_rng(0)
+    train = torch.from_numpy(rng.normal(size=(30, 2, 3)))
+    ratings = train[:, 0, 0] + torch.from_numpy(rng.normal(size=30))
+    names = [(1, "mean"), (2, "mean")]
+    fit = fit_heads(names, train, ratings, train, ratings, (0.5,))[0]
+    columns = [names.index(f) for f in fit.features]
+    heads = bagged(fit, train[:, columns], ratings, 3, seed=7)
+    flat = train[:, columns].flatten(1).numpy()
+    x = (flat - flat.mean(0)) / flat.std(0)
+    y = ((ratings - ratings.mean()) / ratings.std(unbiased=False)).numpy()
+    draws = np.random.default_rng(7)
+    for weight, constant in zip(heads.weight, heads.constant):
+        rows = np.repeat(np.arange(30), draws.multinomial(30, np.full(30, 1 / 30)))
+        p = x.shape[1]
+        stacked = np.vstack([np.c_[x[rows], np.ones(30)], np.c_[math.sqrt(30 * 0.5) * np.eye(p), np.zeros(p)]])
+        solution = np.linalg.lstsq(stacked, np.concatenate([y[rows], np.zeros(p)]), rcond=None)[0]
+        np.testing.assert_allclose(flat @ weight.numpy() + float(constant), x @ solution[:-1] + solution[-1], atol=1e-9)
+
+
+# ---- objectives
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+OBJECTIVES = [
+    ("regression", Objective(0.5, 2.0)),
+    ("pairs", Objective()),
+    ("pairs", Objective(label_smoothing=0.1, margin=0.5, center_coef=0.2)),
+    ("pairs", Objective(soft=True)),
+    ("joint", Objective(0.5, 2.0, joint_coef=0.3, center_coef=0.1)),
+    ("joint", Objective(0.5, 2.0, lm_coef=0.25)),
+]
+
+
+@pytest.mark.parametrize(("kind", "o"), OBJECTIVES, ids=str)
+def test_losses_by_the_definition(kind, o):
+    """One row, one head, one number at a time."""
+    ensemble, n = Ensemble(2), 1 if kind == "regression" else 2
+    model = RewardModel(
+        small_model("llama"), "mean", torch.Generator().manual_seed(0), ensemble, language=o.lm_coef > 0
+    )
+    model = model.double()
+    rng = np.random.default_rng(0)
+    sides = [batch(TEXTS[i::n][:4])[:2] for i in range(n)]
+    tokens, lengths = side_by_side(sides)
+    ratings = torch.from_numpy(np.sort(rng.normal(size=(4, n)))[:, ::-1].copy())
+    preference, counts = torch.tensor([0.9, 0.6, 0.7, 1.0]).double(), torch.tensor([[1, 0], [2, 1], [0, 0], [1, 3.0]])
+    texts = Texts(tokens, lengths, ratings, preference, counts.double())
+    model.requires_grad_(False)
+    got = reward_loss(model, texts, kind, o)
+    for b in range(4):
+        rows = [tokens[b, s, : lengths[b, s]][None] for s in range(n)]
+        scores = [model(row, torch.tensor([row.shape[1]]))[0].tolist() for row in rows]
+        total = 0.0
+        for m in range(2):
+            r = [s[m] for s in scores]
+            square = sum((x - (float(t) - o.mean) / o.deviation) ** 2 / 2 for x, t in zip(r, ratings[b])) / n
+            loss = square
+            if kind != "regression":
+                d = r[0] - r[1] - o.margin * float(ratings[b, 0] - ratings[b, 1])
+                p = float(preference[b]) if o.soft else 1 - o.label_smoothing
+                loss = -p * math.log(sigmoid(d)) - (1 - p) * math.log(sigmoid(-d)) + o.center_coef * (r[0] + r[1]) ** 2
+                loss += o.joint_coef * square if kind == "joint" else 0.0
+            total += float(counts[b, m]) * loss / 2
+        if o.lm_coef:
+            for row in rows:
+                logprobs = model.model(row)[0].log_softmax(-1)
+                nats = [-float(logprobs[t - 1, row[0, t]]) for t in range(1, row.shape[1])]
+                total += o.lm_coef * sum(nats) / len(nats) / n
+        assert float(got[b]) == pytest.approx(total, abs=1e-10)
+
+
+def test_thurstone():
+    """Against draws of two raters."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(1.0, 0.8, 200_000), rng.normal(0.5, 1.5, 200_000)
+    got = thurstone(*(np.array([x]) for x in (1.0, 0.5, 0.8, 1.5)))
+    assert float(got[0]) == pytest.approx((a > b).mean(), abs=0.005)
+    assert thurstone(np.array([1.0, -1.0, 0.0]), np.zeros(3), 0.0, 0.0).tolist() == [1, 0, 0.5]
+
+
+def test_labels_of_half_of_the_raters(world):
+    """Pairs are those of the file, turned to what this half thinks; ties are gone; nothing else has changed."""
+    file = TokenFile(world.path / "data/train")
+    half = file.labelled_by("half_a")
+    assert half.column("rating").tolist() == file.column("half_a").tolist() and len(half) == len(file)
+    better, worse, gap = (half.column(f"pair_{name}") for name in ("chosen", "rejected", "gap"))
+    assert (gap > 0).all() and np.allclose(half.column("half_a")[better] - half.column("half_a")[worse], gap)
+    ours, theirs = (
+        {frozenset(p) for p in zip(f.column("pair_chosen").tolist(), f.column("pair_rejected").tolist())}
+        for f in (half, file)
+    )
+    ties = sum(file.column("half_a")[a] == file.column("half_a")[b] for a, b in map(tuple, theirs))
+    assert ours < theirs and len(theirs - ours) == ties > 0
+    assert file.column("rating").tolist() != half.column("rating").tolist()  # the file itself is as it was
+    loader = PairLoader(half, 8, seed=1, soft=True)
+    taken = loader.batch(0)
+    assert torch.allclose(taken.ratings[:, 0] - taken.ratings[:, 1], taken.gap) and (taken.preference >= 0.5).all()
+    assert (PairLoader(half, 8, seed=1).batch(0).preference == 1).all()
+
+
+# ---- the mean of several
+
+
+@pytest.mark.parametrize("trunk", ["full", "adapters", "frozen"])
+def test_the_mean_of_weights(trunk, tmp_path):
+    """In the mean of adapters, what they add to the base is averaged: exactly, although A and B are not."""
+    made = [make(trunk, "last", Ensemble(2), seed) for seed in (0, 2, 4)]
+    paths = [str(checkpoint.save(tmp_path / str(i), checkpoint.trained_state(m), c)) for i, (m, c) in enumerate(made)]
+    config, tensors = average(paths)
+    mean = restored(config, tensors, paths[0], "cpu", BASE)
+    if trunk == "adapters":
+        assert config["lora_rank"] == 9 and config["lora_alpha"] / config["lora_rank"] == 2
+        for model in (mean, *(m for m, _ in made)):
+            merge(model.model, "reward")
+    for name, x in mean.named_parameters():
+        theirs = [dict(m.named_parameters())[name].double() for m, _ in made]
+        torch.testing.assert_close(x.double(), sum(theirs) / 3, rtol=1e-5, atol=1e-6)
+
+
+def test_what_cannot_be_averaged(tmp_path):
+    made = [make("adapters", "mean", Ensemble(), seed) for seed in (0, 1)]
+    paths = [str(checkpoint.save(tmp_path / str(i), checkpoint.trained_state(m), c)) for i, (m, c) in enumerate(made)]
+    with pytest.raises(ValueError, match=f"depth is None in {paths[0]} and 1 in {paths[1]}"):
+        average(paths)
+    checkpoint.save(tmp_path / "lm", {"x": torch.zeros(1)}, {"kind": "lm"})
+    with pytest.raises(ValueError, match="a reward model is needed"):
+        average([paths[0], str(tmp_path / "lm")])
+
+
+# ---- the script
+
+
+def report_of(run) -> dict:
+    return json.loads((run / "report.json").read_text())
+
+
+FROZEN = dict.fromkeys(("batch", "epochs", "warmup", "log_every", "eval_every", "checkpoint_every"))
+FROZEN |= {"trunk": "frozen", "depths": 1, "members": 2, "eval_sentences": "none", "combine": "min"}
+ADAPTERS = {"trunk": "adapters", "depth": 1, "members": 2, "combine": "min"}
+
+
+def test_an_adapter_starts_at_the_ridge_heads(world, tmp_path):
+    """It starts as no change: without a learning rate the scores are those of the frozen trunk, on every split's own pairs."""
+    world.ok("train_rm.py", out=tmp_path / "head", **FROZEN)
+    out = world.ok("train_rm.py", out=tmp_path / "still", **ADAPTERS, start=tmp_path / "head", lr=0, epochs=0.3)
+    assert "calibration on" in out and "ECE" in out
+    still, head = report_of(tmp_path / "still"), report_of(tmp_path / "head")
+    assert still["accuracy"] == head["accuracy"] and still["validation"] == head["validation"]
+    assert len(still["members"]) == 2 and still["calibration"].keys() >= {"temperature", "before", "after", "pairs"}
+    tensors = checkpoint.load(tmp_path / "still").tensors
+    assert float(tensors["temperature"]) == pytest.approx(still["calibration"]["temperature"])
+    assert "model.layers.0.mlp.up_proj.lora_A.reward" in tensors
+    assert not any("embed" in name or "layers.1" in name or name.endswith("proj.weight") for name in tensors)
+
+
+@pytest.mark.slow
+def test_adapters_their_mean_and_ppo(world, tmp_path):
+    """The chain of commands: adapters on half of the raters, their mean, and policies trained on both."""
+    runs = [tmp_path / f"adapters{seed}" for seed in (1, 2)]
+    for seed, run in enumerate(runs, 1):
+        options = ADAPTERS | {"objective": "joint", "seed": seed, "pooling": "attention", "labels": "half_a"}
+        world.ok("train_rm.py", out=run, **options, epochs=0.3)
+    assert float(checkpoint.load(runs[0]).tensors["pool.query"].abs().max()) > 0
+    names = ("init", "data", "reference_samples", "response_tokens")
+    options, mean = dict.fromkeys(name for name in SMALL["train_rm.py"] if name not in names), tmp_path / "mean"
+    world.ok("train_rm.py", **options | {"out": mean, "average": f"{runs[0]},{runs[1]}"})
+    base = open_pretrained(world.path / "lm")
+    model = load_reward_model(str(mean), base.tokenizer.fingerprint, base=base)
+    assert report_of(mean)["averaged"] == [str(run) for run in runs] and model.ensemble == Ensemble(2, "min")
+    weak = {"weak_reward": "true", "iterations": 1}
+    world.ok("train_ppo.py", out=tmp_path / "ppo", reward=mean, **weak)
+    world.ok("train_ppo.py", out=tmp_path / "ppo2", reward=runs[0], layout="adapters", **weak)
+
+
+@pytest.mark.parametrize(("trunk", "pooling"), [k for k in KINDS if k[0] != "frozen"])
+def test_it_learns(trunk, pooling):
+    """Four pairs by heart, whatever is trained; and the base has not moved."""
+    before = {name: x.clone() for name, x in BASE.model.state_dict().items()}
+    model, _ = make(trunk, pooling, Ensemble(2))
+    tokens, lengths = side_by_side([batch(TEXTS[i::2])[:2] for i in range(2)])
+    texts = Texts(tokens, lengths, torch.zeros(4, 2), torch.ones(4), torch.ones(4, 2))
+    optimizer, losses = make_optimizer(model, 1e-2), []
+    for _ in range(60):
+        loss = reward_loss(model, texts, "pairs", Objective()).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.1 < losses[0]
+    assert all(torch.equal(x, before[name]) for name, x in BASE.model.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"trunk": "adapters", "depth": 1, "members": 3, "combine": "uncertainty"},
+        {"members": 2, "objective": "joint", "lm_coef": 0.1, "center_coef": 0.01},
+        {"trunk": "adapters", "objective": "pairs", "pooling": "attention", "lm_coef": 0.1},
+    ],
+    ids=str,
+)
+def test_two_processes_train_the_same(world, tmp_path, options):
+    options = options | {"epochs": 0.2 if "objective" in options else 1, "log_every": 1, "eval_every": 4}
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for run, ranks in zip(runs, (0, 2)):
+        done = world.spawn(world.command("train_rm.py", out=run, **options), ranks)
+        assert done.code == 0, done
+    rows = [lines(run / "metrics.jsonl") for run in runs]
+    assert len(rows[0]) == len(rows[1]) > 2
+    for a, b in zip(*rows):
+        assert a["loss/train"] == pytest.approx(b["loss/train"], rel=1e-3, abs=1e-5)
+    ours, theirs = (checkpoint.load(run).tensors for run in runs)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"margin": 1}, ("--margin", "no effect", "--objective=regression")),
+        ({"lora_rank": 4}, ("--lora_rank", "no effect", "--trunk=full")),
+        ({"combine": "min"}, ("--combine=min", "--members=1")),
+        ({"members": 2, "uncertainty_coef": 1}, ("--uncertainty_coef", "--combine=mean")),
+        ({"objective": "pairs", "soft_labels": "true", "label_smoothing": 0.1}, ("smooth twice",)),
+        ({"objective": "pairs", "soft_labels": "true", "labels": "half_b"}, ("spread of all raters", "half_b")),
+        ({"trunk": "adapters", "depth": 9}, ("--depth=9", "2 layers")),
+        ({"trunk": "adapters", "depth": 1, "lm_coef": 1}, ("--lm_coef", "--depth=1")),
+        ({"trunk": "adapters", "depth": 1, "start": "rm"}, ("--start=rm", "base_digest")),
+        ({"average": "rm,rm"}, ("no effect", "--average=rm,rm")),
+        ({"average": "rm"}, ("two runs",)),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit(world, tmp_path, options, words):
+    refused(world.run("train_rm.py", out=tmp_path / "out", **options), *words)
+    assert not (tmp_path / "out").exists()
