@@ -115,11 +115,10 @@ def beats_length(reward: str) -> None:
         over = found["over_length"]
         good, margin = over["low"] > 0, f"{over['value']:+.3f} [{over['low']:+.3f}, {over['high']:+.3f}]"
         source = f"{card}, {found['pairs']} pairs"
-    elif report.exists():
-        found = json.loads(report.read_text())
+    elif report.exists() and "accuracy" in (found := json.loads(report.read_text())):
         over = found["accuracy"]["all"] - found["baselines"]["length"]["all"]
         good, margin, source = over > 0, f"{over:+.3f}", str(report)
-    else:  # weights without their report: nobody has measured anything
+    else:  # weights without their report, or no reward model at all
         return
     if not good:
         raise ValueError(

@@ -335,6 +335,7 @@ def test_who_beats_length(world, tmp_path):
     card.beats_length(weak(world, tmp_path, "good", over_length=over))
     card.beats_length(weak(world, tmp_path, "reported", card=False, accuracy=dict.fromkeys(GAPS, 0.51)))
     card.beats_length("rewards.py:shorter")  # nobody measured it
+    card.beats_length(str(world.path / "lm"))  # no reward model, which is for others to say
     path = weak(world, tmp_path, "weak")
     for spec in (path, f"{path}/{checkpoint.resolve(path).name}"):  # the run, or a step of it
         with pytest.raises(
