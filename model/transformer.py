@@ -343,7 +343,7 @@ class Transformer(nn.Module):
         if self.config.positions != "rope":
             return None
         # float32 at least: the angle of a late position does not fit a half
-        dtype = torch.promote_types(self.embed_tokens.weight.dtype, torch.float32)
+        dtype = torch.promote_types(self.layers[0].input_layernorm.weight.dtype, torch.float32)
         frequencies = rope_frequencies(self.config, dtype, positions.device)  # (K/2,)
         angles = positions[..., None, None] * frequencies  # (., T, 1, K/2)
         cos, sin = angles.cos(), angles.sin()
