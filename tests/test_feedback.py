@@ -15,13 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import ROOT
 
+from data.loader import pad
+from data.tokenizer import load_tokenizer
 from rlhf.feedback import FeedbackStore, Unknown, page
 from rlhf.preferences import disagreement, majority, preference_rows
 from rlhf.raters import Judgement
+from rlhf.reward_model import load_reward_model
 
 
 def filled(path: Path, pairs: int = 4, raters: int = 1, **options) -> FeedbackStore:
@@ -440,6 +444,46 @@ def test_a_text_cannot_send_control_sequences(store):
 
     text = page(Comparison(1, "p\x1b]0;title\x07", "a\nb", "\x9b2J\u202e"))
     assert all(c.isprintable() or c == "\n" for c in text)
+
+
+# ---- the loop
+
+
+def taste_of(world, path: Path, liked: str) -> float:
+    """Train a reward model on 60 votes of a rater who likes one word; its score of " zebra" minus " film", never judged."""
+    path.mkdir()
+    store = FeedbackStore(path / "s.sqlite", repeats=0)
+    with store.transaction():
+        model = store.add_model("lm")
+        for i in range(60):
+            prompt = store.add_prompt(f"number {i} was")
+            store.make_comparison(*(store.add_completion(prompt, model, f" {w} {i}") for w in ("zebra", "film")))
+        while shown := store.next_comparison("ana"):
+            side = "left" if liked in shown.left else "right"
+            store.vote(shown.id, "ana", side, seconds=1, nonce=f"nonce {shown.id:08}")
+    store.export_jsonl(path / "p.jsonl")
+    command = ["data.prepare", "preferences", str(path / "p.jsonl"), "--tokenizer=data", f"--out={path / 'data'}"]
+    done = world.start(command).wait()
+    assert (done.code, done.err) == (0, ""), done
+    options = {"data": path / "data", "out": path / "rm", "objective": "pairs", "domain": "none", "batch": 8}
+    world.ok("train_rm.py", **options, epochs=20, lr=0.003, prompt_tokens=2)
+    report = json.loads((path / "rm" / "report.json").read_text())
+    assert report["accuracy"]["all"] == 1 and set(report["baselines"]) == {"bow", "length"}
+
+    tokenizer = load_tokenizer(world.path / "data")
+    reward_model = load_reward_model(str(path / "rm"), tokenizer.fingerprint)
+    texts = [f"something else, {i}: it was {word}" for word in ("zebra", "film") for i in range(10)]
+    rows = [[tokenizer.start, *tokenizer.encode(text), tokenizer.eos] for text in texts]
+    tokens, lengths = pad([np.array(row) for row in rows], tokenizer.pad)
+    with torch.no_grad():
+        zebra, film = reward_model.score(tokens, lengths, None).chunk(2)
+    return float((zebra - film).mean())
+
+
+@pytest.mark.slow
+def test_votes_train_a_reward_model(world, tmp_path):
+    """From votes to scores by the documented commands: opposite tastes, opposite scores on texts that nobody judged."""
+    assert taste_of(world, tmp_path / "a", "zebra") > 0.5 and taste_of(world, tmp_path / "b", "film") < -0.5
 
 
 # ---- crash

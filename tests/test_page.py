@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import tiny_server
@@ -203,6 +205,37 @@ def test_a_lost_answer_is_asked_for_again_and_counts_once(page, home):
     press(page, "b", "1 vote")
     (vote,) = standing(home, "ben")
     assert str(vote["vote"]) == lost[0] and vote["choice"] == "right"
+
+
+@pytest.mark.slow
+def test_thirty_votes_on_the_page_and_ten_in_the_terminal(page, home, tmp_path):
+    """One rater here, one there, at one file: all forty arrive, and the export has those that decide a pair."""
+    store = FeedbackStore(home / "feedback.sqlite")
+    model = store.add_model("secret-base")
+    with store.transaction():
+        for i in range(30):
+            prompt = store.add_prompt(f"first of all {i}")
+            a, b = store.add_completion(prompt, model, f"bad {i}"), store.add_completion(prompt, model, f"good {i}")
+            store.make_comparison(a, b, raters=2, priority=1.0)
+    page.click("text=Compare")
+    page.fill("#rater", "eve")
+    page.press("#rater", "Enter")
+    page.wait_for_selector("#comparison:visible")
+    for number in range(1, 31):
+        assert "first of all" in page.text_content("#prompt")
+        press(
+            page,
+            "a" if "good" in page.text_content("#left") else "b",
+            f"Stored: {'AB'['good' in page.text_content('#right')]} is better. {number} vote",
+        )
+    command = [sys.executable, "-m", "rlhf.feedback", f"--store={store.path}", "--rater=dan"]
+    done = subprocess.run(command, input="a" * 10, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (len(standing(home, "eve")), len(standing(home, "dan"))) == (30, 10)
+    store.export_jsonl(tmp_path / "p.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    ours = [row for row in rows if row["prompt"].startswith("first of all")]
+    assert len(ours) >= 20 and all(row["chosen"].startswith("good") for row in ours)
 
 
 @pytest.mark.slow
