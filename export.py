@@ -15,7 +15,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.loader import in_order, pad, prompts_from_text
+from data.loader import PromptLoader, SentenceLoader, in_order, pad, prompts_from_rows, prompts_from_text
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer, write_hf
 from data.tokens import TokenFile
+from model.generate import generate, row_uniforms
 from model.gguf import save_gguf
 from model.hf import complete_directory, reward_head, save_hf
 from model.lora import load_adapter, save_peft
@@ -33,6 +34,7 @@ from model.quantize import quantize, stored_tensors
 from model.transformer import Transformer
 from rlhf import receipt
 from rlhf.actor_critic import PREFIX, STORED, policy_adapter, tuned_model
+from rlhf.distill import distill, drop_layers, layer_distances
 from rlhf.infra import checkpoint, config, run
 from rlhf.language_model import new_transformer
 from rlhf.pretrained import Pretrained, open_base, open_pretrained
@@ -59,8 +61,19 @@ class Config:
     response_tokens: int = 24  # longest response, tokens
     max_kl: float = 0.02  # largest KL(original || export) that is written, nats per token
 
+    # structured pruning, before any of hf, gguf and int8: the neighbouring layers that turn the hidden states least
+    drop_layers: int | None = None  # layers to leave out; what is left learns the original's distribution again
+    distill_steps: int = 200  # steps of that, in turns on the data's texts and on the original's own; 0 = none
+    distill_batch: int = 32  # texts per step
+    distill_lr: float = 3e-4  # peak learning rate; warm-up, then linearly down to 0
+
     def __post_init__(self):
         config.at_least(self, texts=1, prompt_tokens=1, response_tokens=1, max_kl=0)
+        config.at_least(self, drop_layers=1, distill_steps=0, distill_batch=1, distill_lr=0)
+        if self.drop_layers and (self.data is None or not Path(self.data).is_dir()):
+            raise ValueError(
+                "--drop_layers learns from a training split: give --data=, a directory made by data.prepare"
+            )
         possible = {"hf": ("F32", "F16", "BF16"), "gguf": ("F32", "F16", "Q8_0")}.get(self.format, ("F32",))
         if self.dtype not in possible:
             raise ValueError(f"--format={self.format} has no {self.dtype}; choose from {', '.join(possible)}")
@@ -75,7 +88,8 @@ class Config:
 
 
 NEEDS = {"embedding": ("format", "int8"), "texts": ("data", ...), "reward": ("data", ...), "max_kl": ("data", ...)}
-NEEDS |= dict.fromkeys(("prompt_tokens", "response_tokens"), ("reward", ...))
+NEEDS |= {"response_tokens": ("data", ...), "prompt_tokens": ("data", ...), "drop_layers": ("data", ...)}
+NEEDS |= dict.fromkeys(("distill_steps", "distill_batch", "distill_lr"), ("drop_layers", ...))
 
 
 def main() -> None:
@@ -113,12 +127,40 @@ def export_language_model(cfg: Config) -> None:
     original = open_pretrained(cfg.init, dtype=None if plain else torch.float32)
     rows = held_out_rows(cfg, original) if cfg.data else []  # before anything is written
     with new_place(cfg) as place:
-        WRITERS[cfg.format](place, original, cfg)
+        pruned, about = prune(cfg, original) if cfg.drop_layers else (original, {})
+        WRITERS[cfg.format](place, pruned, cfg)
         if rows:
-            measured = measure(cfg, original, place, rows)
+            measured = about | measure(cfg, original, place, rows)
             print(receipt.lines(measured))
             receipt.check(measured, cfg.max_kl)
             run.write_json(receipt_of(place), measured)
+
+
+def prune(cfg: Config, original: Pretrained) -> tuple[Pretrained, dict]:
+    """The model without --drop_layers layers, distilled; and what the receipt says of that."""
+    tokenizer, teacher, train = original.tokenizer, original.model.eval(), TokenFile(f"{cfg.data}/train")
+    check_fingerprint(train.fingerprint, tokenizer.fingerprint, train.path)
+    if cfg.drop_layers >= teacher.config.layers:
+        raise ValueError(f"--drop_layers={cfg.drop_layers} leaves none of the model's {teacher.config.layers} layers")
+    size = min(cfg.distill_batch, len(train))
+    texts = SentenceLoader(train, size, seed=1, context=teacher.config.context)
+    prompts = PromptLoader(prompts_from_rows(train, cfg.prompt_tokens), tokenizer.pad, size, seed=1)
+
+    def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if step % 2 == 0:
+            return texts.batch(step // 2)[::2]  # tokens and mask
+        starts, lengths, rows = prompts.batch(step // 2)
+        uniforms = row_uniforms(1, step, rows, cfg.response_tokens)
+        own = generate(teacher, starts, lengths, cfg.response_tokens, uniforms, original.stop_ids, tokenizer.pad)
+        return own.tokens, own.mask
+
+    distances = layer_distances(teacher, cfg.drop_layers, [texts.batch(step)[::2] for step in range(4)])
+    first = int(distances.argmin())
+    student = drop_layers(teacher, first, cfg.drop_layers)
+    print(f"without layers {first} to {first + cfg.drop_layers - 1}, which turn the hidden states least")
+    losses = distill(student, teacher, batch, cfg.distill_steps, cfg.distill_lr)
+    about = {"first": first, "layers": cfg.drop_layers, "distances": distances.tolist(), "losses": losses}
+    return replace(original, model=student), {"dropped": about}
 
 
 @contextmanager

@@ -25,6 +25,7 @@ INSIDE_FUNCTIONS = {
     "datasets",
     "accelerate",
     "jinja2",
+    "cyllama",
 }
 SOURCES = sorted(ROOT.glob("*.py")) + sorted(
     file
