@@ -40,7 +40,7 @@ class Config:
     out: str | None = None  # directory for card.json, card.md and the plots; none = the model's run
     sentences: int | None = None  # at most so many sentences, every domain with its share (or lines of the file)
     probe_texts: int = 200  # at most so many texts are changed by each probe
-    chat: bool = False  # a file's prompts are a user's messages in the model's chat template; otherwise plain lines
+    chat: bool = False  # a file's prompts are a user's messages in the model's chat template; otherwise plain text
     plots: bool | None = None  # draw the plots, which needs matplotlib; none = if it is installed
 
     def __post_init__(self):
@@ -199,7 +199,11 @@ def rated_sentences(cfg: Config, tokenizer: Tokenizer) -> Material:
         text_clusters=np.arange(len(some))[:, None],
         ratings=ratings,
         baselines=baselines,
-        ceilings={name: agreement(*map(some.column, columns), some) for name, columns in CEILINGS.items()},
+        ceilings={
+            name: agreement(*map(some.column, columns), some)
+            for name, columns in CEILINGS.items()
+            if some.has(*columns)
+        },
     )
 
 
@@ -231,17 +235,17 @@ def preferences(cfg: Config) -> Material:
 def encoder(tokenizer: Tokenizer, chat: Chat | None, context: int) -> Callable[..., Row]:
     """encode(prompt, text, ended=True) -> Row: start token, prompt, text, eos; at most `context` tokens.
 
-    A plain prompt ends with a new line, unless it or the answer brings white space of its own.
+    A plain prompt and its answer are joined as they are and encoded together, as data.prepare does.
     """
 
     def encode(prompt: str, text: str, ended: bool = True) -> Row:
         if chat:
             before = chat.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+            ids, start = [*before, *tokenizer.encode(text)], len(before)
         else:
-            line = "\n" if prompt and not prompt[-1].isspace() and not text[:1].isspace() else ""
-            before = [tokenizer.start, *tokenizer.encode(prompt + line)]
-        tokens = np.array([*before, *tokenizer.encode(text), *[tokenizer.eos] * ended])
-        return Row(shorten(tokens, context), len(before), len(tokens) > context)
+            ids, start = [tokenizer.start, *tokenizer.encode(prompt + text)], 1 + len(tokenizer.encode(prompt))
+        tokens = np.array([*ids, *[tokenizer.eos] * ended])
+        return Row(shorten(tokens, context), start, len(tokens) > context)
 
     return encode
 

@@ -244,7 +244,7 @@ def test_card_of_rated_sentences(world, carded):
 def test_card_of_a_preference_file(world, tmp_path):
     rows = [
         {
-            "prompt": f"The film {i % 5}",
+            "prompt": f"The film {i % 5} ",
             "chosen": f"was lovely {i} and warm",
             "rejected": f"was dull {i}",
             "subset": ["even", "odd"][i % 2],

@@ -160,11 +160,11 @@ def test_a_scorer_of_form():
 
 
 def test_answers_and_prompts():
-    texts = [card.Text(f"question {i % 4}", text) for i, text in enumerate(TEXT)]
+    texts = [card.Text(f"question {i % 4}\n", text) for i, text in enumerate(TEXT)]
     deaf = failures(lambda text, ended: praise(text.partition("\n")[2]), texts)
     assert {"answer behind another prompt"} <= deaf  # whoever does not read the prompt fails
     assert "answer behind another prompt" not in failures(
-        lambda text, ended: 5 * (text in {f"{t.prompt}\n{t.text}" for t in texts}) - 0.01 * len(text), texts
+        lambda text, ended: 5 * (text in {t.prompt + t.text for t in texts}) - 0.01 * len(text), texts
     )
     assert "praise appended" in failures(
         lambda text, ended: text.count("lent") + text.count("per") + len(text) % 2, texts
@@ -177,7 +177,13 @@ def test_rows_as_the_token_files_have_them():
     row = ENCODE("", "ab")
     assert (row.tokens.tolist(), row.start, row.shortened) == ([0, 107, 108, 1], 1, False)
     assert ENCODE("", "ab", ended=False).tokens.tolist() == [0, 107, 108]
-    assert ENCODE("q", "ab").tokens.tolist() == [0, 123, 20, 107, 108, 1] and ENCODE("q", "ab").start == 3
-    assert len(ENCODE("q ", "ab").tokens) == len(ENCODE("q", " ab").tokens) == 6
+    assert ENCODE("q ", "ab").tokens.tolist() == [0, 123, 42, 107, 108, 1] and ENCODE("q ", "ab").start == 3
+
+    class Template:
+        def render(self, messages, add_generation_prompt):
+            return [7, *Letters().encode(messages[0]["content"]), 8] if add_generation_prompt else []
+
+    chat = card.encoder(Letters(), Template(), 100)("q", "ab")  # the template writes the start token itself
+    assert (chat.tokens.tolist(), chat.start) == ([7, 123, 8, 107, 108, 1], 3)
     short = card.encoder(Letters(), None, 3)("", "abc")
     assert short.shortened and short.tokens.tolist() == shorten(ENCODE("", "abc").tokens, 3).tolist() == [0, 107, 1]
