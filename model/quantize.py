@@ -71,7 +71,7 @@ class Int8Linear(nn.Module):
         for start in range(0, len(self.weight), VOCABULARY_PART):
             part = slice(start, start + VOCABULARY_PART)
             torch.mm(rows, self.weight[part].to(x.dtype).t(), out=y[:, part])
-        return y.mul_(self.scale).view(*x.shape[:-1], len(self.weight))
+        return y.mul_(self.scale.to(x.dtype)).view(*x.shape[:-1], len(self.weight))
 
 
 class SmallEmbedding(nn.Module):
