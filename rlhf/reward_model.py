@@ -187,22 +187,11 @@ class RewardModel(Normalised):
         return raw, to_columns(loss, mask).sum(1) / (lengths - 1).clamp(min=1)
 
 
-class NoNorm(nn.Module):
-    """In the place of a final norm: nothing. It keeps the weight, by whose type a Transformer knows its own."""
-
-    def __init__(self, norm: nn.Module):
-        super().__init__()
-        self.weight = norm.weight
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden
-
-
 def adapted_trunk(base: Transformer, lora: LoRA, depth: int | None = None) -> Transformer:
     """The frozen base with a new adapter; depth: it ends above so many layers, where FrozenStates reads, without the norm."""
     model = adapted(base, "reward", lora)
     if depth is not None:
-        model.layers, model.norm = model.layers[:depth], NoNorm(model.norm)
+        model.layers, model.norm = model.layers[:depth], nn.Identity()
     return model
 
 
