@@ -8,6 +8,7 @@ from reference_model import FAMILIES, random_ids, small_model
 
 from data.tokenizer import SentencePieceTokenizer, train_sentencepiece
 from model.generate import generate, row_uniforms
+from model.quantize import FEW_ROWS, decoding_path, quantize
 from rlhf.serve.scheduler import Full, Request, Sampling, Scheduler, TextStream, Token, overlap
 
 V, CONTEXT = 16, 32
@@ -215,7 +216,8 @@ def test_what_takes_too_long_is_cut_off():
     s, log = scheduler(MODELS["smollm2"], rows=1)
     late, waits = Request([1], Sampling(20), deadline=0.0), Request([1], Sampling(20), deadline=0.0)
     s.submit([late])
-    s.deliver(s._read())  # its first token; it runs already when its time is over
+    s._read(events := [])  # its first token; it runs already when its time is over
+    s.deliver(events)
     s.submit([waits])
     run(s)
     assert log.end(late) == "length" and log.end(waits) == "it waited too long"
@@ -229,6 +231,42 @@ def test_a_model_that_has_diverged_fails_its_requests_alone():
     s.submit([request := Request([1, 2], Sampling(3))])
     run(s)
     assert "not finite" in log.end(request)
+    nothing_leaked(s)
+
+
+def test_a_step_that_fails_leaves_nobody_waiting(capsys):
+    """Who decodes or is read is told; an answer that ended in the same step arrives; and the next request is served."""
+    s, log = scheduler(MODELS["smollm2"])
+    ends, decodes = Request([1], Sampling(2, 0.0)), Request([2], Sampling(9, 0.0))
+    s.submit([ends, decodes])
+    s.step()
+    s.submit([broken := Request([3], Sampling(9, 0.0, stop=(None,)))])  # a bug: fails with its first token
+    s._attempt()
+    assert [log.end(request) for request in (ends, decodes, broken)] == ["length"] + 2 * ["the server failed"]
+    assert "TypeError" in capsys.readouterr().err
+    nothing_leaked(s)
+    s.submit([after := Request([1], Sampling(2, 0.0))])
+    run(s)
+    assert log[after] == log[ends]
+
+
+def test_int8_texts_are_those_they_get_alone():
+    """Its kernel depends on the number of rows: seeded requests are decoded by one of them, whoever else is there."""
+    model = quantize(small_model("smollm2", torch.float32, head_dim=8, **SHAPE | {"ffn": 64}))
+    s, log = scheduler(model, rows=20)
+    assert s.exact[0] > FEW_ROWS
+    many = [Request([1 + k % 5] * (1 + k), Sampling(8, 1.0, seed=k, logprobs=1)) for k in range(20)]
+    s.submit(many)
+    run(s)
+    for request in many[::6]:
+        alone = copy_of(request)
+        s.submit([alone, Request([7], Sampling(8))])
+        run(s)
+        assert log[alone] == log[request]
+    with decoding_path(model), torch.no_grad():
+        logprobs = model(torch.tensor([many[0].prompt + log.ids(many[0])]))[0].log_softmax(-1)
+    expected = [float(logprobs[t, i]) for t, i in enumerate(log.ids(many[0]))]
+    assert [token.logprob for token in log[many[0]][1]] == pytest.approx(expected, abs=0.1)
     nothing_leaked(s)
 
 

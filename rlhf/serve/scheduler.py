@@ -235,19 +235,23 @@ class Scheduler:
                 self.wake.wait_for(lambda: self.stopping or not self.idle)
                 if self.stopping:
                     break
-            try:
-                self.step()
-            except Exception:  # out of memory, a bug: those of this step are lost, not the server
-                traceback.print_exc()
-                lost = [*self.active, *([self.reading] if self.reading else [])]
-                self.active, self.next, self.reading, self.in_spare = [], [], None, None
-                self.deliver([Event(request, error="the server failed", status=500) for request in lost])
+            self._attempt()
         left = [*self.active, *self.waiting, *([self.reading] if self.reading else [])]
         self.deliver([Event(request, error="the server stops") for request in left])
         for _, future in self.jobs:
             future.cancel()
 
     # ---- the thread that owns the model
+
+    def _attempt(self) -> None:
+        """A step; after out of memory, or a bug, those in it are told that they are lost, and the server goes on."""
+        try:
+            self.step()
+        except Exception:
+            traceback.print_exc()
+            lost = [*self.active, *([self.reading] if self.reading else [])]
+            self.active, self.next, self.reading, self.in_spare = [], [], None, None
+            self.deliver([Event(request, error="the server failed", status=500) for request in lost])
 
     @torch.no_grad()
     def step(self) -> list[Event]:
@@ -260,10 +264,14 @@ class Scheduler:
                 job[1].set_result(job[0]())
             except Exception as error:  # the caller's to report
                 job[1].set_exception(error)
-        events = self._decode() if self.active else []
-        events += self._read()
-        if events:
-            self.deliver(events)
+        events = []
+        try:
+            if self.active:
+                self._decode(events)
+            self._read(events)
+        finally:  # an answer that has ended is not lost with a step that fails after it
+            if events:
+                self.deliver(events)
         return events
 
     def _drop(self) -> None:
@@ -335,11 +343,12 @@ class Scheduler:
                 return shape
         return None
 
-    def _decode(self) -> list[Event]:
+    def _decode(self, events: list[Event]) -> None:
+        """One token of every row."""
         started = time.perf_counter()
         seeded = any(request.sampling.seed is not None for request in self.active)
         logits = self._forward(self.next, [self._length(request) for request in self.active], seeded)
-        events, tokens = [], self._sample(logits, self.active)
+        tokens = self._sample(logits, self.active)
         for row in reversed(range(len(self.active))):
             request = self.active[row]
             event = self._advance(request, tokens[row])
@@ -351,7 +360,6 @@ class Scheduler:
         self.counts["steps"] += 1
         self.counts["step_rows"] += len(tokens)
         self.counts["decode_seconds"] += time.perf_counter() - started
-        return events
 
     def _sample(self, logits: Tensor, requests: list[Request]) -> list[Token | str]:
         """One token for each row of logits (B, V), by its own settings and uniforms; an error where there is none."""
@@ -408,9 +416,9 @@ class Scheduler:
             self.counts["finished"] += 1
         return event
 
-    def _read(self) -> list[Event]:
+    def _read(self, events: list[Event]) -> None:
         """Up to CHUNK tokens of prompts go into the spare row, and from there whole ones into the batch."""
-        events, budget = [], CHUNK
+        budget = CHUNK
         while budget > 0 and len(self.active) < self.rows:
             with self.wake:
                 if self.reading is None:
@@ -436,19 +444,21 @@ class Scheduler:
             self.counts["prefill_seconds"] += time.perf_counter() - started
             if request.read < len(request.prompt):
                 continue
-            self.in_spare, self.reading = (request.prompt, hidden), None
+            self.in_spare = (request.prompt, hidden)
             if request.sampling.max_tokens == 0:
                 self.counts["finished"] += 1
-                events.append(Event(request, finish="length"))
-                continue
-            token = self._sample(self.model.unembed(hidden), [request])[0]
-            event = self._advance(request, token)
-            events.append(event)
-            if not event.finish and not event.error:
+                event = Event(request, finish="length")
+            else:
+                token = self._sample(self.model.unembed(hidden), [request])[0]
+                event = self._advance(request, token)
+            going = not event.finish and not event.error
+            if going:
                 self.cache.copy_row(self.spare, len(self.active), len(request.prompt))
+            self.reading = None  # only now: until here a failure must find it
+            events.append(event)
+            if going:
                 self.active.append(request)
                 self.next.append(token.id)
-        return events
 
     def _report_prompt(self, request: Request, hidden: Tensor) -> None:
         """Log-probs of the tokens that the positions just read (T, D) predict; the first token has none."""
