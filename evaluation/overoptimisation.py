@@ -174,19 +174,21 @@ def point(row: dict) -> dict:
     return {"curve": row["curve"], "name": row["name"], "d": float(distance(row["kl"].mean())), **cells}
 
 
-def fit(name: str, measured: list[dict]) -> dict:
+def fit(name: str, measured: list[dict]) -> dict | None:
     """The curve's alpha and beta through the gold gains, where it peaks, with 95% bootstrap intervals over prompts.
 
-    Every resample of the prompts moves KL and gain of all points together, and is fitted anew.
+    Every resample of the prompts moves KL and gain of all points together, and is fitted anew; one in which fewer than two
+    points have a KL of their own fits nothing and is left out. None where that is so of the points themselves.
     """
     curve = CURVES[name]
     kl, gain = (np.stack([row[key] for row in measured]) for key in ("kl", "gold_gain"))  # (K, P) each
     d, gains = distance(kl.mean(1)), gain.mean(1)
     alpha, beta = curve.fit(d, gains)
-    if not (np.isfinite(alpha) and np.isfinite(beta)):
-        raise ValueError(f"the {len(d)} points of {name} have fewer than two different KL: the run has hardly learned")
+    if np.isnan(alpha):  # the run has hardly learned
+        return None
     means = resampled_means(np.concatenate([kl, gain]))  # (B, 2K)
     alphas, betas = curve.fit(distance(means[:, : len(kl)]), means[:, len(kl) :])
+    alphas, betas = alphas[~np.isnan(alphas)], betas[~np.isnan(alphas)]
     peak, peaks = curve.peak_of(alpha, beta), curve.peak_of(alphas, betas)
     rms = np.sqrt(np.mean((curve.gain(d, alpha, beta) - gains) ** 2))
     return {
@@ -238,6 +240,9 @@ def fits_table(result: dict) -> str:
     columns = ("alpha", "beta", "gold peaks at d", "KL there, nats", "gain there", "rms error of the fit")
     lines = ["| gold gain | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, x in result["fits"].items():
+        if x is None:
+            lines.append(f"| {formulas[name]} | fewer than two different KL: no curve |" + " - |" * (len(columns) - 1))
+            continue
         peak = x["peak_d"]["value"]
         beyond = (
             "" if peak is None or peak <= x["largest_d"] else f", beyond the largest measured, {x['largest_d']:.2f}"
@@ -266,9 +271,10 @@ def draw(result: dict, file: Path) -> None:
             errors = np.stack([value - low, high - value]).clip(min=0)
             label = key.removesuffix("_gain")
             ax.errorbar([row["d"] for row in rows], value, errors, fmt="o", capsize=2, color=color, label=label)
-        d = np.linspace(0, x["largest_d"], 200)
-        curve = CURVES[name].gain(d, x["alpha"]["value"], x["beta"]["value"])
-        ax.plot(d, curve, color="tab:orange", label="fit to gold")
+        if x is not None:
+            d = np.linspace(0, x["largest_d"], 200)
+            curve = CURVES[name].gain(d, x["alpha"]["value"], x["beta"]["value"])
+            ax.plot(d, curve, color="tab:orange", label="fit to gold")
         ax.set(title=title, xlabel="sqrt(KL(policy || base)), KL in nats", ylabel="reward, gain over the base")
         ax.grid(alpha=0.3)
         ax.legend()

@@ -12,7 +12,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Curve:
-    """R(d) = d (alpha - beta g(d)): alpha is what a little optimisation earns per unit of d, beta what much of it costs."""
+    """R(d) = d (alpha - beta g(d)): alpha is what a little optimisation earns per unit of d, beta what much of it costs.
+
+    g(d) = d for best-of-n, log d for PPO (arXiv:2210.10760, section 3.1); see CURVES.
+    """
 
     g: Callable[[np.ndarray], np.ndarray]  # positive d -> g(d)
     peak: Callable[[np.ndarray, np.ndarray], np.ndarray]  # alpha and positive beta -> the d of the largest R
@@ -28,13 +31,15 @@ class Curve:
     def fit(self, d: np.ndarray, gain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The alpha and beta that minimise the squared error of R(d), by its normal equations; points at d = 0 say nothing.
 
-        d, gain (..., K), one fit for every leading index -> alpha, beta (...). inf or nan where all d are equal.
+        d, gain (..., K), one fit for every leading index -> alpha, beta (...). NaN where fewer than two positive d differ:
+        through one point goes a curve of every beta.
         """
         x, y = d, -self.product(d)  # R = alpha x + beta y
         xx, xy, yy = (x * x).sum(-1), (x * y).sum(-1), (y * y).sum(-1)
         xr, yr = (x * gain).sum(-1), (y * gain).sum(-1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return (yy * xr - xy * yr) / (xx * yy - xy**2), (xx * yr - xy * xr) / (xx * yy - xy**2)
+        different = np.where(d > 0, d, np.inf).min(-1) < d.max(-1)  # the determinant would be rounding alone
+        determinant = np.where(different, xx * yy - xy**2, np.nan)
+        return (yy * xr - xy * yr) / determinant, (xx * yr - xy * xr) / determinant
 
     def peak_of(self, alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
         """The d beyond which R falls, inf where it never does (beta <= 0). (...), (...) -> (...)"""
@@ -42,7 +47,7 @@ class Curve:
             return np.where(beta > 0, self.peak(alpha, np.where(beta > 0, beta, 1.0)), np.inf)
 
 
-CURVES = {  # arXiv:2210.10760, section 3.1
+CURVES = {
     "best_of_n": Curve(lambda d: d, lambda alpha, beta: np.maximum(alpha, 0) / (2 * beta)),
     "ppo": Curve(np.log, lambda alpha, beta: np.exp(alpha / beta - 1)),
 }

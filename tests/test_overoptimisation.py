@@ -13,6 +13,7 @@ from test_resume import assert_equal_runs, killed_after
 from test_scripts import NOISE, PPO_METRICS
 from tiny import lines
 
+from evaluation import overoptimisation
 from rlhf.evaluation import best_of_n_kl, paired_bootstrap
 from rlhf.infra import checkpoint
 from rlhf.overoptimisation import CURVES, best_place, has_stalled, resampled_means
@@ -65,6 +66,29 @@ def test_the_peak_is_where_a_grid_finds_it(name, alpha, beta):
     peak = float(curve.peak_of(np.array(alpha), np.array(beta)))
     grid = np.linspace(0, 2 * peak, 20_001)
     assert grid[curve.gain(grid, alpha, beta).argmax()] == pytest.approx(peak, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", CURVES)
+@given(st.floats(0.01, 6), NUMBERS)
+def test_one_distance_fits_no_curve(name, d, gain):
+    """Not even by rounding; the other fits of the same call are what they are alone."""
+    d, gain = np.array([[0, d, d], [0, 0, d], [0, d, d + 1]]), np.array([0, gain, gain + 1])
+    together, alone = CURVES[name].fit(d, gain), CURVES[name].fit(d[2], gain)
+    assert np.isnan([x[:2] for x in together]).all() and [float(x[2]) for x in together] == [float(x) for x in alone]
+
+
+def test_a_run_that_has_not_learned_is_reported_without_a_curve(tmp_path):
+    """Two checkpoints, one of which has no KL; the rest of the study is not lost."""
+    rng = RNG(0)
+    points = [{"curve": c, "name": c, "kl": np.full(9, kl), "gold_gain": rng.normal(size=9)}
+              for c, kl in (("ppo", 0.0), ("ppo", 0.3), ("best_of_n", 0.2), ("best_of_n", 0.6))]  # fmt: skip
+    fits = {name: overoptimisation.fit(name, [x for x in points if x["curve"] == name]) for name in CURVES}
+    assert fits["ppo"] is None and fits["best_of_n"]["alpha"]["low"] < fits["best_of_n"]["alpha"]["high"]
+    assert "PPO: d (alpha - beta log d) | fewer than two different KL" in overoptimisation.fits_table({"fits": fits})
+    pytest.importorskip("matplotlib")
+    rows = [overoptimisation.point(x | {"proxy_gain": x["gold_gain"]}) for x in points]
+    overoptimisation.draw({"rows": rows, "fits": fits}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size
 
 
 @pytest.mark.parametrize("name", CURVES)
