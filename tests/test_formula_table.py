@@ -10,7 +10,7 @@ from conftest import ROOT
 
 DOC = (ROOT / "docs" / "formulas.md").read_text()
 ROWS = [[cell.strip() for cell in line.split("|")[1:-1]] for line in DOC.splitlines() if line.startswith("| ")][1:]
-MODULES = ("functional", "kl", "rewards", "advantages", "losses", "calibration")
+MODULES = ("functional", "kl", "rewards", "advantages", "losses", "calibration", "evaluation", "overoptimisation")
 
 
 def formulas(module):
