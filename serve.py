@@ -10,12 +10,12 @@ share of the cores. A request with a seed gets the same text alone or in company
 
 import asyncio
 import contextlib
-import ipaddress
 import multiprocessing.connection
 import os
 import signal
 import socket
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from data.chat import Chat
 from rlhf.infra import config
 from rlhf.pretrained import Pretrained, open_base, open_pretrained
 from rlhf.reward_model import load_reward
+from rlhf.serve.api import is_loopback
 
 KEY = "PLAIN_RLHF_KEY"  # the environment variable for --key
 
@@ -94,6 +95,7 @@ def main() -> None:
     listener.close()
 
     def stop(*_) -> None:
+        ready.abort()  # who waits there for one that has failed would never end
         for worker in workers:
             if worker.is_alive():
                 worker.terminate()
@@ -106,13 +108,6 @@ def main() -> None:
         worker.join()
     if failed := [worker.exitcode for worker in workers if worker.exitcode]:
         raise SystemExit(2 if 2 in failed else 1)
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -173,14 +168,17 @@ async def serve(
     server = uvicorn.Server(
         uvicorn.Config(
             application(service), log_level="warning", lifespan="off", access_log=False, server_header=False,
-            timeout_graceful_shutdown=max(1, round(cfg.grace)),
+            timeout_graceful_shutdown=max(1, round(cfg.grace)), http="h11",  # which bounds headers; httptools does not
         )
     )  # fmt: skip
     server.capture_signals = contextlib.nullcontext  # ours do the same, and the exit code stays 0
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: setattr(server, "should_exit", True))
     if ready is not None:
-        await asyncio.to_thread(ready.wait)
+        try:
+            await asyncio.to_thread(ready.wait)
+        except threading.BrokenBarrierError:
+            return  # another worker has failed, or we were told to stop
     scheduler.start()
     listener.listen(2048)  # from here on connections wait, and are not refused
     if rank == 0:

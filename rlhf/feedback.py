@@ -119,6 +119,10 @@ class Unknown(ValueError):
     """An id that the store does not have, or not for this rater: a server answers 404."""
 
 
+class Unavailable(ValueError):
+    """The file cannot be read or written now: locked, a full disk. What was asked may be right: a server answers 503."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """What a rater sees: no model names, the sides drawn by the store."""
@@ -551,6 +555,8 @@ class FeedbackStore:
         with self._lock:
             try:
                 yield
+            except sqlite3.OperationalError as error:
+                raise Unavailable(f"{self.path}: {error}") from error
             except (sqlite3.Error, OverflowError) as error:  # an id of more than 63 bits
                 raise ValueError(f"{self.path}: {error}") from error
 

@@ -1,5 +1,6 @@
 """The real server process, driven by the unmodified openai client and by plain HTTP."""
 
+import asyncio
 import concurrent.futures
 import http.client
 import json
@@ -9,6 +10,7 @@ import signal
 import socket
 import sys
 import urllib.parse
+from types import SimpleNamespace
 
 import pytest
 import tiny_server
@@ -20,7 +22,8 @@ from data.tokenizer import load_tokenizer
 from model.generate import generate, row_uniforms
 from rlhf.feedback import FeedbackStore
 from rlhf.pretrained import open_pretrained
-from rlhf.serve.api import policy
+from rlhf.serve.api import Service, policy
+from rlhf.serve.protocol import ApiError
 
 HELLO = [{"role": "user", "content": "a good film"}]
 
@@ -304,6 +307,32 @@ def test_votes(server):
     assert server.request("/v1/comparison")[0] == 400
 
 
+def test_a_store_that_cannot_be_written_is_503_and_names_no_path(tmp_path, capsys):
+    """The page sends a vote again after a 503; after a 4xx it would give it up."""
+    store = FeedbackStore(tmp_path / "full.sqlite")
+    store._db.execute("PRAGMA max_page_count = 1")  # no page more: a full disk
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(Service.ask(store.add_prompt, "long " * 10_000))
+    assert caught.value.status == 503 and "Retry-After" in caught.value.headers
+    assert "full" not in caught.value.message and "full.sqlite: database or disk is full" in capsys.readouterr().err
+
+
+def test_a_body_that_does_not_come_is_408():
+    async def receive():
+        await asyncio.Event().wait()
+
+    async def body():
+        service = SimpleNamespace(timeout=0.01, max_body=100)
+        service.read = Service.read.__get__(service)
+        request = Request({"type": "http", "method": "POST", "headers": []}, receive)
+        await Service.body(service, request)
+
+    Request = pytest.importorskip("starlette.requests", reason="starlette is not installed (extra serve)").Request
+    with pytest.raises(ApiError, match="in time") as caught:
+        asyncio.run(body())
+    assert caught.value.status == 408
+
+
 def test_health_metrics_and_page(server):
     status, _, health = server.request("/health")
     assert status == 200 and health["has"] == ["reward", "reference", "chat", "feedback"]
@@ -324,6 +353,14 @@ def test_other_origins_and_names_are_refused(server):
     # a name of a stranger that points to 127.0.0.1: its pages would be of "our" origin
     assert server.request("/v1/models", Host="evil.example:80")[0] == 403
     assert server.request("/v1/completions", body, Origin="http://evil.example", Host="evil.example")[0] == 403
+    for host in ("[", "[::1", "x@127.0.0.1", "127.0.0.1:x", "127.0.0.1.evil.example"):
+        assert server.request("/v1/models", Host=host)[0] in (400, 403), host
+    for host in ("LOCALHOST:1", "[::1]:8000", "127.0.0.2"):
+        assert server.request("/v1/models", Host=host)[0] == 200, host
+    # a page elsewhere can send a GET without Origin, and this one opens a comparison
+    for site, status in (("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200)):
+        assert server.request("/v1/feedback/statistics", Sec_Fetch_Site=site)[0] == status
+    assert server.request("/v1/comparison?rater=eve", Sec_Fetch_Site="cross-site")[0] == 403
 
 
 # ---- start and end

@@ -7,9 +7,11 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import ipaddress
 import json
 import re
 import secrets
+import sys
 import time
 import traceback
 from dataclasses import dataclass
@@ -23,7 +25,6 @@ from rlhf.serve.scheduler import Event, Full, Scheduler
 from rlhf.serve.scorer import Scorer
 
 PAGE = Path(__file__).with_name("page.html")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SMALL_BODY = 16_384  # bytes; taking a larger one apart happens in a thread, so that streams go on
 
 
@@ -49,46 +50,55 @@ class Service:
         """ApiError unless this request may be answered.
 
         Without a key the server listens on loopback alone: a name in Host that is none of loopback's means a web page whose
-        name was pointed here. A browser says in Origin which page sends a request; only our own may change anything.
+        name was pointed here. A browser says in Origin which page sends a request; only our own may change anything. It
+        leaves Origin out of a GET whose answer the page may not read, but says in Sec-Fetch-Site that it comes from elsewhere.
         """
         host = request.headers.get("host", "")
-        if self.key is None and (request.url.hostname or "") not in LOOPBACK:
+        if self.key is None and host and not is_loopback(name_of(host)):
             raise ApiError(403, f"this server is not {host!r:.100}; without a key it answers on loopback only")
         origin = request.headers.get("origin")
+        if not public and request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+            raise ApiError(403, "a page of another origin may not use this server")
         if request.method not in ("GET", "HEAD") and origin is not None:
             if origin.lower() not in (f"http://{host.lower()}", f"https://{host.lower()}"):
                 raise ApiError(403, "a page of another origin may not use this server")
         if self.key is not None and not public:
             scheme, _, given = request.headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.key.encode()):
+            sent = given.strip().encode("latin-1")  # the bytes of the header
+            if scheme.lower() != "bearer" or not hmac.compare_digest(sent, self.key.encode()):
                 raise ApiError(401, "a key is needed: Authorization: Bearer KEY", None, "invalid_api_key")
 
     async def body(self, request) -> dict:
         """The JSON object of a request. ApiError for one that is too large, too slow or none."""
-        parts, size = [], 0
         try:
-            async with asyncio.timeout(self.timeout) if hasattr(asyncio, "timeout") else _no_timeout():
-                async for part in request.stream():
-                    size += len(part)
-                    if size > self.max_body:
-                        raise ApiError(
-                            413, f"the body has more than {self.max_body} bytes", None, None, Connection="close"
-                        )
-                    parts.append(part)
-        except TimeoutError:
+            raw = await asyncio.wait_for(self.read(request), self.timeout)
+        except asyncio.TimeoutError:
             raise ApiError(408, "the body did not arrive in time", None, None, Connection="close") from None
-        return protocol.parse_body(b"".join(parts))
+        return protocol.parse_body(raw)
+
+    async def read(self, request) -> bytes:
+        raw = bytearray()
+        async for part in request.stream():
+            raw += part
+            if len(raw) > self.max_body:
+                raise ApiError(413, f"the body has more than {self.max_body} bytes", None, None, Connection="close")
+        request.state.large = len(raw) > SMALL_BODY
+        return bytes(raw)
+
+    async def aside(self, request, function, *args):
+        """function(*args), in a thread where the body is large."""
+        return await asyncio.to_thread(function, *args) if request.state.large else function(*args)
 
     # ---- OpenAI
 
     async def chat_completions(self, request):
         body = await self.body(request)
-        call = await aside(body, protocol.parse_chat, body, self.tokenizer, self.chat, self.name, self.limits)
+        call = await self.aside(request, protocol.parse_chat, body, self.tokenizer, self.chat, self.name, self.limits)
         return await self.answer(request, call)
 
     async def completions(self, request):
         body = await self.body(request)
-        call = await aside(body, protocol.parse_completion, body, self.tokenizer, self.name, self.limits)
+        call = await self.aside(request, protocol.parse_completion, body, self.tokenizer, self.name, self.limits)
         return await self.answer(request, call)
 
     async def models(self, request):
@@ -148,7 +158,7 @@ class Service:
             raise overloaded() from None
         try:
             return await asyncio.wait_for(asyncio.wrap_future(future), self.timeout)
-        except (TimeoutError, asyncio.CancelledError):
+        except (asyncio.TimeoutError, asyncio.CancelledError):
             raise overloaded() from None
 
     def parts(self, body: dict) -> tuple[list[int], list[int]]:
@@ -164,7 +174,7 @@ class Service:
 
     async def score(self, request):
         body = await self.body(request)
-        prompt, response = await aside(body, self.parts, body)
+        prompt, response = await self.aside(request, self.parts, body)
         if self.scorer.reward is None:
             raise ApiError(400, "the server has no reward model: start it with --reward", None, "no_reward")
         if not response:
@@ -173,7 +183,7 @@ class Service:
 
     async def tokens(self, request):
         body = await self.body(request)
-        prompt, response = await aside(body, self.parts, body)
+        prompt, response = await self.aside(request, self.parts, body)
         records = await self.job(self.scorer.tokens, prompt, response) if response else []
         texts = protocol.token_texts(self.tokenizer, response)
         keys = ("logprob", "kl", "value", "reward")
@@ -245,12 +255,15 @@ class Service:
     @staticmethod
     async def ask(method, *args):
         """A call of the feedback store, which waits for the disk, in a thread."""
-        from rlhf.feedback import Unknown
+        from rlhf.feedback import Unavailable, Unknown
 
         try:
             return await asyncio.to_thread(method, *args)
         except Unknown as error:
             raise ApiError(404, str(error)) from None
+        except Unavailable as error:  # locked, or the disk is full; the path is for the log alone
+            print(f"error: {error}", file=sys.stderr)
+            raise ApiError(503, "the votes cannot be stored now; try again later", Retry_After="1") from None
         except ValueError as error:
             raise ApiError(400, str(error)) from None
 
@@ -318,26 +331,25 @@ async def ended(*tasks) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class _no_timeout:  # Python 3.10 has no asyncio.timeout
-    async def __aenter__(self):
-        pass
-
-    async def __aexit__(self, *error):
-        pass
-
-
-async def aside(body: dict, function, *args):
-    """function(*args), in a thread where the body is large."""
-    large = sum(len(value) for value in body.values() if isinstance(value, (str, list))) > SMALL_BODY
-    return await asyncio.to_thread(function, *args) if large else function(*args)
-
-
 def overloaded() -> ApiError:
     return ApiError(503, "the server is busy; try again later", None, "overloaded", Retry_After="1")
 
 
 def failed(event: Event) -> ApiError:
     return ApiError(event.status, event.error, None, None, **({"Retry_After": "1"} if event.status == 503 else {}))
+
+
+def name_of(host: str) -> str:
+    """The name in a Host header, without the port; "" where it is malformed."""
+    found = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([^\[\]:/@]+))(?::[0-9]*)?", host)
+    return (found[1] or found[2]).lower() if found else ""
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def number(word: str) -> int:
