@@ -52,7 +52,7 @@ def read_row(line: str, where: str) -> Preference:
     for name in ("chosen", "rejected"):
         if not row[name].strip():
             raise ValueError(f"{where}: {name} is empty, which no reward model can read; remove the line")
-    strength = row.get("strength") or 1.0
+    strength = 1.0 if row.get("strength") is None else row["strength"]
     if not isinstance(strength, int | float) or not 0 < strength < 1e6:
         raise ValueError(f"{where}: strength {strength!r} is no number above 0")
     return Preference(row["prompt"], row["chosen"], row["rejected"], str(row.get("subset") or ""), float(strength))

@@ -390,11 +390,14 @@ class FeedbackStore:
         with self.transaction():
             for where, row in read_rows(path):
                 counts["rows"] += 1
-                prompt = self.add_prompt(row["prompt"], source=Path(path).name)
-                if "chosen" in row:
-                    self._import_vote(prompt, row, rater, counts)
-                    continue
-                answers = [self._answer(prompt, answer, where) for answer in row["responses"]]
+                try:
+                    prompt = self.add_prompt(row["prompt"], source=Path(path).name)
+                    if "chosen" in row:
+                        self._import_vote(prompt, row, rater, counts)
+                        continue
+                    answers = self._answers(prompt, row["responses"])
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from None
                 for (a, text_a, scores_a), (b, text_b, scores_b) in combinations(answers, 2):
                     if text_a == text_b:
                         counts["identical"] += 1
@@ -428,15 +431,21 @@ class FeedbackStore:
         self.vote(comparison, rater, choice, nonce=f"import/{comparison}/{rater_id}")
         counts["votes"] += 1
 
-    def _answer(self, prompt: int, answer: str | dict, where: str) -> tuple[int, str, list[float] | None]:
-        answer = {"text": answer} if isinstance(answer, str) else answer
+    def _answers(self, prompt: int, answers: list) -> list[tuple[int, str, list[float] | None]]:
+        if not isinstance(answers, list):
+            raise ValueError(f"responses are a list, not {str(answers)[:80]}")
+        return [self._answer(prompt, {"text": answer} if isinstance(answer, str) else answer) for answer in answers]
+
+    def _answer(self, prompt: int, answer: dict) -> tuple[int, str, list[float] | None]:
         if (
             not isinstance(answer, dict)
             or not isinstance(answer.get("text"), str)
             or not isinstance(answer.get("model", ""), str)
         ):
-            raise ValueError(f"{where}: a response is a text or has text and model")
+            raise ValueError("a response is a text or has text and model")
         scores = answer.get("scores")
+        if scores is not None and not (isinstance(scores, list) and all(type(x) in (int, float) for x in scores)):
+            raise ValueError(f"scores are a list of numbers, one per member of an ensemble, not {str(scores)[:80]}")
         about = None if scores is None else {"scores": scores}
         model = self.add_model(answer.get("model", "unknown"))
         return self.add_completion(prompt, model, answer["text"], about), answer["text"], scores
@@ -648,11 +657,14 @@ def page(shown: Comparison) -> str:
     width = min(100, shutil.get_terminal_size((80, 24)).columns)
     parts = ["=" * width]
     for head, text in (("", shown.prompt), ("A", shown.left), ("B", shown.right)):
-        seen = "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
-        lines = [wrapped for line in seen.split("\n") for wrapped in textwrap.wrap(line, width - 4) or [""]]
+        lines = [wrapped for line in text.split("\n") for wrapped in textwrap.wrap(spelled(line), width - 4) or [""]]
         parts += [f"--- {head} ".ljust(width, "-")] if head else []
         parts += ["    " * bool(head) + line for line in lines]
     return "\n".join([*parts, HELP])
+
+
+def spelled(text: str) -> str:
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 @contextmanager
@@ -711,7 +723,7 @@ def print_statistics(cfg: Config, store: FeedbackStore) -> None:
     for row in store.wins():
         won = rate(row["wins"], row["of"])
         share = f"{won['share']:.2f} [{won['low']:.2f}, {won['high']:.2f}]"
-        print(f"{row['model']} against {row['against']}: {share} of {row['of']} votes for a side")
+        print(f"{spelled(row['model'])} against {spelled(row['against'])}: {share} of {row['of']} votes for a side")
 
 
 def cell(x: float | None, width: int = 0) -> str:
