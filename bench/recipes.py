@@ -6,7 +6,7 @@ Every run is train_rm.py in a process of its own, then its report card (evaluate
 of the from-scratch trunk read the same number of texts: a step of pairs reads two per pair, and there are more pairs than
 sentences. Accuracy at a rating gap above 1: mean over the seeds, least and most of them, and the mean of their 95% bootstrap
 intervals over sentences; then CPU seconds and the largest resident memory of a training process. What is finished is kept
-and not run again.
+and not run again; a run of other options in its place is refused.
 """
 
 import json
@@ -67,18 +67,22 @@ def main() -> None:
 def measure(cfg: Config, name: str, options: dict[str, object]) -> dict[str, float]:
     """One run of one recipe: accuracy at gap > 1 with its interval, CPU seconds and peak GB of its training."""
     out = Path(cfg.out) / f"{name.replace(', ', '_').replace(' ', '_')}_{options['seed']}"
+    options = {"init": cfg.init, "data": cfg.data, **options}
     if (finished := out / "measured.json").exists():
+        ran = json.loads((out / "run.json").read_text())
+        for key, value in options.items():
+            if ran[key] != value:
+                raise ValueError(f"{out} was run with {key}={ran[key]}, this study has {value}: choose another --out")
         return json.loads(finished.read_text())
     given = [f"--{key}={config.show(value)}" for key, value in options.items()]
-    command = [sys.executable, "train_rm.py", f"--init={cfg.init}", f"--data={cfg.data}", f"--out={out}", *given]
+    command = [sys.executable, "train_rm.py", f"--out={out}", *given]
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
     if code := os.waitstatus_to_exitcode(status):
         raise ValueError(f"{' '.join(command[1:])} ended with {code}")
-    subprocess.run(
-        [sys.executable, "evaluate.py", "rm", f"--model={out}", f"--data={cfg.data}"],
-        cwd=ROOT, stdout=subprocess.DEVNULL, check=True,
-    )  # fmt: skip
+    command = [sys.executable, "evaluate.py", "rm", f"--model={out}", f"--data={cfg.data}"]
+    if code := subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode:
+        raise ValueError(f"{' '.join(command[1:])} ended with {code}")
     accuracy = json.loads((out / "card.json").read_text())["accuracy"]["1"]
     found = {name: accuracy[name] for name in ("value", "low", "high")}
     found |= {"cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_gb": usage.ru_maxrss * 1024 / 1e9}
