@@ -137,7 +137,6 @@ class Text(NamedTuple):
 
 class Row(NamedTuple):
     tokens: np.ndarray  # (T,)
-    start: int  # first token of the answer
     shortened: bool  # to the model's context
 
 
@@ -241,11 +240,11 @@ def encoder(tokenizer: Tokenizer, chat: Chat | None, context: int) -> Callable[.
     def encode(prompt: str, text: str, ended: bool = True) -> Row:
         if chat:
             before = chat.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
-            ids, start = [*before, *tokenizer.encode(text)], len(before)
+            ids = [*before, *tokenizer.encode(text)]
         else:
-            ids, start = [tokenizer.start, *tokenizer.encode(prompt + text)], 1 + len(tokenizer.encode(prompt))
+            ids = [tokenizer.start, *tokenizer.encode(prompt + text)]
         tokens = np.array([*ids, *[tokenizer.eos] * ended])
-        return Row(shorten(tokens, context), start, len(tokens) > context)
+        return Row(shorten(tokens, context), len(tokens) > context)
 
     return encode
 
@@ -504,7 +503,7 @@ def swapped_prompts(material: Material, originals: list[Row], encode: Callable, 
             own, theirs = originals[i].tokens, originals[j].tokens
             enough = min(len(own), len(theirs)) > PROMPT_TOKENS + 2  # bos and eos
             tokens = np.concatenate([theirs[: 1 + PROMPT_TOKENS], own[1 + PROMPT_TOKENS :]])
-            changed = Row(tokens, originals[i].start, False) if enough else None
+            changed = Row(tokens, False) if enough else None
         if changed is not None:
             rows.append(i)
             after.append(changed)

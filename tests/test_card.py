@@ -133,7 +133,7 @@ def test_a_row_has_the_same_score_in_any_company():
     model = RewardModel(small_model("llama", torch.float32), "mean", generator).requires_grad_(False)
     model.normalise(torch.tensor([[3.0], [-1.0], [2.5]]))
     ids = random_ids(3, 8, 9).numpy()
-    rows = [card.Row(ids[i % 8][: 2 + i % 7], 1, False) for i in range(24)]
+    rows = [card.Row(ids[i % 8][: 2 + i % 7], False) for i in range(24)]
     calls = []
     model.register_forward_pre_hook(lambda module, args: calls.append(tuple(args[0].shape)))
     scores, members = card.score_rows(model, rows, 0, "cpu", tokens_per_batch=40)
@@ -142,7 +142,7 @@ def test_a_row_has_the_same_score_in_any_company():
     )
     for row, score, member in zip(rows, scores, members):
         tokens, lengths = torch.from_numpy(row.tokens)[None], torch.tensor([len(row.tokens)])
-        mask = torch.arange(len(row.tokens))[None] >= row.start
+        mask = torch.arange(len(row.tokens))[None] >= 1
         assert score == pytest.approx(float(model.score(tokens, lengths, mask)), abs=1e-5)
         assert member.tolist() == pytest.approx(model.member_scores(tokens, lengths, mask)[0].tolist(), abs=1e-5)
     whole, _ = card.score_rows(model, rows[:1], 0, "cpu", tokens_per_batch=1)  # a row longer than the batch
