@@ -42,6 +42,7 @@ from rlhf.infra import checkpoint, config, distributed, optim, run
 from rlhf.infra.metrics import Metrics, say
 from rlhf.pretrained import Pretrained, open_base, open_pretrained
 from rlhf.reward_model import (
+    NORMALISATION,
     Ensemble,
     Fit,
     RewardModel,
@@ -185,7 +186,7 @@ def open_inputs(cfg: Config, device):
 def train(cfg: Config, dist) -> None:
     precision = optim.amp(dist.device, cfg.precision)
     base, tokenizer, files, inputs = open_inputs(cfg, dist.device)
-    references = reference_prompts(cfg, files[0])
+    references = reference_prompts(cfg, files[0], cfg.trunk)
     reward_model = BUILDERS[cfg.trunk](cfg, base).to(dist.device)
     if cfg.start:
         inputs["start_sha256"] = start_at(cfg, base, reward_model)
@@ -354,7 +355,7 @@ def fit_frozen(cfg: Config, dist) -> None:
     """Nothing is written before the head is complete: what is interrupted starts again."""
     base, tokenizer, files, inputs = open_inputs(cfg, dist.device)
     candidates = [(depth, pooling) for depth in depths_of(cfg, base) for pooling in dict.fromkeys(cfg.poolings)]
-    references = reference_prompts(cfg, files[0])
+    references = reference_prompts(cfg, files[0], cfg.trunk)
     run.begin(cfg.out, asdict(cfg) | inputs, dist)
     if already_finished(cfg, dist):
         return
@@ -363,6 +364,7 @@ def fit_frozen(cfg: Config, dist) -> None:
     states = FrozenStates(base.model).read(depth for depth, _ in candidates)
     counts = (cfg.sentences, cfg.eval_sentences, cfg.eval_sentences)
     chosen = [some_rows(file, count, cfg.seed) for file, count in zip(files, counts)]
+    validation, test = (f if len(rows) == len(f) else SomeRows(f, rows) for f, rows in zip(files[1:], chosen[1:]))
     features = [read_rows(states, candidates, f, rows, base.stop_ids, dist) for f, rows in zip(files, chosen)]
 
     # 2. fit: one head per set of at most --features features; the validation split decides which set
@@ -374,9 +376,8 @@ def fit_frozen(cfg: Config, dist) -> None:
     reward_model = head_of(best, states, base.stop_ids, ensemble_of(cfg)).to(dist.device)
 
     # 3. normalise and calibrate
-    some = [file if len(rows) == len(file) else SomeRows(file, rows) for file, rows in zip(files, chosen)]
     raw = [head_predictions(best, x[:, columns]).to(dist.device) for x in features[1:]]
-    problem = normalise_and_calibrate(cfg, dist, reward_model, base, references, raw[0], some[1])
+    problem = normalise_and_calibrate(cfg, dist, reward_model, base, references, raw[0], validation)
 
     # 4. save and report
     if dist.is_main:
@@ -384,14 +385,14 @@ def fit_frozen(cfg: Config, dist) -> None:
         saved_as = description(cfg, base, tokenizer) | {"depths": depths, "poolings": poolings}
         state = {"done": 1, "seconds": run.seconds_used()}
         checkpoint.save_step(cfg.out, 1, reward_model.state_dict(), saved_as, state, files=[tokenizer.path])
-        table = [describe(fit, some[1]) for fit in fits]
+        table = [describe(fit, validation) for fit in fits]
         print(f"{'validation, best first':<28}{'ridge':>8}{'error':>8}{'gap 1':>8}")
         for row in table[:8]:
             print(f"{row['features']:<28}{row['ridge']:8g}{row['error']:8.3f}{row['accuracy']['1']:8.3f}")
-        print(f"{len(some[2])} test sentences; head fitted to {len(some[0])} sentences")
+        print(f"{len(test)} test sentences; head fitted to {len(chosen[0])} sentences")
         extra = {"parameters": sum(p.numel() for p in reward_model.parameters()), "chosen": table[0]}
-        extra |= {"candidates": table, "sentences": dict(zip(("train", "validation", "test"), map(len, some)))}
-        write_report(cfg, reward_model, raw, [files[0], *some[1:]], problem, extra)
+        extra |= {"candidates": table, "sentences": dict(zip(("train", "validation", "test"), map(len, chosen)))}
+        write_report(cfg, reward_model, raw, [files[0], validation, test], problem, extra)
 
 
 def some_rows(file: TokenFile, count: int | None, seed: int) -> np.ndarray:
@@ -456,7 +457,7 @@ def average_runs(cfg: Config, dist) -> None:
     base, tokenizer, files, inputs = open_inputs(cfg, dist.device)
     saved_as, tensors = average(cfg.average)
     check_fingerprint(files[0].fingerprint, saved_as["tokenizer"], cfg.average[0])
-    references = reference_prompts(cfg, files[0])
+    references = reference_prompts(cfg, files[0], saved_as.get("trunk", "full"))
     inputs["average_sha256"] = [checkpoint.digest(path) for path in cfg.average]
     run.begin(cfg.out, asdict(cfg) | inputs, dist)
     if already_finished(cfg, dist):
@@ -465,7 +466,7 @@ def average_runs(cfg: Config, dist) -> None:
     raw = [raw_scores(reward_model, base, file, dist) for file in files[1:]]
     problem = normalise_and_calibrate(cfg, dist, reward_model, base, references, raw[0], files[1])
     if dist.is_main:
-        tensors |= {name: x.cpu() for name, x in reward_model.named_buffers() if name in tensors}
+        tensors |= {name: reward_model.get_buffer(name).cpu() for name in NORMALISATION}
         state = {"done": 1, "seconds": run.seconds_used()}
         checkpoint.save_step(cfg.out, 1, tensors, saved_as, state, files=[tokenizer.path])
         write_report(cfg, reward_model, raw, files, problem, {"averaged": list(cfg.average)})
@@ -477,10 +478,10 @@ JOBS = {"full": train, "adapters": train, "frozen": fit_frozen}
 # normalisation, calibration and report
 
 
-def reference_prompts(cfg: Config, train: TokenFile) -> PromptBatch:
+def reference_prompts(cfg: Config, train: TokenFile, trunk: str) -> PromptBatch:
     """Prompts of the samples whose scores get mean 0 and deviation 1 (Ziegler et al. 2019)."""
     starts = prompts_from_rows(train, cfg.prompt_tokens, [cfg.domain] if cfg.domain else ())
-    count = cfg.reference_samples or (512 if cfg.trunk == "full" else 64)
+    count = cfg.reference_samples or (512 if trunk == "full" else 64)
     return PromptLoader(starts, train.pad, count, cfg.seed).batch(0)
 
 

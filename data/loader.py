@@ -310,9 +310,15 @@ class SomeRows:
     """Some rows of a token file, numbered from 0, for `data.baselines`; pairs among them are drawn as data.prepare does.
 
     Of the file's own pairs hardly any has both texts among a few rows: 8,000 pairs of 2,345 rows leave 360 to 500 rows.
+    ValueError for a file of preferences: its ratings compare the two answers of a pair, and no others.
     """
 
     def __init__(self, file: TokenFile, rows: np.ndarray, pairs_per_row: int = 10):
+        if file.has_single_pairs:
+            raise ValueError(
+                f"{file.path} holds preferences: {len(rows)} of its {len(file)} rows cannot be paired anew; use all, e.g. "
+                "--eval_sentences=none"
+            )
         self.file, self.rows = file, rows
         count = min(pairs_per_row * len(rows), len(file.column("pair_gap")))
         self._pairs = make_pairs(self.column("rating"), self.column("domain"), count, seed=0)

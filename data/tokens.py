@@ -147,6 +147,12 @@ class TokenFile:
             raise ValueError(f"{self.path} has no column {name!r}; it has {', '.join(sorted(self._arrays))}")
         return self._arrays[name]
 
+    @cached_property
+    def has_single_pairs(self) -> bool:
+        """Are the pairs rows 0 and 1, 2 and 3 ..., as data.prepare makes them of preferences?"""
+        chosen, rejected = (self._arrays.get(f"pair_{name}", np.zeros(0)) for name in ("chosen", "rejected"))
+        return np.array_equal(np.stack([chosen, rejected], 1).ravel(), np.arange(self.rows))
+
     def has(self, *names: str) -> bool:
         return {*names} <= self._arrays.keys()
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from data import fetch as fetching
 from data import prepare, vader
 from data.fetch import fetch, sha256
+from data.loader import SomeRows
 from data.prepare import main, make_pairs
 from data.text import SPLITS, key, split_of
 from data.tokenizer import load_tokenizer
@@ -351,6 +352,8 @@ def test_preferences_become_pairs(tmp_path, capsys):
         chosen, rejected, gap = (file.column(f"pair_{name}") for name in ("chosen", "rejected", "gap"))
         assert (file.column("rating")[chosen] - file.column("rating")[rejected]).tolist() == gap.tolist()
         found += [(file.texts[a], file.texts[b], float(g)) for a, b, g in zip(chosen, rejected, gap)]
+        with pytest.raises(ValueError, match="holds preferences: 2 of its"):  # answers to different prompts are no pair
+            SomeRows(file, np.arange(2))
         prompts = {text.partition(" is")[0] for text in file.texts}
         assert {split_of(prompt) for prompt in prompts} == {split}
     expected = [(f"number {i} is good", f"number {i} is bad{i}", 2.0) for i in range(40)]
