@@ -149,6 +149,18 @@ def test_stop_and_errors(page, server):
     assert page.text_content("#chat-status") in ("Stopped", "", "Cut off: most tokens reached")
 
 
+@pytest.mark.slow
+def test_an_answer_that_is_broken_off_is_no_part_of_the_next_conversation(page):
+    page.fill("#say", "a bad film")
+    with page.expect_request("**/v1/chat/completions"):
+        page.evaluate("document.getElementById('send').click(); document.getElementById('clear').click()")
+    page.wait_for_selector("#stop", state="hidden")
+    with page.expect_request("**/v1/chat/completions") as sent:
+        chat(page, "a good film")
+    page.wait_for_selector("text=Look at the tokens")
+    assert sent.value.post_data_json["messages"] == [{"role": "user", "content": "a good film"}]
+
+
 def standing(home, rater: str) -> list[dict]:
     return [dict(row) for row in FeedbackStore(home / "feedback.sqlite")._read(VOTES) if row["rater"] == rater]
 
