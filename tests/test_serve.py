@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import socket
+import subprocess
 import sys
 import urllib.parse
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_server
 import torch
-from tiny_server import serving
+from tiny_server import ROOT, serving
 
 import serve
 from data.tokenizer import load_tokenizer
@@ -400,6 +401,27 @@ def test_a_key_and_workers(home):
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             texts = list(pool.map(lambda _: client.completions.create(**options).choices[0].text, range(24)))
         assert len(set(texts)) == 1  # whichever worker
+
+
+@pytest.mark.slow
+def test_an_int8_directory(home):
+    """Written by export.py, served beside the model that it was made of: the same texts alone and in company."""
+    (home / "texts.txt").write_text("a good film\na bad film that nobody likes\n")
+    options = "--init=lm --out=int8 --format=int8 --data=texts.txt --max_kl=9 --prompt_tokens=1 --response_tokens=4"
+    subprocess.run([sys.executable, ROOT / "export.py", *options.split()], cwd=home, check=True, capture_output=True)
+    with serving(home, "--reference=lm", "--max_batch=20", "--name=small", init="int8") as server:
+        assert server.request("/health")[2]["exact"] is True
+        bodies = [mixed(seed, 20) for seed in range(24)]
+        with concurrent.futures.ThreadPoolExecutor(24) as pool:
+            together = list(pool.map(lambda body: server.request("/v1/completions", body)[::2], bodies))
+        assert [status for status, _ in together] == [200] * 24
+        for body, (_, answer) in list(zip(bodies, together))[::4]:
+            alone = server.request("/v1/completions", body)[2]
+            assert (alone["choices"], alone["usage"]) == (answer["choices"], answer["usage"])
+        chat = server.request("/v1/chat/completions", {"messages": HELLO, "max_tokens": 5})
+        assert chat[0] == 200 and chat[2]["model"] == "small"
+        asked = {"prompt": "a good film", "response": "that nobody likes"}
+        assert all(0 < token["kl"] < 1 for token in server.request("/v1/tokens", asked)[2]["tokens"])
 
 
 @pytest.mark.slow

@@ -92,11 +92,11 @@ def start(*options: str, cwd: Path, env: dict | None = None) -> subprocess.Popen
 
 
 @contextlib.contextmanager
-def serving(path: Path, *options: str, env: dict | None = None):
+def serving(path: Path, *options: str, init: str = "lm", env: dict | None = None):
     """A server that has begun to answer; afterwards it must end in order, having complained about nothing."""
     pytest.importorskip("uvicorn", reason="uvicorn is not installed (extra serve)")
     pytest.importorskip("starlette", reason="starlette is not installed (extra serve)")
-    process = start("--init=lm", "--port=0", *options, cwd=path, env=env)
+    process = start(f"--init={init}", "--port=0", *options, cwd=path, env=env)
     try:
         line = process.stdout.readline()
         found = re.search(r"http://\S+:\d+", line)
