@@ -177,8 +177,9 @@ class RewardModel(Normalised):
         else:
             hidden = text_states(self.model, tokens, lengths)  # (B, T, D)
             pooled = self.pool(hidden, lengths) if text is None else self.pool(hidden[:, 1:], text)
-        raw = self.head(pooled)
-        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))  # half precision would round the ranking away
+        with torch.autocast(pooled.device.type, enabled=False):  # half precision would round the ranking away
+            raw = self.head(pooled.to(self.head.weight.dtype))
+        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         if not language:
             return raw
         mask = real_tokens(hidden, lengths)

@@ -110,6 +110,15 @@ def test_a_score_is_the_same_alone_in_company_padded_and_reloaded(trunk, pooling
     check()
 
 
+@pytest.mark.parametrize(("trunk", "pooling"), KINDS)
+def test_autocast_does_not_round_a_score(trunk, pooling):
+    """PPO scores under it, and two texts that differ by less than half precision tells apart keep their order."""
+    model, _ = make(trunk, pooling, Ensemble(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        raw = model(*batch(TEXTS)[:2])
+    assert raw.dtype == torch.float32 and (raw != raw.bfloat16()).all()
+
+
 def test_a_checkpoint_of_before_the_ensembles(tmp_path):
     model, config = make("full", "mean", Ensemble())
     old = {name: x for name, x in model.state_dict().items() if "member" not in name and name != "temperature"}
