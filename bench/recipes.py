@@ -30,10 +30,8 @@ RECIPES: dict[str, dict[str, object]] = {
     "regression, last": {"pooling": "last"},
     "regression, attention": {"pooling": "attention"},
     "pairs, mean": {"objective": "pairs"},
-    "pairs, last": {"objective": "pairs", "pooling": "last"},
     "joint, mean": {"objective": "joint"},
     "regression, mean, random weights": {"reset": True},
-    "regression, mean, 4 heads": {"members": 4},
 }
 
 
