@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from model.transformer import Transformer
+from rlhf.actor_critic import STORED
 from rlhf.infra import checkpoint
 from rlhf.kl import full_kl
 from rlhf.language_model import new_transformer
@@ -63,7 +64,7 @@ def load_values(path: str | Path, model: Transformer):
         return None
     trunk, separate = model, {name.removeprefix("value_trunk."): x for name, x in tensors.items() if "trunk" in name}
     if separate:
-        if saved.config["layout"] != "full":
+        if saved.config.get("layout") in STORED:
             return None
         trunk = new_transformer(saved.config["model"], path)
         trunk.lm_head = None

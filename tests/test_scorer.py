@@ -1,0 +1,47 @@
+"""What /v1/tokens says, against whole forwards of the models of a real PPO run."""
+
+import pytest
+import torch
+from torch.nn.functional import kl_div
+
+from rlhf.actor_critic import ActorCritic
+from rlhf.infra import checkpoint
+from rlhf.language_model import new_transformer
+from rlhf.pretrained import open_pretrained
+from rlhf.serve.scorer import Scorer, load_values
+
+pytestmark = pytest.mark.slow
+PROMPT, RESPONSE = [1, 7, 9, 30], [11, 300, 5, 2]
+
+
+@pytest.mark.parametrize("layout, critic", [("shared", "shared"), ("shared", "separate"), ("full", "separate")])
+def test_values_kl_and_logprobs_of_a_ppo_run(world, layout, critic):
+    out = f"scored-{layout}-{critic}"
+    options = {} if layout == "full" else {"critic": critic}
+    assert world.run("train_ppo.py", out=out, layout=layout, weak_reward="true", **options).code == 0
+    saved = checkpoint.load(checkpoint.resolve(world.path / out))
+    policy = ActorCritic(new_transformer(saved.config["model"], out), critic)
+    policy.load_state_dict(saved.tensors)
+    opened, reference = (open_pretrained(world.path / name) for name in (out, "lm"))
+    model = opened.model.eval()
+    scorer = Scorer(model, reference.model.eval(), None, load_values(world.path / out, model))
+    found = scorer.tokens(PROMPT, RESPONSE)
+
+    tokens, response = torch.tensor([PROMPT + RESPONSE]), slice(len(PROMPT), None)
+    mask = torch.arange(tokens.shape[1])[None] >= len(PROMPT)
+    with torch.no_grad():
+        expected = policy(tokens, mask)
+        ours, theirs = (x(tokens)[0, len(PROMPT) - 1 : -1].log_softmax(-1) for x in (policy.model, reference.model))
+    assert [token["id"] for token in found] == RESPONSE
+    assert [token["value"] for token in found] == pytest.approx(expected.values[0, response].tolist(), abs=1e-5)
+    assert any(abs(token["value"]) > 1e-4 for token in found)  # the head starts at zero, and was trained
+    assert [token["logprob"] for token in found] == pytest.approx(expected.logprobs[0, response].tolist(), abs=1e-5)
+    kl = kl_div(theirs, ours, reduction="none", log_target=True).sum(-1).tolist()  # KL(ours || theirs)
+    assert [token["kl"] for token in found] == pytest.approx(kl, abs=1e-5)
+
+
+def test_a_critic_that_is_stored_in_part_is_none(world):
+    done = world.run("train_ppo.py", out="scored-lora", layout="adapters", critic="separate", weak_reward="true")
+    assert done.code == 0, done.err
+    model = open_pretrained(world.path / "lm").model
+    assert load_values(world.path / "scored-lora", model) is None and load_values(world.path / "lm", model) is None
