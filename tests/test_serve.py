@@ -24,7 +24,8 @@ from model.generate import generate, row_uniforms
 from rlhf.feedback import FeedbackStore
 from rlhf.pretrained import open_pretrained
 from rlhf.serve.api import Service, policy
-from rlhf.serve.protocol import ApiError
+from rlhf.serve.protocol import ApiError, Limits, Writer, parse_completion, token_texts
+from rlhf.serve.scheduler import Token
 
 HELLO = [{"role": "user", "content": "a good film"}]
 
@@ -145,6 +146,21 @@ def test_echo_and_logprobs_as_an_evaluation_harness_asks(client, home):
     ]
     streamed = client.completions.create(**options | {"prompt": prompts[0]}, stream=True)
     assert "".join(chunk.choices[0].text for chunk in streamed).startswith(opened.tokenizer.decode(prompts[0]))
+
+
+def test_offsets_are_of_characters(home):
+    """Of which several tokens may make one."""
+    tokenizer = load_tokenizer(home / "lm")
+    asked = {"prompt": "a", "max_tokens": 9, "echo": True, "logprobs": 0}
+    call = parse_completion(asked, tokenizer, "lm", Limits(64, 64, 1))
+    writer = Writer(call, tokenizer, "lm", "", "")
+    ids = tokenizer.encode("a film\u20ac bad")
+    call.requests[0].prompt_tokens += [Token(i, None, []) for i in call.prompts[0]]
+    (choice,) = writer.whole([" film\u20ac bad"], [[Token(i, -1.0, []) for i in ids[1:]]], ["stop"])["choices"]
+    says, pieces = choice["logprobs"], token_texts(tokenizer, ids)
+    assert "" in pieces and says["tokens"].count("\ufffd") > 1
+    ends = [*says["text_offset"][1:], len(choice["text"])]
+    assert [choice["text"][a:b] for a, b in zip(says["text_offset"], ends)] == pieces
 
 
 def test_stop_strings(client):

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 
 from data.chat import Chat
-from data.tokenizer import Tokenizer
+from data.tokenizer import Detokenizer, Tokenizer
 from rlhf.serve.scheduler import Request, Sampling, TextStream, Token
 
 MOST_STOPS, MOST_ALTERNATIVES = 4, 20
@@ -294,6 +294,7 @@ class Writer:
             "system_fingerprint": fingerprint,
         }
         self.offsets = [0] * len(call.requests)  # characters of each text so far
+        self.sampled = [Detokenizer(tokenizer) for _ in call.requests]  # half a character adds none
 
     def names(self, i: int) -> str:
         return self.control.get(i) or self.tokenizer.token_bytes(i).decode("utf-8", "replace")
@@ -309,14 +310,12 @@ class Writer:
         if self.call.chat:
             return {"content": [self.chat_logprob(token) for token in tokens], "refusal": None}
         wanted, names = self.call.requests[index].sampling.logprobs, [self.names(token.id) for token in tokens]
-        lengths = [len(name) for name in names]
-        if prompt:
-            pieces = token_texts(self.tokenizer, [token.id for token in tokens])
-            lengths = [len(piece) for piece in pieces]
+        ids = [token.id for token in tokens]
+        pieces = token_texts(self.tokenizer, ids) if prompt else map(self.sampled[index].push, ids)
         offsets = []
-        for length in lengths:
+        for piece in pieces:
             offsets.append(self.offsets[index])
-            self.offsets[index] += length
+            self.offsets[index] += len(piece)
         top = []
         for token in tokens:
             if token.logprob is None or not wanted:
