@@ -163,6 +163,20 @@ def test_offsets_are_of_characters(home):
     assert [choice["text"][a:b] for a, b in zip(says["text_offset"], ends)] == pieces
 
 
+def test_logprobs_of_one_request_are_bounded(home):
+    tokenizer, asked = load_tokenizer(home / "lm"), {"prompt": ["a"], "logprobs": 20, "max_tokens": 1000}
+    limits = Limits(1024, 1024, 100)
+    assert len(parse_completion(asked | {"n": 40}, tokenizer, "lm", limits).requests) == 40
+    for more in (
+        {"n": 60},
+        {"n": 30, "prompt": ["a"] * 2},
+        {"n": 60, "max_tokens": 1, "echo": True, "prompt": [7] * 900},
+    ):
+        with pytest.raises(ApiError, match="log-probs asked for"):
+            parse_completion(asked | more, tokenizer, "lm", limits)
+    assert len(parse_completion(asked | {"n": 60, "logprobs": None}, tokenizer, "lm", limits).requests) == 60
+
+
 def test_stop_strings(client):
     options = dict(model="lm", prompt="a good film", max_tokens=40, seed=2)
     text = client.completions.create(**options).choices[0].text

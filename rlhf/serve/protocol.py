@@ -14,6 +14,7 @@ from data.tokenizer import Detokenizer, Tokenizer
 from rlhf.serve.scheduler import Request, Sampling, TextStream, Token
 
 MOST_STOPS, MOST_ALTERNATIVES = 4, 20
+MOST_LOGPROBS = 2**20  # that one request may ask for, some hundred bytes each
 COLDEST, HOTTEST = 0.01, 100.0  # temperatures beside 0: a colder one would overflow the logits
 UNSUPPORTED = {  # known fields that would change the answer, and the values at which they do not
     "presence_penalty": (0, None),
@@ -242,7 +243,7 @@ def call(
     top_k, seed = take(body, "top_k", int, 0, 0), take(body, "seed", int, None, -(2**63), 2**64)
     options = take(body, "stream_options", dict, {})
     stop, stream = stops(body), take(body, "stream", bool, False)
-    requests = []
+    requests, reported = [], 0
     for ids in prompts:
         room = limits.width - len(ids)
         most = min(limits.max_tokens, room) if longest is None else longest
@@ -252,6 +253,10 @@ def call(
                 400, f"{len(ids)} tokens of the prompt{wanted} exceed the {limits.width} that there is room for",
                 "messages" if chat else "prompt", "context_length_exceeded",
             )  # fmt: skip
+        if alternatives is not None:
+            reported += n * (most + (len(ids) if echo else 0)) * (1 + alternatives)
+        if reported > MOST_LOGPROBS:
+            raise ApiError(400, f"more than {MOST_LOGPROBS} log-probs asked for; lower n or max_tokens", "logprobs")
         for row in range(n):
             sampling = Sampling(
                 most, temperature, top_k, top_p, stop, seed, row, alternatives,
