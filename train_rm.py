@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from data.baselines import GAPS, accuracy, baselines
+from data.baselines import GAPS, accuracy, baselines, pair_clusters
 from data.loader import (
     PairBatch,
     PairLoader,
@@ -549,8 +549,7 @@ def calibration(reward_model, raw: torch.Tensor, file, problem: str | None) -> d
         w = torch.from_numpy(weights)
         return np.array([float(measure(p, right, weights=w)) for p in confidence for measure in measures])
 
-    sentences = np.stack([file.column("pair_chosen"), file.column("pair_rejected")], 1)
-    values, intervals = all_of(np.ones(len(margins))), cluster_bootstrap(all_of, sentences)
+    values, intervals = all_of(np.ones(len(margins))), cluster_bootstrap(all_of, pair_clusters(file))
     names = [(when, what) for when in ("before", "after") for what in ("ece", "brier")]
     report = {"temperature": temperature, "pairs": len(margins), "problem": problem, "before": {}, "after": {}}
     for (when, what), value, interval in zip(names, values, intervals):

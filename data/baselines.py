@@ -32,6 +32,14 @@ def accuracy(scores: np.ndarray, file: TokenFile | SomeRows) -> dict[str, float]
     )
 
 
+def pair_clusters(file: TokenFile | SomeRows) -> np.ndarray:
+    """What was sampled, by pair, for `rlhf.evaluation.cluster_bootstrap`: both its texts, (pairs, 2); but where no text is in
+    two pairs, as in preferences, the pair itself, (pairs, 1). Two independent counts would make its intervals too wide.
+    """
+    pairs = np.stack([file.column("pair_chosen"), file.column("pair_rejected")], 1)
+    return pairs if len(np.unique(pairs)) < pairs.size else np.arange(len(pairs))[:, None]
+
+
 def baselines(
     train: TokenFile, test: TokenFile | SomeRows, rules: Callable[[str], float] | None
 ) -> dict[str, dict[str, float]]:

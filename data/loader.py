@@ -316,8 +316,8 @@ class SomeRows:
     def __init__(self, file: TokenFile, rows: np.ndarray, pairs_per_row: int = 10):
         if file.has_single_pairs:
             raise ValueError(
-                f"{file.path} holds preferences: {len(rows)} of its {len(file)} rows cannot be paired anew; use all, e.g. "
-                "--eval_sentences=none"
+                f"{file.path} holds preferences: {len(rows)} of its {len(file)} rows cannot be paired anew; use all "
+                "(train_rm.py --eval_sentences=none, evaluate.py rm without --sentences)"
             )
         self.file, self.rows = file, rows
         count = min(pairs_per_row * len(rows), len(file.column("pair_gap")))

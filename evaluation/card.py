@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.baselines import CEILINGS, GAPS, agreement, learned_scores
+from data.baselines import CEILINGS, GAPS, agreement, learned_scores, pair_clusters
 from data.chat import Chat
 from data.loader import SomeRows, TokenFile, pad, shorten, spread_rows
 from data.preferences import read_preferences
@@ -175,6 +175,7 @@ def read_material(cfg: Config, tokenizer: Tokenizer) -> Material:
 
 
 def rated_sentences(cfg: Config, tokenizer: Tokenizer) -> Material:
+    """Sentences with their ratings; of a file of preferences, whose ratings say nothing between pairs, the pairs alone."""
     train, file = (TokenFile(f"{cfg.data}/{split}") for split in ("train", cfg.split or "test"))
     check_fingerprint(file.fingerprint, tokenizer.fingerprint, file.path)
     some = file if cfg.sentences is None else SomeRows(file, spread_rows(file, cfg.sentences, seed=1))
@@ -194,9 +195,9 @@ def rated_sentences(cfg: Config, tokenizer: Tokenizer) -> Material:
         chosen=chosen,
         rejected=rejected,
         gaps={name: gap > least for name, least in GAPS.items()},
-        clusters=np.stack([chosen, rejected], 1),
-        text_clusters=np.arange(len(some))[:, None],
-        ratings=ratings,
+        clusters=pair_clusters(some),
+        text_clusters=np.arange(len(some))[:, None] // (2 if file.has_single_pairs else 1),
+        ratings=None if file.has_single_pairs else ratings,
         baselines=baselines,
         ceilings={
             name: agreement(*map(some.column, columns), some)
@@ -579,7 +580,7 @@ def markdown(card: dict, plots: Sequence[str] = ()) -> str:
     lines = [
         f"# Report card: {card['model']}",
         f"{card['texts']} texts, {card['pairs']} pairs of {card['data']}; 95% intervals by resampling "
-        + ("sentences" if "spearman" in card else "prompts")
+        + ("sentences" if "spearman" in card else "prompts, or pairs where no prompt is known")
         + (f"; {card['dropped']} pairs of equal texts dropped" if card["dropped"] else "")
         + (f"; {card['shortened']} texts shortened to the model's context" if card["shortened"] else ""),
         "\n".join(

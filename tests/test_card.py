@@ -10,8 +10,10 @@ import torch
 from reference_model import random_ids, small_model
 from test_bad_input import refused
 
+from data import prepare
 from data.baselines import GAPS, pairwise_accuracy
 from data.preferences import Preference, read_preferences
+from data.tokenizer import load_tokenizer
 from evaluation import card
 from rlhf.evaluation import spearman
 from rlhf.infra import checkpoint
@@ -194,6 +196,20 @@ def test_pairs_of_one_prompt_are_drawn_together(tmp_path):
     assert m.clusters[:, 0].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] and m.groups == ["s0", "s1"] and m.answers
     assert [m.texts[i].text for i in m.chosen] == [row["chosen"] for row in rows]
     assert (m.baselines["length"][m.chosen] > m.baselines["length"][m.rejected]).all()  # short is liked here
+
+
+def test_prepared_preferences_have_pairs_and_no_ratings(world, tmp_path):
+    """Their ratings say which of two answers is better, and nothing of answers to different prompts."""
+    rows = [
+        {"prompt": f"p{i} ", "chosen": f"good {i}", "rejected": f"bad {i}", "strength": 1 + i % 3} for i in range(40)
+    ]
+    path, tokenizer = written(tmp_path / "x.jsonl", rows), world.path / "data"
+    prepare.main(["preferences", path, f"--out={tmp_path / 'data'}", f"--tokenizer={tokenizer}"])
+    m = card.read_material(card.Config(data=str(tmp_path / "data")), load_tokenizer(tokenizer))
+    pairs = list(range(len(m.chosen)))
+    assert m.ratings is None and m.clusters[:, 0].tolist() == pairs
+    assert m.text_clusters[m.chosen, 0].tolist() == m.text_clusters[m.rejected, 0].tolist() == pairs
+    assert all("good" in m.texts[i].text for i in m.chosen) and "length" in m.baselines
 
 
 # ---- the command

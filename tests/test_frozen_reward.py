@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from reference_model import random_ids, small_model
 from test_bad_input import refused
 
+from data.baselines import pair_clusters
 from data.loader import SomeRows, TokenFile, spread_rows
 from model.transformer import Transformer
 from rlhf.frozen import FrozenStates
@@ -274,6 +275,7 @@ def test_pairs_among_some_rows(world):
     assert np.allclose(some.column("rating")[better] - some.column("rating")[worse], gap)
     assert (some.column("domain")[better] == some.column("domain")[worse]).all()
     assert len({frozenset(pair) for pair in zip(better, worse)}) == len(gap)
+    assert np.array_equal(pair_clusters(some), np.stack([better, worse], 1))
 
 
 # ---- the script

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from data import fetch as fetching
 from data import prepare, vader
+from data.baselines import pair_clusters
 from data.fetch import fetch, sha256
 from data.loader import SomeRows
 from data.prepare import main, make_pairs
@@ -354,6 +355,7 @@ def test_preferences_become_pairs(tmp_path, capsys):
         found += [(file.texts[a], file.texts[b], float(g)) for a, b, g in zip(chosen, rejected, gap)]
         with pytest.raises(ValueError, match="holds preferences: 2 of its"):  # answers to different prompts are no pair
             SomeRows(file, np.arange(2))
+        assert pair_clusters(file).tolist() == [[i] for i in range(len(gap))]  # nothing is in two of them
         prompts = {text.partition(" is")[0] for text in file.texts}
         assert {split_of(prompt) for prompt in prompts} == {split}
     expected = [(f"number {i} is good", f"number {i} is bad{i}", 2.0) for i in range(40)]
