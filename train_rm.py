@@ -74,7 +74,9 @@ class Config:
     lora_alpha: float = 32.0  # the adapter is scaled by alpha / rank
     lora_targets: tuple[str, ...] | None = None  # last names of the linear layers to adapt; none = all in the blocks
     depth: int | None = None  # read the state above so many layers, and run no others; none = all, and the final norm
-    start: str | None = None  # run of --trunk=frozen on init, on the mean of --depth alone: its head is the start
+    start: str | None = (
+        None  # run of --trunk=frozen on init, on the mean of --depth alone: its head is the start; none = zero
+    )
     # ensemble of heads on one trunk
     members: int = 1  # each with its own start and its own bootstrap sample of the training rows
     combine: Literal["mean", "min", "uncertainty"] = "mean"  # one score from theirs; mean - uncertainty_coef variance
@@ -257,7 +259,10 @@ def adapted_model(cfg: Config, base: Pretrained) -> RewardModel:
     generator = torch.Generator().manual_seed(cfg.seed)
     lora = LoRA(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
     trunk = adapted_trunk(base.model, lora, cfg.depth)
-    return RewardModel(trunk, cfg.pooling, generator, ensemble_of(cfg), base.stop_ids, cfg.lm_coef > 0)
+    reward_model = RewardModel(trunk, cfg.pooling, generator, ensemble_of(cfg), base.stop_ids, cfg.lm_coef > 0)
+    if cfg.depth is not None:  # no norm there: random heads would begin with a squared error of 23 on SmolLM2, not of 1
+        torch.nn.init.zeros_(reward_model.head.weight)
+    return reward_model
 
 
 BUILDERS = {"full": whole_model, "adapters": adapted_model}
