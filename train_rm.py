@@ -74,9 +74,8 @@ class Config:
     lora_alpha: float = 32.0  # the adapter is scaled by alpha / rank
     lora_targets: tuple[str, ...] | None = None  # last names of the linear layers to adapt; none = all in the blocks
     depth: int | None = None  # read the state above so many layers, and run no others; none = all, and the final norm
-    start: str | None = (
-        None  # run of --trunk=frozen on init, on the mean of --depth alone: its head is the start; none = zero
-    )
+    start: str | None = None  # run of --trunk=frozen on init, --depth and one pooling alone: its head is where this
+    #   one starts; none = zero
     # ensemble of heads on one trunk
     members: int = 1  # each with its own start and its own bootstrap sample of the training rows
     combine: Literal["mean", "min", "uncertainty"] = "mean"  # one score from theirs; mean - uncertainty_coef variance
