@@ -65,24 +65,20 @@ class Config:
     labels: Literal["rating", "half_a", "half_b"] = "rating"  # mean of all raters, or of one half; all splits
     average: tuple[str, ...] | None = None  # train nothing: the mean of these runs' weights (WARM), on init's samples
     # model
-    trunk: Literal["full", "frozen", "adapters"] = "full"  # train all of it; or fit a linear head on hidden states of
-    #   init; or train a LoRA adapter and a head on init
+    trunk: Literal["full", "frozen", "adapters"] = "full"  # train all of it, a head on init alone, or LoRA and a head
     reset: bool = False  # draw new weights in the shape of init: shows what pretraining is worth
-    pooling: Literal["last", "mean", "attention"] = "mean"  # state that the head reads: the last token's, all tokens'
-    #   mean, or a mean weighted by one learned query
+    pooling: Literal["last", "mean", "attention"] = "mean"  # last token's state, mean of all, or weighted by a query
     lora_rank: int = 16  # of the adapter
     lora_alpha: float = 32.0  # the adapter is scaled by alpha / rank
     lora_targets: tuple[str, ...] | None = None  # last names of the linear layers to adapt; none = all in the blocks
     depth: int | None = None  # read the state above so many layers, and run no others; none = all, and the final norm
-    start: str | None = None  # run of --trunk=frozen on init, --depth and one pooling alone: its head is where this
-    #   one starts; none = zero
+    start: str | None = None  # run of --trunk=frozen on --depth and one pooling: its head is the start; none = zero
     # ensemble of heads on one trunk
     members: int = 1  # each with its own start and its own bootstrap sample of the training rows
     combine: Literal["mean", "min", "uncertainty"] = "mean"  # one score from theirs; mean - uncertainty_coef variance
     uncertainty_coef: float = 0.5  # price of the members' variance
     # objective
-    objective: Literal["regression", "pairs", "joint"] = "regression"  # squared error of ratings, Bradley-Terry on
-    #   pairs, or both on pairs
+    objective: Literal["regression", "pairs", "joint"] = "regression"  # squared error, Bradley-Terry on pairs, or both
     joint_coef: float = 1.0  # weight of the squared error beside Bradley-Terry
     soft_labels: bool = False  # the label of a pair is how likely a rater prefers chosen (Thurstone), not 1
     label_smoothing: float = 0.0  # the label of a pair is 1 minus this
