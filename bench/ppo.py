@@ -8,6 +8,7 @@ EOS, float32, one thread, AdamW, 4 epochs of 4 minibatches. CPU seconds of an it
 to warm up; what counts are the ratios within a round. TRL holds policy, value, reference and reward: four models. So does
 `full`; `shared` has no second trunk for the value; `adapters` (rank 16 on every linear layer) and `branch` (the top layers)
 hold one trunk, and their reward is a head that reads it at half and three quarters of its depth, as train_rm.py makes it.
+`adapters` has an adapter of its own for the critic, `adapters_joint` the value head on the policy's.
 """
 
 import inspect
@@ -32,7 +33,7 @@ import torch  # noqa: E402
 from model.generate import generate, row_uniforms  # noqa: E402
 from model.transformer import ModelConfig, Transformer  # noqa: E402
 from rlhf import plan, ppo  # noqa: E402
-from rlhf.actor_critic import CRITICS, LAYOUTS, LoRA  # noqa: E402
+from rlhf.actor_critic import LAYOUTS, LoRA  # noqa: E402
 from rlhf.advantages import gae  # noqa: E402
 from rlhf.functional import whiten  # noqa: E402
 from rlhf.infra import config, distributed, optim, run  # noqa: E402
@@ -60,6 +61,13 @@ SHAPES = {
 }
 
 
+SIDES = {  # layout and critic
+    "full": ("full", "separate"),
+    "shared": ("shared", "shared"),
+    "adapters": ("adapters", "separate"),
+    "adapters_joint": ("adapters", "shared"),
+    "branch": ("branch", "shared"),
+}
 ON_THE_TRUNK = ("adapters", "branch")  # the layouts whose reward is a head on the trunk
 
 
@@ -68,7 +76,9 @@ class Config:
     shape: Literal["small", "smollm2"] = "small"  # 7.4M parameters, 64 x (16 + 48) tokens; SmolLM2-135M, 8 x (16 + 32)
     rounds: int = 3  # every side once per round
     iterations: int = 2  # timed in each measurement, after one to warm up
-    side: Literal["all", "trl", "full", "shared", "adapters", "branch"] = "all"  # one alone prints JSON
+    side: Literal["all", "trl", "full", "shared", "adapters", "adapters_joint", "branch"] = (
+        "all"  # one alone prints JSON
+    )
 
 
 def main() -> None:
@@ -82,7 +92,7 @@ def main() -> None:
         found["peak_memory_gb"] = run.peak_memory_gb(torch.device("cpu"))
         print(json.dumps(found))
         return
-    sides = ("trl", *LAYOUTS)
+    sides = ("trl", *SIDES)
     found = {side: [] for side in sides}
     for _ in range(cfg.rounds):
         for side in sides:
@@ -99,7 +109,7 @@ def main() -> None:
 
 def report(cfg: Config, found: dict[str, list[dict[str, float]]]) -> None:
     print(f"\n{cfg.shape}, {cfg.rounds} rounds: medians, and the ratio to TRL in the same round [least, most]")
-    print(f"{'':<10}{'samples/s':>12}{'ratio':>22}{'peak GB':>10}{'of TRL':>8}{'planned GB':>12}")
+    print(f"{'':<15}{'samples/s':>12}{'ratio':>22}{'peak GB':>10}{'of TRL':>8}{'planned GB':>12}")
     for side, rows in found.items():
         seconds = [row["cpu_seconds"] for row in rows]
         ratios = [theirs["cpu_seconds"] / ours for theirs, ours in zip(found["trl"], seconds)]
@@ -108,17 +118,19 @@ def report(cfg: Config, found: dict[str, list[dict[str, float]]]) -> None:
         ratio = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
         speed = SHAPES[cfg.shape].batch / statistics.median(seconds)
         planned = f"{rows[0]['planned_memory_gb']:12.2f}" if "planned_memory_gb" in rows[0] else ""
-        print(f"{side:<10}{speed:12.3f}{ratio:>22}{memory:10.2f}{share:8.2f}{planned}")
+        print(f"{side:<15}{speed:12.3f}{ratio:>22}{memory:10.2f}{share:8.2f}{planned}")
 
 
-def planned_memory(sizes: Sizes, layout: str) -> float:
+def planned_memory(sizes: Sizes, side: str) -> float:
     """GB that `train_ppo.py --plan` would say."""
+    layout, critic = SIDES[side]
     model, own_reward = sizes.model, layout not in ON_THE_TRUNK
     planned = plan.Sizes(
         sizes.batch,
         sizes.batch // sizes.minibatches,
         sizes.prompt,
         sizes.response,
+        critic=critic,
         branch_layers=sizes.branch_layers,
         reward=plan.trunk_parameters(model) if own_reward else 0,
         baseline=run.resident_bytes(),
@@ -126,13 +138,14 @@ def planned_memory(sizes: Sizes, layout: str) -> float:
     return sum(plan.plan(model, planned, layout).values()) / 1e9
 
 
-def we(sizes: Sizes, rounds: int, layout: str) -> list[float]:
+def we(sizes: Sizes, rounds: int, side: str) -> list[float]:
     """CPU seconds of every iteration of ours, in the steps of train_ppo.py."""
+    layout, critic = SIDES[side]
     dist, precision = distributed.setup(), optim.amp(torch.device("cpu"), "fp32")
     generator = torch.Generator().manual_seed(1)
     base = Transformer(sizes.model)
     base.init_weights(generator)
-    roles = LAYOUTS[layout](base, CRITICS[layout], 1.0, LoRA(), sizes.branch_layers)
+    roles = LAYOUTS[layout](base, critic, 1.0, LoRA(), sizes.branch_layers)
     if layout in ON_THE_TRUNK:
         depths = (sizes.model.layers // 2, sizes.model.layers * 3 // 4)
         reward = FrozenReward(roles.frozen, list(zip(depths, ("mean", "last"))), ()).requires_grad_(False)
