@@ -46,7 +46,7 @@ class Config:
     critic: Literal["shared", "separate"] | None = (
         None  # value head on the policy's trunk, or on a copy of what it trains;
     )
-    # none = what the layout says: separate in full, else shared
+    # none = what the layout says: separate in full and adapters, else shared
     lora_rank: int = 16  # of the adapters
     lora_alpha: float = 32.0  # their update is scaled by lora_alpha / lora_rank
     lora_targets: tuple[str, ...] | None = (
