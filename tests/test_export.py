@@ -85,7 +85,7 @@ def tuned(world):
     """Runs of train_ppo.py in the layouts that share a trunk."""
     for layout in ("adapters", "branch", "shared"):
         changes = {"branch_layers": 1} if layout == "branch" else {}
-        world.ok("train_ppo.py", layout=layout, out=layout, iterations=2, lr=0.05, **changes)
+        world.ok("train_ppo.py", layout=layout, critic="shared", out=layout, iterations=2, lr=0.05, **changes)
     return world
 
 
