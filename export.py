@@ -47,7 +47,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 class Config:
     init: str = "out/ppo"  # run or checkpoint directory, HF-format directory, GGUF file, or a model's name
     out: str = "out/export"  # directory to write, or file for --format=gguf
-    format: Literal["hf", "gguf", "peft", "int8"] = "hf"  # peft: the policy's adapter alone (layout adapters); int8: ours
+    format: Literal["hf", "gguf", "peft", "int8"] = "hf"  # peft: a LoRA policy alone; int8: of our own
     part: Literal["policy", "critic"] = "policy"  # of a PPO run; the critic becomes a sequence classifier
     dtype: Literal["F32", "F16", "BF16", "Q8_0"] = "F32"  # of the matrices; BF16 for hf alone, Q8_0 for gguf alone
     embedding: Literal["bf16", "int8"] = "bf16"  # rows of int8's embedding; a tied output matrix is int8 in either

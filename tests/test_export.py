@@ -6,6 +6,7 @@ from reference_model import FAMILIES, random_ids
 from test_pretrained import hf_directory, same_logits
 
 from data.tokenizer import load_tokenizer
+from rlhf.actor_critic import LAYOUTS, LoRA
 from rlhf.infra import checkpoint
 from rlhf.pretrained import open_pretrained
 from rlhf.reward_model import load_reward_model
@@ -118,6 +119,22 @@ def test_a_critic_reads_the_policys_trunk(tuned, transformers, layout):
     with torch.no_grad():
         values = torch.nn.functional.linear(model.trunk(ids)[:, -1], *head)  # (B, 1)
         assert torch.allclose(theirs(ids).logits + theirs.config.reward_bias, values, atol=1e-4)
+
+
+def test_a_critic_with_an_adapter_of_its_own(world, transformers):
+    world.ok("train_ppo.py", layout="adapters", out="own", iterations=2, lr=0.05)
+    export(world, init="own", part="critic", out="own-critic")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(world.path / "own-critic")
+    saved = checkpoint.load(checkpoint.resolve(world.path / "own"))
+    lora = LoRA(saved.config["lora_rank"], saved.config["lora_alpha"])
+    policy = LAYOUTS["adapters"](open_pretrained(world.path / "lm").model, "separate", 1.0, lora, 1).policy
+    assert not policy.load_state_dict(saved.tensors, strict=False).unexpected_keys
+    ids = random_ids(4, 3, 9, vocab_size=300).clamp(min=4)
+    last = torch.arange(9).expand(3, 9) == 8  # V of the state before the last token reads all the others
+    with torch.no_grad():
+        values = policy(ids, last).values[:, 8:]  # (B, 1)
+        assert torch.allclose(theirs(ids[:, :8]).logits + theirs.config.reward_bias, values, atol=1e-4)
+        assert not torch.allclose(values, torch.zeros(()))
 
 
 @pytest.mark.parametrize(
