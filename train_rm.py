@@ -5,6 +5,7 @@ torchrun --nproc_per_node=2 train_rm.py --init=out/lm --data=out/data/vader --ou
 torchrun --nproc_per_node=2 train_rm.py --init=smollm2-135m-instruct --trunk=frozen --data=out/data/smollm2 --out=out/rm
 torchrun --nproc_per_node=2 train_rm.py --init=smollm2-135m-instruct --trunk=adapters --depth=15 --data=out/data/smollm2
 python train_rm.py --average=out/rm-a,out/rm-b --init=out/lm --data=out/data/vader --out=out/rm-mean
+python train_rm.py --preferences=out/data/votes --init=out/lm --data=out/data/vader --out=out/rm-votes
 """
 
 import copy
@@ -35,7 +36,7 @@ from data.tokenizer import check_fingerprint, load_tokenizer
 from data.vader import load_rules
 from model.generate import generate, row_uniforms
 from rlhf.actor_critic import LoRA
-from rlhf.calibration import brier_score, expected_calibration_error, fit_temperature
+from rlhf.calibration import brier_score, expected_calibration_error, fit_temperature, wilson_interval
 from rlhf.evaluation import cluster_bootstrap
 from rlhf.frozen import FrozenStates
 from rlhf.infra import checkpoint, config, distributed, optim, run
@@ -48,9 +49,9 @@ from rlhf.reward_model import (
     RewardModel,
     adapted_trunk,
     average,
-    bagged,
     fit_heads,
     head_of,
+    refitted,
     restored,
     text_features,
 )
@@ -63,6 +64,9 @@ class Config:
     data: str = "out/data/vader"  # directory made by data.prepare
     out: str = "out/rm"  # run directory: checkpoints, metrics.jsonl, report.json
     labels: Literal["rating", "half_a", "half_b"] = "rating"  # mean of all raters, or of one half; all splits
+    preferences: str | None = None  # directory of data.prepare preferences: its pairs are learned beside the ratings
+    preference_coef: float = 1.0  # weight of the mean Bradley-Terry loss of these pairs beside the mean loss of data
+    preference_batch: int = 8  # of these pairs per optimiser step, over all ranks
     average: tuple[str, ...] | None = None  # train nothing: the mean of these runs' weights (WARM), on init's samples
     # model
     trunk: Literal["full", "frozen", "adapters"] = "full"  # train all of it, a head on init alone, or LoRA and a head
@@ -118,6 +122,7 @@ class Config:
         config.at_least(self, reference_samples=2, prompt_tokens=1, response_tokens=1)
         config.at_least(self, log_every=1, eval_every=1, checkpoint_every=1)
         config.at_least(self, sentences=2, eval_sentences=2, features=1, members=1, depth=1, lora_rank=1)
+        config.at_least(self, preference_coef=0, preference_batch=1)
         config.at_least(self, uncertainty_coef=0, joint_coef=0, margin=0, center_coef=0, lm_coef=0, label_smoothing=0)
         for name in ("depths", "poolings", "ridge", "lora_targets", "average"):
             if getattr(self, name) == ():
@@ -143,21 +148,23 @@ class Config:
 
 
 GRADIENT = "objective lm_coef pooling epochs batch micro_batch lr warmup decay weight_decay grad_clip precision".split()
-GRADIENT += ["log_every", "eval_every", "checkpoint_every"]
+GRADIENT += ["log_every", "eval_every", "checkpoint_every", "preference_batch"]
 ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets", "depth", "start")
 FROZEN = ("sentences", "eval_sentences", "depths", "poolings", "features", "ridge")
 PAIRS = ("soft_labels", "label_smoothing", "margin", "center_coef")
 NEEDS = dict.fromkeys(GRADIENT, ("trunk", ("full", "adapters"))) | dict.fromkeys(ADAPTERS, ("trunk", "adapters"))
 NEEDS |= dict.fromkeys(FROZEN, ("trunk", "frozen")) | dict.fromkeys(PAIRS, ("objective", ("pairs", "joint")))
 NEEDS |= {"reset": ("trunk", "full"), "joint_coef": ("objective", "joint")}
-NEEDS |= {"uncertainty_coef": ("combine", "uncertainty")}
-TRAINING = {*NEEDS, "trunk", "members", "combine"}  # without effect on an average
+NEEDS |= {"uncertainty_coef": ("combine", "uncertainty"), "preference_coef": ("preferences", ...)}
+TRAINING = {*NEEDS, "trunk", "members", "combine", "preferences"}  # without effect on an average
 
 
 def main() -> None:
     cfg = config.parse(Config, needs=NEEDS)
     if cfg.average:
         config.parse(Config, needs=dict.fromkeys(TRAINING, ("average", None)))
+    if not cfg.preferences:
+        config.parse(Config, needs={"preference_batch": ("preferences", ...)})
     dist = distributed.setup()
     job = average_runs if cfg.average else JOBS[cfg.trunk]
     job(cfg, dist)
@@ -174,7 +181,16 @@ def open_inputs(cfg: Config, device):
     inputs = {"init_sha256": base.digest, "data_sha256": files[0].manifest["sha256"]["tokens.bin"]}
     if cfg.labels != "rating":
         files = [file.labelled_by(cfg.labels) for file in files]
+    if cfg.preferences:
+        votes = preference_files(cfg)[0]
+        check_fingerprint(votes.fingerprint, tokenizer.fingerprint, votes.path)
+        inputs["preferences_sha256"] = votes.manifest["sha256"]["tokens.bin"]
     return base, tokenizer, files, inputs
+
+
+def preference_files(cfg: Config) -> list[TokenFile]:
+    """The pairs to learn from, and those held out from it."""
+    return [TokenFile(f"{cfg.preferences}/{split}") for split in ("train", "test")]
 
 
 # by gradient descent: the whole trunk, or an adapter on it
@@ -193,7 +209,8 @@ def train(cfg: Config, dist) -> None:
     first, spent = state["done"], state["seconds"]
 
     learner = dist.wrap(reward_model)
-    loader = LOADERS[cfg.objective](cfg, files[0], base.model.config.context)
+    context = base.model.config.context
+    loader = LOADERS[cfg.objective](cfg, files[0], context)
     counts = bootstrap_counts(len(loader), cfg)
     objective = objective_of(cfg, files[0])
     total = int(cfg.epochs * loader.order.steps_per_epoch)
@@ -206,16 +223,28 @@ def train(cfg: Config, dist) -> None:
         state = {"done": done, "seconds": run.seconds_used(spent)}
         run.save(cfg.out, state, saved_as, reward_model, optimizer, precision.scaler, [tokenizer.path], dist)
 
+    votes = ()
+    if cfg.preferences:
+        votes = PairLoader(preference_files(cfg)[0], cfg.preference_batch, cfg.seed, context=context)
+    vote_counts = bootstrap_counts(len(votes), cfg)
+
+    def micro_batches(texts: Texts, kind: str, weight: float) -> list[tuple[Texts, str, float]]:
+        size = cfg.micro_batch or len(texts.lengths)
+        starts = range(0, len(texts.lengths), size)
+        return [(Texts(*(x[i : i + size].to(dist.device) for x in texts)), kind, weight) for i in starts]
+
     for step in run.steps(first, total, "rm", dist):
         rows = shard(loader.order.rows(step), dist.rank, dist.world)
-        texts = Texts(*(x.to(dist.device) for x in TEXTS[cfg.objective](loader.take(rows), counts[rows])))
-        micro_batch = cfg.micro_batch or len(rows)
+        parts = micro_batches(TEXTS[cfg.objective](loader.take(rows), counts[rows]), cfg.objective, 1 / cfg.batch)
+        if votes:
+            rows = shard(votes.order.rows(step), dist.rank, dist.world)
+            texts = paired(votes.take(rows), vote_counts[rows])
+            parts += micro_batches(texts, "pairs", cfg.preference_coef / cfg.preference_batch)
         loss = 0.0
-        for start in range(0, len(rows), micro_batch):
-            part = Texts(*(x[start : start + micro_batch] for x in texts))
-            with dist.grad_sync(learner, on=start + micro_batch >= len(rows)):
+        for part, kind, weight in parts:
+            with dist.grad_sync(learner, on=part is parts[-1][0]):
                 with precision.autocast():
-                    part_loss = reward_loss(learner, part, cfg.objective, objective).sum() / cfg.batch
+                    part_loss = weight * reward_loss(learner, part, kind, objective).sum()
                 precision.scaler.scale(part_loss * dist.loss_scale).backward()
             loss = loss + part_loss.detach()
         lr = optim.schedule(step, total, cfg.warmup, cfg.lr, cfg.decay)
@@ -235,9 +264,10 @@ def train(cfg: Config, dist) -> None:
     raw = [raw_scores(reward_model, base, file, dist) for file in files[1:]]
     problem = normalise_and_calibrate(cfg, dist, reward_model, base, references, raw[0], files[1])
     save(total)
+    agreed = agreement(cfg, reward_model, base, dist)
     trained = sum(x.numel() for x in reward_model.parameters() if x.requires_grad)
     if dist.is_main:
-        write_report(cfg, reward_model, raw, files, problem, {"parameters": trained}, spent)
+        write_report(cfg, reward_model, raw, files, problem, {"parameters": trained} | agreed, spent)
 
 
 def whole_model(cfg: Config, base: Pretrained) -> RewardModel:
@@ -371,8 +401,9 @@ def fit_frozen(cfg: Config, dist) -> None:
     ratings = [torch.from_numpy(np.array(file.column("rating")[rows])) for file, rows in zip(files, chosen)]
     fits = fit_heads(candidates, features[0], ratings[0], features[1], ratings[1], cfg.ridge, cfg.features)
     best, columns = fits[0], [candidates.index(feature) for feature in fits[0].features]
-    if cfg.members > 1:
-        best = bagged(best, features[0][:, columns], ratings[0], cfg.members, cfg.seed)
+    if cfg.members > 1 or cfg.preferences:
+        votes = read_pairs(cfg, states, best.features, base.stop_ids, dist) if cfg.preferences else None
+        best = refitted(best, features[0][:, columns], ratings[0], cfg.members, cfg.seed, votes, cfg.preference_coef)
     reward_model = head_of(best, states, base.stop_ids, ensemble_of(cfg)).to(dist.device)
 
     # 3. normalise and calibrate
@@ -380,6 +411,7 @@ def fit_frozen(cfg: Config, dist) -> None:
     problem = normalise_and_calibrate(cfg, dist, reward_model, base, references, raw[0], validation)
 
     # 4. save and report
+    agreed = agreement(cfg, reward_model, base, dist)
     if dist.is_main:
         depths, poolings = zip(*best.features)
         saved_as = description(cfg, base, tokenizer) | {"depths": depths, "poolings": poolings}
@@ -390,7 +422,7 @@ def fit_frozen(cfg: Config, dist) -> None:
         for row in table[:8]:
             print(f"{row['features']:<28}{row['ridge']:8g}{row['error']:8.3f}{row['accuracy']['1']:8.3f}")
         print(f"{len(test)} test sentences; head fitted to {len(chosen[0])} sentences")
-        extra = {"parameters": sum(p.numel() for p in reward_model.parameters()), "chosen": table[0]}
+        extra = {"parameters": sum(p.numel() for p in reward_model.parameters()), "chosen": table[0]} | agreed
         extra |= {"candidates": table, "sentences": dict(zip(("train", "validation", "test"), map(len, chosen)))}
         write_report(cfg, reward_model, raw, [files[0], validation, test], problem, extra)
 
@@ -437,6 +469,16 @@ def read_rows(states, candidates, data: TokenFile, rows: np.ndarray, stop_ids, d
         pooled = text_features(states(tokens), candidates, tokens, lengths, stop_ids)
         features[places] = pooled.float().cpu()
     return dist.sum(features)
+
+
+def read_pairs(cfg: Config, states, features, stop_ids, dist) -> torch.Tensor:
+    """Features of the chosen answer minus those of the rejected one, of every pair of --preferences: (P, F, D)."""
+    file = preference_files(cfg)[0]
+    read = read_rows(states, features, file, np.arange(len(file)), stop_ids, dist)
+    chosen, rejected = (
+        torch.from_numpy(file.column(f"pair_{side}").astype(np.int64)) for side in ("chosen", "rejected")
+    )
+    return read[chosen] - read[rejected]
 
 
 def head_predictions(fit: Fit, features: torch.Tensor) -> torch.Tensor:
@@ -557,6 +599,18 @@ def calibration(reward_model, raw: torch.Tensor, file, problem: str | None) -> d
     return report
 
 
+def agreement(cfg: Config, reward_model, base: Pretrained, dist) -> dict:
+    """How often the reward model prefers what people chose, on the held-out pairs of --preferences."""
+    if not cfg.preferences:
+        return {}
+    train, test = preference_files(cfg)
+    margins = pair_margins(reward_model, raw_scores(reward_model, base, test, dist), test)
+    right = float((margins > 0).double().sum() + 0.5 * (margins == 0).double().sum())
+    low, high = wilson_interval(right, len(margins))
+    found = {"accuracy": right / len(margins), "low": low, "high": high, "pairs": len(margins)}
+    return {"preferences": found | {"trained_on": len(train.column("pair_gap"))}}
+
+
 def write_report(cfg: Config, reward_model, raw, files, problem: str | None, extra: dict, spent: float = 0.0) -> None:
     """report.json, and the same as a table; raw are the scores (N, M) of the validation and of the test rows."""
     train, validation, test = files
@@ -577,6 +631,11 @@ def write_report(cfg: Config, reward_model, raw, files, problem: str | None, ext
     run.write_json(f"{cfg.out}/report.json", report)
     print(accuracy_table(rows_of(report)))
     print(calibration_line(report["calibration"]))
+    if found := report.get("preferences"):
+        interval = f"{found['accuracy']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+        print(
+            f"held-out pairs of {cfg.preferences}: {interval} of {found['pairs']}, {found['trained_on']} to learn from"
+        )
     print(f"{report['seconds']:.0f} s -> {cfg.out}")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from model.packed import last_states, text_states
 from model.transformer import Transformer
@@ -313,23 +314,69 @@ def standardised(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x.sub_(center).div_(deviation), center, deviation
 
 
-def bagged(fit: Fit, train: Tensor, ratings: Tensor, members: int, seed: int) -> Fit:
-    """The fit's head again, `members` times, each on N sentences drawn with replacement (bagging, Breiman 1996).
+def refitted(
+    fit: Fit,
+    train: Tensor,
+    ratings: Tensor,
+    members: int,
+    seed: int,
+    votes: Tensor | None = None,
+    vote_coef: float = 1.0,
+) -> Fit:
+    """The fit's head again, `members` times, to ratings and, where given, to votes on pairs.
 
-    train (N, F, D) are the features that the fit reads, in its order. What the fit says of validation stays.
+    The w that minimises  |X w - y|^2 / 2N + penalty |w|^2 / 2 - vote_coef / P sum_j log sigmoid(d_j w):  ridge regression
+    of the N ratings beside Bradley-Terry on the P differences d = chosen - rejected. Convex; by Newton's method. With
+    several members each has its own N sentences and P pairs, drawn with replacement (bagging, Breiman 1996). train (N, F,
+    D) and votes (P, F, D) are the features that the fit reads, in its order. What the fit says of validation stays.
     """
     x, center, deviation = standardised(train)
     y = ratings.double()
     y = (y - y.mean()) / y.std(unbiased=False)
+    d = x[:0] if votes is None else votes.flatten(1).double() / deviation
     rng, weights, constants = np.random.default_rng(seed), [], []
     for _ in range(members):
-        count = torch.from_numpy(rng.multinomial(len(x), np.full(len(x), 1 / len(x)))).double()  # (N,)
+        count, votes_count = (drawn(rng, len(rows), members) for rows in (x, d))
         middle, level = count @ x / len(x), count @ y / len(x)
         scaled = (x - middle) * count.sqrt()[:, None]
-        w = ridge(scaled.T @ scaled / len(x), scaled.T @ ((y - level) * count.sqrt()) / len(x), fit.penalty)
+        gram, moment = scaled.T @ scaled / len(x), scaled.T @ ((y - level) * count.sqrt()) / len(x)
+        w = ridge(gram, moment, fit.penalty)
+        if len(d):
+            w = add_votes(w, gram, moment, fit.penalty, d, vote_coef * votes_count / len(d))
         weights.append(w / deviation)
         constants.append(level - middle @ w - weights[-1] @ center)
     return dataclasses.replace(fit, weight=torch.stack(weights), constant=torch.stack(constants))
+
+
+def drawn(rng: np.random.Generator, n: int, members: int) -> Tensor:
+    """How often each of n rows counts for one of the members, (n,): once for a single one, else by a bootstrap sample."""
+    if members == 1 or n == 0:
+        return torch.ones(n, dtype=torch.float64)
+    return torch.from_numpy(rng.multinomial(n, np.full(n, 1 / n))).double()
+
+
+def add_votes(w: Tensor, gram: Tensor, moment: Tensor, penalty: float, d: Tensor, weight: Tensor) -> Tensor:
+    """Newton's method from w (D,) for  w'(gram + penalty I)w / 2 - moment'w - sum_j weight_j log sigmoid(d_j w).
+
+    d (P, D), weight (P,). A step is halved until it lowers the loss enough (Armijo), so it ends at the minimum.
+    """
+    quadratic = gram + penalty * torch.eye(len(w), dtype=w.dtype)
+
+    def loss(w: Tensor) -> Tensor:
+        return w @ quadratic @ w / 2 - moment @ w - weight @ logsigmoid(d @ w)
+
+    for _ in range(50):
+        p = torch.sigmoid(-(d @ w))  # how unlikely the vote was
+        gradient = quadratic @ w - moment - d.T @ (weight * p)
+        hessian = quadratic + d.T @ (d * (weight * p * (1 - p))[:, None])
+        step = torch.linalg.solve(hessian, gradient)
+        if gradient @ step < 1e-14:
+            break
+        size = 1.0
+        while loss(w - size * step) > loss(w) - 1e-4 * size * gradient @ step and size > 1e-6:
+            size /= 2
+        w = w - size * step
+    return w
 
 
 def head_of(fit: Fit, states: FrozenStates, stop_ids: Iterable[int], ensemble: Ensemble = Ensemble()) -> FrozenReward:

@@ -29,10 +29,10 @@ from rlhf.reward_model import (
     RewardModel,
     adapted_trunk,
     average,
-    bagged,
     fit_heads,
     load_reward,
     load_reward_model,
+    refitted,
     restored,
 )
 from rlhf.reward_objective import Objective, Texts, reward_loss, side_by_side
@@ -169,7 +169,7 @@ def test_bagged_heads_are_ridge_on_the_drawn_sentences():
     names = [(1, "mean"), (2, "mean")]
     fit = fit_heads(names, train, ratings, train, ratings, (0.5,))[0]
     columns = [names.index(f) for f in fit.features]
-    heads = bagged(fit, train[:, columns], ratings, 3, seed=7)
+    heads = refitted(fit, train[:, columns], ratings, 3, seed=7)
     flat = train[:, columns].flatten(1).numpy()
     x = (flat - flat.mean(0)) / flat.std(0)
     y = ((ratings - ratings.mean()) / ratings.std(unbiased=False)).numpy()
@@ -180,6 +180,43 @@ def test_bagged_heads_are_ridge_on_the_drawn_sentences():
         stacked = np.vstack([np.c_[x[rows], np.ones(30)], np.c_[math.sqrt(30 * 0.5) * np.eye(p), np.zeros(p)]])
         solution = np.linalg.lstsq(stacked, np.concatenate([y[rows], np.zeros(p)]), rcond=None)[0]
         np.testing.assert_allclose(flat @ weight.numpy() + float(constant), x @ solution[:-1] + solution[-1], atol=1e-9)
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_votes_beside_ratings_by_plain_minimisation(members):
+    """The same loss written out row by row, minimised by another method, with an intercept that costs nothing."""
+    rng = np.random.default_rng(1)
+    train = torch.from_numpy(rng.normal(size=(40, 1, 4)) * [1, 2, 0.5, 3] + 1)
+    ratings = train[:, 0, 0] + torch.from_numpy(rng.normal(size=40))
+    votes = torch.from_numpy(rng.normal(size=(25, 1, 4)))
+    fit = fit_heads([(1, "mean")], train, ratings, train, ratings, (0.5,), 1)[0]
+    heads = refitted(fit, train, ratings, members, 3, votes, vote_coef=2.0)
+    x, deviation = train[:, 0], train[:, 0].std(0, unbiased=False)
+    y = (ratings - ratings.mean()) / ratings.std(unbiased=False)
+    draws = np.random.default_rng(3)
+    for weight, constant in zip(heads.weight, heads.constant):
+        rows, pairs = (np.arange(n) for n in (40, 25))
+        if members > 1:
+            rows, pairs = (np.repeat(np.arange(n), draws.multinomial(n, np.full(n, 1 / n))) for n in (40, 25))
+        wanted = minimum(x[rows] / deviation, y[rows], votes[pairs, 0] / deviation, 0.5, 2.0)
+        torch.testing.assert_close(torch.cat([weight * deviation, constant[None]]), wanted, atol=1e-6, rtol=0)
+
+
+def minimum(x, y, d, penalty: float, coef: float):
+    """(w, constant) of least loss, by L-BFGS on the definition."""
+    found = torch.zeros(x.shape[1] + 1, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([found], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16)
+
+    def loss():
+        w = found[:-1]
+        square = ((x @ w + found[-1] - y) ** 2).mean() / 2 + penalty * (w**2).sum() / 2
+        value = square + coef * torch.log1p(torch.exp(-(d @ w))).mean()
+        optimizer.zero_grad()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return found.detach()
 
 
 # ---- objectives
@@ -321,6 +358,29 @@ def test_an_adapter_starts_at_the_ridge_heads(world, tmp_path):
     assert not any("embed" in name or "layers.1" in name or name.endswith("proj.weight") for name in tensors)
 
 
+@pytest.fixture(scope="module", params=["joy", "mess"])
+def votes(request, world, tmp_path_factory):
+    """Token files of 80 prompts with votes for one of two answers, always the same one."""
+    path = tmp_path_factory.mktemp("votes")
+    sides = {"chosen": request.param, "rejected": "mess" if request.param == "joy" else "joy"}
+    rows = [{"prompt": f"the film number {i} is", **{k: f" a {v}." for k, v in sides.items()}} for i in range(80)]
+    (path / "votes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["preferences", str(path / "votes.jsonl"), "--tokenizer=data", f"--out={path / 'data'}"]
+    done = world.start(["data.prepare", *command]).wait()
+    assert (done.code, done.err) == (0, ""), done
+    return path / "data"
+
+
+@pytest.mark.parametrize("trunk", ["full", "frozen"])
+def test_votes_beside_the_ratings(world, tmp_path, votes, trunk):
+    """What was voted for is preferred on prompts that nobody voted on: whichever of the two, so the ratings do not decide."""
+    small = FROZEN | {"members": None, "combine": None} if trunk == "frozen" else {"epochs": 2}
+    out = world.ok("train_rm.py", out=tmp_path / "rm", **small, preferences=votes, preference_coef=5)
+    found = report_of(tmp_path / "rm")["preferences"]
+    assert found["accuracy"] > 0.9 and found["pairs"] > 3 and f"held-out pairs of {votes}" in out
+    assert found["trained_on"] + found["pairs"] < 80  # the validation split is neither
+
+
 @pytest.mark.slow
 def test_adapters_their_mean_and_ppo(world, tmp_path):
     """The chain of commands: adapters on half of the raters, their mean, and policies trained on both."""
@@ -395,6 +455,8 @@ def test_two_processes_train_the_same(world, tmp_path, options):
         ({"trunk": "adapters", "depth": 9}, ("--depth=9", "2 layers")),
         ({"trunk": "adapters", "depth": 1, "lm_coef": 1}, ("--lm_coef", "--depth=1")),
         ({"trunk": "adapters", "depth": 1, "start": "rm"}, ("--start=rm", "base_digest")),
+        ({"preference_coef": 2}, ("--preference_coef", "no effect", "--preferences=none")),
+        ({"preference_batch": 2}, ("--preference_batch", "no effect", "--preferences=none")),
         ({"average": "rm,rm"}, ("no effect", "--average=rm,rm")),
         ({"average": "rm"}, ("two runs",)),
     ],
