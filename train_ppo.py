@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data.loader import PromptBatch, PromptLoader, TokenFile, prompts_from_rows
-from data.tokenizer import check_fingerprint, load_tokenizer
+from data.tokenizer import Detokenizer, check_fingerprint, load_tokenizer
 from evaluation.card import beats_length
 from evaluation.held_out import held_out_prompts, load_judge, score_digest
 from model.generate import Generated, generate, row_uniforms
@@ -291,7 +291,7 @@ def main() -> None:
         record |= consult(done)
         log.log(iteration, record | {"lr": lr, "episode": done * cfg.batch, "iteration": iteration})
         if done % cfg.sample_every == 0 or done == last:
-            log.samples(iteration, texts(rollout, tokenizer))
+            log.samples(iteration, texts(experience, tokenizer))
         if done % cfg.checkpoint_every == 0 or done == last:
             save(done, stopped=False)
 
@@ -355,15 +355,23 @@ def held_out_batch(cfg: Config, pad: int) -> PromptBatch:
     return PromptLoader(starts, pad, cfg.judge_prompts, cfg.seed).batch(0)
 
 
-def texts(rollout, tokenizer) -> list[dict]:
-    """The first responses of an iteration as rows for people to read."""
+def texts(experience: Experience, tokenizer) -> list[dict]:
+    """The first responses of an iteration as rows for people to read, with what PPO knew about every token."""
     rows = []
-    for row in (rollout[i : i + 1] for i in range(min(8, len(rollout)))):
+    for row in (experience[i : i + 1] for i in range(min(8, len(experience)))):
         n, start = int(row.lengths), int(row.mask.int().argmax())
         kl = float((row.logprobs - row.ref_logprobs).sum())
-        prompt, response = (tokenizer.decode(part.tolist()) for part in (row.tokens[0, :start], row.tokens[0, start:n]))
-        rows.append({"score": float(row.scores), "kl": kl, "prompt": prompt, "response": response})
+        ids = row.tokens[0, start:n].tolist()
+        pieces = Detokenizer(tokenizer)
+        tokens = [pieces.push(i) for i in ids]
+        tokens[-1] += pieces.flush()
+        texts = {"prompt": tokenizer.decode(row.tokens[0, :start].tolist()), "response": tokenizer.decode(ids)}
+        numbers = {name: [round(x, 4) for x in getattr(row, name)[0, start:n].tolist()] for name in PER_TOKEN}
+        rows.append({"score": float(row.scores), "kl": kl, **texts, "tokens": tokens, **numbers})
     return rows
+
+
+PER_TOKEN = ("logprobs", "ref_logprobs", "values", "rewards", "advantages")  # for the microscope of the report
 
 
 def write_report(out: str, judge_every: int) -> None:

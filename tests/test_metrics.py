@@ -50,6 +50,13 @@ def test_json_is_strict_and_the_console_tells(tmp_path, capsys):
     assert capsys.readouterr().out.split() == ["step", "1", "a", "nan", "b", "inf", "c", "-inf"]
 
 
+def test_lists_are_stored_strictly_and_not_printed(tmp_path, capsys):
+    Metrics(tmp_path).samples(1, [{"response": "ab", "score": 1.0, "tokens": ["a", "b"], "values": [0.5, math.nan]}])
+    (row,) = metrics.read_lines(tmp_path / "samples.jsonl")
+    assert row == {"step": 1, "response": "ab", "score": 1.0, "tokens": ["a", "b"], "values": [0.5, None]}
+    assert capsys.readouterr().out.split() == ["score", "1", "ab"]
+
+
 def test_floats_come_back_exactly(tmp_path):
     values = torch.rand(50, dtype=torch.float64).tolist() + [1e-310, 1 / 3, 1e300]
     Metrics(tmp_path).log(0, {str(i): value for i, value in enumerate(values)})

@@ -84,6 +84,11 @@ def test_ppo_then_evaluation(world, tmp_path):
     samples = lines(run / "samples.jsonl")
     assert [row["step"] for row in samples] == [1] * 8 + [3] * 8
     assert {"score", "kl", "prompt", "response"} <= samples[0].keys()
+    for row in samples:
+        columns = [row[name] for name in ("tokens", "logprobs", "ref_logprobs", "values", "rewards", "advantages")]
+        assert len({len(column) for column in columns}) == 1
+        assert "".join(row["tokens"]).strip() == row["response"].strip()
+        assert abs(sum(row["logprobs"]) - sum(row["ref_logprobs"]) - row["kl"]) < 1e-4 * 2 * len(row["tokens"])
     assert json.loads((run / "report.json").read_text())["iterations"] == 4
 
     done = world.spawn(world.command("evaluate.py", tuned=run, out=out, domain="none", prompt_tokens=8))

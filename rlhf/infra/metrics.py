@@ -53,7 +53,10 @@ class Metrics:
         say(console_line(step, {name: values[name] for name in self.show or values if name in values}))
 
     def samples(self, step: int, rows: list[dict], show: int = 3) -> None:
-        """Rows {"prompt": text, "response": text, "score": number} to samples.jsonl, the first `show` also printed."""
+        """Rows {"prompt": text, "response": text, "score": number} to samples.jsonl, the first `show` also printed.
+
+        Lists, such as a number for every token, are stored and not printed.
+        """
         if not self.is_main:
             return
         for row in rows:
@@ -78,9 +81,13 @@ def open_at(file: Path, step: int):
 
 
 def write_line(file, row: dict) -> None:
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    finite = {k: [strict(x) for x in v] if isinstance(v, list) else strict(v) for k, v in row.items()}
     file.write(json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n")
     file.flush()  # a killed run keeps every line but perhaps the last
+
+
+def strict(value):
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def plain(value):
@@ -105,7 +112,7 @@ def sample_table(rows: list[dict]) -> str:
     width = shutil.get_terminal_size((120, 24)).columns
     lines = []
     for row in rows:
-        numbers = [f"{name} {number(plain(v)):>8}" for name, v in row.items() if not isinstance(v, str)]
+        numbers = [f"{name} {number(plain(v)):>8}" for name, v in row.items() if not isinstance(v, str | list)]
         texts = [printable(v) for v in row.values() if isinstance(v, str)]
         lines.append("  ".join(["   ", *numbers, " | ".join(texts)])[:width])
     return "\n".join(lines)
