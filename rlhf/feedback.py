@@ -331,6 +331,11 @@ class FeedbackStore:
         pairs, prompts = self._read("SELECT (SELECT count(*) FROM pair), (SELECT count(*) FROM prompt)")[0]
         return describe(self.judgements()) | {"queued_pairs": pairs, "prompts": prompts}
 
+    def missing_votes(self) -> int:
+        """How many votes the queued pairs still need; a rater's repetition of a pair is none of them."""
+        given = "SELECT count(DISTINCT rater_id) FROM standing s WHERE s.pair_id = p.id"
+        return self._read(f"SELECT coalesce(sum(max(p.raters - ({given}), 0)), 0) FROM pair p")[0][0]
+
     def wins(self) -> list[dict]:
         """Votes for a side, by the two models compared: [{"model", "against", "wins", "of"}]. Not for raters' eyes."""
         rows = self._read(

@@ -1,0 +1,398 @@
+"""The loop: sample pairs, collect votes, refine the reward model on old and new data, PPO, promote what a judge likes more.
+
+python iterate.py --init=out/lm --data=out/data/vader --out=out/rounds                              # people vote
+python iterate.py --init=out/lm --data=out/data/vader --out=out/rounds --rater=out/rm_b --judge=out/rm_b  # a simulated rater
+
+Every stage is a command of its own, which is printed; what it leaves in OUT says that it is done. So the loop can be stopped
+at any point, and the same command goes on. Where people vote it ends when votes are missing, says how to give them, and
+the same command goes on from there. OUT/rounds.md is the table of rounds; OUT/feedback.sqlite holds every vote.
+"""
+
+import fcntl
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from data.loader import PromptLoader, TokenFile, pad, prompts_from_rows
+from data.tokenizer import check_fingerprint
+from evaluation.held_out import sample_groups, score_digest, temperature_of
+from rlhf.feedback import FeedbackStore
+from rlhf.infra import config, run
+from rlhf.preferences import disagreement
+from rlhf.pretrained import digest_of, open_base, open_pretrained
+from rlhf.reward_model import load_reward, load_reward_model
+
+ROOT = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Config:
+    init: str = "out/lm"  # language model: policy 0, the reference, and the base of every reward model
+    data: str = "out/data/vader"  # directory made by data.prepare: ratings of the first reward model, and the prompts
+    out: str = "out/rounds"  # directory of the rounds
+    rounds: int = 3  # may be raised later: finished rounds stay
+    # collect
+    rater: str = "people"  # who votes: people, or a simulated rater: a reward model, or file.py:function
+    rater_noise: float | None = None  # P(left) = sigmoid(difference / noise); 0 = none; none = the rater's temperature
+    pairs: int = 256  # votes per round, each on two answers of the best policy so far to one prompt
+    pool: int = 1  # times as many pairs are sampled as voted on
+    order: Literal["random", "active"] = (
+        "random"  # which of them; active = where the reward model's heads disagree most
+    )
+    raters: int = 1  # people per pair
+    domain: str | None = "film"  # prompts from this domain alone; none = all
+    prompt_tokens: int = 4  # text tokens of a prompt, after bos
+    response_tokens: int = 24  # longest answer, tokens
+    # learn
+    start: Literal["base", "policy"] = "base"  # PPO of a round starts from init, or from the best policy so far
+    rm: str = ""  # further options of train_rm.py, as one text: "--trunk=frozen --sentences=2000"
+    ppo: str = ""  # further options of train_ppo.py
+    processes: int = 1  # of training, by torchrun
+    # judge
+    judge: str = "vader"  # held-out judge: a new policy is promoted only if its 95% interval says better
+    evaluate: str = ""  # further options of evaluate.py
+    seed: int = 1  # of prompts, samples, votes and training
+
+    def __post_init__(self):
+        config.at_least(self, rounds=1, rater_noise=0, pairs=1, pool=1, raters=1, prompt_tokens=1, response_tokens=1)
+        config.at_least(self, processes=1, seed=0)
+        if (self.order == "active") != (self.pool > 1):
+            raise ValueError(
+                f"--order={self.order} with --pool={self.pool}: active chooses from a larger pool, random does not"
+            )
+        if self.rater == "people" and self.rater_noise is not None:
+            raise ValueError("--rater_noise has no effect with --rater=people: they bring their own")
+        if self.rater != "people" and self.raters > 1:
+            raise ValueError(f"--raters={self.raters}: a simulated rater is one; leave it out")
+        for name, taken in TAKEN.items():
+            for word in shlex.split(getattr(self, name)):
+                if (option := word.partition("=")[0].lstrip("-")) in taken:
+                    raise ValueError(f"--{name} sets --{option}, which the loop itself sets; leave it out")
+
+
+TAKEN = {
+    "rm": ("init", "data", "out", "preferences", "seed", "domain", "prompt_tokens", "response_tokens"),
+    "ppo": ("init", "reward", "data", "out", "seed", "domain", "prompt_tokens", "response_tokens"),
+    "evaluate": ("base", "tuned", "reward", "other_rewards", "judge", "data", "out", "domain", "prompt_tokens",
+                 "response_tokens"),
+}  # fmt: skip
+
+
+def main() -> None:
+    cfg = config.parse(Config)
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with alone(out / "lock"):
+        begin(cfg)
+        store = FeedbackStore(out / "feedback.sqlite", cfg.seed)
+        stage(cfg, "round 0, reward model", out / "round_0/rm", reward_model_command(cfg, 0))
+        rounds = []
+        for k in range(1, cfg.rounds + 1):
+            here, best = out / f"round_{k}", best_policy(cfg, rounds)
+            clock = run.Clock()
+            if not (here / "round.json").exists():
+                # 1. sample    pairs of answers by the best policy so far
+                sample_pairs(cfg, k, best)
+                clock.lap("sample")
+                # 2. collect   a vote on every pair, by people or by the simulated rater
+                if waiting := collect(cfg, k, store):
+                    print(how_to_vote(cfg, k, waiting))
+                    return
+                clock.lap("collect")
+                # 3. refine    the reward model on the ratings and on all votes so far
+                stage(cfg, f"round {k}, votes", here / "data", votes_command(cfg, here))
+                stage(cfg, f"round {k}, reward model", here / "rm", reward_model_command(cfg, k))
+                clock.lap("refine")
+                # 4. improve   PPO against it
+                stage(cfg, f"round {k}, PPO", here / "ppo", ppo_command(cfg, k, best))
+                clock.lap("ppo")
+                # 5. promote   only if the judge's interval says better than the best policy so far
+                stage(cfg, f"round {k}, evaluation", here / "evaluation", evaluate_command(cfg, k, best))
+                clock.lap("evaluate")
+                run.write_json(here / "round.json", verdict(cfg, k, best, clock.laps))
+            rounds.append(json.loads((here / "round.json").read_text()))
+            write_page(cfg, rounds)
+        print((out / "rounds.md").read_text())
+
+
+# state
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold the lock file, and let the commands started here hold it too: one that outlives a killed loop is not run twice."""
+    with open(path, "w", encoding="utf-8") as file:
+        os.set_inheritable(file.fileno(), True)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path} is held: this loop, or a command that it started, is still running") from None
+        yield
+
+
+def begin(cfg: Config) -> None:
+    """ValueError if OUT was begun with other options or other inputs: rounds of two experiments are not comparable."""
+    path = Path(cfg.out) / "run.json"
+    ours = {name: value for name, value in asdict(cfg).items() if name not in ("rounds", "out")}
+    ours |= {"init_sha256": digest_of(cfg.init), "judge_sha256": score_digest(cfg.judge)}
+    ours["rater_sha256"] = None if cfg.rater == "people" else score_digest(cfg.rater)
+    if not path.exists():
+        run.write_json(path, ours)
+    theirs = json.loads(path.read_text())
+    for name in ours:
+        if ours[name] != theirs.get(name):
+            raise ValueError(
+                f"{cfg.out} was begun with {name}={theirs.get(name)}, this command says {name}={ours[name]}: repeat its "
+                "options to go on, or choose another --out"
+            )
+
+
+def stage(cfg: Config, name: str, done: Path, command: list[str]) -> None:
+    """Run a command of ours unless its result is there; each of them resumes what it had begun."""
+    finished = {"rm": "report.json", "ppo": "report.json", "data": "manifest.json", "evaluation": "summary.json"}
+    if (done / finished[done.name]).exists():
+        return
+    print(f"{name}: {shlex.join(command[1:])}", flush=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"} if "torch.distributed.run" in command else None
+    code = subprocess.run(command, env=env, close_fds=False, check=False).returncode
+    if code == 130:
+        raise KeyboardInterrupt
+    if code:
+        raise ValueError(f"{name} ended with {code}; what it said stands above. The same command goes on from here")
+
+
+def best_policy(cfg: Config, rounds: list[dict]) -> str:
+    return next((row["policy"] for row in reversed(rounds) if row["promoted"]), cfg.init)
+
+
+# 1. sample
+
+
+@torch.no_grad()
+def sample_pairs(cfg: Config, k: int, best: str) -> None:
+    """round_K/pairs.jsonl: prompt and two different answers of the best policy a line, as `rlhf.feedback` imports them."""
+    file = Path(cfg.out) / f"round_{k}/pairs.jsonl"
+    if file.exists():
+        return
+    opened, sentences = open_pretrained(best), TokenFile(f"{cfg.data}/train")
+    tokenizer = opened.tokenizer
+    check_fingerprint(sentences.fingerprint, tokenizer.fingerprint, best)
+    starts = prompts_from_rows(sentences, cfg.prompt_tokens, [cfg.domain] if cfg.domain else ())
+    starts = list({tuple(start): start for start in starts}.values())  # two pairs of one prompt would share their split
+    count = cfg.pool * cfg.pairs
+    if count * k > len(starts):
+        raise ValueError(f"round {k} needs {count * k} different prompts, {cfg.data} has {len(starts)}: lower --pairs")
+    prompts, lengths, _ = PromptLoader(starts, sentences.pad, count, cfg.seed).batch(k - 1)
+    sampling = (cfg.seed + k, cfg.response_tokens, opened.stop_ids, tokenizer.pad, 1.0)
+    groups = sample_groups(opened.model.eval(), prompts, lengths, 2, *sampling)
+    heads = None
+    if cfg.order == "active":
+        heads = load_reward_model(
+            f"{cfg.out}/round_{k - 1}/rm", tokenizer.fingerprint, base=open_pretrained(cfg.init), open_base=open_base
+        )
+    rows = []
+    for g in groups:
+        texts = [tokenizer.decode(row[m].tolist()) for row, m in zip(g.tokens, g.mask)]
+        firsts = [tokenizer.decode(row[:n].tolist()) for row, n in zip(g.tokens, g.lengths - g.mask.sum(1))]
+        members = heads.member_scores(g.tokens, g.lengths, g.mask) if heads else None  # (rows, M)
+        for i in range(0, len(texts), 2):
+            if texts[i] != texts[i + 1]:
+                answers = [{"model": name_of(cfg, best), "text": text} for text in texts[i : i + 2]]
+                urgent = 0.0
+                if heads:
+                    urgent = float(disagreement(*(members[j : j + 1].numpy() for j in (i, i + 1)))[0])
+                rows.append((urgent, {"prompt": firsts[i], "responses": answers}))
+    rows = sorted(rows, key=lambda row: -row[0])[: cfg.pairs]  # stable: in the order of the draw without heads
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for _, row in rows))
+
+
+def name_of(cfg: Config, policy: str) -> str:
+    return "base" if policy == cfg.init else Path(policy).parent.name.replace("_", " ")
+
+
+# 2. collect
+
+
+def collect(cfg: Config, k: int, store: FeedbackStore) -> int:
+    """Put the round's pairs before the raters; -> how many votes are missing. With none, preferences.jsonl is written."""
+    here = Path(cfg.out) / f"round_{k}"
+    if (here / "preferences.jsonl").exists():
+        return 0
+    store.import_jsonl(here / "pairs.jsonl", raters=cfg.raters)
+    if cfg.rater != "people":
+        simulate(cfg, store)
+    if waiting := store.missing_votes():
+        return waiting
+    counts = store.export_jsonl(here / "preferences.jsonl")
+    print(f"round {k}, votes: {', '.join(f'{name} {count}' for name, count in counts.items())}", flush=True)
+    return 0
+
+
+@torch.no_grad()
+def simulate(cfg: Config, store: FeedbackStore) -> None:
+    """Votes of a rater that is a model, and is stored as one: P(left) = sigmoid((score of left - score of right) / noise).
+
+    The noise of Bradley and Terry's rater is by default the temperature that was fitted to the human pairs.
+    """
+    opened = open_pretrained(cfg.init)
+    tokenizer, name = opened.tokenizer, f"simulated by {cfg.rater}"
+    score = load_reward(cfg.rater, tokenizer, base=opened, open_base=open_base)
+    noise = temperature_of(cfg.rater) if cfg.rater_noise is None else cfg.rater_noise
+    store.add_rater(name, "model")
+    while shown := store.next_comparison(name):
+        texts = [
+            [tokenizer.start, *tokenizer.encode(shown.prompt + text), tokenizer.eos]
+            for text in (shown.left, shown.right)
+        ]
+        tokens, lengths = pad([np.array(text) for text in texts], tokenizer.pad)
+        left, right = score(tokens, lengths, torch.arange(tokens.shape[1]) < lengths[:, None]).double().tolist()
+        draw = np.random.default_rng([cfg.seed, shown.id]).random()  # of the comparison alone: the same after a stop
+        chance = float(left > right) if noise == 0 else 1 / (1 + np.exp(np.clip((right - left) / noise, -700, 700)))
+        store.vote(shown.id, name, "left" if draw < chance else "right", nonce=f"simulated {shown.id}")
+
+
+def how_to_vote(cfg: Config, k: int, waiting: int) -> str:
+    votes = Path(cfg.out) / "feedback.sqlite"
+    return (
+        f"round {k}: {waiting} votes are missing in {votes}. Vote on the page (#compare) or in the terminal:\n"
+        f"  python serve.py --init={cfg.init} --feedback={votes}\n"
+        f"  python -m rlhf.feedback --store={votes} --rater=YOUR_NAME\n"
+        "then run the same command again."
+    )
+
+
+# 3. to 5.: the other scripts
+
+
+def script(cfg: Config, name: str, options: dict, further: str = "", processes: int = 1) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    given = [f"--{key}={config.show(value)}" for key, value in options.items()]
+    return [sys.executable, *launcher, str(ROOT / name), *given, *shlex.split(further)]
+
+
+def prompt_options(cfg: Config) -> dict:
+    return {name: getattr(cfg, name) for name in ("domain", "prompt_tokens", "response_tokens")}
+
+
+def votes_command(cfg: Config, here: Path) -> list[str]:
+    prepare = ["-m", "data.prepare", "preferences", str(here / "preferences.jsonl")]
+    return [sys.executable, *prepare, f"--tokenizer={cfg.data}", f"--out={here / 'data'}"]
+
+
+def reward_model_command(cfg: Config, k: int) -> list[str]:
+    """Round 0 learns the ratings alone; round k the ratings again, and the votes of rounds 1 to k."""
+    here = f"{cfg.out}/round_{k}"
+    options = {"init": cfg.init, "data": cfg.data, "out": f"{here}/rm", "seed": cfg.seed, **prompt_options(cfg)}
+    if k:
+        options["preferences"] = f"{here}/data"
+    return script(cfg, "train_rm.py", options, cfg.rm, cfg.processes)
+
+
+def ppo_command(cfg: Config, k: int, best: str) -> list[str]:
+    here = f"{cfg.out}/round_{k}"
+    options = {"init": best if cfg.start == "policy" else cfg.init, "reward": f"{here}/rm", "data": cfg.data}
+    options |= {"out": f"{here}/ppo", "seed": cfg.seed + k, **prompt_options(cfg)}
+    return script(cfg, "train_ppo.py", options, cfg.ppo, cfg.processes)
+
+
+def evaluate_command(cfg: Config, k: int, best: str) -> list[str]:
+    here = f"{cfg.out}/round_{k}"
+    tuned = ([] if best == cfg.init else [best]) + [f"{here}/ppo"]
+    options = {"base": cfg.init, "tuned": ",".join(tuned), "reward": f"{here}/rm", "judge": cfg.judge}
+    options |= {"other_rewards": f"{cfg.out}/round_0/rm", "data": cfg.data, "out": f"{here}/evaluation"}
+    return script(cfg, "evaluate.py", options | prompt_options(cfg), cfg.evaluate)
+
+
+# the verdict, and the page of rounds
+
+
+def verdict(cfg: Config, k: int, best: str, seconds: dict[str, float]) -> dict:
+    """Round k in numbers: old test accuracy, the reward on the policy's own samples, the judge, promoted or refused."""
+    here = Path(cfg.out) / f"round_{k}"
+    summary, report, first = (
+        json.loads(path.read_text())
+        for path in (
+            here / "evaluation/summary.json",
+            here / "rm/report.json",
+            Path(cfg.out) / "round_0/rm/report.json",
+        )
+    )
+    new, reward, reward_0 = f"{cfg.out}/round_{k}/ppo", f"{cfg.out}/round_{k}/rm", f"{cfg.out}/round_0/rm"
+    name, before = ("tuned", "base") if best == cfg.init else (new, best)
+    gain = next(x for x in summary["pairwise"] if (x["a"], x["b"]) == (name, before))["judge_gain"]
+    own = summary["new_distribution"][name]
+    return {
+        "round": k,
+        "policy": new,
+        "sampled_from": best,
+        "votes": report["preferences"]["trained_on"] + report["preferences"]["pairs"],
+        "rm": {
+            "accuracy": report["accuracy"]["all"],
+            "accuracy_gap1": report["accuracy"]["1"],
+            "accuracy_gap1_round_0": first["accuracy"]["1"],
+            "held_out_votes": report["preferences"],
+            "on_own_samples": own[reward],
+            "on_own_samples_round_0": own[reward_0],
+            "gain_on_own_samples": own["gain"][reward_0],
+        },
+        "judge": summary["rows"][name]["judge"],
+        "judge_base": summary["rows"]["base"]["judge"],
+        "gain_over_previous": gain,
+        "kl": summary["rows"][name]["kl"],
+        "promoted": gain["low"] > 0,
+        "seconds": seconds,
+    }
+
+
+def write_page(cfg: Config, rounds: list[dict]) -> None:
+    """OUT/rounds.json and rounds.md; finished rounds alone."""
+    rater = "people" if cfg.rater == "people" else f"SIMULATED by {cfg.rater}, noise {config.show(cfg.rater_noise)}"
+    run.write_json(Path(cfg.out) / "rounds.json", {"rater": rater, "judge": cfg.judge, "rounds": rounds})
+    columns = (
+        "votes so far",
+        "judge",
+        "gain over the best before",
+        "KL, nats",
+        "promoted",
+        "reward model, test gap > 1",
+    )
+    columns += ("on own samples", "gain over round 0's there")
+    lines = [f"Votes by: {rater}. Judge: {cfg.judge}. 95% intervals.", ""]
+    lines += ["| round | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    if rounds:
+        first = rounds[0]
+        accuracy = f"{first['rm']['accuracy_gap1_round_0']:.3f}"
+        lines.append(f"| 0 | 0 | {show(first['judge_base'])} | - | 0 | - | {accuracy} | - | - |")
+    for row in rounds:
+        rm = row["rm"]
+        cells = [str(row["votes"]), show(row["judge"]), show(row["gain_over_previous"]), f"{row['kl']:.2f}"]
+        cells += ["yes" if row["promoted"] else "refused", f"{rm['accuracy_gap1']:.3f}"]
+        cells += [show(rm["on_own_samples"]["accuracy"]), show(rm["gain_on_own_samples"])]
+        lines.append(f"| {row['round']} | " + " | ".join(cells) + " |")
+    write_text(Path(cfg.out) / "rounds.md", "\n".join(lines) + "\n")
+
+
+def show(x: dict[str, float]) -> str:
+    return f"{x['mean']:.3f} [{x['low']:.3f}, {x['high']:.3f}]"
+
+
+def write_text(path: Path, text: str) -> None:
+    """The old content or the new, never half."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+if __name__ == "__main__":
+    config.run(main)
