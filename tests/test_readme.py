@@ -3,10 +3,12 @@
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,10 +16,12 @@ from typing import NamedTuple
 import pytest
 from test_scripts import PPO_METRICS
 from tiny import ROOT, SMALL, World
+from torch.distributed.run import get_args_parser
 
 from rlhf.infra import config
 
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+DOCS = [ROOT / "README.md", *PAGES]
 ELSEWHERE = {"pip", "git", "cd", "source", "cat", "curl", "export", "ls", "less"}  # programs that are not ours
 PLACES = {"data", "out", "init", "reward", "base", "tuned", "checkpoint", "model"}  # where, not how large
 
@@ -25,6 +29,7 @@ PLACES = {"data", "out", "init", "reward", "base", "tuned", "checkpoint", "model
 class Command(NamedTuple):
     where: str  # file:line
     words: list[str]
+    launcher: tuple[str, ...] = ()  # the options of torchrun, where it starts the command
 
     def __str__(self) -> str:
         return f"{self.where} {' '.join(self.words)}"
@@ -53,12 +58,14 @@ def split(where: str, line: str) -> list[Command]:
         words = shlex.split(part, comments=True)
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             words = words[1:]
+        launcher = []
         if words and Path(words[0]).name == "torchrun":
-            words = ["python", *words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]]
+            place = next(i for i, word in enumerate(words) if word.endswith(".py"))
+            launcher, words = words[1:place], ["python", *words[place:]]
         if words and Path(words[0]).name in ("python", "python3"):
             words = ["python", *words[1:]]
         if words:
-            found.append(Command(where, [word for word in words if not word.startswith(">")]))
+            found.append(Command(where, [word for word in words if not word.startswith(">")], tuple(launcher)))
     return found
 
 
@@ -67,16 +74,36 @@ def commands(file: Path) -> list[Command]:
     return [command for n, line in lines for command in split(f"{file.relative_to(ROOT)}:{n}", line)]
 
 
-DOCUMENTED = [command for file in DOCS for command in commands(file)]
+def in_passing(file: Path) -> list[Command]:
+    """Commands in the text, between backticks; "..." stands for what the text has just said."""
+    text = re.sub(r"^```.*?^```", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    spans = re.findall(r"`((?:python|torchrun|make) [^`]+)`", text)
+    lines = [" ".join(span.replace(" ...", "").split()) for span in spans]
+    return [command for line in lines for command in split(file.name, line)]
+
+
+DOCUMENTED = [command for file in DOCS for command in commands(file) + in_passing(file)]
 
 
 def script_of(command: Command) -> str | None:
     return command.words[1] if command.words[0] == "python" and command.words[1:2][0:1] != ["-m"] else None
 
 
+def module_of(script: str):
+    """The module of `train_lm.py` or `bench/ppo.py`, imported and not run; a bench may be named as one of our scripts."""
+    if "/" not in script:
+        return importlib.import_module(script.removesuffix(".py"))
+    name = script.removesuffix(".py").replace("/", "_")
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / script)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
 def room_of(command: Command):
     """(module, options): the script's, or that of one of its COMMANDS (evaluate.py rm ...)."""
-    module, words = importlib.import_module(script_of(command).removesuffix(".py")), command.words[2:]
+    module, words = module_of(script_of(command)), command.words[2:]
     named = words and getattr(module, "COMMANDS", {}).get(words[0])
     return (named, words[1:]) if named else (module, words)
 
@@ -87,17 +114,29 @@ def parse(command: Command):
     return config.parse(module.Config, words, getattr(module, "NEEDS", getattr(module, "SHAPE", {})))
 
 
+def options_of_module(name: str) -> set[str]:
+    """What `python -m name` takes: the fields of its Config, or what it tells argparse."""
+    module = importlib.import_module(name)
+    if hasattr(module, "Config"):
+        return {f"--{field.name}" for field in dataclasses.fields(module.Config)} | {"--help"}
+    return set(re.findall(r'"(--\w+)"', inspect.getsource(module))) | {"--help"}
+
+
 def check(command: Command) -> None:
     """The program exists and accepts the options."""
     program, *rest = command.words
+    known = {option for action in get_args_parser()._actions for option in action.option_strings}
+    assert [word for word in command.launcher if word.partition("=")[0].replace("_", "-") not in known] == [], command
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert [word for word in rest if "=" not in word and word not in targets] == [], command
+        assert [word for word in rest if not ("=" in word or word == "-n" or word in targets)] == [], command
     elif program == "python" and rest[0] == "-m":
+        given = {word.partition("=")[0] for word in rest[2:] if word.startswith("--")}
         assert importlib.util.find_spec(rest[1]), command
+        assert rest[1] in ("pip", "pytest") or given <= options_of_module(rest[1]), command
     elif program == "python":
         assert (ROOT / rest[0]).is_file(), command
-        if "--help" not in rest and hasattr(importlib.import_module(rest[0].removesuffix(".py")), "Config"):
+        if "--help" not in rest and hasattr(module_of(rest[0]), "Config"):
             parse(command)
     else:
         assert program in ELSEWHERE, f"{command}: neither ours nor known; if it is right, name it in ELSEWHERE"
@@ -211,8 +250,10 @@ def test_glossary_explains_every_metric():
 def test_options_named_in_the_text_exist():
     """`kl_coef`, `--estimator=...`: words in backticks that look like an option of a script are one."""
     text = "\n".join(file.read_text(encoding="utf-8") for file in DOCS)
-    scripts = [importlib.import_module(script.stem) for script in ROOT.glob("*.py")]
+    files = [*ROOT.glob("*.py"), *(ROOT / "bench").glob("*.py")]
+    scripts = [module_of(script.relative_to(ROOT).as_posix()) for script in files]
     modules = scripts + [module for script in scripts for module in getattr(script, "COMMANDS", {}).values()]
-    names = {field.name for module in modules for field in dataclasses.fields(module.Config)}
-    named = set(re.findall(r"`--(\w+)", text)) - {"help"}
-    assert named and named <= names | {"tokenizer", "vocab_size", "most", "tolerance"}, named - names
+    names = {f"--{field.name}" for module in modules for field in dataclasses.fields(module.Config)}
+    names = names.union(*map(options_of_module, ("data.prepare", "rlhf.feedback", "rlhf.check")))
+    named = set(re.findall(r"`(--\w+)", text))
+    assert named and named <= names, named - names
