@@ -1,6 +1,7 @@
-"""Base against tuned model on held-out prompts: reward, an independent judge, KL, diversity, alignment tax, best-of-n.
+"""Base against tuned models on held-out prompts: reward, an independent judge, KL, diversity, alignment tax, best-of-n.
 
 python evaluate.py --base=out/lm --tuned=out/ppo --reward=out/rm --data=out/data/vader --out=out/evaluation
+python evaluate.py --base=out/lm --tuned=out/ppo_1,out/ppo_2 --reward=out/rm_2 --other_rewards=out/rm_1
 python evaluate.py rm --model=out/rm --data=out/data/vader  # a reward model's report card: see rm --help
 python evaluate.py overoptimisation --run=out/ppo --proxy=out/rm_a --gold=out/rm_b --out=out/overoptimisation
 """
@@ -18,13 +19,26 @@ import torch
 from data.loader import PromptLoader, SentenceLoader, TokenFile, in_order
 from data.tokenizer import check_fingerprint, load_tokenizer
 from evaluation import card, overoptimisation
-from evaluation.held_out import held_out_prompts, load_judge, sample_groups
-from model.generate import Generated
+from evaluation.comparison import (
+    mean_and_interval,
+    own_samples_table,
+    pairs_table,
+    pairwise,
+    ranking_of_own_samples,
+)
+from evaluation.held_out import (
+    divergence,
+    held_out_prompts,
+    load_judge,
+    nth_of,
+    sample_groups,
+    scores,
+    temperature_of,
+)
 from model.transformer import Transformer
 from rlhf.actor_critic import logprobs_of
-from rlhf.evaluation import best_of_n, best_of_n_kl, paired_bootstrap, win_rate
+from rlhf.evaluation import best_of_n, best_of_n_kl, paired_bootstrap
 from rlhf.infra import config, distributed, run
-from rlhf.kl import k1, k3
 from rlhf.language_model import LanguageModel
 from rlhf.ppo import distinct_n
 from rlhf.pretrained import open_base, open_pretrained
@@ -34,8 +48,11 @@ from rlhf.reward_model import load_reward
 @dataclass(frozen=True)
 class Config:
     base: str = "out/lm"  # language model before PPO (run, HF directory, GGUF file or name); KL is measured against it
-    tuned: str = "out/ppo"  # language model after PPO
+    tuned: tuple[str, ...] = ("out/ppo",)  # language model after PPO, or several, each compared with all before it
     reward: str = "out/rm"  # the reward that PPO maximised: a directory, or file.py:function
+    other_rewards: tuple[
+        str, ...
+    ] = ()  # held against reward on every model's own samples: which one agrees with the judge
     judge: str = "vader"  # score that PPO never saw: "vader" = rules in the data, a reward model, or file.py:function
     data: str = "out/data/vader"  # directory made by data.prepare
     split: Literal["validation", "test"] = "test"  # where prompts and human text come from; tune on validation
@@ -47,11 +64,25 @@ class Config:
     human_texts: int | None = None  # held-out texts whose perplexity is measured, spread over the split; none = all
     temperature: float = 1.0  # of sampling and of the KL
     best_of: int = 16  # samples per prompt for best-of-n; reported for 4 and for all of them; 1 = none
-    seed: int = 7  # of prompts and samples; both models draw with the same random numbers
+    samples: int | None = (
+        None  # per prompt of every model, whose pairs test the rewards; none = 2 with other_rewards, else 1
+    )
+    seed: int = 7  # of prompts and samples; all models draw with the same random numbers
 
     def __post_init__(self):
         config.at_least(self, prompts=1, prompt_tokens=1, response_tokens=1, human_texts=1, temperature=1e-3, best_of=1)
-        config.at_least(self, seed=0)
+        config.at_least(self, samples=1, seed=0)
+        if not self.tuned:
+            raise ValueError("--tuned is empty: name at least one model")
+        for option, given in (("tuned", self.tuned), ("other_rewards", (self.reward, *self.other_rewards))):
+            if again := [spec for spec in given if given.count(spec) > 1]:
+                raise ValueError(f"--{option}: {again[0]} would be compared with itself; name it once")
+        if len(self.tuned) > 1 and (taken := {"base", "before"}.intersection(self.tuned)):
+            raise ValueError(
+                f"--tuned: {min(taken)} among several has the name of what --base is; write ./{min(taken)}"
+            )
+        if self.other_rewards and self.samples == 1:
+            raise ValueError("--other_rewards has no effect with --samples=1: pairs of samples are what rewards rank")
 
 
 def main() -> None:
@@ -61,83 +92,83 @@ def main() -> None:
     tokenizer = load_tokenizer(cfg.data)
     test = TokenFile(f"{cfg.data}/{cfg.split}")
     check_fingerprint(test.fingerprint, tokenizer.fingerprint, test.path)
-    opened = [open_pretrained(spec, device) for spec in (cfg.base, cfg.tuned)]
-    for model in opened:
+    names = ("base", "tuned") if len(cfg.tuned) == 1 else ("base", *cfg.tuned)
+    models = {name: open_pretrained(spec, device) for name, spec in zip(names, (cfg.base, *cfg.tuned))}
+    for model in models.values():
         check_fingerprint(tokenizer.fingerprint, model.tokenizer.fingerprint, model.spec)
-    base, tuned, stop_ids = opened[0].model.eval(), opened[1].model.eval(), opened[0].stop_ids
-    reward = load_reward(cfg.reward, tokenizer, device, base=opened[0], open_base=open_base)
-    judge = load_judge(cfg.judge, cfg.data, tokenizer, device, opened[0])
+        model.model.eval()
+    opened = models["base"]
+    rewards = {
+        spec: load_reward(spec, tokenizer, device, opened, open_base=open_base)
+        for spec in (cfg.reward, *cfg.other_rewards)
+    }
+    temperatures = {spec: temperature_of(spec) for spec in rewards}
+    judge = load_judge(cfg.judge, cfg.data, tokenizer, device, opened)
     starts = held_out_prompts(cfg.data, cfg.split, cfg.prompt_tokens, cfg.domain)
     prompts, lengths, _ = PromptLoader(starts, test.pad, min(cfg.prompts, len(starts)), cfg.seed).batch(0)
     prompts, lengths = prompts.to(device), lengths.to(device)
-    logprobs = {"base": logprobs_of(base, cfg.temperature), "tuned": logprobs_of(tuned, cfg.temperature)}
+    sampling = (cfg.seed, cfg.response_tokens, opened.stop_ids, tokenizer.pad, cfg.temperature)
 
-    sampling = (cfg.seed, cfg.response_tokens, stop_ids, tokenizer.pad, cfg.temperature)
-
-    def scores(score, groups: list[Generated]) -> np.ndarray:
-        """One number per response (rows,)."""
-        return torch.cat([score(g.tokens, g.lengths, g.mask) for g in groups]).double().cpu().numpy()
-
-    pool = sample_groups(base, prompts, lengths, cfg.best_of, *sampling)
-    firsts = [first_of(group, cfg.best_of) for group in pool]
-    results = {}
-    for name, groups in (("base", firsts), ("tuned", sample_groups(tuned, prompts, lengths, 1, *sampling))):
+    # 1. every model answers the same prompts with the same random numbers; the base often enough for best-of-n
+    reference, samples = logprobs_of(opened.model, cfg.temperature), cfg.samples or (2 if cfg.other_rewards else 1)
+    results, new_distribution = {}, {}
+    for name, model in models.items():
+        drawn = max(samples, cfg.best_of) if name == "base" else samples
+        pool = sample_groups(model.model, prompts, lengths, drawn, *sampling)
+        earned = {spec: scores(score, pool, drawn) for spec, score in rewards.items()}  # (P, n) each
+        judged = scores(judge, pool, drawn)  # (P, n)
+        firsts = nth_of(pool, drawn)
         results[name] = {
-            "reward": scores(reward, groups),
-            "judge": scores(judge, groups),
-            **divergence(groups, logprobs[name], logprobs["base"]),
-            "responses": [row[m].tolist() for g in groups for row, m in zip(g.tokens, g.mask)],
-            "texts": [tokenizer.decode(row[:n].tolist()) for g in groups for row, n in zip(g.tokens, g.lengths)],
-            "finished": torch.cat([g.finished for g in groups]).double().cpu().numpy(),
-            "perplexity": perplexity({"base": base, "tuned": tuned}[name], test, cfg.human_texts, device),
+            "reward": earned[cfg.reward][:, 0],
+            "judge": judged[:, 0],
+            **divergence(firsts, reference if name == "base" else logprobs_of(model.model, cfg.temperature), reference),
+            "responses": [row[m].tolist() for g in firsts for row, m in zip(g.tokens, g.mask)],
+            "texts": [tokenizer.decode(row[:n].tolist()) for g in firsts for row, n in zip(g.tokens, g.lengths)],
+            "finished": torch.cat([g.finished for g in firsts]).double().cpu().numpy(),
+            "perplexity": perplexity(model.model, test, cfg.human_texts, device),
         }
-    proxy, gold = (scores(score, pool).reshape(len(prompts), cfg.best_of) for score in (reward, judge))
+        if name == "base":
+            proxy, gold = earned[cfg.reward], judged
+        if samples > 1:
+            own = {spec: x[:, :samples] for spec, x in earned.items()}
+            new_distribution[name] = ranking_of_own_samples(own, temperatures, judged[:, :samples])
 
+    # 2. rows of the table, and every model against every one before it
     rows = {name: describe(result) for name, result in results.items()}
     for n in sorted({min(4, cfg.best_of), cfg.best_of} - {1}):
         chosen = {"reward": best_of_n(proxy, proxy, n), "judge": best_of_n(proxy, gold, n)}
         rows[f"best of {n}"] = {**{k: mean_and_interval(v) for k, v in chosen.items()}, "kl": best_of_n_kl(n)}
-    before, after = results["base"], results["tuned"]
-    comparison = {
-        "judge_gain": mean_and_interval(after["judge"] - before["judge"]),
-        "reward_gain": mean_and_interval(after["reward"] - before["reward"]),
-        "win_rate_judge": mean_and_interval(win_rate(after["judge"], before["judge"])),
-        "win_rate_reward": mean_and_interval(win_rate(after["reward"], before["reward"])),
-    }
+    pairs = pairwise(results)
+    before, after = rows["base"], rows[names[-1]]
+    versus = next(x for x in pairs if (x["a"], x["b"]) == (names[-1], "base"))
     summary = {
         **reward_model_summary(cfg.reward),
-        "ppo": {
-            **{f"{k}_{when}": rows[name][k]["mean"] for k in ("judge", "reward") for name, when in WHEN.items()},
-            "kl": rows["tuned"]["kl"],
-            **{f"distinct{n}_{when}": rows[name][f"distinct_{n}"] for n in (2, 3) for name, when in WHEN.items()},
-            **comparison,
+        "ppo": {  # the last model against the base
+            **{
+                f"{k}_{when}": x[k]["mean"]
+                for k in ("judge", "reward")
+                for when, x in zip(WHEN.values(), (before, after))
+            },
+            "kl": after["kl"],
+            **{
+                f"distinct{n}_{when}": x[f"distinct_{n}"]
+                for n in (2, 3)
+                for when, x in zip(WHEN.values(), (before, after))
+            },
+            **{key: x for key, x in versus.items() if key not in ("a", "b")},
         },
         "rows": rows,
+        "pairwise": pairs,
+        **({"new_distribution": new_distribution} if new_distribution else {}),
         "prompts": len(prompts),
         "options": asdict(cfg),
         "seconds": stage_seconds(cfg),
     }
-    pairs = [{"before": a, "after": b} for a, b in zip(before["texts"], after["texts"])]
-    write(cfg.out, summary, pairs)
+    texts = {WHEN.get(name, name): result["texts"] for name, result in results.items()}
+    write(cfg.out, summary, [dict(zip(texts, row)) for row in zip(*texts.values())])
 
 
-WHEN = {"base": "before", "tuned": "after"}
-
-
-def first_of(group: Generated, n: int) -> Generated:
-    """The first of every prompt's n responses."""
-    return Generated(**{name: x[::n] for name, x in vars(group).items()})
-
-
-def divergence(groups: list[Generated], policy, base) -> dict[str, np.ndarray]:
-    """KL to the base in nats per response, by k1 and k3, and its perplexity for the base: (rows,) each."""
-    parts = []
-    for group in groups:
-        theirs = base(group.tokens, group.mask)  # (B, T), zero outside
-        ours = theirs if policy is base else policy(group.tokens, group.mask)
-        parts.append(torch.stack([k1(ours, theirs).sum(1), k3(ours, theirs).sum(1), -theirs.sum(1), group.mask.sum(1)]))
-    kl, kl_k3, nll, length = torch.cat(parts, 1).double().cpu().numpy()
-    return {"kl": kl, "kl_k3": kl_k3, "nll": nll, "length": length}
+WHEN = {"base": "before", "tuned": "after"}  # of samples.jsonl
 
 
 def perplexity(model: Transformer, test: TokenFile, count: int | None, device) -> float:
@@ -150,12 +181,6 @@ def perplexity(model: Transformer, test: TokenFile, count: int | None, device) -
         batch = loader.take(chosen[places])
         losses.append(language_model(batch.tokens.to(device), batch.mask.to(device)).double())
     return math.exp(float(torch.cat(losses).mean()))
-
-
-def mean_and_interval(x: np.ndarray) -> dict[str, float]:
-    """Mean over prompts and its 95% bootstrap interval."""
-    low, high = paired_bootstrap(x)
-    return {"mean": float(x.mean()), "low": low, "high": high}
 
 
 def describe(result: dict) -> dict:
@@ -194,10 +219,11 @@ def reward_model_summary(directory: str) -> dict:
 def stage_seconds(cfg: Config) -> dict[str, float]:
     """Wall seconds of every stage that left a report, and of this one."""
     manifest = Path(cfg.data) / "manifest.json"
+    tuned = ["ppo"] if len(cfg.tuned) == 1 else [f"ppo {spec}" for spec in cfg.tuned]
     seconds = {"prepare": json.loads(manifest.read_text()).get("seconds")}
     seconds |= {
         name: read_report(path).get("seconds")
-        for name, path in (("lm", cfg.base), ("rm", cfg.reward), ("ppo", cfg.tuned))
+        for name, path in (("lm", cfg.base), ("rm", cfg.reward), *zip(tuned, cfg.tuned))
     }
     seconds["evaluate"] = run.seconds_used()
     return {**seconds, "total": sum(x for x in seconds.values() if x)}
@@ -208,7 +234,11 @@ def write(out: str, summary: dict, pairs: list[dict[str, str]]) -> None:
     run.write_json(f"{out}/summary.json", summary)
     with open(f"{out}/samples.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
-    text = "\n\n".join([results_table(summary), comparison_lines(summary), continuations(pairs[:5])])
+    parts = [results_table(summary), comparison_lines(summary), continuations(pairs[:5])]
+    if "new_distribution" in summary:
+        judged = "Pairs of samples of one model for one prompt: how often a reward prefers what the judge prefers."
+        parts.insert(2, f"{judged}\n\n{own_samples_table(summary['new_distribution'])}")
+    text = "\n\n".join(parts)
     Path(f"{out}/results.md").write_text(text + "\n")
     print(text)
     seconds = " ".join(f"{name} {x:.0f}" for name, x in summary["seconds"].items() if x)
@@ -233,6 +263,8 @@ def comparison_lines(summary: dict) -> str:
     def line(text: str, x: dict[str, float]) -> str:
         return f"{text} {x['mean']:.3f}, 95% interval [{x['low']:.3f}, {x['high']:.3f}]"
 
+    if len(summary["pairwise"]) > 1:
+        return pairs_table(summary["pairwise"])
     ppo = summary["ppo"]
     return "\n".join(
         [
@@ -244,7 +276,12 @@ def comparison_lines(summary: dict) -> str:
 
 
 def continuations(pairs: list[dict[str, str]]) -> str:
-    return "\n".join(f"{i}. before: {pair['before']}\n   after:  {pair['after']}" for i, pair in enumerate(pairs, 1))
+    width = max(map(len, pairs[0])) + 1
+    return "\n".join(
+        f"{f'{i}.' if n == 0 else '':<3}{f'{name}:':<{width}} {text}"
+        for i, pair in enumerate(pairs, 1)
+        for n, (name, text) in enumerate(pair.items())
+    )
 
 
 COMMANDS = {"rm": card, "overoptimisation": overoptimisation}

@@ -14,6 +14,7 @@ from data.vader import load_rules
 from model.generate import Generated, generate, row_uniforms
 from model.transformer import Transformer
 from rlhf.infra import checkpoint
+from rlhf.kl import k1, k3
 from rlhf.pretrained import open_base
 from rlhf.reward_model import Score, load_reward
 
@@ -59,6 +60,34 @@ def sample_groups(
     return groups
 
 
+def nth_of(groups: list[Generated], n: int, k: int = 0) -> list[Generated]:
+    """The k-th of every prompt's n responses."""
+    return [Generated(**{name: x[k::n] for name, x in vars(group).items()}) for group in groups]
+
+
+def scores(score: Score, groups: list[Generated], n: int = 1) -> np.ndarray:
+    """What the n responses of each of P prompts earn: (P, n).
+
+    The first of all prompts are read together, then the second ...: what shares a batch, and with it the last digit, is
+    the same for any n, so that a model against itself is a draw.
+    """
+    columns = [torch.cat([score(g.tokens, g.lengths, g.mask) for g in nth_of(groups, n, k)]) for k in range(n)]
+    return torch.stack(columns, 1).double().cpu().numpy()
+
+
+def divergence(groups: list[Generated], policy, base) -> dict[str, np.ndarray]:
+    """KL(policy || base) of every response in nats, by k1 (its mean over prompts is unbiased) and k3, (rows,) each;
+    its negative log-likelihood for the base, nats, and its length, tokens.
+    """
+    parts = []
+    for group in groups:
+        theirs = base(group.tokens, group.mask)  # (B, T), zero outside
+        ours = theirs if policy is base else policy(group.tokens, group.mask)
+        parts.append(torch.stack([k1(ours, theirs).sum(1), k3(ours, theirs).sum(1), -theirs.sum(1), group.mask.sum(1)]))
+    kl, kl_k3, nll, length = torch.cat(parts, 1).double().cpu().numpy()
+    return {"kl": kl, "kl_k3": kl_k3, "nll": nll, "length": length}
+
+
 def vader_judge(data: str, tokenizer) -> Score:
     """The VADER rules that came with the data, on the whole text: -1 to 1."""
     rules = load_rules(data)
@@ -86,3 +115,10 @@ def score_digest(spec: str | None) -> str | None:
         return None
     file = spec.rpartition(":")[0]
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file.endswith(".py") else checkpoint.digest(spec)
+
+
+def temperature_of(spec: str) -> float:
+    """At which differences of this reward's scores become probabilities: as train_rm.py fitted it, 1 for a function."""
+    if spec.rpartition(":")[0].endswith(".py"):
+        return 1.0
+    return float(checkpoint.load(checkpoint.resolve(spec)).tensors.get("temperature", 1.0))

@@ -22,15 +22,13 @@ from tqdm import tqdm
 from data.loader import PromptLoader, TokenFile
 from data.tokenizer import check_fingerprint, load_tokenizer
 from evaluation.card import can_draw
-from evaluation.held_out import held_out_prompts, load_judge, sample_groups, score_digest
-from model.generate import Generated
+from evaluation.held_out import divergence, held_out_prompts, load_judge, sample_groups, score_digest, scores
 from rlhf.actor_critic import logprobs_of
 from rlhf.evaluation import best_of_n, best_of_n_kl
 from rlhf.infra import checkpoint, config, distributed, run
-from rlhf.kl import k1
 from rlhf.overoptimisation import CURVES, resampled_means
 from rlhf.pretrained import open_base, open_pretrained
-from rlhf.reward_model import Score, load_reward
+from rlhf.reward_model import load_reward
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def main() -> None:
 
     # 2. best-of-n: one pool of samples of the base gives every n
     pool = sample_groups(base, *prompts, cfg.best_of, *sampling)
-    pool = {name: scores(score, pool).reshape(-1, cfg.best_of) for name, score in (("proxy", proxy), ("gold", gold))}
+    pool = {name: scores(score, pool, cfg.best_of) for name, score in (("proxy", proxy), ("gold", gold))}
     measured = []
     for n in powers_of_two(cfg.best_of):
         means = {name: best_of_n(pool["proxy"], x, n) for name, x in pool.items()}  # (P,) each
@@ -88,9 +86,9 @@ def main() -> None:
     for path in tqdm(steps, desc="checkpoints", leave=False, disable=None):
         policy = open_pretrained(path, device).model.eval()
         groups = sample_groups(policy, *prompts, 1, *sampling)
-        means = {"proxy": scores(proxy, groups), "gold": scores(gold, groups)}
+        means = {name: scores(score, groups)[:, 0] for name, score in (("proxy", proxy), ("gold", gold))}
         gains = {f"{name}_gain": x - pool[name][:, 0] for name, x in means.items()}
-        kl = divergence(groups, logprobs_of(policy, temperature), reference)
+        kl = divergence(groups, logprobs_of(policy, temperature), reference)["kl"]
         done = checkpoint.load(path).state["done"]
         measured.append({"curve": "ppo", "name": f"PPO, {done} iterations", "kl": kl, **means, **gains})
 
@@ -144,17 +142,6 @@ def check_same(cfg: Config, settings: dict, base_digest: str, checkpoints: int) 
 def powers_of_two(most: int) -> list[int]:
     """2, 4, 8 ... up to `most`."""
     return [2**k for k in range(1, most.bit_length())]
-
-
-def scores(score: Score, groups: list[Generated]) -> np.ndarray:
-    """One number per response (rows,)."""
-    return torch.cat([score(g.tokens, g.lengths, g.mask) for g in groups]).double().cpu().numpy()
-
-
-def divergence(groups: list[Generated], policy, base) -> np.ndarray:
-    """KL(policy || base) of every response by k1, nats: its mean over the prompts is unbiased. (rows,)"""
-    kl = [k1(policy(g.tokens, g.mask), base(g.tokens, g.mask)).sum(1) for g in groups]
-    return torch.cat(kl).double().cpu().numpy()
 
 
 def distance(kl: np.ndarray) -> np.ndarray:

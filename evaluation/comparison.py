@@ -1,0 +1,102 @@
+"""Several models on the same prompts, with the same random numbers: who is better, and can the reward still tell?
+
+Every measurement is a number per prompt, and every interval is bootstrapped over prompts.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from rlhf.evaluation import cluster_bootstrap, pair_calibration, paired_bootstrap, win_rate
+
+
+def interval(value: float, low: float, high: float) -> dict[str, float | None]:
+    """A number and its 95% interval; null where there is nothing to count."""
+    return {name: float(x) if np.isfinite(x) else None for name, x in (("mean", value), ("low", low), ("high", high))}
+
+
+def mean_and_interval(x: np.ndarray) -> dict[str, float]:
+    """Mean over prompts and its 95% bootstrap interval."""
+    return interval(x.mean(), *paired_bootstrap(x))
+
+
+def compare(ours: dict, theirs: dict) -> dict:
+    """What one model gains over another: rewards and judgements (P,) of the same prompts."""
+    return {
+        **{f"{k}_gain": mean_and_interval(ours[k] - theirs[k]) for k in ("judge", "reward")},
+        **{f"win_rate_{k}": mean_and_interval(win_rate(ours[k], theirs[k])) for k in ("judge", "reward")},
+    }
+
+
+def pairwise(results: dict[str, dict]) -> list[dict]:
+    """Every later model against every earlier one, the base first: [{"a": later, "b": earlier, ...}]."""
+    return [{"a": a, "b": b, **compare(results[a], results[b])} for b, a in itertools.combinations(results, 2)]
+
+
+def ranking_of_own_samples(
+    rewards: dict[str, np.ndarray], temperatures: dict[str, float], judge: np.ndarray, resamples: int = 1000
+) -> dict:
+    """Do rewards still prefer what the judge prefers, among several samples of one model for one prompt?
+
+    rewards {name: (P, n)} and judge (P, n) of the same samples, n >= 2. All pairs of a prompt count, but for those where
+    the judge ties. Accuracy, and calibration of sigmoid(difference / temperature), of every reward; "gain": accuracy of
+    the first reward minus that of each other.
+    """
+    i, j = np.triu_indices(judge.shape[1], 1)
+    better = np.sign(judge[:, i] - judge[:, j])  # (P, pairs of a prompt)
+    prompt, pair = np.nonzero(better)
+    if not len(prompt):
+        nothing = dict.fromkeys(("accuracy", "ece", "brier"), interval(*[np.nan] * 3))
+        found = {name: {"pairs": 0, **nothing, "temperature": temperatures[name]} for name in rewards}
+        return found | {"gain": {name: nothing["accuracy"] for name in [*rewards][1:]}}
+    clusters, found, right = prompt[:, None], {}, {}
+    for name, x in rewards.items():
+        margins = (better * (x[:, i] - x[:, j]))[prompt, pair]
+        calibration = pair_calibration(margins, temperatures[name], clusters, resamples=resamples)
+        right[name] = win_rate(margins, np.zeros(len(margins)))
+        found[name] = {
+            "pairs": len(margins),
+            "accuracy": clustered_mean(right[name], clusters, resamples),
+            **{measure: interval(*calibration[measure]) for measure in ("ece", "brier")},
+            "temperature": temperatures[name],
+        }
+    first, *others = right
+    found["gain"] = {name: clustered_mean(right[first] - right[name], clusters, resamples) for name in others}
+    return found
+
+
+def clustered_mean(x: np.ndarray, clusters: np.ndarray, resamples: int) -> dict[str, float]:
+    ((low, high),) = cluster_bootstrap(lambda w: w @ x / w.sum(), clusters, resamples)
+    return interval(x.mean(), low, high)
+
+
+def pairs_table(pairs: Sequence[dict]) -> str:
+    columns = {"judge_gain": "judge, gain", "win_rate_judge": "wins, judge", "win_rate_reward": "wins, reward"}
+    rows = [[x["a"], x["b"], *(show(x[key]) for key in columns)] for x in pairs]
+    return table(["model", "against", *columns.values()], rows)
+
+
+def own_samples_table(found: dict[str, dict]) -> str:
+    head = ["samples of", "reward", "pairs", "as the judge", "ECE", "Brier", "gain of the first"]
+    rows = [
+        [model, name, str(x["pairs"]), *(show(x[key]) for key in ("accuracy", "ece", "brier")), gain]
+        for model, rewards in found.items()
+        for name, x in rewards.items()
+        if name != "gain"
+        for gain in [show(rewards["gain"][name], signed=True) if name in rewards["gain"] else "-"]
+    ]
+    return table(head, rows)
+
+
+def show(x: dict, signed: bool = False) -> str:
+    """0.412 [0.380, 0.455]"""
+    if x["mean"] is None:
+        return "-"
+    form = "{:+.3f}" if signed else "{:.3f}"
+    value, low, high = (form.format(x[key]) for key in ("mean", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))

@@ -1,0 +1,137 @@
+"""Several models side by side: rankings of a model's own samples by hand, and `evaluate.py` with several models."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import lines
+
+from evaluation import comparison
+from evaluation.held_out import temperature_of
+from rlhf.infra import checkpoint
+
+RNG = np.random.default_rng
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 6), st.integers(2, 4), st.integers(0, 2**20))
+def test_rankings_pair_by_pair(prompts, n, seed):
+    """Against a loop over all pairs of samples; scores with ties, a judge with more of them."""
+    rng = RNG(seed)
+    judge = rng.integers(0, 3, (prompts, n)).astype(float)
+    rewards = {name: rng.integers(-2, 3, (prompts, n)) / 2 for name in ("ours", "theirs")}
+    found = comparison.ranking_of_own_samples(rewards, {"ours": 2.0, "theirs": 1.0}, judge, resamples=20)
+    accuracy = {}
+    for name, x in rewards.items():
+        right, brier = [], []
+        for p in range(prompts):
+            for i in range(n):
+                for j in range(i + 1, n):
+                    if judge[p, i] != judge[p, j]:
+                        margin = (x[p, i] - x[p, j]) * (1 if judge[p, i] > judge[p, j] else -1)
+                        right.append(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0)
+                        sure = 1 / (1 + math.exp(-abs(margin) / {"ours": 2.0, "theirs": 1.0}[name]))
+                        brier.append((sure - right[-1]) ** 2)
+        assert found[name]["pairs"] == len(right)
+        if right:
+            accuracy[name] = np.mean(right)
+            assert found[name]["accuracy"]["mean"] == pytest.approx(np.mean(right))
+            assert found[name]["brier"]["mean"] == pytest.approx(np.mean(brier))
+        else:
+            assert found[name]["accuracy"] == {"mean": None, "low": None, "high": None}
+    gain = found["gain"]["theirs"]["mean"]
+    assert gain == (pytest.approx(accuracy["ours"] - accuracy["theirs"]) if accuracy else None)
+    assert list(found["gain"]) == ["theirs"]
+
+
+def test_a_reward_that_is_the_judge_is_always_right():
+    judge = RNG(0).normal(size=(40, 2))
+    found = comparison.ranking_of_own_samples(
+        {"it": judge, "noise": RNG(1).normal(size=(40, 2))}, {"it": 1.0, "noise": 1.0}, judge
+    )
+    assert found["it"]["accuracy"] == {"mean": 1.0, "low": 1.0, "high": 1.0} and found["gain"]["noise"]["low"] > 0.2
+    swapped = comparison.ranking_of_own_samples({"it": judge[:, ::-1]}, {"it": 1.0}, judge[:, ::-1])
+    assert swapped["it"] == found["it"]  # which sample comes first means nothing
+
+
+def test_every_pair_once_and_both_ways():
+    rng = RNG(2)
+    results = {name: {"judge": rng.normal(size=30), "reward": rng.normal(size=30)} for name in ("base", "one", "two")}
+    found = {(x["a"], x["b"]): x for x in comparison.pairwise(results)}
+    assert list(found) == [("one", "base"), ("two", "base"), ("two", "one")]
+    back = comparison.compare(results["base"], results["two"])
+    assert back["judge_gain"]["mean"] == pytest.approx(-found["two", "base"]["judge_gain"]["mean"])
+    assert back["win_rate_judge"]["mean"] == pytest.approx(1 - found["two", "base"]["win_rate_judge"]["mean"])
+    three = [found[pair]["judge_gain"]["mean"] for pair in (("one", "base"), ("two", "one"), ("two", "base"))]
+    assert three[0] + three[1] == pytest.approx(three[2])  # paired: gains add up
+
+
+def test_temperature_of_a_reward(tmp_path):
+    for name, tensors, expected in (
+        ("new", {"temperature": torch.tensor(2.5)}, 2.5),
+        ("old", {"gain": torch.ones(())}, 1),
+    ):
+        checkpoint.save(tmp_path / name, tensors, {}, {})
+        assert temperature_of(str(tmp_path / name)) == expected
+    assert temperature_of("rewards.py:shorter") == 1
+
+
+# ---- evaluate.py
+
+
+@pytest.fixture(scope="module")
+def tuned(world, tmp_path_factory):
+    """PPO that learns to write less, with its checkpoints."""
+    path = tmp_path_factory.mktemp("tuned") / "ppo"
+    options = {"reward": "rewards.py:shorter", "domain": "none", "prompt_tokens": 8, "lr": 0.01, "kl_coef": 0.01}
+    world.ok("train_ppo.py", out=path, **options)
+    return path
+
+
+COMMON = {"domain": "none", "prompt_tokens": 8, "best_of": 1, "judge": "rewards.py:shorter", "prompts": 12}
+
+
+def test_several_models_and_rewards(world, tuned, tmp_path):
+    early, late = f"{tuned}/step_000002", str(tuned)
+    out = world.ok("evaluate.py", **COMMON, tuned=f"{early},{late}", other_rewards="rewards.py:shorter", out=tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary["rows"]) == ["base", early, late] and summary["rows"][late]["kl"] > 0
+    assert [(x["a"], x["b"]) for x in summary["pairwise"]] == [(early, "base"), (late, "base"), (late, early)]
+    assert summary["ppo"]["judge_gain"] == summary["pairwise"][1]["judge_gain"]
+    assert summary["ppo"]["judge_after"] == summary["rows"][late]["judge"]["mean"]
+    for found in summary["new_distribution"].values():
+        assert found.keys() == {"rm", "rewards.py:shorter", "gain"}
+        assert found["rewards.py:shorter"]["accuracy"]["mean"] == 1  # it is the judge
+        assert found["gain"]["rewards.py:shorter"]["mean"] == pytest.approx(found["rm"]["accuracy"]["mean"] - 1)
+    rows = lines(tmp_path / "samples.jsonl")
+    assert len(rows) == summary["prompts"] and list(rows[0]) == ["before", early, late]
+    assert "as the judge" in out and f"| {late} | {early} |" in out
+
+    alone = tmp_path / "alone"
+    world.ok("evaluate.py", **COMMON, tuned=late, out=alone)
+    single = json.loads((alone / "summary.json").read_text())
+    assert single["rows"] == {
+        "base": summary["rows"]["base"],
+        "tuned": summary["rows"][late],
+    }  # company changes nothing
+    assert "new_distribution" not in single and lines(alone / "samples.jsonl")[0].keys() == {"before", "after"}
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"tuned": ""}, ("--tuned is empty",)),
+        ({"tuned": "lm,lm"}, ("--tuned", "lm", "name it once")),
+        ({"tuned": "base,lm"}, ("--tuned", "./base")),
+        ({"other_rewards": "rm"}, ("--other_rewards", "rm", "name it once")),
+        ({"other_rewards": "rm2", "samples": 1}, ("--other_rewards has no effect", "--samples=1")),
+        ({"samples": 0}, ("--samples=0", "at least 1")),
+    ],
+)
+def test_what_it_refuses(world, options, words):
+    done = world.run("evaluate.py", **options)
+    assert (done.code, done.err.count("\n")) == (2, 1) and all(word in done.err for word in words), done
