@@ -1,27 +1,30 @@
 """The loop of rounds: with a simulated rater, with people, stopped at any point, refused promotions."""
 
 import json
-import sqlite3
+import os
+import re
+import signal
+import time
 
 import pytest
 from test_bad_input import refused
-from tiny import SMALL, World, lines
+from tiny import SMALL, lines
 
 from rlhf.feedback import FeedbackStore
 
-
-def words(script: str, leave: tuple[str, ...], **changes) -> str:
-    """The small options of a script as iterate.py passes them on."""
-    options = {k: v for k, v in (SMALL[script] | changes).items() if k not in leave}
-    return " ".join(f"--{name}={value}" for name, value in options.items())
-
-
 OURS = ("init", "data", "out", "reward", "base", "tuned", "response_tokens", "prompt_tokens", "judge")
+
+
+def passed_on(script: str, **changes) -> str:
+    """The small options of a script as iterate.py passes them on, in one text."""
+    return " ".join(f"--{k}={v}" for k, v in (SMALL[script] | changes).items() if k not in OURS)
+
+
 LOOP = {
     "init": "lm", "data": "data", "out": "rounds", "rounds": 2, "pairs": 40, "response_tokens": 8, "domain": "none",
-    "rater": "rewards.py:shorter", "judge": "rewards.py:shorter", "seed": 3,
-    "rm": words("train_rm.py", OURS), "ppo": words("train_ppo.py", OURS, iterations=2, weak_reward="true"),
-    "evaluate": words("evaluate.py", OURS, prompts=12, best_of=1, human_texts=8),
+    "rater": "rewards.py:shorter", "rater_noise": 0, "judge": "rewards.py:shorter", "seed": 3,
+    "rm": passed_on("train_rm.py"), "ppo": passed_on("train_ppo.py", iterations=2, weak_reward="true"),
+    "evaluate": passed_on("evaluate.py", prompts=12, best_of=1, human_texts=8),
 }  # fmt: skip
 
 
@@ -32,15 +35,167 @@ def loop(**changes) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(world):
-    """Two rounds, by the real commands."""
+    """Two rounds, by the real commands; what they printed."""
     done = world.spawn(loop())
     assert done.code == 0, done
     return world.path / "rounds", done.out
 
 
+def votes_of(out) -> list[tuple]:
+    """Everything about the votes that count but the clock."""
+    store = FeedbackStore(out / "feedback.sqlite")
+    try:
+        return [tuple(j) for j in store.judgements()]
+    finally:
+        store.close()
+
+
+@pytest.mark.slow
 def test_two_rounds(finished):
+    """Every number of the page is the number of the stage that measured it, and the simulated rater did as it says."""
     out, said = finished
     page = json.loads((out / "rounds.json").read_text())
-    print(said)
-    print((out / "rounds.md").read_text())
-    assert len(page["rounds"]) == 2
+    table = (out / "rounds.md").read_text()
+    assert "SIMULATED by rewards.py:shorter" in table and page["rater"] in table and said.endswith(table + "\n")
+    sampled_from = "lm"
+    for k, row in enumerate(page["rounds"], 1):
+        here = out / f"round_{k}"
+        assert row["round"] == k and row["sampled_from"] == sampled_from
+        summary = json.loads((here / "evaluation/summary.json").read_text())
+        new = "tuned" if sampled_from == "lm" else f"rounds/round_{k}/ppo"
+        gain = next(x["judge_gain"] for x in summary["pairwise"] if x["a"] == new and x["b"] in ("base", sampled_from))
+        if sampled_from != "lm":
+            gain = next(x["judge_gain"] for x in summary["pairwise"] if (x["a"], x["b"]) == (new, sampled_from))
+        assert row["gain_over_previous"] == gain and row["judge"] == summary["rows"][new]["judge"]
+        assert row["promoted"] == (gain["low"] > 0)
+        sampled_from = row["policy"] if row["promoted"] else sampled_from
+        preferences = lines(here / "preferences.jsonl")
+        assert all(len(p["chosen"]) <= len(p["rejected"]) for p in preferences)  # this rater likes what is shorter
+        assert {kind for p in preferences for kind in p["rater_kinds"]} == {"model"}
+        votes = json.loads((here / "rm/report.json").read_text())["preferences"]
+        assert votes["trained_on"] + votes["pairs"] == row["votes"] <= len(preferences) <= 40 * k
+    assert len(lines(out / "round_2/preferences.jsonl")) > len(lines(out / "round_1/preferences.jsonl"))  # old and new
+    prompts = [{row["prompt"] for row in lines(out / f"round_{k}/pairs.jsonl")} for k in (1, 2)]
+    assert not prompts[0] & prompts[1]
+
+
+@pytest.mark.slow
+def test_killed_at_any_point(world, finished):
+    """SIGKILL to everything it started, again and again, at other points each time: the same rounds in the end."""
+    out, _ = finished
+    command, again = loop(out="killed"), world.path / "killed"
+    kills = 0
+    for seconds in (3, 5, 7, 9, 12, 15, 18, 600):
+        process = world.popen(command)
+        try:
+            process.communicate(timeout=seconds)
+        except Exception:  # still running
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            kills += 1
+        if (again / "round_2/round.json").exists() and process.returncode == 0:
+            break
+    assert process.returncode == 0 and kills >= 3
+    assert votes_of(again) == votes_of(out)
+    for k in (1, 2):
+        ours, theirs = (json.loads((run / f"round_{k}/round.json").read_text()) for run in (again, out))
+        for row in (ours, theirs):
+            row.pop("seconds")
+        assert json.loads(json.dumps(ours).replace("killed/", "rounds/")) == theirs
+
+
+PEOPLE = {"out": "people", "rater": "people", "rater_noise": None, "rounds": 1, "pairs": 30}
+PEOPLE["ppo"] = passed_on("train_ppo.py", iterations=1, weak_reward="true", lr=0)  # nothing is learned: a draw
+
+
+@pytest.fixture(scope="module")
+def asked(world):
+    """A loop that waits for people; what it printed."""
+    done = world.spawn(loop(**PEOPLE))
+    assert done.code == 0, done
+    return done.out
+
+
+def test_people_vote_and_the_loop_goes_on(world, asked):
+    """It stops where votes are missing and says how to give them; after the last one it goes on, and refuses a draw."""
+    missing = int(re.search(r"round 1: (\d+) votes are missing", asked)[1])
+    assert 0 < missing <= 30 and "--feedback=people/feedback.sqlite" in asked
+    store = FeedbackStore(world.path / "people/feedback.sqlite")
+    assert store.missing_votes() == missing
+    while shown := store.next_comparison("ana"):
+        store.vote(shown.id, "ana", "left", nonce=f"vote on {shown.id}")
+    assert store.missing_votes() == 0
+    store.close()
+    done = world.spawn(loop(**PEOPLE))
+    assert done.code == 0 and "| refused |" in done.out and "Votes by: people" in done.out, done
+    (row,) = json.loads((world.path / "people/rounds.json").read_text())["rounds"]
+    assert row["gain_over_previous"]["mean"] == 0 and not row["promoted"]
+    preferences = lines(world.path / "people/round_1/preferences.jsonl")
+    assert row["votes"] <= len(preferences) <= missing and preferences[0]["rater_kinds"] == ["human"]
+
+
+@pytest.mark.slow
+def test_active_pairs_are_those_where_the_heads_disagree(world):
+    """Before any vote: the pairs that are put before people are the pool's most disputed, by a second computation."""
+    changes = {"out": "active", "order": "active", "pool": 3, "pairs": 10, "rater": "people", "rater_noise": None}
+    done = world.spawn(loop(**changes, rm=passed_on("train_rm.py", members=3)))
+    assert done.code == 0 and "votes are missing" in done.out, done
+    active = lines(world.path / "active/round_1/pairs.jsonl")
+    done = world.spawn(loop(**changes | {"order": "random", "pool": 1, "pairs": 30, "out": "all"}))
+    assert done.code == 0, done
+    everything = lines(world.path / "all/round_1/pairs.jsonl")
+    assert 0 < len(active) <= 10 < len(everything)
+    assert {row["prompt"] for row in active} < {row["prompt"] for row in everything}
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"pool": 2}, ("--order=random", "--pool=2")),
+        ({"order": "active"}, ("--order=active", "--pool=1")),
+        ({"raters": 2}, ("--raters=2", "simulated")),
+        ({"rater": "people"}, ("--rater_noise", "people")),
+        ({"rm": "--out=elsewhere"}, ("--rm", "--out", "itself")),
+        ({"ppo": "--reward elsewhere"}, ("--ppo", "--reward", "itself")),
+        ({**PEOPLE, "seed": 4}, ("begun with seed=3", "seed=4")),
+        ({**PEOPLE, "rounds": 2, "pairs": 5000, "out": "many"}, ("different prompts", "--pairs")),
+        ({"out": "wrong", "rm": "--epoch=1"}, ("round 0, reward model ended with 2",)),
+    ],
+    ids=str,
+)
+def test_what_it_refuses(world, asked, changes, words):
+    if "pairs" in changes:  # the first reward model is there already
+        (world.path / "many/round_0/rm").mkdir(parents=True)
+        (world.path / "many/round_0/rm/report.json").write_text("{}")
+    done = world.start(loop(**changes)).wait()
+    if "wrong" in changes.values():
+        assert done.code == 2 and "did you mean" in done.err and words[0] in done.err
+    else:
+        refused(done, *words)
+
+
+@pytest.mark.slow
+def test_one_loop_at_a_time(world):
+    process = world.popen(loop(out="twice"))
+    while not (world.path / "twice/round_0/rm/run.json").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    refused(world.start(loop(out="twice")).wait(), "twice/lock", "still running")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_missing_votes(tmp_path):
+    """By the definition, over two raters, ties, skips, undone votes and repetitions."""
+    store = FeedbackStore(tmp_path / "votes.sqlite", repeats=0)
+    prompt, model = store.add_prompt("p"), store.add_model("m")
+    texts = [store.add_completion(prompt, model, text) for text in "abcd"]
+    store.make_comparisons([(texts[0], texts[1]), (texts[2], texts[3])], raters=2)
+    assert store.missing_votes() == 4
+    for name in ("ana", "ben"):
+        store.add_rater(name)
+        shown = store.next_comparison(name)
+        vote = store.vote(shown.id, name, "skip", nonce=f"vote of {name}")
+    assert store.missing_votes() == 2
+    store.undo(vote, "ben")
+    assert store.missing_votes() == 3
