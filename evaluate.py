@@ -4,6 +4,7 @@ python evaluate.py --base=out/lm --tuned=out/ppo --reward=out/rm --data=out/data
 python evaluate.py --base=out/lm --tuned=out/ppo_1,out/ppo_2 --reward=out/rm_2 --other_rewards=out/rm_1
 python evaluate.py rm --model=out/rm --data=out/data/vader  # a reward model's report card: see rm --help
 python evaluate.py overoptimisation --run=out/ppo --proxy=out/rm_a --gold=out/rm_b --out=out/overoptimisation
+python evaluate.py report --run=out/demo  # a run, or a directory of runs, as one HTML page and Markdown
 """
 
 import json
@@ -18,7 +19,7 @@ import torch
 
 from data.loader import PromptLoader, SentenceLoader, TokenFile, in_order
 from data.tokenizer import check_fingerprint, load_tokenizer
-from evaluation import card, overoptimisation
+from evaluation import card, overoptimisation, report
 from evaluation.comparison import (
     mean_and_interval,
     own_samples_table,
@@ -284,7 +285,7 @@ def continuations(pairs: list[dict[str, str]]) -> str:
     )
 
 
-COMMANDS = {"rm": card, "overoptimisation": overoptimisation}
+COMMANDS = {"rm": card, "overoptimisation": overoptimisation, "report": report}
 
 if __name__ == "__main__":
     config.run(COMMANDS[sys.argv.pop(1)].main if sys.argv[1:2] and sys.argv[1] in COMMANDS else main)

@@ -1,0 +1,671 @@
+"""A run directory, or a directory of runs, as one HTML page that fetches nothing, with a Markdown summary beside it.
+
+python evaluate.py report --run=out/demo
+python evaluate.py report --run=out/demo --picture=docs/picture.svg
+
+Only files are read: what train_*.py, evaluate.py and iterate.py left. What is missing is named at the end of the page.
+"""
+
+import ast
+import json
+import math
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from evaluation import plots
+from evaluation.card import GAPS, NAMES, probe_row
+from evaluation.card import show as show_estimate
+from evaluation.page import Block, Microscope, Plots, Sample, Shade, Table, Text, plain, write
+from rlhf.infra import config
+from rlhf.infra.metrics import read_lines
+from rlhf.overoptimisation import CURVES
+
+
+@dataclass(frozen=True)
+class Config:
+    run: str = "out/demo"  # directory of a run (of train_*.py, evaluate.py, iterate.py), or of several
+    out: str | None = None  # the HTML file, report.md goes beside it; none = report.html in the run
+    picture: str | None = None  # also an SVG file with learning curve and frontier alone, for a page about the run
+
+    def __post_init__(self):
+        for name, ending in (("out", ".html"), ("picture", ".svg")):
+            path = getattr(self, name)
+            if path is not None and not path.endswith(ending):
+                raise ValueError(f"--{name}={path} must end in {ending}")
+
+
+def main() -> None:
+    cfg = config.parse(Config)
+    plots.check_installed()
+    sources = find(Path(cfg.run))
+    file = Path(cfg.out) if cfg.out else Path(cfg.run) / "report.html"
+    title = f"Report: {Path(cfg.run).resolve().name}"
+    sections, missing = build(sources)
+    beside = write(title, sections, file)
+    files = [str(file), str(beside)]
+    if cfg.picture:
+        Path(cfg.picture).parent.mkdir(parents=True, exist_ok=True)
+        Path(cfg.picture).write_text(picture(sources, cfg.run), encoding="utf-8")
+        files.append(cfg.picture)
+    for line in missing:
+        print(line)
+    print(f"{len(sources)} directories, {len(sections)} sections -> {', '.join(files)}")
+
+
+# --- what is read ---
+
+DEPTH = 3  # levels of directories below --run
+JSON = ("run.json", "report.json", "card.json", "summary.json", "overoptimisation.json", "rounds.json")
+LINES = ("metrics.jsonl", "samples.jsonl")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A directory with files that we know."""
+
+    name: str  # relative to --run
+    files: dict[str, dict | list]  # name -> content
+    damaged: list[str] = field(default_factory=list)  # why a file of it is left out
+
+    @property
+    def kind(self) -> str:
+        """What run.json's options belong to."""
+        options = self.files.get("run.json", {})
+        return next((kind for kind, (_, option) in KINDS.items() if option in options), "other")
+
+
+KINDS = {  # kind -> its script, and an option that no other script has
+    "PPO": ("train_ppo.py", "kl_coef"),
+    "reward model": ("train_rm.py", "pooling"),
+    "language model": ("train_lm.py", "width"),
+}
+
+
+def find(run: Path) -> list[Source]:
+    """The directories up to DEPTH levels below `run` that hold files of ours, by name; ValueError where there is none."""
+    if not run.is_dir():
+        raise ValueError(f"--run={run} is not a directory")
+    sources = []
+    for place, below, files in os.walk(run):
+        path = Path(place)
+        depth = len(path.relative_to(run).parts)
+        # checkpoints are part of their run; prepared data has a manifest
+        below[:] = sorted(x for x in below if not re.match(r"step_\d+$|best$|\.", x)) if depth < DEPTH else []
+        if "manifest.json" in files:
+            below[:] = []
+        elif {*files} & {*JSON, *LINES}:
+            sources.append(read(path, str(path.relative_to(run)) if depth else run.resolve().name))
+    if not sources:
+        raise ValueError(
+            f"--run={run} holds no run: none of {', '.join(JSON + LINES)} in it or up to {DEPTH} levels below; "
+            "name what was --out of train_*.py, evaluate.py or iterate.py"
+        )
+    return sources
+
+
+def read(path: Path, name: str) -> Source:
+    found, damaged = {}, []
+    for file in (x for x in JSON + LINES if (path / x).is_file()):
+        try:
+            content = read_lines(path / file) if file in LINES else json.loads((path / file).read_text("utf-8"))
+            rows = content if file in LINES else [content]
+            if not all(isinstance(row, dict) for row in rows):
+                raise ValueError("not an object of names and values")
+            if content:
+                found[file] = content
+        except (ValueError, OSError) as error:
+            damaged.append(f"Left out, {name}/{file}: {error}")
+    return Source(name, found, damaged)
+
+
+def build(sources: list[Source]) -> tuple[dict[str, list[Block]], list[str]]:
+    """The sections that have something to say, and a line about each that has not."""
+    sections, missing = {}, [line for source in sources for line in source.damaged]
+    for title, (make, files) in SECTIONS.items():
+        if blocks := make(sources):
+            sections[title] = blocks
+        else:
+            missing.append(f"No section {title!r}: {files}")
+    if missing:
+        sections["What is missing"] = [Text(line, "note") for line in missing]
+    return sections, missing
+
+
+def each(sources: list[Source], file: str, make: Callable[[Source], list[Block]], titles: bool = True) -> list[Block]:
+    """The blocks of every source that has `file`, each under its name; one line instead where it is not what we write."""
+    blocks, having = [], [source for source in sources if file in source.files]
+    for source in having:
+        try:
+            made = make(source)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:  # somebody else's file, or old
+            made = [
+                Text(f"Left out, {source.name}/{file}: unexpected content ({type(error).__name__} {error})", "note")
+            ]
+        if made and titles and len(having) > 1:
+            blocks.append(Text(source.name, "h3"))
+        blocks += made
+    return blocks
+
+
+def show(x: dict | None, form: str = ".3f") -> str:
+    """0.391 [0.302, 0.473]"""
+    if x is None:
+        return "-"
+    return f"{x['mean']:{form}} [{x['low']:{form}}, {x['high']:{form}}]"
+
+
+def short(x) -> str:
+    """A metric, an option."""
+    if isinstance(x, float):
+        return f"{x:.4g}"
+    return config.show(tuple(x) if isinstance(x, list) else x)
+
+
+# --- what was run ---
+
+
+def runs(sources: list[Source]) -> list[Block]:
+    blocks = each(sources, "run.json", options_of, titles=False)
+    rows = []
+    for source in sources:
+        rows += [
+            [source.name, name.removesuffix("_sha256"), str(x)]
+            for name, x in source.files.get("run.json", {}).items()
+            if name.endswith("_sha256") and x
+        ]
+    if rows:
+        blocks.append(Table(["run", "input", "sha256"], rows, folded="Inputs and their sha256"))
+    return blocks + each(sources, "summary.json", seconds)
+
+
+def options_of(source: Source) -> list[Block]:
+    """What the run was, whether it ended, and the options that differ from the script's defaults of today."""
+    options, report = source.files["run.json"], source.files.get("report.json", {})
+    done = len(source.files.get("metrics.jsonl", []))
+    state = f"{report['seconds']:.0f} s" if "seconds" in report else f"not finished, {done} lines of metrics"
+    title = Text(f"{source.name}: {source.kind}, {state}", "h3")
+    if source.kind not in KINDS:
+        return [title]
+    script, usual = KINDS[source.kind][0], defaults(KINDS[source.kind][0])
+    known = {name: x for name, x in options.items() if name in usual}
+    changed = [f"--{name}={short(x)}" for name, x in known.items() if json.dumps(x) != json.dumps(usual[name])]
+    return [title, Text(shlex.join([script, *changed]), "command")]
+
+
+def defaults(script: str) -> dict:
+    """The defaults of a script's options, read from its source: nobody imports the scripts."""
+    tree = ast.parse((Path(__file__).parent.parent / script).read_text(encoding="utf-8"))
+    (config_class,) = (x for x in tree.body if isinstance(x, ast.ClassDef) and x.name == "Config")
+    fields = (x for x in config_class.body if isinstance(x, ast.AnnAssign) and x.value is not None)
+    return {x.target.id: ast.literal_eval(x.value) for x in fields}
+
+
+def seconds(source: Source) -> list[Block]:
+    used = source.files["summary.json"].get("seconds") or {}
+    parts = [f"{name} {x:.0f}" for name, x in used.items() if x]
+    return [Text(f"Seconds of {source.name}: {', '.join(parts)}")] if parts else []
+
+
+# --- before and after ---
+
+COLUMNS = {  # of the results table: title -> key, format
+    "judge": ("judge", None),
+    "reward": ("reward", None),
+    "KL, nats": ("kl", ".2f"),
+    "distinct-3": ("distinct_3", ".3f"),
+    "length": ("length", ".1f"),
+    "ends": ("eos_rate", ".2f"),
+    "ppl of human text": ("perplexity_of_human_text", ".1f"),
+    "ppl for base": ("perplexity_for_base", ".1f"),
+}
+
+
+def results(sources: list[Source]) -> list[Block]:
+    return each(sources, "summary.json", lambda source: summary_tables(source.files["summary.json"]))
+
+
+def summary_tables(summary: dict) -> list[Block]:
+    def cell(row: dict, key: str, form: str | None) -> str:
+        if key not in row:
+            return "-"
+        bound = "<= " if key == "kl" and "distinct_3" not in row else ""  # best-of-n: an analytic bound
+        return bound + (show(row[key]) if form is None else f"{row[key]:{form}}")
+
+    rows = [[name, *(cell(row, *column) for column in COLUMNS.values())] for name, row in summary["rows"].items()]
+    caption = f"{summary['prompts']} held-out prompts, 95% bootstrap intervals over prompts"
+    blocks = [Table(["model", *COLUMNS], rows, caption)]
+    gains = {
+        "judge, tuned - base": "judge_gain",
+        "reward, tuned - base": "reward_gain",
+        "tuned wins against base, by the judge": "win_rate_judge",
+        "tuned wins against base, by the judge, at equal length": "win_rate_judge_length_controlled",
+        "tuned wins against base, by the reward": "win_rate_reward",
+    }
+    ppo = summary.get("ppo", {})
+    found = [[text, show(ppo[key])] for text, key in gains.items() if key in ppo]
+    if found:
+        blocks.append(Table(["comparison", "mean and 95% interval"], found))
+    if pairs := summary.get("pairwise"):
+        keys = ("judge_gain", "win_rate_judge", "win_rate_judge_length_controlled", "win_rate_reward")
+        head = ["a against b", "judge, a - b", "a wins, judge", "at equal length", "a wins, reward"]
+        blocks.append(Table(head, [[f"{x['a']} / {x['b']}", *(show(x.get(key)) for key in keys)] for x in pairs]))
+    if elo := summary.get("elo"):
+        rows = [[name, f"{x['value']:.0f} [{x['low']:.0f}, {x['high']:.0f}]"] for name, x in elo.items()]
+        blocks.append(Table(["model", "Elo by the judge, base = 0"], rows))
+    if found := summary.get("minimal_pairs"):
+        rows = [[name, show(x["accuracy"]), str(x["pairs"])] for name, x in found.items()]
+        blocks.append(Table(["model", "minimal pairs right", "pairs"], rows))
+    for name, x in (summary.get("safety") or {}).items():
+        blocks.append(Text(f"Safety prompts, {name}: {flat(x)}"))
+    return blocks
+
+
+def flat(x) -> str:
+    """Nested numbers on one line."""
+    if isinstance(x, dict) and {"mean", "low", "high"} <= x.keys():
+        return show(x)
+    if isinstance(x, dict):
+        return ", ".join(f"{name} {flat(value)}" for name, value in x.items())
+    return f"{len(x)} of them" if isinstance(x, list) else short(x)
+
+
+def before_after(sources: list[Source]) -> list[Block]:
+    def table(source: Source) -> list[Block]:
+        pairs = [row for row in source.files["samples.jsonl"] if "before" in row and "after" in row]
+        caption = f"The first {min(10, len(pairs))} of {len(pairs)} held-out prompts; both models draw the same numbers"
+        return [
+            Table(["before", "after"], [[x["before"], x["after"]] for x in pairs[:10]], caption, texts=True)
+        ] * bool(pairs)
+
+    return each([x for x in sources if "summary.json" in x.files], "samples.jsonl", table)
+
+
+# --- rounds of iterate.py ---
+
+
+def rounds(sources: list[Source]) -> list[Block]:
+    return each(sources, "rounds.json", lambda source: rounds_of(source.name, source.files["rounds.json"]))
+
+
+def rounds_of(name: str, content: dict) -> list[Block]:
+    rows, found = [], content["rounds"]
+    for x in found:
+        rm = x.get("rm") or {}
+        rows.append(
+            [
+                str(x["round"]),
+                {True: "promoted", False: "refused", None: "-"}[x.get("promoted")],
+                str(x.get("votes", "-")),
+                show(x.get("judge")),
+                show(x.get("judge_base")),
+                show(x.get("gain_over_previous")),
+                f"{x['kl']:.2f}" if x.get("kl") is not None else "-",
+                f"{rm['accuracy_gap1']:.3f}" if rm.get("accuracy_gap1") is not None else "-",
+                flat(rm["on_own_samples"]) if rm.get("on_own_samples") else "-",
+                f"{sum((x.get('seconds') or {}).values()):.0f}",
+            ]
+        )
+    head = ["round", "gate", "votes", "judge", "base", "gain over the one before", "KL, nats"]
+    head += ["reward model, gap > 1", "on the policy's own samples", "seconds"]
+    blocks = [Text(f"Rater: {content.get('rater', 'not named')}"), Table(head, rows)]
+    gate = {True: "promoted", False: "refused"}
+    judged = [(x["round"], *ends(x["judge"]), gate.get(x.get("promoted"), "")) for x in found if x.get("judge")]
+    if judged:
+        alt = "Judge by round: " + ", ".join(f"round {row[0]} {row[1]:.3f} {row[4]}" for row in judged)
+        panel = plots.points({"judge": judged}, "judge by round", "round", "judge")
+        blocks.append(Plots([plots.svg(f"rounds {name}", alt, [panel], (4.6, 2.8))], wide=True))
+    return blocks
+
+
+def ends(x: dict) -> tuple[float, float, float]:
+    return tuple(x[key] for key in ("mean" if "mean" in x else "value", "low", "high"))
+
+
+# --- curves ---
+
+FIRST = ("objective/scores", "objective/kl", "judge/mean", "loss/train", "validation/")  # what a reader looks for
+GROUPS = ("objective/", "policy/", "loss/", "value/", "response/")
+FOLDED = ("returns/", "advantages/", "rollout/", "perf/", "time/")
+
+
+def curves(sources: list[Source]) -> list[Block]:
+    """Small multiples of every metric, runs of one kind together; lengths have a section of their own."""
+    return drawn(
+        sources, lambda name: not name.startswith(("response/length", "response/eos", "response/trunc", "time/"))
+    )
+
+
+def lengths(sources: list[Source]) -> list[Block]:
+    blocks = drawn(sources, lambda name: name in ("response/length", "response/eos_rate", "response/truncated_rate"))
+
+    def measured(source: Source) -> list[Block]:
+        rows = {name: x for name, x in source.files["summary.json"]["rows"].items() if "length" in x}
+        cells = [[name, f"{x['length']:.1f}", f"{x['eos_rate']:.2f}"] for name, x in rows.items()]
+        return [Table(["held-out prompts", "length, tokens", "share that ends by itself"], cells)] * bool(cells)
+
+    return blocks + each(sources, "summary.json", measured)
+
+
+def drawn(sources: list[Source], wanted: Callable[[str], bool]) -> list[Block]:
+    blocks, kinds = [], {}
+    for source in sources:
+        if source.files.get("metrics.jsonl"):
+            kinds.setdefault(source.kind, []).append(source)
+    for kind, group in kinds.items():
+        found = {source.name: series(source.files["metrics.jsonl"], wanted) for source in group}
+        found = {name: x for name, x in found.items() if x}
+        metrics = sorted({metric for x in found.values() for metric in x}, key=order)
+        if not metrics:
+            continue
+        still, first, more, rows = [], [], [], []
+        for metric in metrics:
+            having = {name: x[metric] for name, x in found.items() if metric in x}
+            values = np.concatenate([y for _, y in having.values()])
+            for name, (_, y) in having.items():
+                cells = (f"{v:.4g}" for v in (y[0], y[-1], y.min(), y.max()))
+                rows.append([metric, *[name] * (len(found) > 1), *cells, str(len(y))])
+            if len(values) > 1 and values.min() == values.max():
+                still.append(f"{metric} {values[0]:.4g}")
+                continue
+            alt = f"{metric}: " + "; ".join(
+                f"{name} from {y[0]:.3g} to {y[-1]:.3g} over {len(y)} points" for name, (_, y) in having.items()
+            )
+            lines = [having.get(name, ([], [])) for name in found]
+            drawing = plots.svg(f"{kind} {metric}", plain(alt), [plots.lines(lines, metric)])
+            (more if metric.startswith(FOLDED) else first).append(drawing)
+        if len(kinds) > 1:
+            blocks.append(Text(kind, "h3"))
+        head = ["metric", *["run"] * (len(found) > 1), "first", "last", "smallest", "largest", "points"]
+        blocks += [Plots(first, list(found))] * bool(first)
+        blocks += [Plots(more, list(found), folded="More curves: returns, advantages, rollout, speed")] * bool(more)
+        blocks += [Text(f"Constant: {', '.join(still)}.")] * bool(still)
+        blocks.append(Table(head, rows, folded="The numbers of the curves"))
+    return blocks
+
+
+def order(metric: str) -> tuple:
+    return (*(not metric.startswith(start) for start in FIRST + GROUPS), metric)
+
+
+def series(rows: Sequence[dict], wanted: Callable[[str], bool]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Steps and values of every metric that has finite ones."""
+    columns: dict[str, list] = {}
+    for row in rows:
+        for name, x in row.items():
+            if (
+                name not in ("step", "iteration", "episode")
+                and wanted(name)
+                and is_number(x)
+                and is_number(row.get("step"))
+            ):
+                columns.setdefault(name, []).append((row["step"], x))
+    return {name: tuple(np.array(x, float).T) for name, x in columns.items()}
+
+
+def is_number(x) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+
+# --- frontier and over-optimisation ---
+
+
+def frontier(sources: list[Source]) -> list[Block]:
+    """Reward and judge against the KL that they cost: models, and best-of-n of the base."""
+
+    def of_summary(source: Source) -> list[Block]:
+        return frontier_plots(source.name, source.files["summary.json"]["rows"], {"judge": "judge", "reward": "reward"})
+
+    def of_study(source: Source) -> list[Block]:
+        rows = {x["name"]: x | {"kl": x["kl"]["value"]} for x in source.files["overoptimisation.json"]["rows"]}
+        return frontier_plots(source.name, rows, {"gold": "gold reward", "proxy": "proxy reward"})
+
+    return each(sources, "summary.json", of_summary) + each(sources, "overoptimisation.json", of_study)
+
+
+def frontier_plots(name: str, rows: dict[str, dict], measures: dict[str, str]) -> list[Block]:
+    svgs = []
+    for key, title in measures.items():
+        panel, alt = frontier_panel(rows, key, title)
+        svgs.append(plots.svg(f"frontier {name} {key}", alt, [panel], (4.6, 3.0)))
+    return [Plots(svgs, wide=True), Text("Bars: 95% intervals. The KL of best-of-n is its analytic upper bound.")]
+
+
+def frontier_panel(rows: dict[str, dict], key: str, title: str) -> tuple[Callable, str]:
+    groups: dict[str, list] = {"models": [], "best of n of the base": []}
+    crowded = len(rows) > 8
+    for name, x in rows.items():
+        best = name.startswith("best of")
+        label = "" if crowded and name != "base" else plain(name)
+        groups["best of n of the base" if best else "models"].append((x["kl"], *ends(x[key]), label))
+    alt = f"{title} against KL: " + ", ".join(
+        f"{plain(name)} {ends(x[key])[0]:.3f} at {x['kl']:.2f} nats" for name, x in rows.items()
+    )
+    panel = plots.points({k: v for k, v in groups.items() if v}, f"{title} against KL", "KL to the base, nats", title)
+    return panel, alt
+
+
+def overoptimisation(sources: list[Source]) -> list[Block]:
+    return each(sources, "overoptimisation.json", lambda x: study(x.name, x.files["overoptimisation.json"]))
+
+
+def study(name: str, result: dict) -> list[Block]:
+    """Proxy and gold gain against sqrt(KL) with the fitted curves, and the tables."""
+    svgs = []
+    for curve, title in (("best_of_n", "best of n"), ("ppo", "PPO")):
+        rows, fit = [x for x in result["rows"] if x["curve"] == curve], result["fits"][curve]
+        gains = {k: [(x["d"], *ends(x[f"{k}_gain"]), "") for x in rows] for k in ("gold", "proxy")}
+        fitted = {}
+        if fit:
+            d = np.linspace(0, fit["largest_d"], 100)
+            fitted["gold"] = d, CURVES[curve].gain(d, fit["alpha"]["value"], fit["beta"]["value"])
+        alt = f"{title}, gain over the base against the root of KL: " + ", ".join(
+            f"{x['name']} proxy {x['proxy_gain']['value']:.2f} gold {x['gold_gain']['value']:.2f}" for x in rows
+        )
+        panel = plots.points(gains, f"{title}: gain over the base", "sqrt(KL), KL in nats", "gain", fitted)
+        svgs.append(plots.svg(f"study {name} {curve}", plain(alt), [panel], (4.6, 3.0)))
+    table = [
+        [x["name"], f"{x['kl']['value']:.2f}", *(show_estimate(x.get(k)) for k in ("proxy", "gold", "gold_gain"))]
+        for x in result["rows"]
+    ]
+    fits = [
+        [title, *(show_estimate(result["fits"][k][x]) for x in ("alpha", "beta")), peak(result["fits"][k])]
+        for k, title in (("best_of_n", "best of n: d (alpha - beta d)"), ("ppo", "PPO: d (alpha - beta log d)"))
+        if result["fits"][k]
+    ]
+    options = result["options"]
+    return [
+        Text(
+            f"Proxy {options['proxy']}, gold {options['gold']}, {result['prompts']} prompts; lines: fits of the gold gain."
+        ),
+        Plots(svgs, wide=True),
+        Table(["fit of the gold gain", "alpha", "beta", "gold peaks at d"], fits),
+        Table(["policy", "KL, nats", "proxy", "gold", "gold, gain"], table, folded="The numbers"),
+    ]
+
+
+def peak(fit: dict) -> str:
+    value, measured = fit["peak_d"]["value"], fit["largest_d"]
+    if value is None:
+        return f"no peak (measured to {measured:.2f})"
+    return f"{value:.2f}" + (f", beyond the largest measured, {measured:.2f}" if value > measured else "")
+
+
+# --- reward models ---
+
+
+def reward_models(sources: list[Source]) -> list[Block]:
+    rows = each(sources, "report.json", lambda source: accuracy_table(source.files["report.json"]))
+    return rows + each(sources, "card.json", card_blocks) + each(sources, "summary.json", new_distribution)
+
+
+def accuracy_table(report: dict) -> list[Block]:
+    """What train_rm.py found on the test split; nothing in the reports of other scripts."""
+    if not isinstance(report.get("accuracy"), dict) or "baselines" not in report:
+        return []
+    gaps = [gap for gap in GAPS if gap in report["accuracy"]]
+    rows = {"reward model": report["accuracy"], **report["baselines"]}
+    cells = [
+        [NAMES.get(name, name), *(f"{x[gap]:.3f}" if gap in x else "-" for gap in gaps)] for name, x in rows.items()
+    ]
+    return [Table(["pairs ranked right, test split", *map(gap_name, gaps)], cells)]
+
+
+def gap_name(gap: str) -> str:
+    return "all" if gap == "all" else f"gap > {gap}"
+
+
+def card_blocks(source: Source) -> list[Block]:
+    """The report card: accuracy, reliability before and after calibration, doubt, probes."""
+    card = source.files["card.json"]
+    gaps, calibration, doubt = list(card["accuracy"]), card["calibration"], card["uncertainty"]
+    accuracy = {"reward model": card["accuracy"], **card["baselines"]}
+    blocks = [
+        Text(f"Report card of {card['model']} on {card['texts']} texts, {card['pairs']} pairs of {card['data']}."),
+        Text(f"Accuracy beside length alone: {show_estimate(card['over_length'], signed=True)}."),
+        Table(
+            ["pairs ranked right", *map(gap_name, gaps)],
+            [[NAMES.get(name, name), *(show_estimate(x.get(gap)) for gap in gaps)] for name, x in accuracy.items()],
+        ),
+        Plots(
+            [reliability(source.name, calibration)], ["without temperature", "with the fitted temperature"], wide=True
+        ),
+        Table(
+            ["calibration", "temperature", "ECE", "Brier"],
+            [
+                [name, t, *(show_estimate(calibration[when][k]) for k in ("ece", "brier"))]
+                for name, t, when in (
+                    ("without", "1", "before"),
+                    ("with", f"{calibration['temperature']:.2f}", "after"),
+                )
+            ],
+        ),
+        Table(["surest pairs", *doubt["coverage"]], [["accuracy", *(f"{x:.3f}" for x in doubt["coverage"].values())]]),
+    ]
+    if card.get("groups"):
+        head = {"all": "accuracy", "1": "gap > 1", "spearman": "Spearman"}
+        rows = [[name, *(show_estimate(x.get(k)) for k in head)] for name, x in card["groups"].items()]
+        blocks.append(Table(["", *head.values()], rows))
+    columns = ["change of the text", "mean shift of the score", "mean size", "texts", "verdict", "accuracy", "gamed"]
+    rows = [[cell.strip("*") for cell in probe_row(probe)] for probe in card["probes"]]
+    failed = [probe["name"] for probe in card["probes"] if probe["passed"] is False]
+    caption = f"{len(card['probes'])} probes, failed: {', '.join(failed) or 'none'}"
+    return [*blocks, Table(columns, rows, caption)]
+
+
+def reliability(name: str, calibration: dict) -> str:
+    groups, said = {}, []
+    for when, title in (("before", "without temperature"), ("after", "with the fitted temperature")):
+        rows = [(x["predicted"], *ends(x["observed"]), "") for x in calibration[when]["reliability"]]
+        groups[title] = rows
+        said += [f"{title}: " + ", ".join(f"{row[0]:.2f} said, {row[1]:.2f} true" for row in rows)]
+    panel = plots.points(groups, "reliability", "probability of the side it prefers", "share where people do")
+    return plots.svg(f"reliability {name}", "; ".join(said), [plots.diagonal(panel, 0.5, 1)], (4.6, 3.0))
+
+
+def new_distribution(source: Source) -> list[Block]:
+    """How far each reward can be believed on the models' own samples."""
+    rows = []
+    for model, rewards in (source.files["summary.json"].get("new_distribution") or {}).items():
+        for reward, x in rewards.items():
+            if reward != "gain":
+                rows.append([f"{reward} on samples of {model}", show(x["accuracy"]), show(x["ece"]), str(x["pairs"])])
+        for other, x in (rewards.get("gain") or {}).items():
+            rows.append([f"gain over {other} on samples of {model}", show(x, "+.3f"), "-", "-"])
+    head = ["held against the judge on the models' own samples", "accuracy", "ECE", "pairs"]
+    return [Table(head, rows)] * bool(rows)
+
+
+# --- samples ---
+
+SHADES = {  # what a token can be coloured by -> its meaning
+    "kl": "log-prob minus reference",
+    "logprobs": "log-prob",
+    "values": "value",
+    "rewards": "reward",
+    "advantages": "advantage",
+}
+
+
+def samples(sources: list[Source]) -> list[Block]:
+    """The first and the last responses that each PPO run kept; one microscope, as its colours are chosen once."""
+    chosen = []
+    for source in sources:
+        rows = [x for x in source.files.get("samples.jsonl", []) if isinstance(x.get("response"), str)]
+        steps = sorted({x["step"] for x in rows if is_number(x.get("step"))})
+        for step in dict.fromkeys(steps[:1] + steps[-1:]):
+            chosen += [(source.name, x) for x in rows if x.get("step") == step][:6]
+    if not chosen:
+        return []
+    made = list(looked_at(chosen))
+    shades = []
+    for name, text in SHADES.items():
+        known = [abs(v) for sample in made for v in sample.values.get(name, ()) if v is not None]
+        if known and max(known) > 0:
+            shades.append(Shade(name, text, float(np.quantile(known, 0.95)) or max(known)))
+    made = [
+        Sample(x.prompt, x.tokens, x.head, {s.name: x.values.get(s.name, [None] * len(x.tokens)) for s in shades})
+        for x in made
+    ]
+    told = "∅ ends a response." if shades else "No numbers per token: this samples.jsonl is older than they are."
+    return [Text(f"The first and the last responses kept, the prompt in bold. {told}"), Microscope(made, shades)]
+
+
+def looked_at(chosen: list[tuple[str, dict]]) -> Iterator[Sample]:
+    for name, x in chosen:
+        numbers = [f"{key} {x[key]:.2f}" for key in ("score", "kl") if is_number(x.get(key))]
+        head = f"{name}, step {x['step']}: {', '.join(numbers)}"
+        tokens = x.get("tokens")
+        if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+            yield Sample(str(x.get("prompt", "")), [f" → {x['response']}"], head, {})
+            continue
+        columns = {key: x.get(key) for key in ("logprobs", "ref_logprobs", "values", "rewards", "advantages")}
+        values = {
+            key: [v if is_number(v) else None for v in column]
+            for key, column in columns.items()
+            if isinstance(column, list) and len(column) == len(tokens)
+        }
+        if {"logprobs", "ref_logprobs"} <= values.keys():
+            pairs = zip(values["logprobs"], values.pop("ref_logprobs"))
+            values["kl"] = [None if a is None or b is None else a - b for a, b in pairs]
+        yield Sample(str(x.get("prompt", "")), tokens, head, values)
+
+
+# --- the picture ---
+
+
+def picture(sources: list[Source], run: str) -> str:
+    """Score, KL and the frontier beside each other: of the first PPO run, and of the first evaluation."""
+    trained = next((x for x in sources if x.kind == "PPO" and x.files.get("metrics.jsonl")), None)
+    judged = next((x for x in sources if "rows" in x.files.get("summary.json", {})), None)
+    if not (trained and judged):
+        what = "metrics.jsonl of train_ppo.py" if not trained else "summary.json of evaluate.py"
+        raise ValueError(f"--picture shows a PPO run and its evaluation: {run} has no {what}")
+    found = series(trained.files["metrics.jsonl"], lambda name: name in ("objective/scores", "objective/kl"))
+    panels = [
+        plots.lines([found["objective/scores"]], "mean score of the responses", "PPO iteration"),
+        plots.lines([found["objective/kl"]], "KL to the base, nats per response", "PPO iteration"),
+    ]
+    panel, alt = frontier_panel(judged.files["summary.json"]["rows"], "judge", "independent judge")
+    (score, kl) = (found[name][1] for name in ("objective/scores", "objective/kl"))
+    said = f"Score from {score[0]:.2f} to {score[-1]:.2f}, KL from {kl[0]:.1f} to {kl[-1]:.1f} nats. {alt}"
+    return plots.standalone(plots.svg("picture", said, [*panels, panel], (10, 2.9)))
+
+
+SECTIONS: dict[str, tuple[Callable[[list[Source]], list[Block]], str]] = {  # title -> its blocks, and what they need
+    "Results": (results, "summary.json, by evaluate.py"),
+    "What was run": (runs, "run.json, by train_*.py"),
+    "Rounds": (rounds, "rounds.json, by iterate.py"),
+    "Learning curves": (curves, "metrics.jsonl, by train_*.py"),
+    "KL and reward": (frontier, "summary.json, by evaluate.py"),
+    "Over-optimisation": (overoptimisation, "overoptimisation.json, by evaluate.py overoptimisation"),
+    "Length": (lengths, "metrics.jsonl, by train_ppo.py, or summary.json"),
+    "Reward models": (reward_models, "report.json, by train_rm.py, or card.json, by evaluate.py rm"),
+    "Samples": (samples, "samples.jsonl, by train_ppo.py"),
+    "Before and after": (before_after, "summary.json and samples.jsonl, by evaluate.py"),
+}
