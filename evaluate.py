@@ -21,6 +21,8 @@ from data.loader import PromptLoader, SentenceLoader, TokenFile, in_order
 from data.tokenizer import check_fingerprint, load_tokenizer
 from evaluation import card, overoptimisation, report
 from evaluation.comparison import (
+    elo,
+    elo_line,
     mean_and_interval,
     own_samples_table,
     pairs_table,
@@ -160,6 +162,7 @@ def main() -> None:
         },
         "rows": rows,
         "pairwise": pairs,
+        **({"elo": elo(results)} if len(results) > 2 else {}),
         **({"new_distribution": new_distribution} if new_distribution else {}),
         "prompts": len(prompts),
         "options": asdict(cfg),
@@ -265,12 +268,13 @@ def comparison_lines(summary: dict) -> str:
         return f"{text} {x['mean']:.3f}, 95% interval [{x['low']:.3f}, {x['high']:.3f}]"
 
     if len(summary["pairwise"]) > 1:
-        return pairs_table(summary["pairwise"])
+        return f"{pairs_table(summary['pairwise'])}\n\n{elo_line(summary['elo'])}"
     ppo = summary["ppo"]
     return "\n".join(
         [
             line("judge, tuned - base:", ppo["judge_gain"]),
             line("tuned wins against base, by the judge:", ppo["win_rate_judge"]),
+            line("the same at equal length:", ppo["win_rate_judge_length_controlled"]),
             line("tuned wins against base, by the reward:", ppo["win_rate_reward"]),
         ]
     )

@@ -8,7 +8,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlhf.evaluation import cluster_bootstrap, pair_calibration, paired_bootstrap, win_rate
+from rlhf.evaluation import (
+    ELO,
+    bootstrap_weights,
+    bradley_terry,
+    cluster_bootstrap,
+    length_controlled_win_rate,
+    pair_calibration,
+    paired_bootstrap,
+    win_rate,
+)
 
 
 def interval(value: float, low: float, high: float) -> dict[str, float | None]:
@@ -22,16 +31,35 @@ def mean_and_interval(x: np.ndarray) -> dict[str, float]:
 
 
 def compare(ours: dict, theirs: dict) -> dict:
-    """What one model gains over another: rewards and judgements (P,) of the same prompts."""
+    """What one model gains over another: rewards, judgements and lengths in tokens, (P,) each, of the same prompts."""
+    wins, longer = win_rate(ours["judge"], theirs["judge"]), ours["length"] - theirs["length"]
+    controlled, *resampled = length_controlled_win_rate(wins, longer, bootstrap_weights(len(wins)))
     return {
         **{f"{k}_gain": mean_and_interval(ours[k] - theirs[k]) for k in ("judge", "reward")},
         **{f"win_rate_{k}": mean_and_interval(win_rate(ours[k], theirs[k])) for k in ("judge", "reward")},
+        "win_rate_judge_length_controlled": interval(controlled, *np.quantile(resampled, [0.025, 0.975])),
     }
 
 
 def pairwise(results: dict[str, dict]) -> list[dict]:
     """Every later model against every earlier one, the base first: [{"a": later, "b": earlier, ...}]."""
     return [{"a": a, "b": b, **compare(results[a], results[b])} for b, a in itertools.combinations(results, 2)]
+
+
+def elo(results: dict[str, dict]) -> dict[str, dict[str, float]]:
+    """Bradley-Terry strengths by the judge's wins in all pairs of models, in Elo points above the first."""
+    names = [*results]
+    first, second = np.array([*itertools.combinations(range(len(names)), 2)]).T
+    wins = np.stack(
+        [win_rate(results[names[i]]["judge"], results[names[j]]["judge"]) for i, j in zip(first, second)], 1
+    )
+    weights = bootstrap_weights(len(wins))  # (1 + B, P); all pairings of a prompt are drawn together
+    points = ELO * bradley_terry(first, second, weights @ wins, len(wins))  # (1 + B, models)
+    low, high = np.quantile(points[1:], [0.025, 0.975], axis=0)
+    return {
+        name: {"value": float(x), "low": float(a), "high": float(b)}
+        for name, x, a, b in zip(names, points[0], low, high)
+    }
 
 
 def ranking_of_own_samples(
@@ -72,9 +100,19 @@ def clustered_mean(x: np.ndarray, clusters: np.ndarray, resamples: int) -> dict[
 
 
 def pairs_table(pairs: Sequence[dict]) -> str:
-    columns = {"judge_gain": "judge, gain", "win_rate_judge": "wins, judge", "win_rate_reward": "wins, reward"}
+    columns = {
+        "judge_gain": "judge, gain",
+        "win_rate_judge": "wins, judge",
+        "win_rate_judge_length_controlled": "wins at equal length, judge",
+        "win_rate_reward": "wins, reward",
+    }
     rows = [[x["a"], x["b"], *(show(x[key]) for key in columns)] for x in pairs]
     return table(["model", "against", *columns.values()], rows)
+
+
+def elo_line(points: dict[str, dict]) -> str:
+    shown = [f"{name} {x['value']:+.0f} [{x['low']:+.0f}, {x['high']:+.0f}]" for name, x in points.items()]
+    return "Elo points above the base, by the judge's wins (Bradley-Terry): " + ", ".join(shown[1:])
 
 
 def own_samples_table(found: dict[str, dict]) -> str:

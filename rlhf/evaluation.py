@@ -123,6 +123,67 @@ def win_rate(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return (ours > theirs) + 0.5 * (ours == theirs)
 
 
+def bootstrap_weights(n: int, resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """How often each of n prompts is drawn, for all resamples at once; the first row is the sample itself. (1 + B, n)"""
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)
+    return np.concatenate([np.ones((1, n)), drawn])
+
+
+def logistic_regression(x: np.ndarray, y: np.ndarray, weights: np.ndarray, penalty: float = 0.0) -> np.ndarray:
+    """The b that maximises sum_n w_n [y_n log p_n + (1 - y_n) log(1 - p_n)] - penalty |b|^2 / 2, p_n = sigmoid(x_n b).
+
+    x (N, D), labels y in [0, 1] (N,) or (B, N), weights (B, N) >= 0 -> (B, D). Newton's steps, each shortened by
+    log(1 + d) / d, d = max_n |x_n step|, which converges from anywhere (Sun & Tran-Dinh 2019, arXiv:1703.04599, for a
+    generalised self-concordant loss with nu = 2). ValueError where there is no maximum: labels that x separates need a penalty.
+    """
+    b = np.zeros((len(weights), x.shape[1]))
+    for _ in range(200):
+        p = 0.5 * (1 + np.tanh(b @ x.T / 2))  # (B, N); no overflow
+        slope = (weights * (y - p)) @ x - penalty * b
+        curvature = np.einsum("bn,ni,nj->bij", weights * p * (1 - p), x, x) + penalty * np.eye(x.shape[1])
+        try:
+            step = np.linalg.solve(curvature, slope[..., None])[..., 0]
+        except np.linalg.LinAlgError:
+            break
+        d = np.abs(step @ x.T).max(1, keepdims=True)  # (B, 1)
+        b += step * np.where(d > 0, np.log1p(d) / np.where(d > 0, d, 1), 1)
+        if d.max() < 1e-9:
+            return b
+    raise ValueError(f"{len(x)} labels have no best logistic regression on {x.shape[1]} columns; use a penalty")
+
+
+def length_controlled_win_rate(wins: np.ndarray, difference: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The win rate of one model against another if both wrote equally long: wins (N,) in {0, 1/2, 1}, see `win_rate`;
+    difference (N,) of the lengths, ours minus theirs; weights (B, N) -> (B,).
+
+    sigmoid(theta) of the logistic regression P(win) = sigmoid(theta + phi tanh(difference / deviation)), deviation about 0
+    over the N prompts (Dubois et al. 2024, arXiv:2404.04475, eq. 2). Theirs has a third term, how hard each prompt is,
+    estimated over many models; here there is one pair, so it is left out. The weak prior N(0, 10^2) on theta and phi keeps
+    them finite where every prompt is won, or where length alone decides.
+    """
+    deviation = math.sqrt(float(np.mean(difference**2))) or 1.0  # all equally long: nothing to control
+    x = np.stack([np.ones(len(wins)), np.tanh(difference / deviation)], 1)
+    theta = logistic_regression(x, wins, weights, penalty=0.01)[:, 0]
+    return 0.5 * (1 + np.tanh(theta / 2))
+
+
+ELO = 400 / math.log(10)  # points per nat of log-odds: 400 points more are ten wins to one
+
+
+def bradley_terry(first: np.ndarray, second: np.ndarray, wins: np.ndarray, games: float) -> np.ndarray:
+    """Strengths s with P(i beats j) = sigmoid(s_i - s_j), s_0 = 0, by maximum likelihood (Bradley & Terry 1952).
+
+    wins (B, E): how many of its `games` player first[e] won against second[e], (E,) each; ties count half. -> (B, players)
+    One tie is added to every pairing, so that whoever always wins stays finite. Every player must be linked to player 0.
+    """
+    x = np.zeros((len(first), 1 + max(first.max(), second.max())))
+    x[np.arange(len(first)), first] += 1
+    x[np.arange(len(first)), second] -= 1
+    share = (wins + 0.5) / (games + 1)
+    strengths = logistic_regression(x[:, 1:], share, np.full(share.shape, games + 1.0))
+    return np.concatenate([np.zeros((len(strengths), 1)), strengths], 1)
+
+
 def best_of_n_kl(n: int) -> float:
     """log n - (n-1)/n nats: upper bound of KL(best-of-n || base) (Beirami et al. 2024, arXiv:2401.01879, theorem 1)."""
     return math.log(n) - (n - 1) / n

@@ -49,25 +49,38 @@ def test_rankings_pair_by_pair(prompts, n, seed):
 
 
 def test_a_reward_that_is_the_judge_is_always_right():
-    judge = RNG(0).normal(size=(40, 2))
-    found = comparison.ranking_of_own_samples(
-        {"it": judge, "noise": RNG(1).normal(size=(40, 2))}, {"it": 1.0, "noise": 1.0}, judge
-    )
+    judge, noise = RNG(0).normal(size=(40, 2)), RNG(1).normal(size=(40, 2))
+    temperatures = {"it": 1.0, "noise": 1.0}
+    found = comparison.ranking_of_own_samples({"it": judge, "noise": noise}, temperatures, judge, 100)
     assert found["it"]["accuracy"] == {"mean": 1.0, "low": 1.0, "high": 1.0} and found["gain"]["noise"]["low"] > 0.2
-    swapped = comparison.ranking_of_own_samples({"it": judge[:, ::-1]}, {"it": 1.0}, judge[:, ::-1])
+    swapped = comparison.ranking_of_own_samples({"it": judge[:, ::-1]}, temperatures, judge[:, ::-1], 100)
     assert swapped["it"] == found["it"]  # which sample comes first means nothing
 
 
 def test_every_pair_once_and_both_ways():
     rng = RNG(2)
-    results = {name: {"judge": rng.normal(size=30), "reward": rng.normal(size=30)} for name in ("base", "one", "two")}
+    results = {name: {k: rng.normal(size=30) for k in ("judge", "reward", "length")} for name in ("base", "one", "two")}
     found = {(x["a"], x["b"]): x for x in comparison.pairwise(results)}
     assert list(found) == [("one", "base"), ("two", "base"), ("two", "one")]
     back = comparison.compare(results["base"], results["two"])
     assert back["judge_gain"]["mean"] == pytest.approx(-found["two", "base"]["judge_gain"]["mean"])
     assert back["win_rate_judge"]["mean"] == pytest.approx(1 - found["two", "base"]["win_rate_judge"]["mean"])
+    controlled = "win_rate_judge_length_controlled"
+    assert back[controlled]["mean"] == pytest.approx(1 - found["two", "base"][controlled]["mean"])
     three = [found[pair]["judge_gain"]["mean"] for pair in (("one", "base"), ("two", "one"), ("two", "base"))]
     assert three[0] + three[1] == pytest.approx(three[2])  # paired: gains add up
+
+
+def test_elo_is_relative_to_the_base():
+    rng = RNG(3)
+    results = {name: {"judge": rng.normal(mean, 1, 200)} for name, mean in (("base", 0), ("one", 1), ("two", 2))}
+    found = comparison.elo(results)
+    assert found["base"] == {"value": 0, "low": 0, "high": 0}
+    assert 0 < found["one"]["low"] < found["one"]["value"] < found["one"]["high"] < found["two"]["low"]
+    among_others = comparison.elo({name: results[name] for name in ("base", "two", "one")})
+    assert among_others["two"]["value"] == pytest.approx(found["two"]["value"])
+    same = comparison.elo({"base": results["base"], "again": results["base"], "more": results["base"]})
+    assert [x["value"] for x in same.values()] == [0, 0, 0]
 
 
 def test_temperature_of_a_reward(tmp_path):
@@ -107,6 +120,10 @@ def test_several_models_and_rewards(world, tuned, tmp_path):
         assert found.keys() == {"rm", "rewards.py:shorter", "gain"}
         assert found["rewards.py:shorter"]["accuracy"]["mean"] == 1  # it is the judge
         assert found["gain"]["rewards.py:shorter"]["mean"] == pytest.approx(found["rm"]["accuracy"]["mean"] - 1)
+    points = summary["elo"]
+    assert (
+        list(points) == ["base", early, late] and points[late]["low"] <= points[late]["value"] <= points[late]["high"]
+    )
     rows = lines(tmp_path / "samples.jsonl")
     assert len(rows) == summary["prompts"] and list(rows[0]) == ["before", early, late]
     assert "as the judge" in out and f"| {late} | {early} |" in out
@@ -118,7 +135,10 @@ def test_several_models_and_rewards(world, tuned, tmp_path):
         "base": summary["rows"]["base"],
         "tuned": summary["rows"][late],
     }  # company changes nothing
-    assert "new_distribution" not in single and lines(alone / "samples.jsonl")[0].keys() == {"before", "after"}
+    assert not {"new_distribution", "elo"} & single.keys() and lines(alone / "samples.jsonl")[0].keys() == {
+        "before",
+        "after",
+    }
 
 
 @pytest.mark.parametrize(

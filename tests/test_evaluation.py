@@ -1,5 +1,6 @@
 """Best-of-n against all subsets, its KL against published numbers and against an exact one, intervals, ties, n-grams;
-rank correlation and ROC by their definitions, weights as repetitions, intervals of pairs that share sentences.
+rank correlation and ROC by their definitions, weights as repetitions, intervals of pairs that share sentences; logistic
+regression against torch's optimiser, Bradley-Terry against the textbook's iteration, calibration by its definition.
 """
 
 import itertools
@@ -8,6 +9,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,8 +17,13 @@ from rlhf.evaluation import (
     auc,
     best_of_n,
     best_of_n_kl,
+    bootstrap_weights,
+    bradley_terry,
     cluster_bootstrap,
     correlation,
+    length_controlled_win_rate,
+    logistic_regression,
+    pair_calibration,
     paired_bootstrap,
     partial_spearman,
     ranks,
@@ -213,3 +220,133 @@ def test_distinct_n_by_the_definition(rows, n):
     grams = [tuple(row[i : i + n]) for row in rows for i in range(len(row)) if i + n <= len(row)]
     expected = sum(1 for i, gram in enumerate(grams) if gram not in grams[:i]) / len(grams) if grams else 0
     assert distinct_n(rows, n) == expected
+
+
+def by_lbfgs(x, y, w, penalty: float) -> np.ndarray:
+    """Logistic regression by an optimiser that knows nothing of it."""
+    x, y, w = (torch.tensor(a, dtype=torch.float64) for a in (x, y, w))
+    b = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS(
+        [b], max_iter=2000, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimiser.zero_grad()
+        losses = torch.nn.functional.binary_cross_entropy_with_logits(x @ b, y, reduction="none")
+        loss = (w * losses).sum() + penalty * (b @ b) / 2
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    return b.detach().numpy()
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 12), st.integers(0, 2**20), st.sampled_from([0.01, 1.0]))
+def test_logistic_regression_finds_the_maximum(n, seed, penalty):
+    """Also where the labels are separated, all the same, or without weight."""
+    rng = RNG(seed)
+    x, y, w = rng.normal(size=(n, 2)) * 3, rng.integers(0, 3, n) / 2, rng.integers(0, 3, (3, n)).astype(float)
+    found = logistic_regression(x, y, w, penalty)
+    for b, weights in zip(found, w):
+        np.testing.assert_allclose(b, by_lbfgs(x, y, weights, penalty), rtol=1e-4, atol=1e-4)
+    w[0, 0] += 1
+    rows = np.repeat(np.arange(n), w[0].astype(int))  # a weight is a repetition
+    repeated = logistic_regression(x[rows], y[rows], np.ones((1, len(rows))), penalty)
+    np.testing.assert_allclose(repeated, logistic_regression(x, y, w[:1], penalty), atol=1e-8)
+
+
+def test_separated_labels_have_no_maximum():
+    with pytest.raises(ValueError, match="2 labels have no best logistic regression on 1 columns; use a penalty"):
+        logistic_regression(np.array([[1.0], [2.0]]), np.ones(2), np.ones((1, 2)))
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 30), st.integers(0, 2**20))
+def test_length_controlled_win_rate_has_two_sides(n, seed):
+    """The other side's is one minus it; the unit of length means nothing; equal lengths leave the win rate alone."""
+    rng = RNG(seed)
+    wins, longer = rng.integers(0, 3, n) / 2, rng.integers(-9, 10, n).astype(float)
+    weights = bootstrap_weights(n, 5, seed)
+    ours = length_controlled_win_rate(wins, longer, weights)
+    np.testing.assert_allclose(length_controlled_win_rate(1 - wins, -longer, weights), 1 - ours, atol=1e-9)
+    np.testing.assert_allclose(length_controlled_win_rate(wins, 4 * longer, weights), ours, atol=1e-9)
+    order = rng.permutation(n)
+    np.testing.assert_allclose(
+        length_controlled_win_rate(wins[order], longer[order], weights[:, order]), ours, atol=1e-9
+    )
+    equal = length_controlled_win_rate(wins, np.zeros(n), np.ones((1, n)))
+    if 0.1 < wins.mean() < 0.9:
+        assert equal[0] == pytest.approx(wins.mean(), abs=0.02 / n + 1e-3)
+
+
+def test_length_control_finds_the_rate_that_the_data_were_drawn_with():
+    """A judge that pays for length, and a model that writes more: the plain win rate says 0.7, the truth is 0.5."""
+    rng = RNG(9)
+    longer = rng.normal(8, 10, 20_000)
+    scaled = np.tanh(longer / np.sqrt(np.mean(longer**2)))
+    for theta in (0.0, 0.8):
+        wins = (rng.random(20_000) < 1 / (1 + np.exp(-theta - 2 * scaled))).astype(float)
+        (found,) = length_controlled_win_rate(wins, longer, np.ones((1, 20_000)))
+        assert found == pytest.approx(1 / (1 + math.exp(-theta)), abs=0.02) and wins.mean() > found + 0.1
+
+
+def zermelo(first, second, wins, games: float, players: int) -> np.ndarray:
+    """The fixed point pi_i = W_i / sum_j n_ij / (pi_i + pi_j) (Hunter 2004, eq. 3), with one tie more in every pairing."""
+    pi = np.ones(players)
+    for _ in range(20_000):
+        won, met = np.zeros(players), np.zeros(players)
+        for i, j, w in zip(first, second, wins):
+            won[i] += w + 0.5
+            won[j] += games - w + 0.5
+            for player in (i, j):
+                met[player] += (games + 1) / (pi[i] + pi[j])
+        before, pi = pi, won / met
+        pi /= pi[0]
+        if np.abs(np.log(pi / before)).max() < 1e-13:
+            break
+    return np.log(pi)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 4), st.integers(1, 30), st.integers(0, 2**20))
+def test_bradley_terry_is_the_textbooks_fixed_point(players, games, seed):
+    first, second = np.array([*itertools.combinations(range(players), 2)]).T
+    wins = RNG(seed).integers(0, 2 * games + 1, (2, len(first))) / 2
+    found = bradley_terry(first, second, wins, games)
+    for s, w in zip(found, wins):
+        np.testing.assert_allclose(s, zermelo(first, second, w, games, players), atol=1e-7)
+    np.testing.assert_allclose(bradley_terry(second, first, games - wins, games), found, atol=1e-9)
+
+
+def test_bradley_terry_of_two_is_the_log_odds():
+    (s,) = bradley_terry(np.array([1]), np.array([0]), np.array([[99.5]]), 110)
+    assert s.tolist() == [0, pytest.approx(math.log(100 / 11))]
+
+
+def test_bootstrap_weights():
+    weights = bootstrap_weights(7, 2000)
+    assert weights.shape == (2001, 7) and (weights[0] == 1).all() and (weights.sum(1) == 7).all()
+    assert weights[1:].mean() == 1 and weights[1:].var() == pytest.approx(6 / 7, abs=0.05)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 20), st.integers(0, 2**20), st.sampled_from([0.5, 1.0, 3.0]))
+def test_calibration_of_pairs_by_the_definition(n, seed, temperature):
+    margins = RNG(seed).integers(-4, 5, n) * 0.7
+    found = pair_calibration(margins, temperature, np.arange(n)[:, None], bins=5, resamples=30)
+    sure = 1 / (1 + np.exp(-np.abs(margins) / temperature))
+    right = np.where(margins > 0, 1.0, np.where(margins == 0, 0.5, 0.0))
+    assert found["brier"][0] == pytest.approx(np.mean((sure - right) ** 2))
+    ece = 0.0
+    for b in range(5):
+        inside = [i for i in range(n) if b / 5 <= sure[i] < (b + 1) / 5 or b == 4 and sure[i] == 1]
+        if inside:
+            assert found["observed"][b, 0] == pytest.approx(right[inside].mean())
+            ece += abs(sure[inside].mean() - right[inside].mean()) * len(inside) / n
+        else:
+            assert np.isnan(found["observed"][b, 0])
+    assert found["ece"][0] == pytest.approx(ece)
+    assert found["ece"][1] <= found["ece"][0] and found["brier"][1] <= found["brier"][2]
+    scaled = pair_calibration(3 * margins, 3 * temperature, np.arange(n)[:, None], bins=5, resamples=30)
+    np.testing.assert_allclose(scaled["ece"], found["ece"], atol=1e-9)  # only the ratio of both means anything
