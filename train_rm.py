@@ -36,8 +36,8 @@ from data.tokenizer import check_fingerprint, load_tokenizer
 from data.vader import load_rules
 from model.generate import generate, row_uniforms
 from rlhf.actor_critic import LoRA
-from rlhf.calibration import brier_score, expected_calibration_error, fit_temperature, wilson_interval
-from rlhf.evaluation import cluster_bootstrap
+from rlhf.calibration import fit_temperature, wilson_interval
+from rlhf.evaluation import pair_calibration
 from rlhf.frozen import FrozenStates
 from rlhf.infra import checkpoint, config, distributed, optim, run
 from rlhf.infra.metrics import Metrics, say
@@ -78,7 +78,7 @@ class Config:
     depth: int | None = None  # read the state above so many layers, and run no others; none = all, and the final norm
     start: str | None = None  # run of --trunk=frozen on --depth and one pooling: its head is the start; none = zero
     # ensemble of heads on one trunk
-    members: int = 1  # each with its own start and its own bootstrap sample of the training rows
+    members: int = 1  # each with its own bootstrap sample of the training rows, and its own start but with --depth
     combine: Literal["mean", "min", "uncertainty"] = "mean"  # one score from theirs; mean - uncertainty_coef variance
     uncertainty_coef: float = 0.5  # price of the members' variance
     # objective
@@ -578,24 +578,15 @@ def pair_margins(reward_model, raw: torch.Tensor, file) -> torch.Tensor:
 def calibration(reward_model, raw: torch.Tensor, file, problem: str | None) -> dict:
     """ECE and Brier score on the pairs of a split, at temperature 1 and at the fitted one, with 95% intervals.
 
-    In the form of arXiv:1706.04599: the probability of the side that the model prefers, against whether people do. The
-    intervals are bootstrapped over sentences, which the pairs share; resampling adds noise, which an ECE counts as error,
-    so that they are made to reach down to the value.
+    See `pair_calibration`; the intervals are bootstrapped over sentences, which the pairs share.
     """
     margins, temperature = pair_margins(reward_model, raw, file), float(reward_model.temperature)
-    right = (margins > 0).double() + 0.5 * (margins == 0)
-    confidence = [(margins.abs() / t).sigmoid() for t in (1.0, temperature)]
-    measures = (expected_calibration_error, brier_score)
-
-    def all_of(weights: np.ndarray) -> np.ndarray:
-        w = torch.from_numpy(weights)
-        return np.array([float(measure(p, right, weights=w)) for p in confidence for measure in measures])
-
-    values, intervals = all_of(np.ones(len(margins))), cluster_bootstrap(all_of, pair_clusters(file))
-    names = [(when, what) for when in ("before", "after") for what in ("ece", "brier")]
     report = {"temperature": temperature, "pairs": len(margins), "problem": problem, "before": {}, "after": {}}
-    for (when, what), value, interval in zip(names, values, intervals):
-        report[when] |= {what: float(value), f"{what}_interval": [min(interval[0], value), interval[1]]}
+    for when, t in (("before", 1.0), ("after", temperature)):
+        found = pair_calibration(margins.numpy(), t, pair_clusters(file))
+        for what in ("ece", "brier"):
+            value, low, high = map(float, found[what])
+            report[when] |= {what: value, f"{what}_interval": [low, high]}
     return report
 
 

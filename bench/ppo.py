@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
+from bench import peers  # noqa: E402
 from model.generate import generate, row_uniforms  # noqa: E402
 from model.transformer import ModelConfig, Transformer  # noqa: E402
 from rlhf import plan, ppo  # noqa: E402
@@ -178,25 +178,14 @@ def we(sizes: Sizes, rounds: int, side: str) -> list[float]:
 
 def they(sizes: Sizes, rounds: int, side: str) -> list[float]:
     """CPU seconds of every iteration of TRL's PPOTrainer."""
-    os.environ |= dict.fromkeys(("HF_HUB_OFFLINE", "TRL_EXPERIMENTAL_SILENCE", "TQDM_DISABLE"), "1")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    warnings.filterwarnings("ignore")
-    try:
+    with peers.installed():
         import datasets
         import tokenizers
         import transformers
         from trl.experimental.ppo import PPOConfig, PPOTrainer
-    except ImportError as error:
-        raise ValueError(f"{error.name} is not installed: pip install -e '.[compare]'") from None
 
-    transformers.logging.set_verbosity_error()
     model = sizes.model
-    llama = transformers.LlamaConfig(
-        hidden_size=model.width, num_hidden_layers=model.layers, num_attention_heads=model.heads,
-        num_key_value_heads=model.kv_heads, intermediate_size=model.ffn, vocab_size=model.vocab_size,
-        max_position_embeddings=model.context, tie_word_embeddings=model.tied, bos_token_id=1, eos_token_id=None,
-        pad_token_id=None, num_labels=1,
-    )  # fmt: skip
+    llama = peers.llama_config(model, bos_token_id=1, eos_token_id=None, pad_token_id=None)
     policy, reference = (transformers.LlamaForCausalLM(llama).float() for _ in range(2))
     reference.load_state_dict(policy.state_dict())
     value, reward = (transformers.LlamaForSequenceClassification(llama).float() for _ in range(2))

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from bench import peers  # noqa: E402
 from data.loader import Order, pad  # noqa: E402
 from model.transformer import ModelConfig, Transformer  # noqa: E402
 from rlhf.infra import config, optim, run  # noqa: E402
@@ -131,25 +131,14 @@ def we(cfg: Config, pairs: Pairs) -> tuple[list[float], list[int]]:
 
 def they(cfg: Config, pairs: Pairs) -> tuple[list[float], list[int]]:
     """CPU seconds and real tokens of every step of TRL's RewardTrainer."""
-    os.environ |= dict.fromkeys(("HF_HUB_OFFLINE", "TQDM_DISABLE"), "1")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    warnings.filterwarnings("ignore")
-    try:
+    with peers.installed():
         import datasets
         import tokenizers
         import transformers
         from trl import RewardConfig, RewardTrainer
-    except ImportError as error:
-        raise ValueError(f"{error.name} is not installed: pip install -e '.[compare]'") from None
 
-    transformers.logging.set_verbosity_error()
     model = SHAPES[cfg.shape]
-    llama = transformers.LlamaConfig(
-        hidden_size=model.width, num_hidden_layers=model.layers, num_attention_heads=model.heads,
-        num_key_value_heads=model.kv_heads, intermediate_size=model.ffn, vocab_size=model.vocab_size,
-        max_position_embeddings=model.context, tie_word_embeddings=model.tied, bos_token_id=1, eos_token_id=2,
-        pad_token_id=0, num_labels=1,
-    )  # fmt: skip
+    llama = peers.llama_config(model, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     words = tokenizers.models.WordLevel({f"t{i}": i for i in range(model.vocab_size)}, unk_token="t1")
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer(words), pad_token="t0", unk_token="t1", eos_token="t2"

@@ -8,9 +8,12 @@ import sys
 
 import pytest
 import tiny_server
+import torch
 from tiny import ROOT
 
+from data.tokenizer import load_tokenizer
 from rlhf.feedback import VOTES, FeedbackStore
+from rlhf.reward_model import load_reward_model
 
 PAGE = ROOT / "rlhf" / "serve" / "page.html"
 HOSTILE = "<script>document.title = 'owned'</script><img src=x onerror=alert(1)> & <b>bold</b>"
@@ -220,34 +223,68 @@ def test_a_lost_answer_is_asked_for_again_and_counts_once(page, home):
 
 
 @pytest.mark.slow
-def test_thirty_votes_on_the_page_and_ten_in_the_terminal(page, home, tmp_path):
-    """One rater here, one there, at one file: all forty arrive, and the export has those that decide a pair."""
-    store = FeedbackStore(home / "feedback.sqlite")
-    model = store.add_model("secret-base")
-    with store.transaction():
-        for i in range(30):
-            prompt = store.add_prompt(f"first of all {i}")
-            a, b = store.add_completion(prompt, model, f"bad {i}"), store.add_completion(prompt, model, f"good {i}")
-            store.make_comparison(a, b, raters=2, priority=1.0)
-    page.click("text=Compare")
-    page.fill("#rater", "eve")
-    page.press("#rater", "Enter")
-    page.wait_for_selector("#comparison:visible")
-    for number in range(1, 31):
-        assert "first of all" in page.text_content("#prompt")
-        press(
-            page,
-            "a" if "good" in page.text_content("#left") else "b",
-            f"Stored: {'AB'['good' in page.text_content('#right')]} is better. {number} vote",
-        )
-    command = [sys.executable, "-m", "rlhf.feedback", f"--store={store.path}", "--rater=dan"]
-    done = subprocess.run(command, input="a" * 10, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert (len(standing(home, "eve")), len(standing(home, "dan"))) == (30, 10)
-    store.export_jsonl(tmp_path / "p.jsonl")
-    rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
-    ours = [row for row in rows if row["prompt"].startswith("first of all")]
-    assert len(ours) >= 20 and all(row["chosen"].startswith("good") for row in ours)
+def test_forty_votes_change_what_the_reward_model_prefers(world, browser):
+    """Thirty on the page, ten in the terminal, an export, train_rm.py: what was voted for now wins on new prompts.
+
+    The votes are for the answer that the old reward model likes less, so the ratings alone would say the opposite.
+    """
+    old = preferred(world, "rm")
+    voted, other = (" a mess.", " a joy.") if old < 0.5 else (" a joy.", " a mess.")
+    assert old in (0.0, 1.0)  # it is sure, of every prompt
+    path = world.path / "forty.sqlite"
+    store = FeedbackStore(path, repeats=0)
+    for i in range(40):
+        prompt = store.add_prompt(f"the film number {i} is")
+        sides = (store.add_completion(prompt, store.add_model("lm"), text) for text in (voted, other))
+        store.make_comparison(*sides)
+    with tiny_server.serving(world.path, "--feedback=forty.sqlite", says="no chat: ") as server:
+        page = browser.new_page()
+        page.goto(server.url + "/#compare")
+        page.fill("#rater", "eve")
+        page.press("#rater", "Enter")
+        page.wait_for_selector("#comparison:visible")
+        for number in range(1, 31):
+            side = "b" if page.text_content("#right") == voted else "a"
+            press(page, side, f"Stored: {side.upper()} is better. {number} vote")
+        page.close()
+    terminal = subprocess.Popen(
+        [sys.executable, "-m", "rlhf.feedback", f"--store={path}", "--rater=dan"], cwd=ROOT, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    for _ in range(10):  # reads what is shown, as a person would
+        shown, side = {}, ""
+        while len(shown) < 2:
+            line = terminal.stdout.readline()
+            if head := re.match("--- ([AB]) ", line):
+                side = head[1].lower()
+            elif side and side not in shown:
+                shown[side] = line.strip()
+        terminal.stdin.write(next(key for key, text in shown.items() if text == voted.strip()))
+        terminal.stdin.flush()
+    out, err = terminal.communicate("q", timeout=120)
+    assert (terminal.returncode, err) == (0, "") and "10 votes" in out
+    rows = [dict(row) for row in store._read(VOTES)]
+    assert [sum(row["rater"] == name for row in rows) for name in ("eve", "dan")] == [30, 10]
+    store.export_jsonl(world.path / "forty.jsonl")
+    command = ["data.prepare", "preferences", "forty.jsonl", "--tokenizer=data", "--out=forty"]
+    done = world.start(command).wait()
+    assert (done.code, done.err) == (0, ""), done
+    world.ok("train_rm.py", out="rm_forty", preferences="forty", preference_coef=5, epochs=2)
+    new = preferred(world, "rm_forty")
+    assert (new if voted == " a joy." else 1 - new) > 0.9
+
+
+def preferred(world, rm: str) -> float:
+    """Share of twenty prompts, none of them voted on, where the reward model prefers joy to a mess."""
+    tokenizer = load_tokenizer(world.path / "data")
+    model = load_reward_model(str(world.path / rm), tokenizer.fingerprint)
+    margins = []
+    for i in range(100, 120):
+        texts = [tokenizer.encode(f"the film number {i} is a {word}.") for word in ("joy", "mess")]
+        rows = [torch.tensor([[tokenizer.start, *ids, tokenizer.eos]]) for ids in texts]
+        joy, mess = (model.score(r, torch.tensor([r.shape[1]]), torch.ones_like(r, dtype=torch.bool)) for r in rows)
+        margins.append(float(joy - mess))
+    return sum(margin > 0 for margin in margins) / len(margins)
 
 
 @pytest.mark.slow

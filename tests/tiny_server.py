@@ -92,8 +92,8 @@ def start(*options: str, cwd: Path, env: dict | None = None) -> subprocess.Popen
 
 
 @contextlib.contextmanager
-def serving(path: Path, *options: str, init: str = "lm", env: dict | None = None):
-    """A server that has begun to answer; afterwards it must end in order, having complained about nothing."""
+def serving(path: Path, *options: str, init: str = "lm", env: dict | None = None, says: str = ""):
+    """A server that has begun to answer; afterwards it must end in order, having complained about nothing but `says`."""
     pytest.importorskip("uvicorn", reason="uvicorn is not installed (extra serve)")
     pytest.importorskip("starlette", reason="starlette is not installed (extra serve)")
     process = start(f"--init={init}", "--port=0", *options, cwd=path, env=env)
@@ -104,7 +104,7 @@ def serving(path: Path, *options: str, init: str = "lm", env: dict | None = None
         yield Server(process, found[0], line)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=120)
-        assert (process.returncode, err) == (0, "")
+        assert process.returncode == 0 and err.startswith(says) and err.count("\n") == bool(says), err
     finally:
         process.kill()
         process.wait()
