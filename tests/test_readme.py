@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import json
 import re
 import shlex
 import shutil
@@ -13,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import fake_ratings
 import pytest
+import test_iterate
 from test_scripts import PPO_METRICS
 from tiny import ROOT, SMALL, World
 from torch.distributed.run import get_args_parser
@@ -188,31 +191,93 @@ def test_what_ci_runs():
         check(command)
 
 
+LOOP = {name: value for name, value in test_iterate.LOOP.items() if name not in ("rater", "rater_noise")}
+SIZES = SMALL | {"iterate.py": LOOP | {"rounds": 1}}
+WHOLE = ("train_lm.py", "train_rm.py", "train_ppo.py", "sample.py", "evaluate.py", "export.py", "iterate.py")
+
+
 def small(command: Command) -> list[str]:
     """The same command at the size of a test: the documented options, but for those that say how large."""
-    script, given = script_of(command), room_of(command)[1]
+    script, (module, given) = script_of(command), room_of(command)
     start = command.words[1 : len(command.words) - len(given)]  # evaluate.py, or evaluate.py rm
-    size = {name: value for name, value in SMALL.get(" ".join(start), {}).items() if name not in PLACES}
+    size = {name: value for name, value in SIZES.get(" ".join(start), {}).items() if name not in PLACES}
     if script == "train_lm.py" and any(word.startswith("--init") for word in given):
         size = {name: value for name, value in size.items() if name not in ("width", "layers", "heads")}
+    if "--trunk=frozen" in given:
+        size = {name: value for name, value in size.items() if name not in module.GRADIENT}
+    if script == "iterate.py":  # the options for the other scripts: those of the page, and the sizes
+        texts = dict(word.strip("-").split("=", 1) for word in given)
+        size |= {name: f"{texts[name]} {size[name]}" for name in ("rm", "ppo", "evaluate") if name in texts}
     kept = [word for word in given if word.partition("=")[0].strip("-") not in size]
     return [*start, *kept, *(f"--{name}={value}" for name, value in size.items())]
 
 
-def test_the_readme_runs_from_top_to_bottom(world, tmp_path):
-    """In an empty directory, one process, tiny sizes: what one command leaves, the next one finds."""
-    for name in ("cache", "pins"):
-        (tmp_path / name).symlink_to(world.path / name)
-    here = World(tmp_path)
-    for command in commands(ROOT / "README.md"):
-        if command.words[1:3] == ["-m", "data.prepare"]:
-            words = ["data.prepare", *command.words[3:], "--vocab_size=400"]
-        elif script_of(command) in SMALL:
-            words = small(command)
-        else:
+def runnable(command: Command) -> list[str] | None:
+    """What `World` runs in the command's place; None for make, a server, a bench, a browser's or another program's files."""
+    module = command.words[2] if command.words[1:2] == ["-m"] else None
+    if module == "data.prepare":
+        given = any(word.startswith("--tokenizer") for word in command.words)
+        return [*command.words[2:], *([] if given else ["--vocab_size=400"])]
+    if module == "rlhf.feedback":
+        return command.words[2:]
+    if command.words[1:3] == ["evaluate.py", "report"] and not importlib.util.find_spec("matplotlib"):
+        return None
+    return small(command) if script_of(command) in WHOLE else None
+
+
+def run_all(documented: list[Command], here: World) -> None:
+    """One after the other, one process each: what one command leaves, the next one finds. Who is asked to vote votes."""
+    for command in documented:
+        words = runnable(command)
+        if words is None:
             continue
-        done = here.start(words).wait()
-        assert (done.code, done.err) == (0, ""), (str(command), done)
+        if any(word.startswith("--rater=") for word in words) and words[0] == "rlhf.feedback":
+            done = here.spawn(["-m", *words], stdin="ab" * 100)
+        else:
+            done = here.start(words).wait()
+        assert done.code == 0, (str(command), done)
+        assert done.err == "" or words[0] == "iterate.py", (str(command), done)
+
+
+def empty_place(world: World, path: Path) -> World:
+    for name in ("cache", "pins"):
+        (path / name).symlink_to(world.path / name)
+    return World(path)
+
+
+def test_the_readme_runs_from_top_to_bottom(world, tmp_path):
+    """In an empty directory, at tiny sizes."""
+    run_all(commands(ROOT / "README.md"), empty_place(world, tmp_path))
+
+
+@pytest.fixture(scope="module")
+def tuned(world, tmp_path_factory):
+    run = tmp_path_factory.mktemp("tuned") / "ppo"
+    world.ok("train_ppo.py", out=run)
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if any(map(runnable, commands(page)))], ids=lambda p: p.name)
+def test_a_page_runs_from_top_to_bottom(world, tuned, tmp_path, page):
+    """With what README's commands leave, unless the page makes it, and with files of the kinds that the page names."""
+    here, documented = empty_place(world, tmp_path), commands(page)
+    made = {word.partition("=")[2] for command in documented for word in command.words if word.startswith("--out=")}
+    finished = {"out/data/vader": world.path / "data", "out/lm": world.path / "lm", "out/rm": world.path / "rm"}
+    for name, source in (finished | {"out/ppo": tuned}).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        if name not in made:
+            (tmp_path / name).symlink_to(source)
+    rows = [text for _, _, text, _ in fake_ratings.sentences("film", 80)]
+    (tmp_path / "mine.txt").write_text("\n".join(rows))
+    pairs = [{"prompt": row[:20], "responses": [" is good.", " is bad."]} for row in dict.fromkeys(rows)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    choices = [{"prompt": row[:-12], "chosen": " warm.", "rejected": " dull.", "strength": 2} for row in rows]
+    (tmp_path / "preferences.jsonl").write_text("".join(json.dumps(choice) + "\n" for choice in choices))
+    (tmp_path / "rewards.py").write_text((world.path / "rewards.py").read_text())
+    for name, code in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        (tmp_path / name).write_text(code)
+    run_all(documented, here)
 
 
 # ---- the rest of what a README promises
@@ -252,7 +317,8 @@ def test_options_named_in_the_text_exist():
     text = "\n".join(file.read_text(encoding="utf-8") for file in DOCS)
     files = [*ROOT.glob("*.py"), *(ROOT / "bench").glob("*.py")]
     scripts = [module_of(script.relative_to(ROOT).as_posix()) for script in files]
-    modules = scripts + [module for script in scripts for module in getattr(script, "COMMANDS", {}).values()]
+    modules = [script for script in scripts if hasattr(script, "Config")]
+    modules += [module for script in scripts for module in getattr(script, "COMMANDS", {}).values()]
     names = {f"--{field.name}" for module in modules for field in dataclasses.fields(module.Config)}
     names = names.union(*map(options_of_module, ("data.prepare", "rlhf.feedback", "rlhf.check")))
     named = set(re.findall(r"`(--\w+)", text))
