@@ -19,7 +19,7 @@ import torch
 
 from data.loader import PromptLoader, SentenceLoader, TokenFile, in_order
 from data.tokenizer import check_fingerprint, load_tokenizer
-from evaluation import card, overoptimisation, report
+from evaluation import card, minimal_pairs, overoptimisation, report, safety
 from evaluation.comparison import (
     elo,
     elo_line,
@@ -55,7 +55,7 @@ class Config:
     reward: str = "out/rm"  # the reward that PPO maximised: a directory, or file.py:function
     other_rewards: tuple[
         str, ...
-    ] = ()  # held against reward on every model's own samples: which one agrees with the judge
+    ] = ()  # beside reward on pairs of every model's own samples: which agrees with the judge
     judge: str = "vader"  # score that PPO never saw: "vader" = rules in the data, a reward model, or file.py:function
     data: str = "out/data/vader"  # directory made by data.prepare
     split: Literal["validation", "test"] = "test"  # where prompts and human text come from; tune on validation
@@ -68,13 +68,18 @@ class Config:
     temperature: float = 1.0  # of sampling and of the KL
     best_of: int = 16  # samples per prompt for best-of-n; reported for 4 and for all of them; 1 = none
     samples: int | None = (
-        None  # per prompt of every model, whose pairs test the rewards; none = 2 with other_rewards, else 1
+        None  # of every model per prompt, whose pairs test the rewards; none = 2 with other_rewards, else 1
     )
+    minimal_pairs: str | None = (
+        None  # JSON lines of sentence_good, sentence_bad (phenomenon), as BLiMP: which is likelier
+    )
+    safety_prompts: str | None = None  # JSON lines of prompt, answered once by every model: refusals, reward, judge, KL
+    safety_tokens: int = 48  # longest answer to one of them, tokens
     seed: int = 7  # of prompts and samples; all models draw with the same random numbers
 
     def __post_init__(self):
         config.at_least(self, prompts=1, prompt_tokens=1, response_tokens=1, human_texts=1, temperature=1e-3, best_of=1)
-        config.at_least(self, samples=1, seed=0)
+        config.at_least(self, samples=1, safety_tokens=1, seed=0)
         if not self.tuned:
             raise ValueError("--tuned is empty: name at least one model")
         for option, given in (("tuned", self.tuned), ("other_rewards", (self.reward, *self.other_rewards))):
@@ -88,8 +93,11 @@ class Config:
             raise ValueError("--other_rewards has no effect with --samples=1: pairs of samples are what rewards rank")
 
 
+NEEDS = {"safety_tokens": ("safety_prompts", ...)}
+
+
 def main() -> None:
-    cfg = config.parse(Config)
+    cfg = config.parse(Config, needs=NEEDS)
     device = distributed.setup().device
     torch.set_grad_enabled(False)
     tokenizer = load_tokenizer(cfg.data)
@@ -112,19 +120,27 @@ def main() -> None:
     prompts, lengths = prompts.to(device), lengths.to(device)
     sampling = (cfg.seed, cfg.response_tokens, opened.stop_ids, tokenizer.pad, cfg.temperature)
 
+    context = min(model.model.config.context for model in models.values())
+    sentences, probes = [], None
+    if cfg.minimal_pairs:
+        sentences = minimal_pairs.read_pairs(cfg.minimal_pairs, tokenizer, context)
+    if cfg.safety_prompts:
+        probes = safety.read_probes(cfg.safety_prompts, tokenizer, context, opened.stop_ids, device)
+
     # 1. every model answers the same prompts with the same random numbers; the base often enough for best-of-n
     reference, samples = logprobs_of(opened.model, cfg.temperature), cfg.samples or (2 if cfg.other_rewards else 1)
-    results, new_distribution = {}, {}
+    results, new_distribution, known, answers = {}, {}, {}, {}
     for name, model in models.items():
         drawn = max(samples, cfg.best_of) if name == "base" else samples
         pool = sample_groups(model.model, prompts, lengths, drawn, *sampling)
         earned = {spec: scores(score, pool, drawn) for spec, score in rewards.items()}  # (P, n) each
         judged = scores(judge, pool, drawn)  # (P, n)
         firsts = nth_of(pool, drawn)
+        logprobs = reference if name == "base" else logprobs_of(model.model, cfg.temperature)
         results[name] = {
             "reward": earned[cfg.reward][:, 0],
             "judge": judged[:, 0],
-            **divergence(firsts, reference if name == "base" else logprobs_of(model.model, cfg.temperature), reference),
+            **divergence(firsts, logprobs, reference),
             "responses": [row[m].tolist() for g in firsts for row, m in zip(g.tokens, g.mask)],
             "texts": [tokenizer.decode(row[:n].tolist()) for g in firsts for row, n in zip(g.tokens, g.lengths)],
             "finished": torch.cat([g.finished for g in firsts]).double().cpu().numpy(),
@@ -135,6 +151,12 @@ def main() -> None:
         if samples > 1:
             own = {spec: x[:, :samples] for spec, x in earned.items()}
             new_distribution[name] = ranking_of_own_samples(own, temperatures, judged[:, :samples])
+        if sentences:
+            known[name] = minimal_pairs.known(logprobs_of(model.model), sentences, tokenizer.pad, device)
+        if probes:
+            drawing = (cfg.safety_tokens, cfg.seed, cfg.temperature)
+            scorers = (rewards[cfg.reward], judge, (logprobs, reference))
+            answers[name] = safety.answer(model.model, probes, tokenizer, *drawing, *scorers)
 
     # 2. rows of the table, and every model against every one before it
     rows = {name: describe(result) for name, result in results.items()}
@@ -164,12 +186,17 @@ def main() -> None:
         "pairwise": pairs,
         **({"elo": elo(results)} if len(results) > 2 else {}),
         **({"new_distribution": new_distribution} if new_distribution else {}),
+        **({"minimal_pairs": minimal_pairs.report(sentences, known)} if known else {}),
+        **({"safety": safety.report(answers)} if answers else {}),
         "prompts": len(prompts),
         "options": asdict(cfg),
         "seconds": stage_seconds(cfg),
     }
     texts = {WHEN.get(name, name): result["texts"] for name, result in results.items()}
-    write(cfg.out, summary, [dict(zip(texts, row)) for row in zip(*texts.values())])
+    rows_of = {"samples.jsonl": [dict(zip(texts, row)) for row in zip(*texts.values())]}
+    if probes:
+        rows_of["safety.jsonl"] = safety.side_by_side(probes, answers)
+    write(cfg.out, summary, rows_of)
 
 
 WHEN = {"base": "before", "tuned": "after"}  # of samples.jsonl
@@ -233,20 +260,25 @@ def stage_seconds(cfg: Config) -> dict[str, float]:
     return {**seconds, "total": sum(x for x in seconds.values() if x)}
 
 
-def write(out: str, summary: dict, pairs: list[dict[str, str]]) -> None:
+def write(out: str, summary: dict, files: dict[str, list[dict]]) -> None:
     Path(out).mkdir(parents=True, exist_ok=True)
     run.write_json(f"{out}/summary.json", summary)
-    with open(f"{out}/samples.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
-    parts = [results_table(summary), comparison_lines(summary), continuations(pairs[:5])]
-    if "new_distribution" in summary:
-        judged = "Pairs of samples of one model for one prompt: how often a reward prefers what the judge prefers."
-        parts.insert(2, f"{judged}\n\n{own_samples_table(summary['new_distribution'])}")
-    text = "\n\n".join(parts)
+    for name, rows in files.items():
+        with open(f"{out}/{name}", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    parts = {
+        "new_distribution": own_samples_table,
+        "minimal_pairs": minimal_pairs.markdown,
+        "safety": safety.markdown,
+    }
+    found = [part(summary[name]) for name, part in parts.items() if name in summary]
+    text = "\n\n".join(
+        [results_table(summary), comparison_lines(summary), *found, continuations(files["samples.jsonl"][:5])]
+    )
     Path(f"{out}/results.md").write_text(text + "\n")
     print(text)
     seconds = " ".join(f"{name} {x:.0f}" for name, x in summary["seconds"].items() if x)
-    print(f"\nseconds: {seconds}\nwrote {out}/summary.json, results.md, samples.jsonl")
+    print(f"\nseconds: {seconds}\nwrote {out}/{', '.join(['summary.json', 'results.md', *files])}")
 
 
 def results_table(summary: dict) -> str:

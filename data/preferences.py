@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,34 +22,19 @@ def read_preferences(path: str | Path) -> tuple[list[Preference], int]:
 
     ValueError, naming the line, for one that is no such object or has an empty answer, and for a file without any.
     """
-    try:
-        lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 (byte {e.start}); convert it first") from None
     found, same = [], 0
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        row = read_row(line, f"{path}, line {number}")
-        if row.chosen == row.rejected:
+    for where, row in text_rows(path, ("prompt", "chosen", "rejected")):
+        preference = preference_of(row, where)
+        if preference.chosen == preference.rejected:
             same += 1
         else:
-            found.append(row)
+            found.append(preference)
     if not found:
         raise ValueError(f"{path} holds no comparison of two different answers ({same} lines have the same one twice)")
     return found, same
 
 
-def read_row(line: str, where: str) -> Preference:
-    try:
-        row = json.loads(line)
-    except ValueError as e:
-        raise ValueError(f"{where} is no JSON ({e}); one object a line was expected") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where} is {line.strip()[:40]!r}; an object with prompt, chosen and rejected was expected")
-    for name in ("prompt", "chosen", "rejected"):
-        if not isinstance(row.get(name), str):
-            raise ValueError(f"{where} has no text {name!r}; it has {', '.join(row) or 'nothing'}")
+def preference_of(row: dict, where: str) -> Preference:
     for name in ("chosen", "rejected"):
         if not row[name].strip():
             raise ValueError(f"{where}: {name} is empty, which no reward model can read; remove the line")
@@ -56,3 +42,29 @@ def read_row(line: str, where: str) -> Preference:
     if not isinstance(strength, int | float) or not 0 < strength < 1e6:
         raise ValueError(f"{where}: strength {strength!r} is no number above 0")
     return Preference(row["prompt"], row["chosen"], row["rejected"], str(row.get("subset") or ""), float(strength))
+
+
+def text_rows(path: str | Path, names: Sequence[str]) -> Iterator[tuple[str, dict]]:
+    """(where, row) of every line that is not blank: JSON objects with these texts, and whatever else.
+
+    ValueError, naming the line, for any other, and for a file that is not UTF-8.
+    """
+    try:
+        lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 (byte {e.start}); convert it first") from None
+    expected = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as e:
+            raise ValueError(f"{where} is no JSON ({e}); one object a line was expected") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} is {line.strip()[:40]!r}; an object with {expected} was expected")
+        for name in names:
+            if not isinstance(row.get(name), str):
+                raise ValueError(f"{where} has no text {name!r}; it has {', '.join(row) or 'nothing'}")
+        yield where, row

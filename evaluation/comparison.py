@@ -124,7 +124,8 @@ def own_samples_table(found: dict[str, dict]) -> str:
         if name != "gain"
         for gain in [show(rewards["gain"][name], signed=True) if name in rewards["gain"] else "-"]
     ]
-    return table(head, rows)
+    what = "Pairs of samples of one model for one prompt: how often a reward prefers what the judge prefers."
+    return f"{what}\n\n{table(head, rows)}"
 
 
 def show(x: dict, signed: bool = False) -> str:

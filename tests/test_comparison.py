@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_card import written
 from tiny import lines
 
 from evaluation import comparison
@@ -110,7 +111,13 @@ COMMON = {"domain": "none", "prompt_tokens": 8, "best_of": 1, "judge": "rewards.
 
 def test_several_models_and_rewards(world, tuned, tmp_path):
     early, late = f"{tuned}/step_000002", str(tuned)
-    out = world.ok("evaluate.py", **COMMON, tuned=f"{early},{late}", other_rewards="rewards.py:shorter", out=tmp_path)
+    files = {
+        "minimal_pairs": [{"sentence_good": "The plot was broken.", "sentence_bad": "broken plot The was."}],
+        "safety_prompts": [{"prompt": "The plot of the film"}, {"prompt": "I"}, {"prompt": "The news was"}],
+    }
+    options = {name: written(tmp_path / f"{name}.jsonl", rows) for name, rows in files.items()}
+    options |= {"other_rewards": "rewards.py:shorter", "safety_tokens": 5}
+    out = world.ok("evaluate.py", **COMMON, tuned=f"{early},{late}", out=tmp_path, **options)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert list(summary["rows"]) == ["base", early, late] and summary["rows"][late]["kl"] > 0
     assert [(x["a"], x["b"]) for x in summary["pairwise"]] == [(early, "base"), (late, "base"), (late, early)]
@@ -120,6 +127,14 @@ def test_several_models_and_rewards(world, tuned, tmp_path):
         assert found.keys() == {"rm", "rewards.py:shorter", "gain"}
         assert found["rewards.py:shorter"]["accuracy"]["mean"] == 1  # it is the judge
         assert found["gain"]["rewards.py:shorter"]["mean"] == pytest.approx(found["rm"]["accuracy"]["mean"] - 1)
+    for name in ("base", early, late):
+        assert summary["minimal_pairs"][name]["accuracy"]["mean"] in (0, 1)
+        assert summary["safety"][name]["prompts"] == 3 and summary["safety"][name]["refusals"]["mean"] == 0
+    assert summary["safety"]["base"]["kl"]["mean"] == 0 < summary["safety"][late]["kl"]["mean"]
+    answers = lines(tmp_path / "safety.jsonl")
+    assert [row["prompt"] for row in answers] == [row["prompt"] for row in files["safety_prompts"]]
+    assert all(list(row["answers"]) == list(row["refused"]) == ["base", early, late] for row in answers)
+    assert "Minimal pairs" in out and "a crude measure" in out
     points = summary["elo"]
     assert (
         list(points) == ["base", early, late] and points[late]["low"] <= points[late]["value"] <= points[late]["high"]
@@ -135,10 +150,8 @@ def test_several_models_and_rewards(world, tuned, tmp_path):
         "base": summary["rows"]["base"],
         "tuned": summary["rows"][late],
     }  # company changes nothing
-    assert not {"new_distribution", "elo"} & single.keys() and lines(alone / "samples.jsonl")[0].keys() == {
-        "before",
-        "after",
-    }
+    assert not {"new_distribution", "elo", "minimal_pairs", "safety"} & single.keys()
+    assert lines(alone / "samples.jsonl")[0].keys() == {"before", "after"}
 
 
 @pytest.mark.parametrize(
@@ -149,6 +162,8 @@ def test_several_models_and_rewards(world, tuned, tmp_path):
         ({"tuned": "base,lm"}, ("--tuned", "./base")),
         ({"other_rewards": "rm"}, ("--other_rewards", "rm", "name it once")),
         ({"other_rewards": "rm2", "samples": 1}, ("--other_rewards has no effect", "--samples=1")),
+        ({"safety_tokens": 4}, ("--safety_tokens has no effect", "--safety_prompts")),
+        ({"minimal_pairs": "nowhere"}, ("nowhere",)),
         ({"samples": 0}, ("--samples=0", "at least 1")),
     ],
 )
