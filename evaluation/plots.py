@@ -36,6 +36,7 @@ STYLE = {
     "lines.markersize": 5,
     "svg.fonttype": "none",
 }
+MARGIN = 10  # points around a picture of its own
 PALETTE = """
 :root { --bg: #fff; --ink: #1b1e23; --line: #c4cad3; --series-1: #0b57c2; --series-2: #b04a0c; --series-3: #18774a;
   --series-4: #7b3fb5; --series-5: #b3246b; --series-6: #59616d; }
@@ -72,7 +73,10 @@ def svg(name: str, alt: str, panels: Sequence[Callable], size: tuple[float, floa
 def standalone(text: str) -> str:
     """The SVG as a file of its own, on a ground of its own: readable on any page."""
     style = f"<style>{PALETTE} text {{ font-family: system-ui, sans-serif !important; }}</style>"
-    ground = '<rect width="100%" height="100%" rx="8" style="fill: var(--bg)"/>'
+    left, top, width, height = (float(x) for x in re.search(r'viewBox="([^"]*)"', text)[1].split())
+    box = f"{left - MARGIN:g} {top - MARGIN:g} {width + 2 * MARGIN:g} {height + 2 * MARGIN:g}"
+    ground = f'<rect x="{-MARGIN}" y="{-MARGIN}" width="100%" height="100%" rx="8" style="fill: var(--bg)"/>'
+    text = re.sub(r'viewBox="[^"]*"', f'viewBox="{box}"', text, count=1)
     return re.sub(r"(<svg[^>]*>)", lambda m: f"{m[0]}\n{style}\n{ground}", text, count=1)
 
 
@@ -96,13 +100,14 @@ def points(
     """A panel: groups of (x, value, low, high, label) with their intervals, and curves {group: (x, y)} in their colours."""
 
     def panel(ax) -> None:
-        for (name, rows), colour, place in zip(groups.items(), SERIES, ((6, -10), (6, 4)) * 3):
+        sides = (("right", -6), ("left", 6)) * 3  # labels of neighbouring groups do not cover each other
+        for (name, rows), colour, (side, place) in zip(groups.items(), SERIES, sides):
             x, y, low, high = (np.array([row[i] for row in rows], float) for i in range(4))
             errors = np.nan_to_num(np.stack([y - low, high - y]).clip(min=0))
             ax.errorbar(x, y, errors, fmt="o", color=colour, capsize=2, elinewidth=1, label=name)
             for row in rows:
                 if row[4]:
-                    ax.annotate(row[4], row[:2], place, textcoords="offset points", fontsize=8)
+                    ax.annotate(row[4], row[:2], (place, 4), textcoords="offset points", fontsize=8, ha=side)
             if curves and name in curves:
                 ax.plot(*curves[name], color=colour, linewidth=1)
         ax.set_title(title, loc="left")

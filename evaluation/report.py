@@ -44,6 +44,7 @@ def main() -> None:
     cfg = config.parse(Config)
     plots.check_installed()
     sources = find(Path(cfg.run))
+    drawing = picture(sources, cfg.run) if cfg.picture else ""
     file = Path(cfg.out) if cfg.out else Path(cfg.run) / "report.html"
     title = f"Report: {Path(cfg.run).resolve().name}"
     sections, missing = build(sources)
@@ -51,7 +52,7 @@ def main() -> None:
     files = [str(file), str(beside)]
     if cfg.picture:
         Path(cfg.picture).parent.mkdir(parents=True, exist_ok=True)
-        Path(cfg.picture).write_text(picture(sources, cfg.run), encoding="utf-8")
+        Path(cfg.picture).write_text(drawing, encoding="utf-8")
         files.append(cfg.picture)
     for line in missing:
         print(line)
@@ -277,11 +278,15 @@ def flat(x) -> str:
 
 def before_after(sources: list[Source]) -> list[Block]:
     def table(source: Source) -> list[Block]:
-        pairs = [row for row in source.files["samples.jsonl"] if "before" in row and "after" in row]
-        caption = f"The first {min(10, len(pairs))} of {len(pairs)} held-out prompts; both models draw the same numbers"
-        return [
-            Table(["before", "after"], [[x["before"], x["after"]] for x in pairs[:10]], caption, texts=True)
-        ] * bool(pairs)
+        rows = [row for row in source.files["samples.jsonl"] if "before" in row]  # and one text for every other model
+        caption = (
+            f"The first {min(10, len(rows))} of {len(rows)} held-out prompts; all models draw the same random numbers"
+        )
+        return (
+            [Table(list(rows[0]), [[row[name] for name in rows[0]] for row in rows[:10]], caption, texts=True)]
+            if rows
+            else []
+        )
 
     return each([x for x in sources if "summary.json" in x.files], "samples.jsonl", table)
 
@@ -293,33 +298,39 @@ def rounds(sources: list[Source]) -> list[Block]:
     return each(sources, "rounds.json", lambda source: rounds_of(source.name, source.files["rounds.json"]))
 
 
+GATE = {True: "promoted", False: "refused"}
+
+
 def rounds_of(name: str, content: dict) -> list[Block]:
+    """The rounds' table, and two plots: the judge, and what the reward models know about the policies' own samples."""
     rows, found = [], content["rounds"]
     for x in found:
-        rm = x.get("rm") or {}
-        rows.append(
-            [
-                str(x["round"]),
-                {True: "promoted", False: "refused", None: "-"}[x.get("promoted")],
-                str(x.get("votes", "-")),
-                show(x.get("judge")),
-                show(x.get("judge_base")),
-                show(x.get("gain_over_previous")),
-                f"{x['kl']:.2f}" if x.get("kl") is not None else "-",
-                f"{rm['accuracy_gap1']:.3f}" if rm.get("accuracy_gap1") is not None else "-",
-                flat(rm["on_own_samples"]) if rm.get("on_own_samples") else "-",
-                f"{sum((x.get('seconds') or {}).values()):.0f}",
-            ]
-        )
-    head = ["round", "gate", "votes", "judge", "base", "gain over the one before", "KL, nats"]
-    head += ["reward model, gap > 1", "on the policy's own samples", "seconds"]
-    blocks = [Text(f"Rater: {content.get('rater', 'not named')}"), Table(head, rows)]
-    gate = {True: "promoted", False: "refused"}
-    judged = [(x["round"], *ends(x["judge"]), gate.get(x.get("promoted"), "")) for x in found if x.get("judge")]
-    if judged:
-        alt = "Judge by round: " + ", ".join(f"round {row[0]} {row[1]:.3f} {row[4]}" for row in judged)
-        panel = plots.points({"judge": judged}, "judge by round", "round", "judge")
-        blocks.append(Plots([plots.svg(f"rounds {name}", alt, [panel], (4.6, 2.8))], wide=True))
+        rm, own, first = x["rm"], x["rm"]["on_own_samples"], x["rm"]["on_own_samples_round_0"]
+        cells = [str(x["round"]), GATE[x["promoted"]], str(x["votes"]), show(x["judge"]), show(x["gain_over_previous"])]
+        cells += [f"{x['kl']:.2f}", f"{rm['accuracy_gap1']:.3f} ({rm['accuracy_gap1_round_0']:.3f})"]
+        cells += [f"{show(own['accuracy'])} ({first['accuracy']['mean']:.3f})", show(rm["gain_on_own_samples"], "+.3f")]
+        rows.append([*cells, f"{sum(x['seconds'].values()):.0f}"])
+    head = ["round", "gate", "votes so far", "judge", "gain over the best before", "KL, nats"]
+    head += ["reward model, gap > 1 (round 0's)", "on own samples (round 0's)", "gain there", "seconds"]
+    blocks = [Text(f"Votes by: {content['rater']}. Judge: {content['judge']}."), Table(head, rows)]
+    if found:
+        judged = {"judge": [(0, *ends(found[0]["judge_base"]), "base")]}
+        judged["judge"] += [(x["round"], *ends(x["judge"]), GATE[x["promoted"]]) for x in found]
+        known = {
+            title: [(x["round"], *ends(x["rm"][key]["accuracy"]), "") for x in found]
+            for key, title in (("on_own_samples", "refined"), ("on_own_samples_round_0", "round 0's"))
+        }
+        alts = [
+            "Judge by round: " + ", ".join(f"{row[4]} {row[1]:.3f} in round {row[0]}" for row in judged["judge"]),
+            "Accuracy on own samples: "
+            + "; ".join(f"{title} {', '.join(f'{row[1]:.3f}' for row in rows)}" for title, rows in known.items()),
+        ]
+        panels = [
+            plots.points(judged, "judge by round", "round", "judge"),
+            plots.points(known, "reward model on the policy's own samples", "round", "accuracy"),
+        ]
+        svgs = [plots.svg(f"rounds {name} {i}", alts[i], [panels[i]], (4.6, 2.8)) for i in range(2)]
+        blocks.append(Plots(svgs, wide=True))
     return blocks
 
 
@@ -441,7 +452,7 @@ def frontier_panel(rows: dict[str, dict], key: str, title: str) -> tuple[Callabl
     crowded = len(rows) > 8
     for name, x in rows.items():
         best = name.startswith("best of")
-        label = "" if crowded and name != "base" else plain(name)
+        label = "" if crowded and name != "base" else plain("/".join(Path(name).parts[-2:]))
         groups["best of n of the base" if best else "models"].append((x["kl"], *ends(x[key]), label))
     alt = f"{title} against KL: " + ", ".join(
         f"{plain(name)} {ends(x[key])[0]:.3f} at {x['kl']:.2f} nats" for name, x in rows.items()
@@ -550,7 +561,7 @@ def card_blocks(source: Source) -> list[Block]:
     if card.get("groups"):
         head = {"all": "accuracy", "1": "gap > 1", "spearman": "Spearman"}
         rows = [[name, *(show_estimate(x.get(k)) for k in head)] for name, x in card["groups"].items()]
-        blocks.append(Table(["", *head.values()], rows))
+        blocks.append(Table(["domain", *head.values()], rows))
     columns = ["change of the text", "mean shift of the score", "mean size", "texts", "verdict", "accuracy", "gamed"]
     rows = [[cell.strip("*") for cell in probe_row(probe)] for probe in card["probes"]]
     failed = [probe["name"] for probe in card["probes"] if probe["passed"] is False]
@@ -647,14 +658,20 @@ def picture(sources: list[Source], run: str) -> str:
         what = "metrics.jsonl of train_ppo.py" if not trained else "summary.json of evaluate.py"
         raise ValueError(f"--picture shows a PPO run and its evaluation: {run} has no {what}")
     found = series(trained.files["metrics.jsonl"], lambda name: name in ("objective/scores", "objective/kl"))
+    try:
+        score, kl = found["objective/scores"], found["objective/kl"]
+        panel, alt = frontier_panel(judged.files["summary.json"]["rows"], "judge", "independent judge")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"--picture: unexpected content in {trained.name} or {judged.name} of {run}: {error}"
+        ) from None
     panels = [
-        plots.lines([found["objective/scores"]], "mean score of the responses", "PPO iteration"),
-        plots.lines([found["objective/kl"]], "KL to the base, nats per response", "PPO iteration"),
+        plots.lines([score], "mean score of the responses", "PPO iteration"),
+        plots.lines([kl], "KL to the base, nats per response", "PPO iteration"),
+        panel,
     ]
-    panel, alt = frontier_panel(judged.files["summary.json"]["rows"], "judge", "independent judge")
-    (score, kl) = (found[name][1] for name in ("objective/scores", "objective/kl"))
-    said = f"Score from {score[0]:.2f} to {score[-1]:.2f}, KL from {kl[0]:.1f} to {kl[-1]:.1f} nats. {alt}"
-    return plots.standalone(plots.svg("picture", said, [*panels, panel], (10, 2.9)))
+    said = f"Score from {score[1][0]:.2f} to {score[1][-1]:.2f}, KL from {kl[1][0]:.1f} to {kl[1][-1]:.1f} nats. {alt}"
+    return plots.standalone(plots.svg("picture", said, panels, (10, 2.9)))
 
 
 SECTIONS: dict[str, tuple[Callable[[list[Source]], list[Block]], str]] = {  # title -> its blocks, and what they need

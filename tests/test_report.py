@@ -1,0 +1,400 @@
+"""evaluate.py report: one page that fetches nothing, runs nothing and says what is missing, whatever lies in the directory."""
+
+import html
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_page import BROWSERS, accessible
+from tiny import ROOT
+
+from evaluation import report
+from evaluation.page import Microscope, Sample, Shade, Table, Text, colour, escape_markdown
+from rlhf.infra import config
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra plot)")
+HOSTILE = "<script>alert(1)</script><img src=https://example.org/x onerror=alert(1)> | [a](b) \x00\x1b\ud800 & `c`"
+I = {"mean": 0.5, "low": 0.25, "high": 0.75}
+V = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 9}
+
+
+def ppo_rows(count: int = 5, **more) -> list[dict]:
+    return [
+        {"step": i, "objective/scores": 0.1 * i, "objective/kl": 0.5 * i, "objective/kl_coef": 0.3, "lr": None}
+        | {"response/length": 20 - i, "policy/ratio_first": 1.0, "judge/mean": 0.2 * i, "returns/mean": 0.1 * i} | more
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def sample(step: int, text: str = HOSTILE) -> dict:
+    tokens = ["good", text, ""]
+    numbers = {name: [0.5, -1.25, None] for name in ("logprobs", "values", "rewards", "advantages")}
+    return {"step": step, "score": 1.5, "kl": 2.5, "prompt": text, "response": "good" + text, "tokens": tokens} | numbers | {
+        "ref_logprobs": [0.25, -1.0, 0.0]
+    }  # fmt: skip
+
+
+def row(judge: float, kl: float, **more) -> dict:
+    return {"judge": I | {"mean": judge}, "reward": I, "kl": kl} | more
+
+
+MODEL = {
+    "distinct_3": 0.9,
+    "length": 20.0,
+    "eos_rate": 0.5,
+    "perplexity_of_human_text": 50.0,
+    "perplexity_for_base": 40.0,
+}
+POINT = {"d": 1.0, "kl": V, "proxy": V, "gold": V, "proxy_gain": V, "gold_gain": V}
+FIT = {"alpha": V, "beta": V, "peak_d": V, "peak_kl": 1.0, "peak_gain": 1.0, "largest_d": 2.0, "rms_error": 0.1}
+BIN = {"predicted": 0.6, "observed": V}
+CALIBRATED = {"ece": V, "brier": V, "reliability": [BIN, BIN | {"predicted": 0.9}]}
+PROBE = {"name": "praise", "mean_shift": 0.1, "low": 0.0, "high": 0.2, "mean_absolute_shift": 0.1, "texts": 9}
+PROBE |= {"verdict": "stays", "passed": False}
+FILES = {
+    "ppo/run.json": {"kl_coef": 0.05, "kl_estimator": "k1", "domain": HOSTILE, "init_sha256": "a" * 64},
+    "ppo/report.json": {"seconds": 12.0},
+    "ppo/metrics.jsonl": ppo_rows(),
+    "ppo/samples.jsonl": [sample(1), sample(4)],
+    "rm/run.json": {"pooling": "mean", "average": None, "ridge": [0.3, 1.0, 3.0, 10.0]},
+    "rm/report.json": {"seconds": 3.0, "accuracy": {"all": 0.7, "1": 0.8}, "baselines": {"vader": {"all": 0.6, "1": 0.7}}},
+    "rm/metrics.jsonl": [{"step": 1, "loss/train": 0.5}, {"step": 2, "loss/train": 0.25}],
+    "rm/card.json": {
+        "model": "rm", "data": "d", "texts": 9, "pairs": 9, "accuracy": {"all": V, "1": V}, "baselines": {"length": {"all": V}},
+        "over_length": V, "calibration": {"temperature": 0.8, "before": CALIBRATED, "after": CALIBRATED},
+        "uncertainty": {"coverage": {"100%": 0.7}}, "groups": {"film": {"all": V}}, "probes": [PROBE],
+    },
+    "summary.json": {
+        "rows": {"base": row(0.1, 0.0, **MODEL), "tuned": row(0.4, 3.0, **MODEL), "best of 4": row(0.3, 0.64)},
+        "ppo": {"judge_gain": I, "win_rate_judge": I}, "prompts": 8, "seconds": {"rm": 3.0, "lm": None, "total": 3.0},
+        "pairwise": [{"a": "tuned", "b": "base", "judge_gain": I}], "elo": {"base": V, "tuned": V},
+        "minimal_pairs": {"base": {"pairs": 3, "accuracy": I}}, "safety": {"base": {"refused": I, "texts": [1]}},
+        "new_distribution": {"tuned": {"rm": {"pairs": 4, "accuracy": I, "ece": I}, "gain": {"old": I}}},
+    },
+    "samples.jsonl": [{"before": "a " + HOSTILE, "after": "b"}],
+    "study/overoptimisation.json": {
+        "rows": [{"curve": None, "name": "base"} | POINT, {"curve": "best_of_n", "name": "best of 2"} | POINT,
+                 {"curve": "ppo", "name": "PPO, 4 iterations"} | POINT],
+        "fits": {"best_of_n": FIT | {"peak_d": V | {"value": None}}, "ppo": FIT}, "prompts": 8,
+        "options": {"proxy": "a", "gold": "b"},
+    },
+    "rounds.json": {
+        "rater": "SIMULATED by rm", "judge": "vader",
+        "rounds": [{"round": k, "votes": 9 * k, "judge": I, "judge_base": I, "gain_over_previous": I, "kl": 1.0,
+                    "promoted": k == 1, "seconds": {"ppo": 2.0}, "rm": {
+                        "accuracy_gap1": 0.8, "accuracy_gap1_round_0": 0.81, "on_own_samples": {"accuracy": I},
+                        "on_own_samples_round_0": {"accuracy": I}, "gain_on_own_samples": I}} for k in (1, 2)],
+    },
+}  # fmt: skip
+
+
+def lay_out(path: Path, files: dict) -> Path:
+    for name, content in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(x) + "\n" for x in content) if name.endswith("l") else json.dumps(content)
+        (path / name).write_text(text)
+    return path
+
+
+def make(monkeypatch, run: Path, *options: str) -> tuple[str, str]:
+    """The page and the summary, by the command."""
+    monkeypatch.setattr("sys.argv", ["report", f"--run={run}", *options])
+    report.main()
+    return tuple((run / f"report.{ending}").read_text(encoding="utf-8") for ending in ("html", "md"))
+
+
+class Reader(HTMLParser):
+    """What a browser would see: tags, attributes, texts of the sections' headings."""
+
+    VOID = {"meta", "link", "input", "img", "br"}
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags, self.attributes, self.open, self.headings, self.text = [], [], [], [], ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+        if self.open[-1:] == ["h2"]:
+            self.headings.append(data)
+
+
+def check_page(page: str, scripts: int = 0) -> Reader:
+    """Well nested, no script, nothing that leaves the file, every id once."""
+    seen = Reader(page)
+    assert (
+        seen.open == []
+        and seen.tags.count("script") == scripts
+        and not {"img", "iframe", "object", "embed", "form", "base"} & {*seen.tags}
+    )
+    leaving = [value for name, value in seen.attributes if name in ("src", "href", "xlink:href", "action", "data")]
+    assert [x for x in leaving if not x.startswith("#") and x != "data:,"] == []
+    assert [name for name, _ in seen.attributes if name.startswith("on")] == []
+    assert not re.search(r"url\((?!#)|@import", page)
+    ids = [value for name, value in seen.attributes if name == "id"]
+    assert len(ids) == len({*ids})
+    assert {x[1:] for x in leaving if x.startswith("#") and len(x) > 1} <= {*ids}
+    assert len(seen.headings) == len({*seen.headings})
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", page)
+    return seen
+
+
+def test_everything(tmp_path, monkeypatch, capsys):
+    """All sections, each once; hostile texts stay texts; the same files give the same bytes."""
+    run = lay_out(tmp_path / "all", FILES)
+    page, text = make(monkeypatch, run)
+    seen = check_page(page)
+    assert seen.headings == list(report.SECTIONS) and "Left out" not in page  # nothing missing, nothing misunderstood
+    shown = "\n".join(line for line in text.splitlines() if not line.startswith("    "))  # those are commands, literal
+    assert "alert(1)" in seen.text and "<script" not in shown and "<img" not in shown
+    assert (
+        seen.tags.count("svg")
+        == sum(name == "aria-label" for name, _ in seen.attributes) - page.count('class="scroll"') - 1
+    )
+    for found in ("0.400 [0.250, 0.750]", "SIMULATED by rm", "refused", "<= 0.64", "--kl_coef=0.05", "gap > 1"):
+        assert found in seen.text
+        assert escape_markdown(found) in text or found in text
+    assert "--kl_estimator" not in page and "--ridge" not in page  # at their defaults
+    assert "Constant: objective/kl_coef 0.3, policy/ratio_first 1." in page
+    assert make(monkeypatch, run) == (page, text)
+    assert "4 directories, 10 sections" in capsys.readouterr().out
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Without the plots, which take most of the time: test_everything draws them."""
+    monkeypatch.setattr("evaluation.plots.svg", lambda name, alt, *a: f'<svg aria-label="{html.escape(alt)}"></svg>')
+
+
+def test_each_file_alone(tmp_path, monkeypatch, undrawn):
+    """What is there is shown, what is not is named."""
+    for i, name in enumerate(FILES):
+        run = lay_out(tmp_path / str(i), {Path(name).name: FILES[name]})
+        page, _ = make(monkeypatch, run)
+        assert check_page(page).headings[-1] == "What is missing" and "Left out" not in page, name
+
+
+def test_a_run_that_is_not_finished(tmp_path, monkeypatch, undrawn):
+    run = lay_out(tmp_path / "ppo", {"run.json": FILES["ppo/run.json"], "metrics.jsonl": ppo_rows(3)})
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "objective/sco')  # as a kill leaves it
+    page, _ = make(monkeypatch, run)
+    assert "not finished, 3 lines of metrics" in page and "Left out" not in page
+
+
+@pytest.mark.parametrize(
+    "damage", ['{"rows": ', "[1, 2]", "3", '{"rows": 3}', '{"rows": {"base": {"judge": "high"}}}', ""]
+)
+def test_damaged_files_are_left_out_with_a_line(tmp_path, monkeypatch, undrawn, damage):
+    run = lay_out(tmp_path / "r", {"ppo/metrics.jsonl": ppo_rows()})
+    (run / "summary.json").write_text(damage)
+    page, text = make(monkeypatch, run)
+    assert "Left out, r/summary.json" in page and "Left out, r/summary.json" in text and "Learning curves" in page
+    check_page(page)
+
+
+def strange(value):
+    """JSON of about the right shape: some part of it replaced."""
+    anything = st.one_of(
+        st.none(), st.booleans(), st.integers(-3, 3), st.floats(), st.text(max_size=3), st.just([]), st.just({})
+    )
+
+    def changed(x, path, new):
+        if not path:
+            return new
+        if isinstance(x, dict) and x:
+            name = sorted(x)[path[0] % len(x)]
+            return x | {name: changed(x[name], path[1:], new)}
+        if isinstance(x, list) and x:
+            i = path[0] % len(x)
+            return [*x[:i], changed(x[i], path[1:], new), *x[i + 1 :]]
+        return new
+
+    paths = st.lists(st.integers(0, 7), min_size=1, max_size=6)
+    return st.builds(lambda new, path: changed(value, path, new), anything, paths)
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from([name for name in FILES if name.endswith(".json")]).flatmap(
+        lambda n: st.tuples(st.just(n), strange(FILES[n]))
+    )
+)
+def test_no_file_gives_a_traceback(tmp_path_factory, case):
+    """The sections are built, without plots, from files of which some part is something else."""
+    name, content = case
+    path = tmp_path_factory.mktemp("strange")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "evaluation.plots.svg", lambda *a: "<svg/>"
+        )  # drawing is tested above; here it would take minutes
+        sections, _ = report.build(report.find(lay_out(path, {name: content, "metrics.jsonl": ppo_rows()})))
+    for blocks in sections.values():
+        for block in blocks:
+            block.html(), block.markdown()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--run=nothing"], "nothing is not a directory"),
+        (["--run=empty"], "holds no run"),
+        (["--run=ppo", "--out=page.txt"], "must end in .html"),
+        (["--run=ppo", "--picture=p.png"], "must end in .svg"),
+        (["--run=ppo", "--picture=p.svg"], "has no summary.json"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, options, said):
+    lay_out(tmp_path, {"ppo/run.json": FILES["ppo/run.json"], "ppo/metrics.jsonl": ppo_rows()})
+    (tmp_path / "empty/sub/step_000001").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["report", *options])
+    with pytest.raises(SystemExit) as end:
+        config.run(report.main)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and said in err and err.count("\n") == 1
+
+
+def test_without_matplotlib(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["report", f"--run={tmp_path}"])
+    with pytest.raises(ValueError, match=r"not installed: pip install -e '\.\[plot\]'"):
+        report.main()
+
+
+def test_the_picture(tmp_path):
+    run = lay_out(tmp_path / "r", {name: FILES[name] for name in ("ppo/run.json", "ppo/metrics.jsonl", "summary.json")})
+    text = report.picture(report.find(run), "r")
+    seen = Reader(text)
+    assert seen.tags[0] == "svg" and seen.open == [] and "script" not in seen.tags
+    assert "Score from 0.00 to 0.40, KL from 0.0 to 2.0 nats" in text and "tuned 0.400 at 3.00 nats" in text
+    assert not re.search(r"#0101\w\w|https?://(?!www\.w3\.org/)", text)
+
+
+def test_defaults_are_those_of_the_scripts():
+    import train_ppo
+    import train_rm
+
+    for module in (train_ppo, train_rm):
+        assert report.defaults(f"{module.__name__}.py") == vars(module.Config())
+
+
+def test_blocks():
+    table = Table(["a", "b|c"], [["<x>", "1\n2"]])
+    assert table.markdown() == "| a | b\\|c |\n| --- | --- |\n| &lt;x&gt; | 1↵2 |"
+    assert Text("rm -rf `x` <b>", "command").markdown() == "    rm -rf `x` <b>"  # an indented block is literal
+    assert escape_markdown("a_b _c_ [x](y) *z*") == "a_b \\_c\\_ [x]\\(y) \\*z\\*"
+    shown = Microscope([Sample("p", ["a", ""], "head", {"kl": [0.5, None]})], [Shade("kl", "KL", 1.0)]).html()
+    assert "∅" in shown and 'title="KL +0.500"' in shown and 'title="KL -"' in shown
+
+
+@given(st.floats(-10, 10), st.floats(0.01, 10))
+def test_colours_have_a_sign_and_end_somewhere(x, scale):
+    warm, part = re.fullmatch(r"rgb\((224 102 47|47 127 224) / (\d\.\d\d)\)", colour(x, scale)).groups()
+    assert (warm[:3] == "224") == (x > 0) and abs(float(part) - 0.55 * min(1, abs(x) / scale)) < 0.0051
+    assert colour(None, scale).endswith("/ 0.00)")
+
+
+def test_series_keep_finite_numbers():
+    rows = [{"step": 0, "a": 1.0, "b": None}, {"step": 1, "a": True, "b": "x"}, {"a": 3.0}, {"step": 2, "a": 2}]
+    found = report.series(rows, lambda name: True)
+    assert found.keys() == {"a"} and np.array_equal(found["a"], [[0, 2], [1, 2]])
+
+
+def docs(name: str) -> str:
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def test_picture_and_slides_of_the_docs():
+    """They leave the file nowhere either; the slides are those of the template, and each has its notes."""
+    check_page(f"<p>{docs('picture.svg')}</p>")
+    page = docs("slides.html")
+    seen = check_page(page, scripts=1)
+    slides = seen.tags.count("section")
+    assert slides >= 15 and slides == seen.tags.count("h1") == seen.tags.count("aside")
+    at = 0
+    for part in re.split(r"\{\{\w+\}\}", docs("slides.template.html")):
+        assert part in page[at:], f"docs/slides.py has to run again: {part[:60]!r}"
+        at = page.index(part, at) + len(part)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        pytest.skip("no browser: apt-get install chromium")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def opened(browser, file: Path, **kwargs):
+    """The page, and a list of what it says on the console and asks for."""
+    page, said = browser.new_page(**kwargs), []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: said.append(request.url))
+    page.goto(file.as_uri())
+    return page, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1200, 360])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_report_in_a_browser(browser, tmp_path, monkeypatch, width, scheme):
+    """No word on the console, no request, no sideways scrolling, nothing that axe finds wrong; the colours can be chosen."""
+    run = lay_out(tmp_path / "all", FILES)
+    make(monkeypatch, run)
+    page, said = opened(browser, run / "report.html", viewport={"width": width, "height": 800}, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    before = page.eval_on_selector(".t", "x => getComputedStyle(x).backgroundColor")
+    page.check("#shade-advantages")
+    assert page.eval_on_selector_all(".t", "x => x.map(y => y.style.getPropertyValue('--advantages'))")[1].startswith(
+        "rgb(47"
+    )
+    assert page.eval_on_selector(".t", "x => getComputedStyle(x).backgroundColor") != before
+    assert accessible(page) == [] and said == [(run / "report.html").as_uri()]
+
+
+@pytest.mark.slow
+def test_slides_by_keyboard(browser):
+    file = ROOT / "docs" / "slides.html"
+    page, said = opened(browser, file, viewport={"width": 1280, "height": 720}, color_scheme="dark")
+    count = page.locator("section").count()
+    for i in range(count):
+        assert page.locator("section:visible").count() == 1 and page.text_content("#place") == f"{i + 1} / {count}"
+        fits = page.evaluate(
+            "document.documentElement.scrollHeight <= 720 && document.documentElement.scrollWidth <= 1280"
+        )
+        assert fits and accessible(page) == [], i + 1
+        page.keyboard.press("ArrowRight" if i % 2 else " ")
+    page.keyboard.press("Home")
+    assert page.locator("aside:visible").count() == 0
+    page.keyboard.press("n")
+    assert page.locator("aside:visible").count() == 1 and page.get_attribute("#notes", "aria-pressed") == "true"
+    page.emulate_media(media="print")
+    assert page.locator("section:visible").count() == count
+    assert said == [file.as_uri()]
