@@ -202,19 +202,29 @@ def sample_pairs(cfg: Config, k: int, best: str) -> None:
         )
     rows = []
     for g in groups:
-        texts = [tokenizer.decode(row[m].tolist()) for row, m in zip(g.tokens, g.mask)]
-        firsts = [tokenizer.decode(row[:n].tolist()) for row, n in zip(g.tokens, g.lengths - g.mask.sum(1))]
-        members = heads.member_scores(g.tokens, g.lengths, g.mask) if heads else None  # (rows, M)
-        for i in range(0, len(texts), 2):
-            if texts[i] != texts[i + 1]:
-                answers = [{"model": name_of(cfg, best), "text": text} for text in texts[i : i + 2]]
-                urgent = 0.0
-                if heads:
-                    urgent = float(disagreement(*(members[j : j + 1].numpy() for j in (i, i + 1)))[0])
-                rows.append((urgent, {"prompt": firsts[i], "responses": answers}))
+        members = heads.member_scores(g.tokens, g.lengths, g.mask).numpy() if heads else None  # (rows, M)
+        for i in range(0, len(g.tokens), 2):
+            prompt, *answers = as_texts(tokenizer, g.tokens[i : i + 2], g.lengths[i : i + 2], g.mask[i : i + 2])
+            if len({*answers}) == 2 and all(
+                answer.strip() for answer in answers
+            ):  # a rater must have something to read
+                responses = [{"model": name_of(cfg, best), "text": answer} for answer in answers]
+                urgent = float(disagreement(members[i : i + 1], members[i + 1 : i + 2])[0]) if heads else 0.0
+                rows.append((urgent, {"prompt": prompt, "responses": responses}))
     rows = sorted(rows, key=lambda row: -row[0])[: cfg.pairs]  # stable: in the order of the draw without heads
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for _, row in rows))
+
+
+def as_texts(tokenizer, tokens: torch.Tensor, lengths: torch.Tensor, mask: torch.Tensor) -> list[str]:
+    """Prompt and answers as texts that joined are the texts of the whole rows: decoded alone, an answer loses its space.
+
+    Where the prompt ends within a character, its text goes up to that one, and the answer begins with it.
+    """
+    whole = [tokenizer.decode(row[:n].tolist()) for row, n in zip(tokens, lengths)]
+    prompt = tokenizer.decode(tokens[0, : int(lengths[0] - mask[0].sum())].tolist())
+    prompt = os.path.commonprefix([prompt, *whole])
+    return [prompt, *(text[len(prompt) :] for text in whole)]
 
 
 def name_of(cfg: Config, policy: str) -> str:

@@ -6,10 +6,15 @@ import re
 import signal
 import time
 
+import numpy as np
 import pytest
+import torch
 from test_bad_input import refused
 from tiny import SMALL, lines
 
+import iterate
+from data.loader import pad
+from data.tokenizer import load_tokenizer
 from rlhf.feedback import FeedbackStore
 
 OURS = ("init", "data", "out", "reward", "base", "tuned", "response_tokens", "prompt_tokens", "judge")
@@ -199,3 +204,28 @@ def test_missing_votes(tmp_path):
     assert store.missing_votes() == 2
     store.undo(vote, "ben")
     assert store.missing_votes() == 3
+
+
+@pytest.mark.parametrize("name", ["data", "bytes"])
+def test_prompt_and_answer_join_to_the_sampled_text(world, name):
+    """Wherever the prompt ends: before a space, within a word, within a character."""
+    tokenizer = load_tokenizer(world.path / "data") if name == "data" else Bytes()
+    ids = [tokenizer.start, *tokenizer.encode("a good film — naïve ☃ but long")]
+    for cut in range(1, len(ids)):
+        other = [*ids[:cut], *tokenizer.encode("x")]
+        tokens, lengths = pad([np.array(ids), np.array(other)], tokenizer.pad)
+        mask = (torch.arange(tokens.shape[1]) >= cut) & (torch.arange(tokens.shape[1]) < lengths[:, None])
+        prompt, *answers = iterate.as_texts(tokenizer, tokens, lengths, mask)
+        assert [prompt + answer for answer in answers] == [tokenizer.decode(ids), tokenizer.decode(other)]
+
+
+class Bytes:
+    """A token is a byte, so a prompt may end within a character."""
+
+    start, pad = 256, 257
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
