@@ -5,6 +5,7 @@ positions keep their dtype. The embedding is kept as bfloat16, or as int8 rows; 
 gets int8 rows of its own, which are made from the bfloat16 ones and not stored.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 
 from model.transformer import VOCABULARY_PART, ModelConfig, Transformer
 
-FEW_ROWS = 8  # a CPU multiplies up to so many rows by int8 directly; for more, float32 weights in parts are faster
+FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines  # x86
+FEW_ROWS = 64 if FBGEMM else 8  # a CPU multiplies up to so many rows by int8; more, by float32 weights in parts, faster
 KERNEL_STEP = 16  # torch's int8 kernel reads beyond the end of a row whose length is no multiple of this
+PART, REST = 63, 126  # integers of an activation: x ~ max|x| / PART (a + b / REST), so that none leaves 7 bits
 
 
 def quantize_rows(weight: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -32,16 +35,46 @@ def quantize_rows(weight: Tensor, scale_dtype: torch.dtype = torch.float32) -> t
     return (weight / scale.float()[:, None]).round().to(torch.int8), scale
 
 
+def pack(weight: Tensor, scale: Tensor):
+    """int8 (N, K) with scales (N,) in the order in which FBGEMM reads them, for `integer_product`."""
+    before, torch.backends.quantized.engine = torch.backends.quantized.engine, "fbgemm"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*quantized tensor creation functions.* are deprecated")  # in torch 2.13
+            zeros = torch.zeros(len(weight), dtype=torch.int64)
+            rows = torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
+            return torch.ops.quantized.linear_prepack(rows, None)
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def integer_product(x: Tensor, packed) -> Tensor:
+    """scale (q x) in integers: x as two of 7 bits each, a and b, in one reading of q. (..., K) -> (..., N)
+
+    a + b / 126 = 63 x / max|x|, to 2^-13 of the largest. Without VNNI a CPU adds two products of 8 bits in 16, which 7 bits
+    of x never overflow: so sums are exact, and a row's result does not depend on the other rows.
+    """
+    rows = x.reshape(-1, x.shape[-1]).float()  # (M, K)
+    unit = torch.linalg.vector_norm(rows, torch.inf, dim=-1, keepdim=True).mul_(1 / PART)  # (M, 1)
+    t = rows / unit  # a row of zeros gives NaN, and some integers, which the zero below multiplies
+    a = t.round()
+    both = torch.cat((a, t.sub_(a).mul_(REST)))  # (2M, K), rounded by FBGEMM
+    y, rest = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(both, 1.0, 64, packed).chunk(2)
+    return torch.add(y, rest, alpha=1 / REST).mul_(unit).to(x.dtype).view(*x.shape[:-1], y.shape[1])
+
+
 class Int8Linear(nn.Module):
     """y = scale (q x) + bias, with x in any floating-point dtype. The scales are bfloat16, which every path multiplies by.
 
-    On a CPU: up to `few_rows` rows by torch's int8 kernel, whose activations are bfloat16, otherwise in x's own dtype, some
+    On a CPU: up to `few_rows` rows in integers by FBGEMM, whose own copy of q is made with the first product, or where there
+    is none (ARM) by torch's int8 kernel, whose activations are bfloat16; more rows, and float64, in x's own dtype, some
     weights at a time. On CUDA: int8 converted and multiplied, which torch.compile fuses into one read (gpt-fast's form).
     """
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None):
         super().__init__()
         self.few_rows = FEW_ROWS
+        self.packed = None
         self.register_buffer("weight", weight)  # (N, K) int8
         self.register_buffer("scale", scale)  # (N,) bfloat16
         self.register_buffer("bias", bias)  # (N,)
@@ -52,17 +85,23 @@ class Int8Linear(nn.Module):
         if not x.is_cpu:
             y = F.linear(x, self.weight.to(x.dtype))
             y = y * self.scale.to(y.dtype)
-        elif x.numel() <= self.few_rows * x.shape[-1] and x.shape[-1] % KERNEL_STEP == 0:
+        elif not self.takes(x):
+            y = self.in_parts(x)
+        elif FBGEMM:
+            if self.packed is None:
+                self.packed = pack(self.weight, self.scale)
+            y = integer_product(x, self.packed)
+        else:
             # the kernel is fast with bfloat16 alone; a row's result does not depend on the other rows
             rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
-            y = (
-                torch._weight_int8pack_mm(rows, self.weight, self.scale)
-                .to(x.dtype)
-                .view(*x.shape[:-1], len(self.weight))
-            )
-        else:
-            y = self.in_parts(x)
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale).to(x.dtype)
+            y = y.view(*x.shape[:-1], len(self.weight))
         return y if self.bias is None else y + self.bias
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the integer kernel of this CPU multiplies x."""
+        few = x.numel() <= self.few_rows * x.shape[-1] and x.dtype != torch.float64
+        return few and x.is_cpu and (FBGEMM or x.shape[-1] % KERNEL_STEP == 0)
 
     def in_parts(self, x: Tensor) -> Tensor:
         """The product with weights that are converted a part at a time, so that they are still in the cache."""
@@ -72,6 +111,22 @@ class Int8Linear(nn.Module):
             part = slice(start, start + VOCABULARY_PART)
             torch.mm(rows, self.weight[part].to(x.dtype).t(), out=y[:, part])
         return y.mul_(self.scale.to(x.dtype)).view(*x.shape[:-1], len(self.weight))
+
+
+class Joint:
+    """Several Int8Linear layers of the same x, by one product where FBGEMM computes it."""
+
+    def __init__(self, *layers: Int8Linear):
+        self.layers, self.packed = layers, None
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        if not (FBGEMM and self.layers[0].takes(x)):
+            return [layer(x) for layer in self.layers]
+        if self.packed is None:
+            weights, scales = zip(*((layer.weight, layer.scale) for layer in self.layers))
+            self.packed = pack(torch.cat(weights), torch.cat(scales))
+        parts = integer_product(x, self.packed).split([len(layer.weight) for layer in self.layers], -1)
+        return [y if layer.bias is None else y + layer.bias for y, layer in zip(parts, self.layers)]
 
 
 class SmallEmbedding(nn.Module):
@@ -102,6 +157,11 @@ def quantize(model: Transformer, embedding: Literal["bf16", "int8"] = "bf16") ->
             model.set_submodule(name, Int8Linear(*quantize_rows(module.weight, torch.bfloat16), bias))
     weight, dtype = model.embed_tokens.weight.detach(), model.norm.weight.dtype
     small = {"bf16": lambda: (weight.to(torch.bfloat16), None), "int8": lambda: quantize_rows(weight, torch.bfloat16)}
+    for block in model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        attention.qkv = Joint(attention.q_proj, attention.k_proj, attention.v_proj)
+        if mlp.gate_proj is not None:
+            mlp.gate_up = Joint(mlp.gate_proj, mlp.up_proj)
     model.embed_tokens = SmallEmbedding(*small[embedding](), dtype)
     tie(model)
     return model.requires_grad_(False)

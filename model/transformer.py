@@ -212,12 +212,15 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
     def forward(self, x: Tensor, span: Span) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
         ends = None if span.packed is None else span.packed.ends
-        q = self.q_proj(x if ends is None else x[:, ends]).unflatten(-1, heads[2:])  # (B, T, H, K)
-        k = self.k_proj(x).view(heads)  # (B, T, G, K)
-        v = self.v_proj(x).view(heads)  # (B, T, G, K)
+        q, k, v = self.qkv(x) if ends is None else (self.q_proj(x[:, ends]), self.k_proj(x), self.v_proj(x))
+        q = q.unflatten(-1, heads[2:])  # (B, T, H, K)
+        k, v = k.view(heads), v.view(heads)  # (B, T, G, K)
         if self.q_norm is not None:
             dtype = self.q_norm.weight.dtype  # under autocast q and k are half, the norm's weights are not
             q, k = self.q_norm(q.to(dtype)), self.k_norm(k.to(dtype))
@@ -247,7 +250,11 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
             return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up(x)
+        return self.down_proj(F.silu(gate) * up)
+
+    def gate_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.gate_proj(x), self.up_proj(x)
 
 
 class Block(nn.Module):
