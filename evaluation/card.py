@@ -25,8 +25,8 @@ from data.preferences import read_preferences
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
 from data.vader import load_rules
 from evaluation import probes
-from rlhf.calibration import brier_score, expected_calibration_error, reliability_bins
-from rlhf.evaluation import auc, cluster_bootstrap, partial_spearman, roc, spearman, win_rate
+from rlhf.calibration import reliability_bins
+from rlhf.evaluation import auc, cluster_bootstrap, pair_calibration, partial_spearman, roc, spearman, win_rate
 from rlhf.infra import checkpoint, config, distributed, run
 from rlhf.pretrained import open_base
 from rlhf.reward_model import FrozenReward, load_reward_model
@@ -379,35 +379,15 @@ def ranking(material: Material, scores: np.ndarray) -> dict:
 
 
 def calibration(difference: np.ndarray, clusters: np.ndarray, temperature: float) -> dict:
-    """Reliability, ECE and Brier score at temperature 1 and at the stored one, in the form of arXiv:1706.04599.
-
-    The probability sigmoid(|difference| / T) of the side that the model prefers, against whether people do: as in the
-    report of train_rm.py. Noise only ever adds to an ECE, and resampling adds noise: its interval leans upwards, and is
-    made to reach down to the estimate.
-    """
+    """Reliability, ECE and Brier score at temperature 1 and at the stored one, see `pair_calibration`."""
     margin = torch.from_numpy(np.abs(difference))
-    labels = torch.from_numpy((difference > 0) + 0.5 * (difference == 0))
-
-    def measures(probs: torch.Tensor, w: np.ndarray) -> np.ndarray:
-        weights = torch.from_numpy(w)
-        bins = reliability_bins(probs, labels, BINS, weights)
-        ece = expected_calibration_error(probs, labels, BINS, weights=weights)
-        observed = torch.where(bins.count > 0, bins.observed, torch.nan)
-        return torch.stack([ece, brier_score(probs, labels, weights), *observed]).numpy()
-
-    probs = {"before": torch.sigmoid(margin), "after": torch.sigmoid(margin / temperature)}
-
-    def all_measures(w: np.ndarray) -> np.ndarray:
-        return np.concatenate([measures(p, w) for p in probs.values()])
-
-    values = all_measures(np.ones(len(difference))).reshape(2, -1)
-    intervals = cluster_bootstrap(all_measures, clusters).reshape(2, -1, 2)
-    intervals[:, 0, 0] = np.minimum(intervals[:, 0, 0], values[:, 0])
+    right = torch.from_numpy(win_rate(difference, np.zeros(len(difference))))
     result = {"temperature": temperature}
-    for (name, p), value, interval in zip(probs.items(), values, intervals):
-        bins = reliability_bins(p, labels, BINS)
-        counts = [len(p), len(p), *bins.count.tolist()]
-        ece, brier, *observed = [estimate(*x) for x in zip(value, interval, counts)]
+    for name, t in (("before", 1.0), ("after", temperature)):
+        bins = reliability_bins(torch.sigmoid(margin / t), right, BINS)
+        found = pair_calibration(difference, t, clusters, BINS)
+        ece, brier = (estimate(x[0], x[1:], len(difference)) for x in (found["ece"], found["brier"]))
+        observed = [estimate(x[0], x[1:], n) for x, n in zip(found["observed"], bins.count.tolist())]
         rows = [{"predicted": x, "observed": o} for x, o in zip(bins.predicted.tolist(), observed) if o["n"]]
         result[name] = {"ece": ece, "brier": brier, "reliability": rows}
     return result
@@ -457,7 +437,7 @@ def length_correlation(material: Material, scores: np.ndarray, length: np.ndarra
 
 
 @dataclass(frozen=True)
-class Change:
+class Comparison:
     """What one probe compares."""
 
     name: str
@@ -468,7 +448,7 @@ class Change:
     of_original: bool  # is `before` the text as it is?
 
 
-def planned_probes(material: Material, originals: list[Row], encode: Callable, count: int) -> list[Change]:
+def planned_probes(material: Material, originals: list[Row], encode: Callable, count: int) -> list[Comparison]:
     """Up to `count` texts, changed by every probe that applies to them; a probe that applies to none is left out."""
     chosen = np.sort(np.random.default_rng(0).permutation(len(originals))[:count])
     planned = []
@@ -482,14 +462,14 @@ def planned_probes(material: Material, originals: list[Row], encode: Callable, c
                 before.append(encode(prompt, probe.against(text, int(i))) if probe.against else originals[i])
                 after.append(encode(prompt, changed, probe.ended))
         if rows:
-            planned.append(Change(probe.name, probe.expect, np.array(rows), before, after, probe.against is None))
+            planned.append(Comparison(probe.name, probe.expect, np.array(rows), before, after, probe.against is None))
     return [*planned, *swapped_prompts(material, originals, encode, chosen)]
 
 
 PROMPT_TOKENS = 4  # what counts as the prompt of a text that answers none: as PPO's default
 
 
-def swapped_prompts(material: Material, originals: list[Row], encode: Callable, chosen: np.ndarray) -> list[Change]:
+def swapped_prompts(material: Material, originals: list[Row], encode: Callable, chosen: np.ndarray) -> list[Comparison]:
     """The same answer behind the prompt of the next text with another one; it should lose.
 
     A text that answers nothing gets the first four tokens of the next: what people would think of that is not known.
@@ -510,10 +490,10 @@ def swapped_prompts(material: Material, originals: list[Row], encode: Callable, 
             after.append(changed)
     name = "answer behind another prompt" if material.answers else "first four tokens of another text"
     expect = "down" if material.answers else "any"
-    return [Change(name, expect, np.array(rows), [originals[i] for i in rows], after, True)] if rows else []
+    return [Comparison(name, expect, np.array(rows), [originals[i] for i in rows], after, True)] if rows else []
 
 
-def probe_results(material: Material, changes: list[Change], scores: np.ndarray, texts: int) -> list[dict]:
+def probe_results(material: Material, changes: list[Comparison], scores: np.ndarray, texts: int) -> list[dict]:
     """What every probe did: scores (all rows,) of the `texts` originals, then before and after of every change."""
     original, results, at = scores[:texts], [], texts
     deviation = float(original.std())

@@ -43,8 +43,13 @@ def expected_calibration_error(
 
     l1: sum_b n_b / n |observed_b - predicted_b|;  l2: root of the weighted mean square;  max: the worst bin (eq. 5).
     """
-    count, predicted, observed = reliability_bins(probs, labels, bins, weights)
-    weight, gap = count.to(probs.dtype) / count.sum(), (observed - predicted).abs()
+    return binned_error(reliability_bins(probs, labels, bins, weights), norm)
+
+
+def binned_error(found: Bins, norm: str = "l1") -> Tensor:
+    """`expected_calibration_error` of predictions that are in their bins already. Bins -> ()"""
+    gap = (found.observed - found.predicted).abs()
+    weight = found.count.to(gap.dtype) / found.count.sum()
     errors = {"l1": (weight * gap).sum(), "l2": (weight * gap**2).sum().sqrt(), "max": gap.max()}
     if norm not in errors:
         raise ValueError(f"unknown norm {norm!r}; choose one of {', '.join(errors)}")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from rlhf.calibration import brier_score, expected_calibration_error, reliability_bins
+from rlhf.calibration import binned_error, brier_score, reliability_bins
 
 
 def paired_bootstrap(difference: np.ndarray, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
@@ -60,10 +60,9 @@ def pair_calibration(
 
     def measures(w: np.ndarray) -> np.ndarray:
         weights = torch.from_numpy(w)
-        ece = expected_calibration_error(probs, right, bins, weights=weights)
-        count, _, observed = reliability_bins(probs, right, bins, weights)
-        observed = torch.where(count > 0, observed, torch.nan)
-        return torch.stack([ece, brier_score(probs, right, weights), *observed]).numpy()
+        found = reliability_bins(probs, right, bins, weights)
+        observed = torch.where(found.count > 0, found.observed, torch.nan)
+        return torch.stack([binned_error(found), brier_score(probs, right, weights), *observed]).numpy()
 
     values, intervals = measures(np.ones(len(m))), cluster_bootstrap(measures, clusters, resamples)
     intervals[0, 0] = min(intervals[0, 0], values[0])
