@@ -171,7 +171,7 @@ def test_types(llama, tmp_path):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
 def test_one_copy_in_memory(tmp_path, dtype):
     """Peak resident memory of loading, every weight read, is near the model's own size: as stored, and converted."""
     model = small_model("llama", torch.float32, width=512, heads=8, ffn=2048, layers=6, vocab_size=4096)

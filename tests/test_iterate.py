@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import time
 
@@ -121,6 +122,7 @@ def asked(world):
     return done.out
 
 
+@pytest.mark.slow
 def test_people_vote_and_the_loop_goes_on(world, asked):
     """It stops where votes are missing and says how to give them; after the last one it goes on, and refuses a draw."""
     missing = int(re.search(r"round 1: (\d+) votes are missing", asked)[1])
@@ -162,21 +164,24 @@ def test_active_pairs_are_those_where_the_heads_disagree(world):
         ({"rater": "people"}, ("--rater_noise", "people")),
         ({"rm": "--out=elsewhere"}, ("--rm", "--out", "itself")),
         ({"ppo": "--reward elsewhere"}, ("--ppo", "--reward", "itself")),
-        ({**PEOPLE, "seed": 4}, ("begun with seed=3", "seed=4")),
-        ({**PEOPLE, "rounds": 2, "pairs": 5000, "out": "many"}, ("different prompts", "--pairs")),
         ({"out": "wrong", "rm": "--epoch=1"}, ("round 0, reward model ended with 2",)),
     ],
     ids=str,
 )
-def test_what_it_refuses(world, asked, changes, words):
-    if changes.get("out") == "many":  # the first reward model is there already
-        (world.path / "many/round_0/rm").mkdir(parents=True)
-        (world.path / "many/round_0/rm/report.json").write_text("{}")
+def test_what_it_refuses(world, changes, words):
     done = world.start(loop(**changes)).wait()
     if "wrong" in changes.values():
         assert done.code == 2 and "did you mean" in done.err and words[0] in done.err
     else:
         refused(done, *words)
+
+
+@pytest.mark.slow
+def test_what_a_begun_loop_refuses(world, asked):
+    refused(world.start(loop(**PEOPLE | {"seed": 4})).wait(), "begun with seed=3", "seed=4")
+    (world.path / "many/round_0").mkdir(parents=True)
+    shutil.copytree(world.path / "people/round_0/rm", world.path / "many/round_0/rm")
+    refused(world.start(loop(**PEOPLE | {"pairs": 5000, "out": "many"})).wait(), "different prompts", "--pairs")
 
 
 @pytest.mark.slow

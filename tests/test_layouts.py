@@ -251,6 +251,7 @@ def two(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout, critic", CASES[3:])
 def test_ranks_train_the_same_weights(two, layout, critic):
     roles = build(layout, critic)

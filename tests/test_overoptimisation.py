@@ -258,6 +258,7 @@ def test_the_study(world, study):
         assert fitted["rms_error"] == pytest.approx(np.sqrt(np.mean((design @ expected - gains) ** 2)), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_gold_reward_may_be_the_proxy(world, study):
     """Then they agree everywhere, and nothing is over-optimised."""
     done = measure(world, study, "gold=rewards.py:shorter", f"out={study}/same")

@@ -70,7 +70,7 @@ def killed_after(world, run: Path, at_least: int, command: list[str]) -> bool:
     return running.wait().code == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "rm adapters")) for n in RUNS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("lm", "ppo"))) for n in RUNS])
 def test_killed_twice(world, tmp_path, name):
     """Once before the first checkpoint, so that it starts anew, and once in the middle."""
     script, options = RUNS[name]

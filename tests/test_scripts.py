@@ -122,6 +122,7 @@ def test_evaluating_a_model_against_itself_is_a_draw(world, tmp_path):
     assert summary["ppo"]["win_rate_judge"]["mean"] == 0.5 and summary["ppo"]["judge_gain"]["mean"] == 0
 
 
+@pytest.mark.slow
 def test_pairs_and_random_weights(world, tmp_path):
     world.ok(
         "train_rm.py", out=tmp_path / "rm", objective="pairs", pooling="last", reset="true", micro_batch=4, epochs=0.1
@@ -200,6 +201,7 @@ def test_other_knobs(world, tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_policy_of_one_run_starts_another(world, tmp_path):
     """A policy checkpoint is a language model: PPO goes on from it, and it is the new reference."""
     ppo(world, tmp_path / "one", critic="separate")
@@ -229,7 +231,10 @@ def assert_same(one: list[dict], two: list[dict], iterations: int = 3) -> None:
                 assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), (a["step"], name)
 
 
-@pytest.mark.parametrize("options", [{"minibatches": 2}, {"estimator": "grpo", "samples_per_prompt": 2}], ids=str)
+GROUPS = pytest.param({"estimator": "grpo", "samples_per_prompt": 2}, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("options", [{"minibatches": 2}, GROUPS], ids=str)
 def test_one_process_and_two_report_the_same(world, tmp_path, options):
     one = ppo(world, tmp_path / "one", **options)
     done = world.spawn(world.command("train_ppo.py", out=tmp_path / "two", **options), ranks=2)
