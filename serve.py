@@ -148,7 +148,7 @@ async def serve(
     import uvicorn
 
     from rlhf.feedback import FeedbackStore
-    from rlhf.serve.api import Service, application, deliver_to
+    from rlhf.serve.api import Bounded, Service, application, deliver_to
     from rlhf.serve.protocol import Limits
     from rlhf.serve.scheduler import Scheduler
     from rlhf.serve.scorer import Scorer, load_values
@@ -165,9 +165,10 @@ async def serve(
         Limits(scheduler.width, min(cfg.max_tokens, scheduler.width), cfg.max_batch + cfg.queue),
         cfg.timeout, cfg.max_body, key, FeedbackStore(cfg.feedback) if cfg.feedback else None,
     )  # fmt: skip
+    most = cfg.max_batch + 2 * cfg.queue + 16  # texts, as many jobs as may wait, and the page's own requests
     server = uvicorn.Server(
         uvicorn.Config(
-            application(service), log_level="warning", lifespan="off", access_log=False, server_header=False,
+            Bounded(application(service), most), log_level="warning", lifespan="off", access_log=False, server_header=False,
             timeout_graceful_shutdown=max(1, round(cfg.grace)), http="h11",  # which bounds headers; httptools does not
         )
     )  # fmt: skip

@@ -4,8 +4,10 @@
     python bench/serve.py --init=out/scratch/lm --requests=10000     # and the server's memory over that many requests
 
 One client first sends `each` requests one after the other; then `clients` do so at the same time, with the same seeds. Every
-streamed answer must be the one that the request gets alone. With --requests as many short ones follow, from all clients,
-and the server's resident memory is read ten times on the way. Wall seconds of client and server on one machine.
+streamed answer must be the one that the request gets alone. Then more come at once than the server's rows and queue hold:
+some are turned away with status 503, the others get their own answers, and afterwards everybody is served again. With
+--requests as many short ones follow, from all clients, and the server's resident memory is read ten times on the way. Wall
+seconds of client and server on one machine.
 """
 
 import asyncio
@@ -47,6 +49,10 @@ class Config:
     max_batch: int = 64  # rows of the server
 
 
+class Busy(Exception):
+    """The server says 503, with Retry-After."""
+
+
 async def ask(port: int, body: dict) -> tuple[str, list[float], float]:
     """The streamed text, the moment of every piece of it, and that of the question, by perf_counter."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -59,6 +65,8 @@ async def ask(port: int, body: dict) -> tuple[str, list[float], float]:
     text, moments = "", []
     try:
         status = await reader.readline()
+        if b" 503 " in status and b"retry-after" in (await reader.readuntil(b"\r\n\r\n")).lower():
+            raise Busy
         if b" 200 " not in status:
             raise ValueError(f"the server answers {status.decode().strip()}")
         async for line in reader:
@@ -129,6 +137,7 @@ async def measure(cfg: Config, port: int, pid: int) -> None:
         alone, _ = await crowd(port, bodies, 1)
         wrong = sum(a[0] != b[0] for a, b in zip(alone, together))
         print(f"{len(together)} answers, {wrong} other than alone")  # a lost one ends the bench with its error
+    await overload(cfg, port, [answer[0] for answer in alone] if cfg.seeded else None)
     if cfg.requests:
         part = -(-cfg.requests // 10)
         print(f"memory: {resident_mb(pid):.1f} MB", end="", flush=True)
@@ -136,6 +145,27 @@ async def measure(cfg: Config, port: int, pid: int) -> None:
             await crowd(port, [body(cfg, k * part + i, 8) for i in range(part)], cfg.clients)
             print(f" {resident_mb(pid):.1f}", end="", flush=True)
         print(f" after every {part} of {10 * part} requests")
+
+
+async def overload(cfg: Config, port: int, texts: list[str] | None) -> None:
+    """Twice as many requests at once as the server holds, and once more the usual crowd. texts: of the seeds alone."""
+    many = 2 * (cfg.max_batch + cfg.clients)
+    bodies = [body(cfg, k % (cfg.clients * cfg.each)) for k in range(many)]
+    answers = await asyncio.gather(*(ask(port, one) for one in bodies), return_exceptions=True)
+    busy = sum(isinstance(answer, Busy) for answer in answers)
+    served = {k: answer for k, answer in enumerate(answers) if not isinstance(answer, Busy)}
+    if lost := [answer for answer in served.values() if isinstance(answer, BaseException)]:
+        raise lost[0]
+    again, _ = await crowd(port, bodies[: cfg.clients], cfg.clients)  # a 503 would end the bench
+    line = f"{many} at once: {busy} times 503, {len(served)} served; then {len(again)} of {cfg.clients} served"
+    if texts:
+        wrong = sum(
+            answer[0] != texts[k % len(texts)]
+            for answers in (served, dict(enumerate(again)))
+            for k, answer in answers.items()
+        )
+        line += f", {wrong} other than alone"
+    print(line, flush=True)
 
 
 def main() -> None:

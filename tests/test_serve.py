@@ -23,7 +23,7 @@ from data.tokenizer import load_tokenizer
 from model.generate import generate, row_uniforms
 from rlhf.feedback import FeedbackStore
 from rlhf.pretrained import open_pretrained
-from rlhf.serve.api import Service, policy
+from rlhf.serve.api import Bounded, Service, policy
 from rlhf.serve.protocol import ApiError, Limits, Writer, parse_completion, token_texts
 from rlhf.serve.scheduler import Token
 
@@ -270,6 +270,43 @@ def test_64_mixed_requests_get_what_they_get_alone(server, longest):
         together = list(pool.map(ask, bodies))
     assert together == [ask(body) for body in bodies]
     assert (server.metric("running"), server.metric("waiting")) == (0, 0)
+
+
+def test_more_requests_than_a_server_reads_are_turned_away():
+    """Before their bodies are read, in OpenAI's form; /health answers, and places become free again."""
+    pytest.importorskip("starlette", reason="starlette is not installed (extra serve)")
+
+    async def scenario():
+        release, reached = asyncio.Event(), []
+
+        async def app(scope, receive, send):
+            reached.append(scope["path"])
+            if scope["path"] != "/health":
+                await release.wait()
+                raise OSError("the client has left")
+
+        async def ask(path):
+            sent = []
+
+            async def send(message):
+                sent.append(message)
+
+            await bounded({"type": "http", "path": path, "method": "POST", "headers": []}, None, send)
+            return sent
+
+        bounded = Bounded(app, 2)
+        held = [asyncio.ensure_future(ask("/v1/completions")) for _ in range(2)]
+        await asyncio.sleep(0)
+        start, body = await ask("/v1/completions")
+        assert start["status"] == 503 and (b"retry-after", b"1") in start["headers"]
+        assert json.loads(body["body"])["error"]["code"] == "overloaded"
+        await ask("/health")
+        assert reached == ["/v1/completions"] * 2 + ["/health"]
+        release.set()
+        assert all(isinstance(e, OSError) for e in await asyncio.gather(*held, return_exceptions=True))
+        assert bounded.open == 0
+
+    asyncio.run(scenario())
 
 
 def test_overload_is_503_and_passes(server):

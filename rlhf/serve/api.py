@@ -320,6 +320,29 @@ class Stream:
         return [self.writer.chunk(index, text, tokens, None, first=True)] if self.call.chat or text or tokens else []
 
 
+class Bounded:
+    """An ASGI application that works on at most `most` requests at a time and turns more away before it reads them.
+
+    The scheduler's queue bounds texts; this bounds the bodies that are still coming in and the jobs beside them. Whether the
+    server is alive can always be asked.
+    """
+
+    def __init__(self, app, most: int):
+        self.app, self.most, self.open = app, most, 0
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http" or scope["path"] == "/health":
+            return await self.app(scope, receive, send)
+        if self.open >= self.most:
+            problem = overloaded()
+            return await reply(problem.body(), problem.status, problem.headers)(scope, receive, send)
+        self.open += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.open -= 1
+
+
 async def disconnected(receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
