@@ -193,6 +193,7 @@ def test_what_ci_runs():
 
 LOOP = {name: value for name, value in test_iterate.LOOP.items() if name not in ("rater", "rater_noise")}
 SIZES = SMALL | {"iterate.py": LOOP | {"rounds": 1}}
+SIZES["train_ppo.py"] = SMALL["train_ppo.py"] | {"weak_reward": "true"}  # a reward model of this size may be one
 WHOLE = ("train_lm.py", "train_rm.py", "train_ppo.py", "sample.py", "evaluate.py", "export.py", "iterate.py")
 
 
@@ -222,6 +223,8 @@ def runnable(command: Command) -> list[str] | None:
         return command.words[2:]
     if command.words[1:3] == ["evaluate.py", "report"] and not importlib.util.find_spec("matplotlib"):
         return None
+    if script_of(command) == "iterate.py" and any(word.startswith("--rater=") for word in command.words):
+        return None  # a simulated rater: minutes, and what tests/test_iterate.py runs
     return small(command) if script_of(command) in WHOLE else None
 
 
