@@ -88,10 +88,15 @@ def lines(series: Sequence[tuple], title: str, xlabel: str = "") -> Callable:
             ax.plot(x, y, color=colour, marker="o" if len(x) == 1 else None)
         ax.set_title(title, loc="left")
         ax.set_xlabel(xlabel)
-        if all(float(v).is_integer() for x, _ in series for v in x):
-            ax.xaxis.get_major_locator().set_params(integer=True)
+        whole_ticks(ax, [v for x, _ in series for v in x])
 
     return panel
+
+
+def whole_ticks(ax, x: Sequence[float]) -> None:
+    """Iterations and rounds have no halves."""
+    if all(float(v).is_integer() for v in x):
+        ax.xaxis.get_major_locator().set_params(integer=True)
 
 
 def points(
@@ -113,6 +118,7 @@ def points(
         ax.set_title(title, loc="left")
         ax.set(xlabel=xlabel, ylabel=ylabel)
         ax.margins(x=0.12, y=0.1)
+        whole_ticks(ax, [row[0] for row in next(iter(groups.values()))])
         if len(groups) > 1:
             ax.legend(fontsize=8)
 

@@ -85,6 +85,7 @@ KINDS = {  # kind -> its script, and an option that no other script has
     "PPO": ("train_ppo.py", "kl_coef"),
     "reward model": ("train_rm.py", "pooling"),
     "language model": ("train_lm.py", "width"),
+    "rounds": ("iterate.py", "rater_noise"),
 }
 
 
@@ -190,6 +191,8 @@ def options_of(source: Source) -> list[Block]:
     options, report = source.files["run.json"], source.files.get("report.json", {})
     done = len(source.files.get("metrics.jsonl", []))
     state = f"{report['seconds']:.0f} s" if "seconds" in report else f"not finished, {done} lines of metrics"
+    if source.kind == "rounds":
+        state = f"{len(source.files.get('rounds.json', {}).get('rounds', []))} finished"
     title = Text(f"{source.name}: {source.kind}, {state}", "h3")
     if source.kind not in KINDS:
         return [title]
@@ -316,9 +319,9 @@ def rounds_of(name: str, content: dict) -> list[Block]:
     if found:
         judged = {"judge": [(0, *ends(found[0]["judge_base"]), "base")]}
         judged["judge"] += [(x["round"], *ends(x["judge"]), GATE[x["promoted"]]) for x in found]
-        known = {
-            title: [(x["round"], *ends(x["rm"][key]["accuracy"]), "") for x in found]
-            for key, title in (("on_own_samples", "refined"), ("on_own_samples_round_0", "round 0's"))
+        known = {  # beside each other, so that both intervals are seen
+            title: [(x["round"] + shift, *ends(x["rm"][key]["accuracy"]), "") for x in found]
+            for key, title, shift in (("on_own_samples", "refined", 0), ("on_own_samples_round_0", "round 0's", 0.06))
         }
         alts = [
             "Judge by round: " + ", ".join(f"{row[4]} {row[1]:.3f} in round {row[0]}" for row in judged["judge"]),

@@ -1,6 +1,7 @@
 """evaluate.py report: one page that fetches nothing, runs nothing and says what is missing, whatever lies in the directory."""
 
 import html
+import importlib
 import json
 import re
 import shutil
@@ -62,6 +63,7 @@ FILES = {
     "ppo/report.json": {"seconds": 12.0},
     "ppo/metrics.jsonl": ppo_rows(),
     "ppo/samples.jsonl": [sample(1), sample(4)],
+    "run.json": {"rater_noise": 0.5, "rounds": 3},
     "rm/run.json": {"pooling": "mean", "average": None, "ridge": [0.3, 1.0, 3.0, 10.0]},
     "rm/report.json": {"seconds": 3.0, "accuracy": {"all": 0.7, "1": 0.8}, "baselines": {"vader": {"all": 0.6, "1": 0.7}}},
     "rm/metrics.jsonl": [{"step": 1, "loss/train": 0.5}, {"step": 2, "loss/train": 0.25}],
@@ -171,7 +173,16 @@ def test_everything(tmp_path, monkeypatch, capsys):
         seen.tags.count("svg")
         == sum(name == "aria-label" for name, _ in seen.attributes) - page.count('class="scroll"') - 1
     )
-    for found in ("0.400 [0.250, 0.750]", "SIMULATED by rm", "refused", "<= 0.64", "--kl_coef=0.05", "gap > 1"):
+    for found in (
+        "0.400 [0.250, 0.750]",
+        "SIMULATED by rm",
+        "refused",
+        "<= 0.64",
+        "--kl_coef=0.05",
+        "--rater_noise=0.5",
+        "2 finished",
+        "gap > 1",
+    ):
         assert found in seen.text
         assert escape_markdown(found) in text or found in text
     assert "--kl_estimator" not in page and "--ridge" not in page  # at their defaults
@@ -291,12 +302,12 @@ def test_the_picture(tmp_path):
     assert not re.search(r"#0101\w\w|https?://(?!www\.w3\.org/)", text)
 
 
-def test_defaults_are_those_of_the_scripts():
-    import train_ppo
-    import train_rm
-
-    for module in (train_ppo, train_rm):
-        assert report.defaults(f"{module.__name__}.py") == vars(module.Config())
+@pytest.mark.parametrize("script", [script for script, _ in report.KINDS.values()])
+def test_defaults_are_those_of_the_scripts(script):
+    module = importlib.import_module(script.removesuffix(".py"))
+    assert report.defaults(script) == vars(module.Config())
+    telling = {option for _, option in report.KINDS.values()} & vars(module.Config()).keys()
+    assert report.Source("run", {"run.json": dict.fromkeys(telling)}).kind in report.KINDS and len(telling) == 1
 
 
 def test_blocks():
