@@ -27,9 +27,9 @@ from typing import Literal
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import peers  # noqa: E402
 import torch  # noqa: E402
 
-from bench import peers  # noqa: E402
 from model.generate import generate, row_uniforms  # noqa: E402
 from model.transformer import ModelConfig, Transformer  # noqa: E402
 from rlhf import plan, ppo  # noqa: E402

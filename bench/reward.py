@@ -27,9 +27,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np  # noqa: E402
+import peers  # noqa: E402
 import torch  # noqa: E402
 
-from bench import peers  # noqa: E402
 from data.loader import Order, pad  # noqa: E402
 from model.transformer import ModelConfig, Transformer  # noqa: E402
 from rlhf.infra import config, optim, run  # noqa: E402

@@ -64,7 +64,7 @@ MAY_IMPORT = {  # room -> the rooms of ours that it may import
     "evaluation": {"model", "data", "formula", "rlhf.infra", "join", "pretrained", "evaluation"},
     "script": {"model", "data", "formula", "rlhf.infra", "join", "check", "pretrained", "evaluation", "script"},
 }
-MAY_IMPORT |= dict.fromkeys(("tests", "bench", "docs"), MAY_IMPORT["script"] | {"tests", "bench", "rlhf.serve"})
+MAY_IMPORT |= dict.fromkeys(("tests", "bench", "docs"), MAY_IMPORT["script"] | {"tests", "rlhf.serve"})
 
 
 def imports(tree: ast.AST, path: str):
