@@ -56,6 +56,7 @@ class Config:
     # learn
     start: Literal["base", "policy"] = "base"  # PPO of a round starts from init, or from the best policy so far
     rm: str = ""  # further options of train_rm.py, as one text: "--trunk=frozen --sentences=2000"
+    refine: str = ""  # more of them from round 1 on, where there are votes: "--preference_coef=0.5"
     ppo: str = ""  # further options of train_ppo.py
     processes: int = 1  # of training, by torchrun
     # judge
@@ -86,6 +87,7 @@ TAKEN = {
     "evaluate": ("base", "tuned", "reward", "other_rewards", "judge", "data", "out", "domain", "prompt_tokens",
                  "response_tokens"),
 }  # fmt: skip
+TAKEN["refine"] = TAKEN["rm"]
 
 
 def main() -> None:
@@ -306,7 +308,7 @@ def reward_model_command(cfg: Config, k: int) -> list[str]:
     options = {"init": cfg.init, "data": cfg.data, "out": f"{here}/rm", "seed": cfg.seed, **prompt_options(cfg)}
     if k:
         options["preferences"] = f"{here}/data"
-    return script(cfg, "train_rm.py", options, cfg.rm, cfg.processes)
+    return script(cfg, "train_rm.py", options, f"{cfg.rm} {cfg.refine if k else ''}", cfg.processes)
 
 
 def ppo_command(cfg: Config, k: int, best: str) -> list[str]:

@@ -29,7 +29,7 @@ def passed_on(script: str, **changes) -> str:
 LOOP = {
     "init": "lm", "data": "data", "out": "rounds", "rounds": 2, "pairs": 40, "response_tokens": 8, "domain": "none",
     "rater": "rewards.py:shorter", "rater_noise": 0, "judge": "rewards.py:shorter", "seed": 3,
-    "rm": passed_on("train_rm.py"), "ppo": passed_on("train_ppo.py", iterations=2, weak_reward="true"),
+    "rm": passed_on("train_rm.py"), "refine": "--preference_coef=0.5", "ppo": passed_on("train_ppo.py", iterations=2, weak_reward="true"),
     "evaluate": passed_on("evaluate.py", prompts=12, best_of=1, human_texts=8),
 }  # fmt: skip
 
@@ -163,6 +163,7 @@ def test_active_pairs_are_those_where_the_heads_disagree(world):
         ({"raters": 2}, ("--raters=2", "simulated")),
         ({"rater": "people"}, ("--rater_noise", "people")),
         ({"rm": "--out=elsewhere"}, ("--rm", "--out", "itself")),
+        ({"refine": "--preferences=elsewhere"}, ("--refine", "--preferences", "itself")),
         ({"ppo": "--reward elsewhere"}, ("--ppo", "--reward", "itself")),
         ({"out": "wrong", "rm": "--epoch=1"}, ("round 0, reward model ended with 2",)),
     ],
