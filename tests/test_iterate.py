@@ -29,7 +29,8 @@ def passed_on(script: str, **changes) -> str:
 LOOP = {
     "init": "lm", "data": "data", "out": "rounds", "rounds": 2, "pairs": 40, "response_tokens": 8, "domain": "none",
     "rater": "rewards.py:shorter", "rater_noise": 0, "judge": "rewards.py:shorter", "seed": 3,
-    "rm": passed_on("train_rm.py"), "refine": "--preference_coef=0.5", "ppo": passed_on("train_ppo.py", iterations=2, weak_reward="true"),
+    "rm": passed_on("train_rm.py"), "refine": "--preference_coef=0.5",
+    "ppo": passed_on("train_ppo.py", iterations=2, weak_reward="true"),
     "evaluate": passed_on("evaluate.py", prompts=12, best_of=1, human_texts=8),
 }  # fmt: skip
 
