@@ -31,13 +31,11 @@ from model.gguf import save_gguf
 from model.hf import complete_directory, reward_head, save_hf
 from model.lora import load_adapter, save_peft
 from model.quantize import quantize, stored_tensors
-from model.transformer import Transformer
 from rlhf import receipt
-from rlhf.actor_critic import PREFIX, STORED, policy_adapter, tuned_model
+from rlhf.actor_critic import PREFIX, policy_adapter
 from rlhf.distill import distill, drop_layers, layer_distances
 from rlhf.infra import checkpoint, config, run
-from rlhf.language_model import new_transformer
-from rlhf.pretrained import Pretrained, open_base, open_pretrained
+from rlhf.pretrained import Pretrained, critic_trunk, open_base, open_pretrained
 from rlhf.reward_model import RewardModel, load_reward, load_reward_model
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -272,7 +270,7 @@ def export_critic(cfg: Config, saved: checkpoint.Checkpoint | None) -> None:
     if not saved or not any(name.startswith("value_head.") for name in saved.tensors):
         raise ValueError(f"{cfg.init} has no critic: name a run of train_ppo.py with --estimator=gae")
     score, bias = reward_head(value_head_of(saved))
-    write_classifier(cfg, critic_trunk(cfg.init, saved), score, bias, load_tokenizer(saved.path))
+    write_classifier(cfg, critic_trunk(saved, cfg.init), score, bias, load_tokenizer(saved.path))
 
 
 def value_head_of(saved: checkpoint.Checkpoint) -> nn.Linear:
@@ -280,20 +278,6 @@ def value_head_of(saved: checkpoint.Checkpoint) -> nn.Linear:
     head = nn.Linear(weight.shape[1], 1, dtype=weight.dtype)
     head.load_state_dict({"weight": weight, "bias": saved.tensors["value_head.bias"]})
     return head
-
-
-def critic_trunk(init: str, saved: checkpoint.Checkpoint) -> Transformer:
-    """The transformer that the value head reads: the policy's, or the critic's own."""
-    prefix = "value_trunk." if any(name.startswith("value_trunk.") for name in saved.tensors) else PREFIX
-    tensors = {name.removeprefix(prefix): x for name, x in saved.tensors.items() if name.startswith(prefix)}
-    if saved.config.get("layout") in STORED:
-        tensors = {PREFIX + name.replace(".critic", ".policy"): x for name, x in tensors.items()}
-        return tuned_model(open_base(saved.config, init).model, saved.config, tensors)
-    model = new_transformer(saved.config["model"], init)
-    model.lm_head = None  # a critic predicts no tokens
-    tensors.pop("lm_head.weight", None)
-    checkpoint.load_weights(model, tensors, init)
-    return model
 
 
 def write_classifier(cfg: Config, model, score: torch.Tensor, bias: float, tokenizer: Tokenizer) -> None:

@@ -16,9 +16,9 @@ from model.gguf import gguf_config, load_gguf, read_gguf, tokenizer_parts
 from model.hf import find_tensors, load_hf, read_config
 from model.quantize import load_quantized
 from model.transformer import ModelConfig, Transformer
-from rlhf.actor_critic import tuned_model
+from rlhf.actor_critic import PREFIX, tuned_model
 from rlhf.infra import checkpoint
-from rlhf.language_model import language_model_of, stored_config
+from rlhf.language_model import language_model_of, new_transformer, stored_config
 
 LAYOUTS_ON_A_BASE = ("adapters", "branch")  # their checkpoints hold what was trained, and name the model it belongs to
 
@@ -88,6 +88,20 @@ def open_base(config: dict, where: str | Path, device: torch.device | str = "cpu
             f"which is now {base.digest[:12]}: put the old one back"
         )
     return base
+
+
+def critic_trunk(saved: checkpoint.Checkpoint, where: str | Path, device: torch.device | str = "cpu") -> Transformer:
+    """The transformer that the value head of the policy checkpoint `where` reads: the policy's, or the critic's own."""
+    prefix = "value_trunk." if any(name.startswith("value_trunk.") for name in saved.tensors) else PREFIX
+    tensors = {name.removeprefix(prefix): x for name, x in saved.tensors.items() if name.startswith(prefix)}
+    if saved.config.get("layout") in LAYOUTS_ON_A_BASE:
+        tensors = {PREFIX + name.replace(".critic", ".policy"): x for name, x in tensors.items()}
+        return tuned_model(open_base(saved.config, where, device).model, saved.config, tensors)
+    model = new_transformer(saved.config["model"], where)
+    model.lm_head = None  # a critic predicts no tokens
+    tensors.pop("lm_head.weight", None)
+    checkpoint.load_weights(model, tensors, where)
+    return model.to(device)
 
 
 def locate(spec: str) -> Path:

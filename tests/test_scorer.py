@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
-from rlhf.actor_critic import ActorCritic
+from rlhf.actor_critic import LAYOUTS, ActorCritic, LoRA
 from rlhf.infra import checkpoint
 from rlhf.language_model import new_transformer
 from rlhf.pretrained import open_pretrained
@@ -40,8 +40,30 @@ def test_values_kl_and_logprobs_of_a_ppo_run(world, layout, critic):
     assert [token["kl"] for token in found] == pytest.approx(kl, abs=1e-5)
 
 
-def test_a_critic_that_is_stored_in_part_is_none(world):
-    done = world.run("train_ppo.py", out="scored-lora", layout="adapters", critic="separate", weak_reward="true")
+@pytest.mark.parametrize("layout", ["adapters", "branch"])
+def test_values_of_a_separate_critic_on_the_base(world, layout, monkeypatch):
+    """Only what was trained is stored: the critic is put together from it and the base."""
+    monkeypatch.chdir(world.path)  # the base is named from there
+    out = f"scored-{layout}"
+    options = {"branch_layers": 1} if layout == "branch" else {}
+    done = world.run("train_ppo.py", out=out, layout=layout, critic="separate", weak_reward="true", **options)
     assert done.code == 0, done.err
+    saved = checkpoint.load(checkpoint.resolve(world.path / out))
+    base = open_pretrained(world.path / "lm").model
+    roles = LAYOUTS[layout](base, "separate", 1.0, LoRA(saved.config.get("lora_rank", 1), saved.config.get("lora_alpha", 1)),
+                            saved.config.get("branch_layers", 1))  # fmt: skip
+    missing = roles.policy.load_state_dict(saved.tensors, strict=False)
+    assert not missing.unexpected_keys
+    tokens = torch.tensor([PROMPT + RESPONSE])
+    mask = torch.arange(tokens.shape[1])[None] >= len(PROMPT)
+    with torch.no_grad():
+        expected = roles.policy.eval()(tokens, mask).values[0, len(PROMPT) :].tolist()
+    model = open_pretrained(world.path / out).model.eval()
+    found = Scorer(model, None, None, load_values(world.path / out, model)).tokens(PROMPT, RESPONSE)
+    assert [token["value"] for token in found] == pytest.approx(expected, abs=1e-5)
+    assert any(abs(token["value"]) > 1e-4 for token in found)
+
+
+def test_a_model_without_a_critic_has_no_values(world):
     model = open_pretrained(world.path / "lm").model
-    assert load_values(world.path / "scored-lora", model) is None and load_values(world.path / "lm", model) is None
+    assert load_values(world.path / "lm", model) is None

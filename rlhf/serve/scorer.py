@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from model.transformer import Transformer
-from rlhf.actor_critic import STORED
 from rlhf.infra import checkpoint
 from rlhf.kl import full_kl
-from rlhf.language_model import new_transformer
+from rlhf.pretrained import critic_trunk
 from rlhf.reward_model import Score
 
 PART = 256  # positions unembedded at once
@@ -54,23 +53,20 @@ class Scorer:
 
 
 def load_values(path: str | Path, model: Transformer):
-    """tokens (1, T) -> V before each token after the first, (T-1,), from a policy checkpoint; None where it holds no critic
-    that stands on its own: of a critic in the layouts adapters and branch, only what was trained is stored."""
+    """tokens (1, T) -> V before each token after the first, (T-1,), from a policy checkpoint; None where it holds no critic.
+
+    model: the checkpoint's policy, which a shared critic reads.
+    """
     if checkpoint.latest(path) is None and checkpoint.read_config(Path(path)) is None:
         return None  # a model of another format
     saved = checkpoint.load(checkpoint.resolve(path))
-    tensors = {name: x for name, x in saved.tensors.items() if name.startswith(("value_head.", "value_trunk."))}
+    tensors, device = saved.tensors, model.norm.weight.device
     if saved.config.get("kind") != "policy" or "value_head.weight" not in tensors:
         return None
-    trunk, separate = model, {name.removeprefix("value_trunk."): x for name, x in tensors.items() if "trunk" in name}
-    if separate:
-        if saved.config.get("layout") in STORED:
-            return None
-        trunk = new_transformer(saved.config["model"], path)
-        trunk.lm_head = None
-        checkpoint.load_weights(trunk, separate, path)
-        trunk = trunk.to(model.norm.weight.device).requires_grad_(False).eval()
-    weight, bias = (tensors[f"value_head.{name}"].to(model.norm.weight.device) for name in ("weight", "bias"))
+    trunk = model
+    if any(name.startswith("value_trunk.") for name in tensors):
+        trunk = critic_trunk(saved, path, device).requires_grad_(False).eval()
+    weight, bias = (tensors[f"value_head.{name}"].to(device) for name in ("weight", "bias"))
 
     def values(tokens: Tensor) -> Tensor:
         return (trunk.trunk(tokens[:, :-1])[0].to(weight.dtype) @ weight.T + bias)[:, 0]
