@@ -65,7 +65,7 @@ class Config:
     out: str = "out/rm"  # run directory: checkpoints, metrics.jsonl, report.json
     labels: Literal["rating", "half_a", "half_b"] = "rating"  # mean of all raters, or of one half; all splits
     preferences: str | None = None  # directory of data.prepare preferences: its pairs are learned beside the ratings
-    preference_coef: float = 1.0  # weight of the mean Bradley-Terry loss of these pairs beside the mean loss of data
+    preference_coef: float = 1.0  # weight of one of these pairs (Bradley-Terry) beside one row of data
     preference_batch: int = 8  # of these pairs per optimiser step, over all ranks
     average: tuple[str, ...] | None = None  # train nothing: the mean of these runs' weights (WARM), on init's samples
     # model
@@ -226,7 +226,7 @@ def train(cfg: Config, dist) -> None:
     votes = ()
     if cfg.preferences:
         votes = PairLoader(preference_files(cfg)[0], cfg.preference_batch, cfg.seed, context=context)
-    vote_counts = bootstrap_counts(len(votes), cfg)
+    vote_counts, share = bootstrap_counts(len(votes), cfg), len(votes) / len(loader)  # so that a pair weighs as a row
 
     def micro_batches(texts: Texts, kind: str, weight: float) -> list[tuple[Texts, str, float]]:
         size = cfg.micro_batch or len(texts.lengths)
@@ -239,7 +239,7 @@ def train(cfg: Config, dist) -> None:
         if votes:
             rows = shard(votes.order.rows(step), dist.rank, dist.world)
             texts = paired(votes.take(rows), vote_counts[rows])
-            parts += micro_batches(texts, "pairs", cfg.preference_coef / cfg.preference_batch)
+            parts += micro_batches(texts, "pairs", cfg.preference_coef * share / cfg.preference_batch)
         loss = 0.0
         for part, kind, weight in parts:
             with dist.grad_sync(learner, on=part is parts[-1][0]):

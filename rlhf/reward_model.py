@@ -325,10 +325,11 @@ def refitted(
 ) -> Fit:
     """The fit's head again, `members` times, to ratings and, where given, to votes on pairs.
 
-    The w that minimises  |X w - y|^2 / 2N + penalty |w|^2 / 2 - vote_coef / P sum_j log sigmoid(d_j w):  ridge regression
-    of the N ratings beside Bradley-Terry on the P differences d = chosen - rejected. Convex; by Newton's method. With
-    several members each has its own N sentences and P pairs, drawn with replacement (bagging, Breiman 1996). train (N, F,
-    D) and votes (P, F, D) are the features that the fit reads, in its order. What the fit says of validation stays.
+    The w that minimises  |X w - y|^2 / 2N + penalty |w|^2 / 2 - vote_coef / N sum_j log sigmoid(d_j w):  ridge regression
+    of the N ratings beside Bradley-Terry on the P differences d = chosen - rejected; a vote weighs vote_coef as much as a
+    rating, however many there are. Convex; by Newton's method. With several members each has its own N sentences and P
+    pairs, drawn with replacement (bagging, Breiman 1996). train (N, F, D) and votes (P, F, D) are the features that the
+    fit reads, in its order. What the fit says of validation stays.
     """
     x, center, deviation = standardised(train)
     y = ratings.double()
@@ -342,7 +343,7 @@ def refitted(
         gram, moment = scaled.T @ scaled / len(x), scaled.T @ ((y - level) * count.sqrt()) / len(x)
         w = ridge(gram, moment, fit.penalty)
         if len(d):
-            w = add_votes(w, gram, moment, fit.penalty, d, vote_coef * votes_count / len(d))
+            w = add_votes(w, gram, moment, fit.penalty, d, vote_coef * votes_count / len(x))
         weights.append(w / deviation)
         constants.append(level - middle @ w - weights[-1] @ center)
     return dataclasses.replace(fit, weight=torch.stack(weights), constant=torch.stack(constants))

@@ -210,7 +210,7 @@ def minimum(x, y, d, penalty: float, coef: float):
     def loss():
         w = found[:-1]
         square = ((x @ w + found[-1] - y) ** 2).mean() / 2 + penalty * (w**2).sum() / 2
-        value = square + coef * torch.log1p(torch.exp(-(d @ w))).mean()
+        value = square + coef * torch.log1p(torch.exp(-(d @ w))).sum() / len(x)
         optimizer.zero_grad()
         value.backward()
         return value
