@@ -28,6 +28,7 @@ from data.tokenizer import check_fingerprint
 from evaluation.held_out import sample_groups, score_digest, temperature_of
 from rlhf.feedback import FeedbackStore
 from rlhf.infra import config, run
+from rlhf.infra.metrics import read_lines
 from rlhf.preferences import disagreement
 from rlhf.pretrained import digest_of, open_base, open_pretrained
 from rlhf.reward_model import load_reward, load_reward_model
@@ -348,7 +349,7 @@ def verdict(cfg: Config, k: int, best: str, seconds: dict[str, float]) -> dict:
         "round": k,
         "policy": new,
         "sampled_from": best,
-        "votes": report["preferences"]["trained_on"] + report["preferences"]["pairs"],
+        "votes": len(read_lines(here / "preferences.jsonl")),  # pairs that they decided, in all rounds so far
         "rm": {
             "accuracy": report["accuracy"]["all"],
             "accuracy_gap1": report["accuracy"]["1"],
@@ -372,7 +373,7 @@ def write_page(cfg: Config, rounds: list[dict]) -> None:
     rater = "people" if cfg.rater == "people" else f"SIMULATED by {cfg.rater}, noise {config.show(cfg.rater_noise)}"
     run.write_json(Path(cfg.out) / "rounds.json", {"rater": rater, "judge": cfg.judge, "rounds": rounds})
     columns = (
-        "votes so far",
+        "pairs decided",
         "judge",
         "gain over the best before",
         "KL, nats",

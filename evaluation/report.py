@@ -313,7 +313,7 @@ def rounds_of(name: str, content: dict) -> list[Block]:
         cells += [f"{x['kl']:.2f}", f"{rm['accuracy_gap1']:.3f} ({rm['accuracy_gap1_round_0']:.3f})"]
         cells += [f"{show(own['accuracy'])} ({first['accuracy']['mean']:.3f})", show(rm["gain_on_own_samples"], "+.3f")]
         rows.append([*cells, f"{sum(x['seconds'].values()):.0f}"])
-    head = ["round", "gate", "votes so far", "judge", "gain over the best before", "KL, nats"]
+    head = ["round", "gate", "pairs decided", "judge", "gain over the best before", "KL, nats"]
     head += ["reward model, gap > 1 (round 0's)", "on own samples (round 0's)", "gain there", "seconds"]
     blocks = [Text(f"Votes by: {content['rater']}. Judge: {content['judge']}."), Table(head, rows)]
     if found:
