@@ -154,6 +154,19 @@ def test_integers_against_a_slow_product(N, K, seed, size):
 
 
 @needs_fbgemm
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (3, 2, 48), (0, 48), (FEW_ROWS + 1, 48)])
+def test_a_compiled_product_takes_any_shape(shape, dtype):
+    """TorchScript specializes on the first calls' shapes and dtypes; later ones must not be taken for them."""
+    packed = pack(*quantize_rows(random_weight(1, 70, 48), torch.bfloat16))
+    for rows in (random_weight(2, 1, 48), random_weight(3, 5, 48), random_weight(4, *shape).to(dtype)):
+        alone = [integer_product(row, packed) for row in rows.reshape(-1, 48)]
+        y = integer_product(rows, packed)
+        assert y.dtype == rows.dtype and y.shape == (*rows.shape[:-1], 70)
+        assert torch.equal(y.reshape(-1, 70), torch.stack(alone) if alone else y.reshape(-1, 70))
+
+
+@needs_fbgemm
 def test_no_sum_overflows():
     """The largest integers throughout: without VNNI a CPU adds two products in 16 bits, and saturates."""
     q, scale = torch.full((5, 4096), 127, dtype=torch.int8), torch.ones(5, dtype=torch.bfloat16)
