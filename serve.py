@@ -47,6 +47,7 @@ class Config:
 
     # How much of it
     workers: int = 1  # processes behind the port, each with a model, a batch and a queue of its own
+    threads: int = 1  # CPU threads of a worker; with more, a seed's text may differ in company, by rounding
     max_batch: int = 32  # texts that one worker decodes together
     cache_tokens: int = 32768  # tokens in a worker's cache; each text may have a max_batch-th of them, prompt included
     max_tokens: int = 1024  # longest answer
@@ -56,7 +57,7 @@ class Config:
     grace: float = 10.0  # seconds for running requests after SIGTERM or Ctrl-C
 
     def __post_init__(self):
-        config.at_least(self, port=0, workers=1, max_batch=1, max_tokens=1, queue=0, max_body=1024, grace=0)
+        config.at_least(self, port=0, workers=1, threads=1, max_batch=1, max_tokens=1, queue=0, max_body=1024, grace=0)
         config.at_most(self, port=65535)
         if not self.timeout > 0:
             raise ValueError(f"--timeout={self.timeout} must be above 0")
@@ -125,8 +126,7 @@ def bind(host: str, port: int) -> socket.socket:
 def work(cfg: Config, key: str | None, listener: socket.socket, rank: int, ready) -> None:
     """One process of the server, until a signal ends it."""
     torch.set_grad_enabled(False)
-    if cfg.workers > 1:
-        torch.set_num_threads(max(1, torch.get_num_threads() // cfg.workers))
+    torch.set_num_threads(cfg.threads)
     device = torch.device(cfg.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", rank % max(1, torch.cuda.device_count()))
