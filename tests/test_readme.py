@@ -100,6 +100,7 @@ def module_of(script: str):
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, ROOT / script)
         sys.modules[name] = importlib.util.module_from_spec(spec)
+        sys.path.append(str((ROOT / script).parent))  # where python finds the siblings of a script
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
 
