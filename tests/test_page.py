@@ -254,7 +254,7 @@ def test_forty_votes_change_what_the_reward_model_prefers(world, browser):
     for _ in range(10):  # reads what is shown, as a person would
         shown, side = {}, ""
         while len(shown) < 2:
-            line = terminal.stdout.readline()
+            assert (line := terminal.stdout.readline()), shown  # it has more to ask
             if head := re.match("--- ([AB]) ", line):
                 side = head[1].lower()
             elif side and side not in shown:
