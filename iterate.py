@@ -25,6 +25,7 @@ import torch
 
 from data.loader import PromptLoader, TokenFile, pad, prompts_from_rows
 from data.tokenizer import check_fingerprint
+from evaluation.comparison import show
 from evaluation.held_out import sample_groups, score_digest, temperature_of
 from rlhf.feedback import FeedbackStore
 from rlhf.infra import config, run
@@ -98,7 +99,7 @@ def main() -> None:
     with alone(out / "lock"):
         begin(cfg)
         store = FeedbackStore(out / "feedback.sqlite", cfg.seed)
-        stage(cfg, "round 0, reward model", out / "round_0/rm", reward_model_command(cfg, 0))
+        stage("round 0, reward model", out / "round_0/rm", reward_model_command(cfg, 0))
         rounds = []
         for k in range(1, cfg.rounds + 1):
             here, best = out / f"round_{k}", best_policy(cfg, rounds)
@@ -113,14 +114,14 @@ def main() -> None:
                     return
                 clock.lap("collect")
                 # 3. refine    the reward model on the ratings and on all votes so far
-                stage(cfg, f"round {k}, votes", here / "data", votes_command(cfg, here))
-                stage(cfg, f"round {k}, reward model", here / "rm", reward_model_command(cfg, k))
+                stage(f"round {k}, votes", here / "data", votes_command(cfg, here))
+                stage(f"round {k}, reward model", here / "rm", reward_model_command(cfg, k))
                 clock.lap("refine")
                 # 4. improve   PPO against it
-                stage(cfg, f"round {k}, PPO", here / "ppo", ppo_command(cfg, k, best))
+                stage(f"round {k}, PPO", here / "ppo", ppo_command(cfg, k, best))
                 clock.lap("ppo")
                 # 5. promote   only if the judge's interval says better than the best policy so far
-                stage(cfg, f"round {k}, evaluation", here / "evaluation", evaluate_command(cfg, k, best))
+                stage(f"round {k}, evaluation", here / "evaluation", evaluate_command(cfg, k, best))
                 clock.lap("evaluate")
                 run.write_json(here / "round.json", verdict(cfg, k, best, clock.laps))
             rounds.append(json.loads((here / "round.json").read_text()))
@@ -160,7 +161,7 @@ def begin(cfg: Config) -> None:
             )
 
 
-def stage(cfg: Config, name: str, done: Path, command: list[str]) -> None:
+def stage(name: str, done: Path, command: list[str]) -> None:
     """Run a command of ours unless its result is there; each of them resumes what it had begun."""
     finished = {"rm": "report.json", "ppo": "report.json", "data": "manifest.json", "evaluation": "summary.json"}
     if (done / finished[done.name]).exists():
@@ -216,7 +217,7 @@ def sample_pairs(cfg: Config, k: int, best: str) -> None:
                 rows.append((urgent, {"prompt": prompt, "responses": responses}))
     rows = sorted(rows, key=lambda row: -row[0])[: cfg.pairs]  # stable: in the order of the draw without heads
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for _, row in rows))
+    run.write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for _, row in rows))
 
 
 def as_texts(tokenizer, tokens: torch.Tensor, lengths: torch.Tensor, mask: torch.Tensor) -> list[str]:
@@ -288,7 +289,7 @@ def how_to_vote(cfg: Config, k: int, waiting: int) -> str:
 # 3. to 5.: the other scripts
 
 
-def script(cfg: Config, name: str, options: dict, further: str = "", processes: int = 1) -> list[str]:
+def script(name: str, options: dict, further: str = "", processes: int = 1) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     given = [f"--{key}={config.show(value)}" for key, value in options.items()]
     return [sys.executable, *launcher, str(ROOT / name), *given, *shlex.split(further)]
@@ -309,14 +310,14 @@ def reward_model_command(cfg: Config, k: int) -> list[str]:
     options = {"init": cfg.init, "data": cfg.data, "out": f"{here}/rm", "seed": cfg.seed, **prompt_options(cfg)}
     if k:
         options["preferences"] = f"{here}/data"
-    return script(cfg, "train_rm.py", options, f"{cfg.rm} {cfg.refine if k else ''}", cfg.processes)
+    return script("train_rm.py", options, f"{cfg.rm} {cfg.refine if k else ''}", cfg.processes)
 
 
 def ppo_command(cfg: Config, k: int, best: str) -> list[str]:
     here = f"{cfg.out}/round_{k}"
     options = {"init": best if cfg.start == "policy" else cfg.init, "reward": f"{here}/rm", "data": cfg.data}
     options |= {"out": f"{here}/ppo", "seed": cfg.seed + k, **prompt_options(cfg)}
-    return script(cfg, "train_ppo.py", options, cfg.ppo, cfg.processes)
+    return script("train_ppo.py", options, cfg.ppo, cfg.processes)
 
 
 def evaluate_command(cfg: Config, k: int, best: str) -> list[str]:
@@ -324,7 +325,7 @@ def evaluate_command(cfg: Config, k: int, best: str) -> list[str]:
     tuned = ([] if best == cfg.init else [best]) + [f"{here}/ppo"]
     options = {"base": cfg.init, "tuned": ",".join(tuned), "reward": f"{here}/rm", "judge": cfg.judge}
     options |= {"other_rewards": f"{cfg.out}/round_0/rm", "data": cfg.data, "out": f"{here}/evaluation"}
-    return script(cfg, "evaluate.py", options | prompt_options(cfg), cfg.evaluate)
+    return script("evaluate.py", options | prompt_options(cfg), cfg.evaluate)
 
 
 # the verdict, and the page of rounds
@@ -393,18 +394,7 @@ def write_page(cfg: Config, rounds: list[dict]) -> None:
         cells += ["yes" if row["promoted"] else "refused", f"{rm['accuracy_gap1']:.3f}"]
         cells += [show(rm["on_own_samples"]["accuracy"]), show(rm["gain_on_own_samples"])]
         lines.append(f"| {row['round']} | " + " | ".join(cells) + " |")
-    write_text(Path(cfg.out) / "rounds.md", "\n".join(lines) + "\n")
-
-
-def show(x: dict[str, float]) -> str:
-    return f"{x['mean']:.3f} [{x['low']:.3f}, {x['high']:.3f}]"
-
-
-def write_text(path: Path, text: str) -> None:
-    """The old content or the new, never half."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    run.write_text(Path(cfg.out) / "rounds.md", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -475,9 +475,7 @@ def read_pairs(cfg: Config, states, features, stop_ids, dist) -> torch.Tensor:
     """Features of the chosen answer minus those of the rejected one, of every pair of --preferences: (P, F, D)."""
     file = preference_files(cfg)[0]
     read = read_rows(states, features, file, np.arange(len(file)), stop_ids, dist)
-    chosen, rejected = (
-        torch.from_numpy(file.column(f"pair_{side}").astype(np.int64)) for side in ("chosen", "rejected")
-    )
+    chosen, rejected = pair_rows(file)
     return read[chosen] - read[rejected]
 
 
@@ -569,10 +567,13 @@ def reference_scores(cfg: Config, reward_model, base: Pretrained, references: Pr
 def pair_margins(reward_model, raw: torch.Tensor, file) -> torch.Tensor:
     """Score of the better rated text minus that of the other, for every pair of the split: (pairs,) float64."""
     scores = reward_model.combined(raw).double().cpu()
-    chosen, rejected = (
-        torch.from_numpy(file.column(f"pair_{name}").astype(np.int64)) for name in ("chosen", "rejected")
-    )
+    chosen, rejected = pair_rows(file)
     return scores[chosen] - scores[rejected]
+
+
+def pair_rows(file) -> list[torch.Tensor]:
+    """Which rows are the better and the other text of every pair: (pairs,) int64 each."""
+    return [torch.from_numpy(file.column(f"pair_{side}").astype(np.int64)) for side in ("chosen", "rejected")]
 
 
 def calibration(reward_model, raw: torch.Tensor, file, problem: str | None) -> dict:

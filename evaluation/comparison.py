@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from evaluation.card import table
 from rlhf.evaluation import (
     ELO,
     bootstrap_weights,
@@ -135,7 +136,3 @@ def show(x: dict, signed: bool = False) -> str:
     form = "{:+.3f}" if signed else "{:.3f}"
     value, low, high = (form.format(x[key]) for key in ("mean", "low", "high"))
     return f"{value} [{low}, {high}]"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))

@@ -13,7 +13,8 @@ import torch
 
 from data.loader import in_order, pad
 from data.preferences import text_rows
-from evaluation.comparison import mean_and_interval, show, table
+from evaluation.card import table
+from evaluation.comparison import mean_and_interval, show
 from rlhf.evaluation import win_rate
 
 

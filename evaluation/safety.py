@@ -13,7 +13,8 @@ from torch import Tensor
 from data.chat import Chat
 from data.loader import pad
 from data.preferences import text_rows
-from evaluation.comparison import mean_and_interval, show, table
+from evaluation.card import table
+from evaluation.comparison import mean_and_interval, show
 from evaluation.held_out import divergence, sample_groups, scores
 
 REFUSALS = (  # an answer with one of them, in any case, counts as a refusal

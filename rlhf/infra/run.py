@@ -92,10 +92,14 @@ def steps(first: int, total: int, name: str, dist) -> tqdm:
 
 
 def write_json(path: str | Path, record: dict) -> None:
-    """Write a JSON file so that a reader sees the old content or the new, never half."""
+    write_text(path, json.dumps(record, indent=1) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file so that a reader sees the old content or the new, never half."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
