@@ -70,17 +70,17 @@ class Config:
 
 def main() -> None:
     cfg = config.parse(Config)
-    try:
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError:
-        raise ValueError("the server needs starlette and uvicorn: pip install -e '.[serve]'") from None
     key = cfg.key or os.environ.get(KEY) or None
     if key is None and not is_loopback(cfg.host):
         raise ValueError(
             f"--host={cfg.host} can be reached by others: give a key with --key or {KEY}, or stay on 127.0.0.1"
         )
     listener = bind(cfg.host, cfg.port)
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError:
+        raise ValueError("the server needs starlette and uvicorn: pip install -e '.[serve]'") from None
     if cfg.workers == 1:
         return work(cfg, key, listener, 0, None)
 
