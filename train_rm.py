@@ -25,13 +25,12 @@ from data.loader import (
     PromptLoader,
     RatingBatch,
     RatingLoader,
-    SomeRows,
     TokenFile,
     in_order,
     prompts_from_rows,
     shard,
-    spread_rows,
 )
+from data.pairs import SomeRows, spread_rows
 from data.tokenizer import check_fingerprint, load_tokenizer
 from data.vader import load_rules
 from model.generate import generate, row_uniforms

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from data.loader import SomeRows
+from data.pairs import SomeRows
 from data.tokens import TokenFile
 
 GAPS = {"all": 0.0, "0.5": 0.5, "1": 1.0, "2": 2.0}  # pairs whose ratings differ by more than this, in points

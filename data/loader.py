@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.prepare import make_pairs
+from data.pairs import thurstone
 from data.tokens import TokenFile
 
 # --- which rows make up a step ---
@@ -200,16 +200,6 @@ class RatingLoader:
         return self.take(shard(self.order.rows(step), self.rank, self.world))
 
 
-def thurstone(a: np.ndarray, b: np.ndarray, spread_a: np.ndarray | float, spread_b: np.ndarray | float) -> np.ndarray:
-    """How likely a rater puts the first text above the second, from mean ratings and deviations of single raters. (B,)
-
-    Phi((a - b) / sqrt(spread_a^2 + spread_b^2)): Thurstone 1927, "A law of comparative judgment", case III. Where all
-    raters agree (spread 0) it is certain.
-    """
-    spread = np.hypot(np.float64(spread_a), np.float64(spread_b))
-    return torch.special.ndtr(torch.from_numpy((np.float64(a) - b) / np.maximum(spread, 1e-6))).numpy()
-
-
 @dataclass(frozen=True, eq=False)
 class PairLoader:
     """Pairs of rows of one domain, the better rated first; a "row" of this loader is a pair."""
@@ -291,47 +281,3 @@ def prompts_from_text(path: str | Path, tokenizer) -> list[np.ndarray]:
     if not lines:
         raise ValueError(f"prompt file {path} is empty: 0 prompts in {len(text)} characters; write one prompt a line")
     return [np.array([tokenizer.start, *tokenizer.encode(line)], np.int64) for line in lines]
-
-
-# --- some rows of a file ---
-
-
-def spread_rows(file: TokenFile, count: int | None, seed: int) -> np.ndarray:
-    """At most `count` rows at random (None: all), every domain with its share; fewer are the beginning of more. (count,)"""
-    domain, order = file.column("domain"), np.random.default_rng(seed).permutation(len(file))
-    place = np.zeros(len(file))  # each row's quantile among the rows of its domain
-    for d in np.unique(domain):
-        rows = order[domain[order] == d]
-        place[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
-    return np.argsort(place, kind="stable")[:count]
-
-
-class SomeRows:
-    """Some rows of a token file, numbered from 0, for `data.baselines`; pairs among them are drawn as data.prepare does.
-
-    Of the file's own pairs hardly any has both texts among a few rows: 8,000 pairs of 2,345 rows leave 360 to 500 rows.
-    ValueError for a file of preferences: its ratings compare the two answers of a pair, and no others.
-    """
-
-    def __init__(self, file: TokenFile, rows: np.ndarray, pairs_per_row: int = 10):
-        if file.has_single_pairs:
-            raise ValueError(
-                f"{file.path} holds preferences: {len(rows)} of its {len(file)} rows cannot be paired anew; use all "
-                "(train_rm.py --eval_sentences=none, evaluate.py rm without --sentences)"
-            )
-        self.file, self.rows = file, rows
-        count = min(pairs_per_row * len(rows), len(file.column("pair_gap")))
-        self._pairs = make_pairs(self.column("rating"), self.column("domain"), count, seed=0)
-        self.texts = [file.texts[i] for i in rows]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def lengths(self) -> np.ndarray:
-        return self.file.lengths()[self.rows]
-
-    def has(self, *names: str) -> bool:
-        return self.file.has(*names)
-
-    def column(self, name: str) -> np.ndarray:
-        return self._pairs[name] if name.startswith("pair_") else self.file.column(name)[self.rows]

@@ -21,6 +21,7 @@ import numpy as np
 
 from data import vader
 from data.fetch import fetch, sha256
+from data.pairs import make_pairs
 from data.preferences import read_preferences
 from data.text import SPLITS, key, split_of
 from data.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer, train_sentencepiece
@@ -29,29 +30,6 @@ from data.tokens import FORMAT, write_token_file
 PAIRS = {"train": 40_000, "validation": 8_000, "test": 8_000}
 STARTED = time.perf_counter()
 RECIPE = 3  # counts up when the same source would give other files: what was prepared before is then made again
-
-
-def make_pairs(ratings: np.ndarray, domains: np.ndarray, count: int, seed: int) -> dict[str, np.ndarray]:
-    """Up to `count` different pairs: a row at random, another of its domain at random, and their ratings differ.
-
-    So a domain's share of the pairs is its share of the rows. (Uniform over all pairs it would be the square of that.)
-    ratings (N,), domains (N,) -> pair_chosen (M,) int32, pair_rejected (M,) int32, pair_gap (M,) float32 > 0, in points
-    """
-    by_domain = np.argsort(domains, kind="stable")
-    place = np.argsort(by_domain)  # row i is by_domain[place[i]]
-    sizes = np.bincount(domains, minlength=1)
-    starts = np.cumsum(sizes) - sizes
-    rng = np.random.default_rng(seed)
-    a = rng.integers(max(1, len(domains)), size=2 * count if len(domains) else 0)  # twice: ties, repetitions fall out
-    a = a[sizes[domains[a]] > 1]
-    start, size = starts[domains[a]], sizes[domains[a]]
-    b = by_domain[start + (place[a] - start + rng.integers(1, size)) % size]  # 1 ... size - 1 places further: never a
-    _, first = np.unique(np.minimum(a, b) * len(domains) + np.maximum(a, b), return_index=True)
-    pairs = np.stack([a, b], axis=1)[np.sort(first)].astype(np.int32)
-    gap = ratings[pairs[:, 0]] - ratings[pairs[:, 1]]
-    pairs, gap = pairs[gap != 0][:count], gap[gap != 0][:count]
-    pairs[gap < 0] = pairs[gap < 0, ::-1]
-    return {"pair_chosen": pairs[:, 0], "pair_rejected": pairs[:, 1], "pair_gap": np.abs(gap).astype(np.float32)}
 
 
 def prepare_vader(

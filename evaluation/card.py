@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from data.baselines import CEILINGS, GAPS, agreement, learned_scores, pair_clusters
 from data.chat import Chat
-from data.loader import SomeRows, TokenFile, pad, shorten, spread_rows
+from data.loader import TokenFile, pad, shorten
+from data.pairs import SomeRows, spread_rows
 from data.preferences import read_preferences
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
 from data.vader import load_rules

@@ -13,7 +13,8 @@ from reference_model import random_ids, small_model
 from test_bad_input import refused
 
 from data.baselines import pair_clusters
-from data.loader import SomeRows, TokenFile, spread_rows
+from data.pairs import SomeRows, spread_rows
+from data.tokens import TokenFile
 from model.transformer import Transformer
 from rlhf.frozen import FrozenStates
 from rlhf.infra import checkpoint

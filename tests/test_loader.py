@@ -25,7 +25,7 @@ from data.loader import (
     shard,
     shorten,
 )
-from data.prepare import make_pairs
+from data.pairs import make_pairs
 from data.tokenizer import MODEL_FILE, train_sentencepiece
 from data.tokens import write_token_file
 

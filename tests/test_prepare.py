@@ -17,8 +17,8 @@ from data import fetch as fetching
 from data import prepare, vader
 from data.baselines import pair_clusters
 from data.fetch import fetch, sha256
-from data.loader import SomeRows
-from data.prepare import main, make_pairs
+from data.pairs import SomeRows, make_pairs
+from data.prepare import main
 from data.text import SPLITS, key, split_of
 from data.tokenizer import load_tokenizer
 from data.tokens import TokenFile

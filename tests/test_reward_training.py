@@ -14,7 +14,8 @@ from test_bad_input import refused
 from test_frozen_reward import STOPS, TEXTS, Base, batch
 from tiny import SMALL, lines
 
-from data.loader import PairLoader, thurstone
+from data.loader import PairLoader
+from data.pairs import thurstone
 from data.tokens import TokenFile
 from model.lora import merge
 from rlhf.actor_critic import LoRA
