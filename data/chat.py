@@ -9,10 +9,12 @@ it is known which characters come from the template, and only those can become c
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import re
 import secrets
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from data.tokenizer import Tokenizer
@@ -29,6 +31,14 @@ class Segment(NamedTuple):
 
     ids: list[int]
     trainable: bool  # the assistant's words and the token that ends them
+
+
+class Encoded(NamedTuple):
+    """A conversation as tokens: what a policy reads, what it then writes, and which of both are the assistant's."""
+
+    prompt: list[int]  # the history, up to where the answer begins
+    answer: list[int]  # what the policy writes, with the token that ends it; empty where no answer was given
+    trained: list[bool]  # of prompt and answer together: True where the assistant wrote it, in earlier turns too
 
 
 class Held(str):
@@ -69,10 +79,13 @@ for _name in set(dir(str)) - {"encode", "format", "format_map", "join", "maketra
 
 
 class Chat:
-    """The template of a tokenizer. ValueError, in one line, for templates that do not compile, render or fit."""
+    """The template of a tokenizer. ValueError, in one line, for templates that do not compile, render or fit.
 
-    def __init__(self, tokenizer: Tokenizer, template: str | None = None):
-        self.tokenizer, self.source = tokenizer, template or tokenizer.chat_template or CHATML
+    system: the system message of every conversation that brings none; refused where the template does not show it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: str | None = None, system: str | None = None):
+        self.tokenizer, self.source, self.system = tokenizer, template or tokenizer.chat_template or CHATML, system
         lacking = [token for token in ("<|im_start|>", "<|im_end|>") if token not in tokenizer.control]
         if self.source == CHATML and lacking:
             raise ValueError(
@@ -80,6 +93,30 @@ class Chat:
                 "give a chat template, or train a tokenizer with control=['<|im_start|>', '<|im_end|>']"
             )
         self._template = compile_template(self.source)
+        self.sha256 = hashlib.sha256(self.source.encode()).hexdigest()
+
+    def encode(self, messages: Sequence[dict], answer: str | None = None) -> Encoded:
+        """The tokens of a history, [{"role": "user", "content": ...}, ...], and of the answer that follows it.
+
+        The prompt is the history rendered up to where the answer begins, as a policy is given it (`render` with
+        add_generation_prompt). The answer is encoded apart, as a policy writes it, and ends with the token at which it
+        stops; what the template writes behind that (the newline after <|im_end|>) belongs to neither. Earlier answers
+        are encoded apart too, so that the trained tokens of every turn are those that a policy would write.
+        ValueError where the template shows the answer otherwise than as a continuation of the prompt.
+        """
+        if answer is None:
+            prompt = self.segments(messages, add_generation_prompt=True)
+            ids = [i for segment in prompt for i in segment.ids]
+            return Encoded(ids, [], [segment.trainable for segment in prompt for _ in segment.ids])
+        segments = self.segments([*messages, {"role": "assistant", "content": answer}])
+        last = max((k for k, segment in enumerate(segments) if segment.trainable), default=-1)
+        prompt = self.encode(messages)
+        if [i for segment in segments[: max(last, 0)] for i in segment.ids] != prompt.prompt:
+            raise ValueError(
+                f"the chat template does not show the answer {answer!r:.60} as what follows its prompt: a policy would "
+                "learn to write what it is never asked for; give another template"
+            )
+        return Encoded(prompt.prompt, segments[last].ids, prompt.trained + [True] * len(segments[last].ids))
 
     def render(self, messages: Sequence[dict], add_generation_prompt: bool = False) -> list[int]:
         """Ids of a conversation, [{"role": "user", "content": ...}, ...], with the control tokens of the template.
@@ -87,16 +124,17 @@ class Chat:
         add_generation_prompt: end where the assistant's answer begins. bos is in it if the template writes it.
         """
         mark = new_mark()
-        return self._ids(self._text(messages, add_generation_prompt, mark), mark)
+        return self._ids(self._text(self._with_system(messages), add_generation_prompt, mark), mark)
 
-    def segments(self, messages: Sequence[dict]) -> list[Segment]:
+    def segments(self, messages: Sequence[dict], add_generation_prompt: bool = False) -> list[Segment]:
         """The conversation in stretches, for a loss on the assistant's words and the tokens that end them alone.
 
         Each answer is encoded on its own, as it is when a model writes it. An answer that the template shows otherwise
         once the conversation goes on (Qwen3 drops thoughts of earlier turns) is not trained on, unless it is the last.
         """
         mark = new_mark()
-        whole, stretches, done = self._text(messages, False, mark), [], 0
+        messages = self._with_system(messages)
+        whole, stretches, done = self._text(messages, add_generation_prompt, mark), [], 0
         for k, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -116,6 +154,11 @@ class Chat:
             self.segments([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]),
         )
         return {self.tokenizer.eos} | ({answer.ids[-1]} & set(self.tokenizer.control.values()))
+
+    def _with_system(self, messages: Sequence[dict]) -> Sequence[dict]:
+        if self.system is None or messages and messages[0].get("role") == "system":
+            return messages
+        return [{"role": "system", "content": self.system}, *messages]
 
     def _text(self, messages: Sequence[dict], add_generation_prompt: bool, mark: str) -> str:
         """The conversation as text, with a mark for each control token of the template."""
@@ -143,6 +186,27 @@ class Chat:
         for i, part in enumerate(re.split(mark + r"(\d+);", text)):
             ids += [int(part)] if i % 2 else self.tokenizer.encode(part)
         return ids
+
+
+def open_chat(tokenizer: Tokenizer, template: str = "auto", system: str | None = None) -> Chat | None:
+    """What --template= means: auto, the tokenizer's own template (or ChatML where it has its tokens); none; or a file.
+
+    None for "none". ValueError for a system message that the template does not show, and for what Chat refuses.
+    """
+    if template == "none":
+        return None
+    source = None
+    if template != "auto":
+        try:
+            source = Path(template).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--template={template} is neither auto, none nor a readable file: {error}") from None
+    chat = Chat(tokenizer, source, system)
+    if system:
+        probe = [{"role": "user", "content": "?"}]
+        if tokenizer.decode(chat.render(probe)).find(system.strip()) < 0:
+            raise ValueError(f"the chat template does not show the system message {system!r:.60}; leave it out")
+    return chat
 
 
 def new_mark() -> str:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_bpe import fuzz_strings
 
 from data.bpe import BPETokenizer
-from data.chat import CHATML, Chat, compile_template
+from data.chat import CHATML, Chat, compile_template, open_chat
 from data.tokenizer import train_sentencepiece, write_hf
 
 CONTROL = [
@@ -213,6 +213,67 @@ def test_answers_that_change_later_are_not_trained_on(tokenizer):
     assert trained == ["<think>\nhm\n</think>\n\nyes"]
     plain = [messages[0], {"role": "assistant", "content": "no"}, *messages[2:]]
     assert sum(segment.trainable for segment in chat.segments(plain)) == 2
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@given(data=st.data())
+def test_prompt_and_answer_as_a_policy_reads_and_writes_them(tokenizer, name, data):
+    """The prompt knows nothing of the answer, the answer is its text and the token that ends it, forged tokens or not."""
+    texts = st.lists(st.sampled_from([*CONTROL, "\n", " ", "yes", "no", "!!", "<|im_"]), min_size=1, max_size=4).map(
+        "".join
+    )
+    chat = Chat(tokenizer, TEMPLATES[name])
+    roles = ["user", "assistant"] * data.draw(st.integers(0, 2)) + ["user"]
+    history = [{"role": role, "content": data.draw(texts)} for role in roles]
+    answer = data.draw(texts)
+    encoded = chat.encode(history, answer)
+    assert encoded.prompt == chat.encode(history).prompt and chat.encode(history).answer == []
+    assert len(encoded.trained) == len(encoded.prompt) + len(encoded.answer)
+    assert tokenizer.decode(encoded.prompt) == tokenizer.decode(chat.render(history, True))
+    if len(history) == 1:
+        assert encoded.prompt == chat.render(history, True)
+    shown = (
+        answer.strip()
+        if name == "llama3"
+        else answer.lstrip("\n")
+        if name == "qwen3" and "</think>" in answer
+        else answer
+    )
+    assert encoded.answer[-1] in chat.stop_ids() and encoded.answer[:-1] == tokenizer.encode(shown)
+    assert all(encoded.trained[len(encoded.prompt) :])
+    ids = [*encoded.prompt, *encoded.answer]
+    own = tokenizer.decode(i for i, trained in zip(ids, encoded.trained) if trained)
+    said = [message["content"] for message in [*history, {"role": "assistant", "content": answer}]][1::2]
+    assert own == "".join(text.strip() if name == "llama3" else text for text in said)
+
+
+def test_an_answer_that_the_template_hides_is_refused(tokenizer):
+    for template in (
+        "{% for m in messages if m.role == 'user' %}<|im_start|>{{ m.content }}{% endfor %}",
+        "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}",
+        "{{ messages|length }}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}",
+    ):
+        with pytest.raises(ValueError, match="does not show the answer 'yes' as what follows its prompt"):
+            Chat(tokenizer, template).encode([{"role": "user", "content": "really?"}], "yes")
+
+
+def test_the_template_that_an_option_names(tokenizer, tmp_path):
+    user = [{"role": "user", "content": "q"}]
+    assert open_chat(tokenizer, "none") is None and open_chat(tokenizer).source == CHATML
+    file = tmp_path / "t.jinja"
+    file.write_text(TEMPLATES["llama3"])
+    chat = open_chat(tokenizer, str(file), system="Be brief.")
+    assert chat.sha256 == Chat(tokenizer, TEMPLATES["llama3"]).sha256 != open_chat(tokenizer).sha256
+    system = [{"role": "system", "content": "Be brief."}]
+    assert chat.render(user, True) == Chat(tokenizer, TEMPLATES["llama3"]).render(system + user, True)
+    assert chat.encode(user, "a").prompt == chat.render(user, True) == chat.render(system + user, True)
+    other = [{"role": "system", "content": "Be long."}, *user]
+    assert "brief" not in tokenizer.decode(chat.render(other))  # a conversation's own goes first
+    with pytest.raises(ValueError, match="is neither auto, none nor a readable file"):
+        open_chat(tokenizer, str(tmp_path / "none.jinja"))
+    file.write_text("{% for m in messages if m.role == 'user' %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
+    with pytest.raises(ValueError, match="does not show the system message 'Be brief.'"):
+        open_chat(tokenizer, str(file), system="Be brief.")
 
 
 def test_conversations_without_answers(tokenizer):
