@@ -39,13 +39,13 @@ from evaluation.held_out import (
     temperature_of,
 )
 from model.transformer import Transformer
-from rlhf.actor_critic import logprobs_of
-from rlhf.evaluation import best_of_n, best_of_n_kl, paired_bootstrap
 from rlhf.infra import config, distributed, run
-from rlhf.language_model import LanguageModel
-from rlhf.ppo import distinct_n
-from rlhf.pretrained import open_base, open_pretrained
-from rlhf.reward_model import load_reward
+from rlhf.lm.language_model import LanguageModel
+from rlhf.lm.pretrained import open_base, open_pretrained
+from rlhf.ppo.roles import logprobs_of
+from rlhf.ppo.update import distinct_n
+from rlhf.reward.scorer import load_reward
+from rlhf.statistics import best_of_n, best_of_n_kl, paired_bootstrap
 
 
 @dataclass(frozen=True)

@@ -26,17 +26,19 @@ from torch import nn
 from data.loader import PromptLoader, SentenceLoader, in_order, pad, prompts_from_rows, prompts_from_text
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer, write_hf
 from data.tokens import TokenFile
+from evaluation import receipt
 from model.generate import generate, row_uniforms
 from model.gguf import save_gguf
 from model.hf import complete_directory, reward_head, save_hf
 from model.lora import load_adapter, save_peft
 from model.quantize import quantize, stored_tensors
-from rlhf import receipt
-from rlhf.actor_critic import PREFIX, policy_adapter
-from rlhf.distill import distill, drop_layers, layer_distances
 from rlhf.infra import checkpoint, config, run
-from rlhf.pretrained import Pretrained, critic_trunk, open_base, open_pretrained
-from rlhf.reward_model import RewardModel, load_reward, load_reward_model
+from rlhf.lm.distill import distill, drop_layers, layer_distances
+from rlhf.lm.pretrained import Pretrained, critic_trunk, open_base, open_pretrained
+from rlhf.lm.trunks import PREFIX, policy_adapter
+from rlhf.reward.files import load_reward_model
+from rlhf.reward.model import RewardModel
+from rlhf.reward.scorer import load_reward
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

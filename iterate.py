@@ -27,12 +27,13 @@ from data.loader import PromptLoader, TokenFile, pad, prompts_from_rows
 from data.tokenizer import check_fingerprint
 from evaluation.comparison import show
 from evaluation.held_out import sample_groups, score_digest, temperature_of
-from rlhf.feedback import FeedbackStore
+from rlhf.feedback.preferences import disagreement
+from rlhf.feedback.store import FeedbackStore
 from rlhf.infra import config, run
 from rlhf.infra.metrics import read_lines
-from rlhf.preferences import disagreement
-from rlhf.pretrained import digest_of, open_base, open_pretrained
-from rlhf.reward_model import load_reward, load_reward_model
+from rlhf.lm.pretrained import digest_of, open_base, open_pretrained
+from rlhf.reward.files import load_reward_model
+from rlhf.reward.scorer import load_reward
 
 ROOT = Path(__file__).resolve().parent
 

@@ -16,7 +16,7 @@ from data.chat import Chat
 from data.loader import pad, prompts_from_text
 from model.generate import generate, row_uniforms
 from rlhf.infra import config, distributed
-from rlhf.pretrained import open_pretrained
+from rlhf.lm.pretrained import open_pretrained
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ import torch
 
 from data.chat import Chat
 from rlhf.infra import config
-from rlhf.pretrained import Pretrained, open_base, open_pretrained
-from rlhf.reward_model import load_reward
+from rlhf.lm.pretrained import Pretrained, open_base, open_pretrained
+from rlhf.reward.scorer import load_reward
 from rlhf.serve.api import is_loopback
 
 KEY = "PLAIN_RLHF_KEY"  # the environment variable for --key
@@ -147,7 +147,7 @@ async def serve(
     """Listens until SIGTERM or Ctrl-C, then lets running requests finish for a while."""
     import uvicorn
 
-    from rlhf.feedback import FeedbackStore
+    from rlhf.feedback.store import FeedbackStore
     from rlhf.serve.api import Bounded, Service, application, deliver_to
     from rlhf.serve.protocol import Limits
     from rlhf.serve.scheduler import Scheduler

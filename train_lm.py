@@ -15,8 +15,8 @@ from data.tokenizer import check_fingerprint, load_tokenizer
 from model.transformer import ModelConfig, Transformer
 from rlhf.infra import config, distributed, optim, run
 from rlhf.infra.metrics import Metrics
-from rlhf.language_model import LanguageModel
-from rlhf.pretrained import digest_of, open_pretrained
+from rlhf.lm.language_model import LanguageModel
+from rlhf.lm.pretrained import digest_of, open_pretrained
 
 
 @dataclass(frozen=True)

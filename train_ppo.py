@@ -15,19 +15,21 @@ from data.tokenizer import Detokenizer, check_fingerprint, load_tokenizer
 from evaluation.card import beats_length
 from evaluation.held_out import held_out_prompts, load_judge, score_digest
 from model.generate import Generated, generate, row_uniforms
-from rlhf import kl, ppo
-from rlhf.actor_critic import CRITICS, LAYOUTS, STORED, LoRA
+from rlhf import kl
 from rlhf.advantages import ESTIMATORS
 from rlhf.functional import whiten
 from rlhf.infra import checkpoint, config, distributed, optim, run
 from rlhf.infra.metrics import Metrics, read_lines, say
+from rlhf.lm.pretrained import config_of, open_base, open_pretrained
+from rlhf.lm.trunks import LoRA
 from rlhf.overoptimisation import best_place, has_stalled
-from rlhf.plan import Sizes, plan, reward_parameters, table
-from rlhf.pretrained import config_of, open_base, open_pretrained
-from rlhf.reward_model import load_reward
+from rlhf.ppo import update as ppo
+from rlhf.ppo.plan import Sizes, plan, reward_parameters, table
+from rlhf.ppo.roles import CRITICS, LAYOUTS, STORED
+from rlhf.ppo.rollout import Experience, Rollout, gather, judge, minibatches
+from rlhf.ppo.self_check import self_check
+from rlhf.reward.scorer import load_reward
 from rlhf.rewards import missing_eos, shape_rewards
-from rlhf.rollout import Experience, Rollout, gather, judge, minibatches
-from rlhf.self_check import self_check
 
 
 @dataclass(frozen=True)

@@ -34,27 +34,17 @@ from data.pairs import SomeRows, spread_rows
 from data.tokenizer import check_fingerprint, load_tokenizer
 from data.vader import load_rules
 from model.generate import generate, row_uniforms
-from rlhf.actor_critic import LoRA
 from rlhf.calibration import fit_temperature, wilson_interval
-from rlhf.evaluation import pair_calibration
-from rlhf.frozen import FrozenStates
 from rlhf.infra import checkpoint, config, distributed, optim, run
 from rlhf.infra.metrics import Metrics, say
-from rlhf.pretrained import Pretrained, open_base, open_pretrained
-from rlhf.reward_model import (
-    NORMALISATION,
-    Ensemble,
-    Fit,
-    RewardModel,
-    adapted_trunk,
-    average,
-    fit_heads,
-    head_of,
-    refitted,
-    restored,
-    text_features,
-)
-from rlhf.reward_objective import Objective, Texts, reward_loss, side_by_side
+from rlhf.lm.frozen import FrozenStates
+from rlhf.lm.pretrained import Pretrained, open_base, open_pretrained
+from rlhf.lm.trunks import LoRA
+from rlhf.reward.files import NORMALISATION, average, restored
+from rlhf.reward.model import Ensemble, RewardModel, adapted_trunk, text_features
+from rlhf.reward.objective import Objective, Texts, reward_loss, side_by_side
+from rlhf.reward.ridge import Fit, fit_heads, head_of, refitted
+from rlhf.statistics import pair_calibration
 
 
 @dataclass(frozen=True)

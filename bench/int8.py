@@ -26,7 +26,7 @@ from model.generate import generate  # noqa: E402
 from model.gguf import save_gguf  # noqa: E402
 from model.quantize import quantize, stored_tensors  # noqa: E402
 from rlhf.infra import config  # noqa: E402
-from rlhf.pretrained import open_pretrained  # noqa: E402
+from rlhf.lm.pretrained import open_pretrained  # noqa: E402
 
 
 @dataclass(frozen=True)

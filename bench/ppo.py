@@ -32,14 +32,16 @@ import torch  # noqa: E402
 
 from model.generate import generate, row_uniforms  # noqa: E402
 from model.transformer import ModelConfig, Transformer  # noqa: E402
-from rlhf import plan, ppo  # noqa: E402
-from rlhf.actor_critic import LAYOUTS, LoRA  # noqa: E402
 from rlhf.advantages import gae  # noqa: E402
 from rlhf.functional import whiten  # noqa: E402
 from rlhf.infra import config, distributed, optim, run  # noqa: E402
-from rlhf.reward_model import FrozenReward, RewardModel  # noqa: E402
+from rlhf.lm.trunks import LoRA  # noqa: E402
+from rlhf.ppo import plan  # noqa: E402
+from rlhf.ppo import update as ppo  # noqa: E402
+from rlhf.ppo.roles import LAYOUTS  # noqa: E402
+from rlhf.ppo.rollout import Experience, judge, minibatches  # noqa: E402
+from rlhf.reward.model import FrozenReward, RewardModel  # noqa: E402
 from rlhf.rewards import shape_rewards  # noqa: E402
-from rlhf.rollout import Experience, judge, minibatches  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from data.loader import Order, pad  # noqa: E402
 from model.transformer import ModelConfig, Transformer  # noqa: E402
 from rlhf.infra import config, optim, run  # noqa: E402
 from rlhf.losses import preference_loss  # noqa: E402
-from rlhf.reward_model import RewardModel  # noqa: E402
+from rlhf.reward.model import RewardModel  # noqa: E402
 
 SHAPES = {
     "small": ModelConfig(8192, 256, 4, 4, tied=False, context=256),

@@ -24,7 +24,7 @@ from model.generate import generate, row_uniforms  # noqa: E402
 from model.hf import save_hf  # noqa: E402
 from model.transformer import ModelConfig, Transformer  # noqa: E402
 from rlhf.infra import config  # noqa: E402
-from rlhf.pretrained import open_pretrained  # noqa: E402
+from rlhf.lm.pretrained import open_pretrained  # noqa: E402
 
 SHAPES = {
     "small": ModelConfig(vocab_size=2048, width=128, layers=4, heads=4, context=256),

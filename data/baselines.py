@@ -33,7 +33,7 @@ def accuracy(scores: np.ndarray, file: TokenFile | SomeRows) -> dict[str, float]
 
 
 def pair_clusters(file: TokenFile | SomeRows) -> np.ndarray:
-    """What was sampled, by pair, for `rlhf.evaluation.cluster_bootstrap`: both its texts, (pairs, 2); but where no text is in
+    """What was sampled, by pair, for `rlhf.statistics.cluster_bootstrap`: both its texts, (pairs, 2); but where no text is in
     two pairs, as in preferences, the pair itself, (pairs, 1). Two independent counts would make its intervals too wide.
     """
     pairs = np.stack([file.column("pair_chosen"), file.column("pair_rejected")], 1)

@@ -27,10 +27,11 @@ from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
 from data.vader import load_rules
 from evaluation import probes
 from rlhf.calibration import reliability_bins
-from rlhf.evaluation import auc, cluster_bootstrap, pair_calibration, partial_spearman, roc, spearman, win_rate
 from rlhf.infra import checkpoint, config, distributed, run
-from rlhf.pretrained import open_base
-from rlhf.reward_model import FrozenReward, load_reward_model
+from rlhf.lm.pretrained import open_base
+from rlhf.reward.files import load_reward_model
+from rlhf.reward.model import FrozenReward
+from rlhf.statistics import auc, cluster_bootstrap, pair_calibration, partial_spearman, roc, spearman, win_rate
 
 
 @dataclass(frozen=True)

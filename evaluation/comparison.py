@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from evaluation.card import table
-from rlhf.evaluation import (
+from rlhf.statistics import (
     ELO,
     bootstrap_weights,
     bradley_terry,

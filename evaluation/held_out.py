@@ -15,8 +15,9 @@ from model.generate import Generated, generate, row_uniforms
 from model.transformer import Transformer
 from rlhf.infra import checkpoint
 from rlhf.kl import k1, k3
-from rlhf.pretrained import open_base
-from rlhf.reward_model import Score, load_reward
+from rlhf.lm.pretrained import open_base
+from rlhf.reward.model import Score
+from rlhf.reward.scorer import load_reward
 
 
 def held_out_prompts(data: str, split: str, prompt_tokens: int, domain: str | None) -> list[np.ndarray]:

@@ -15,7 +15,7 @@ from data.loader import in_order, pad
 from data.preferences import text_rows
 from evaluation.card import table
 from evaluation.comparison import mean_and_interval, show
-from rlhf.evaluation import win_rate
+from rlhf.statistics import win_rate
 
 
 class MinimalPair(NamedTuple):

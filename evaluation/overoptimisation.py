@@ -23,12 +23,12 @@ from data.loader import PromptLoader, TokenFile
 from data.tokenizer import check_fingerprint, load_tokenizer
 from evaluation.card import can_draw
 from evaluation.held_out import divergence, held_out_prompts, load_judge, sample_groups, score_digest, scores
-from rlhf.actor_critic import logprobs_of
-from rlhf.evaluation import best_of_n, best_of_n_kl
 from rlhf.infra import checkpoint, config, distributed, run
+from rlhf.lm.pretrained import open_base, open_pretrained
 from rlhf.overoptimisation import CURVES, resampled_means
-from rlhf.pretrained import open_base, open_pretrained
-from rlhf.reward_model import load_reward
+from rlhf.ppo.roles import logprobs_of
+from rlhf.reward.scorer import load_reward
+from rlhf.statistics import best_of_n, best_of_n_kl
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from rlhf.evaluation import cluster_bootstrap
+from rlhf.statistics import cluster_bootstrap
 
 Change = Callable[[str, int], str | None]
 Expect = Literal["same", "not up", "down", "up", "any"]

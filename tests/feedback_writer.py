@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from rlhf.feedback import FeedbackStore
+from rlhf.feedback.store import FeedbackStore
 
 
 def main() -> None:

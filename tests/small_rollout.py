@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from model.generate import Generated, generate, row_uniforms
 from model.transformer import Transformer
-from rlhf.actor_critic import ActorCritic, frozen_reference
-from rlhf.reward_model import RewardModel
+from rlhf.ppo.roles import ActorCritic, frozen_reference
+from rlhf.reward.model import RewardModel
 
 PAD, EOS, TEMPERATURE = 12, 1, 0.8
 PROMPT, RESPONSE = 5, 6  # longest, tokens

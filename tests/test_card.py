@@ -15,9 +15,9 @@ from data.baselines import GAPS, pairwise_accuracy
 from data.preferences import Preference, read_preferences
 from data.tokenizer import load_tokenizer
 from evaluation import card
-from rlhf.evaluation import spearman
 from rlhf.infra import checkpoint
-from rlhf.reward_model import RewardModel
+from rlhf.reward.model import RewardModel
+from rlhf.statistics import spearman
 
 # ---- the figures
 

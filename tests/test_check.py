@@ -16,7 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from rlhf.advantages import gae, grpo, rloo
-from rlhf.check import KEYS, OURS, QUANTITIES, Config, check, examine, load_dump, main, table
+from rlhf.check.__main__ import Config, main
+from rlhf.check.conventions import OURS
+from rlhf.check.dump import KEYS, load_dump
+from rlhf.check.recompute import QUANTITIES, check, examine, table
 from rlhf.functional import masked_mean, whiten
 from rlhf.infra.config import run
 from rlhf.kl import k1

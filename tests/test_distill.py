@@ -9,10 +9,10 @@ import torch
 from reference_model import FAMILIES, random_ids, small_model
 from test_export import export, refused, where_the_runs_are  # noqa: F401
 
+from evaluation import receipt
 from model.generate import generate
-from rlhf import receipt
-from rlhf.distill import distill, distillation_loss, drop_layers, layer_distances
-from rlhf.pretrained import open_pretrained
+from rlhf.lm.distill import distill, distillation_loss, drop_layers, layer_distances
+from rlhf.lm.pretrained import open_pretrained
 
 
 def deep(family: str = "llama", layers: int = 4):

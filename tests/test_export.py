@@ -6,10 +6,11 @@ from reference_model import FAMILIES, random_ids
 from test_pretrained import hf_directory, same_logits
 
 from data.tokenizer import load_tokenizer
-from rlhf.actor_critic import LAYOUTS, LoRA
 from rlhf.infra import checkpoint
-from rlhf.pretrained import open_pretrained
-from rlhf.reward_model import load_reward_model
+from rlhf.lm.pretrained import open_pretrained
+from rlhf.lm.trunks import LoRA
+from rlhf.ppo.roles import LAYOUTS
+from rlhf.reward.files import load_reward_model
 
 
 @pytest.fixture(scope="module")

@@ -22,10 +22,11 @@ from tiny import ROOT
 
 from data.loader import pad
 from data.tokenizer import load_tokenizer
-from rlhf.feedback import FeedbackStore, Unknown, page
-from rlhf.preferences import disagreement, majority, preference_rows
-from rlhf.raters import Judgement
-from rlhf.reward_model import load_reward_model
+from rlhf.feedback.__main__ import page
+from rlhf.feedback.preferences import disagreement, majority, preference_rows
+from rlhf.feedback.raters import Judgement
+from rlhf.feedback.store import FeedbackStore, Unknown
+from rlhf.reward.files import load_reward_model
 
 
 def filled(path: Path, pairs: int = 4, raters: int = 1, **options) -> FeedbackStore:
@@ -115,7 +116,7 @@ def test_repetitions_are_swapped_and_measure_consistency(tmp_path):
 
 
 def records(store: FeedbackStore) -> list[dict]:
-    from rlhf.feedback import VOTES
+    from rlhf.feedback.schema import VOTES
 
     return [dict(row) for row in store._read(VOTES)]
 
@@ -444,7 +445,7 @@ def test_keys_need_no_enter_in_a_terminal(tmp_path):
 
 
 def test_a_text_cannot_send_control_sequences(store):
-    from rlhf.feedback import Comparison
+    from rlhf.feedback.store import Comparison
 
     text = page(Comparison(1, "p\x1b]0;title\x07", "a\nb", "\x9b2J\u202e"))
     assert all(c.isprintable() or c == "\n" for c in text)

@@ -16,10 +16,13 @@ from data.baselines import pair_clusters
 from data.pairs import SomeRows, spread_rows
 from data.tokens import TokenFile
 from model.transformer import Transformer
-from rlhf.frozen import FrozenStates
 from rlhf.infra import checkpoint
-from rlhf.pretrained import open_pretrained
-from rlhf.reward_model import FrozenReward, fit_heads, head_of, load_reward, load_reward_model, ridge, text_features
+from rlhf.lm.frozen import FrozenStates
+from rlhf.lm.pretrained import open_pretrained
+from rlhf.reward.files import load_reward_model
+from rlhf.reward.model import FrozenReward, text_features
+from rlhf.reward.ridge import fit_heads, head_of, ridge
+from rlhf.reward.scorer import load_reward
 
 STOPS = (1, 2)
 ROWS, LONGEST = 8, 9

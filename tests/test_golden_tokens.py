@@ -10,7 +10,7 @@ from golden import load
 
 from model.generate import generate
 from model.transformer import ModelConfig, Transformer
-from rlhf.reward_model import last_token
+from rlhf.reward.model import last_token
 
 
 class Scripted(Transformer):

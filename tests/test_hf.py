@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from model.hf import complete_directory, family_of, load_hf, read_config, reward_head, save_hf
 from model.transformer import ModelConfig
 from rlhf.infra import checkpoint
-from rlhf.reward_model import RewardModel
+from rlhf.reward.model import RewardModel
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 LENGTHS = torch.tensor([14, 3, 9])

@@ -16,7 +16,7 @@ from tiny import SMALL, lines
 import iterate
 from data.loader import pad
 from data.tokenizer import load_tokenizer
-from rlhf.feedback import FeedbackStore
+from rlhf.feedback.store import FeedbackStore
 
 OURS = ("init", "data", "out", "reward", "base", "tuned", "response_tokens", "prompt_tokens", "judge")
 

@@ -28,13 +28,13 @@ from torch import Tensor
 
 from model.generate import generate, row_uniforms
 from model.transformer import ModelConfig, Transformer
-from rlhf import ppo
-from rlhf.actor_critic import ActorCritic, frozen_reference
 from rlhf.advantages import ESTIMATORS
 from rlhf.functional import whiten
 from rlhf.infra import distributed, optim
+from rlhf.ppo import update as ppo
+from rlhf.ppo.roles import ActorCritic, frozen_reference
+from rlhf.ppo.rollout import Experience, gather, judge, minibatches
 from rlhf.rewards import missing_eos, shape_rewards
-from rlhf.rollout import Experience, gather, judge, minibatches
 
 VOCAB, EOS, PAD, LONGEST = 5, 4, 0, 3  # padding is an ordinary token too
 BETA, TEMPERATURE, EOS_PENALTY = 0.5, 0.8, 0.3

@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-FORMULAS = {
-    f"rlhf.{name}"
-    for name in ("functional", "kl", "rewards", "advantages", "losses", "calibration", "overoptimisation")
-}
-PACKAGES = ("model", "data", "evaluation", "rlhf", "rlhf.infra", "rlhf.serve")
+FORMULAS = {f"rlhf.{file.stem}" for file in (ROOT / "rlhf").glob("*.py") if file.stem != "__init__"}  # rlhf/ itself
+FOLDERS = ("infra", "lm", "reward", "ppo", "feedback", "check", "serve")
+PACKAGES = ("model", "data", "evaluation", "rlhf", *(f"rlhf.{folder}" for folder in FOLDERS))
 ALWAYS = {"torch", "numpy", "sentencepiece", "tiktoken", "regex", "safetensors", "tqdm", "pytest", "hypothesis"}
 INSIDE_FUNCTIONS = {
     "matplotlib",
@@ -43,26 +41,34 @@ def room(module: str) -> str:
     """The room of the floor plan that a module of ours lives in."""
     if module in FORMULAS:
         return "formula"
-    for prefix in ("rlhf.infra", "rlhf.serve", "model", "data", "evaluation", "tests", "bench", "docs"):
+    if module in ("rlhf.lm.pretrained", "rlhf.reward.files", "rlhf.reward.scorer"):
+        return "open"
+    for prefix in (*(f"rlhf.{folder}" for folder in FOLDERS), "model", "data", "evaluation", "tests", "bench", "docs"):
         if module == prefix or module.startswith(prefix + "."):
             return prefix
-    if module in ("rlhf.check", "rlhf.pretrained"):
-        return module.removeprefix("rlhf.")
-    return "join" if module.startswith("rlhf.") else "rlhf" if module == "rlhf" else "script"
+    return "rlhf" if module == "rlhf" else "script"
 
 
+BELOW = {"model", "formula", "rlhf.infra"}
 MAY_IMPORT = {  # room -> the rooms of ours that it may import
     "model": {"model"},
     "data": {"data"},
     "rlhf": set(),  # the package's own __init__
     "rlhf.infra": {"rlhf.infra"},
     "formula": {"formula"},
-    "check": {"formula", "rlhf.infra"},
-    "join": {"model", "formula", "rlhf.infra", "join"},
-    "pretrained": {"model", "data", "rlhf.infra", "join"},  # where a tokenizer meets a model
-    "rlhf.serve": {"model", "data", "pretrained", "formula", "rlhf.infra", "join", "rlhf.serve"},
-    "evaluation": {"model", "data", "formula", "rlhf.infra", "join", "pretrained", "evaluation"},
-    "script": {"model", "data", "formula", "rlhf.infra", "join", "check", "pretrained", "evaluation", "script"},
+    "rlhf.check": {"formula", "rlhf.infra", "rlhf.check"},
+    "rlhf.feedback": {"formula", "rlhf.infra", "rlhf.feedback"},
+    "rlhf.lm": BELOW | {"rlhf.lm"},
+    "rlhf.reward": BELOW | {"rlhf.lm", "rlhf.reward"},
+    "rlhf.ppo": BELOW | {"rlhf.lm", "rlhf.reward", "rlhf.ppo"},
+    "open": BELOW
+    | {"data", "rlhf.lm", "rlhf.reward", "open"},  # where a tokenizer meets a model, by a spec of the user's
+}
+JOINS = BELOW | {"data", "open", "rlhf.lm", "rlhf.reward", "rlhf.ppo", "rlhf.feedback"}
+MAY_IMPORT |= {
+    "rlhf.serve": JOINS | {"rlhf.serve"},
+    "evaluation": JOINS | {"evaluation"},
+    "script": JOINS | {"rlhf.check", "evaluation", "script"},
 }
 MAY_IMPORT |= dict.fromkeys(("tests", "bench", "docs"), MAY_IMPORT["script"] | {"tests", "rlhf.serve"})
 
@@ -136,16 +142,16 @@ def test_layers(file: Path):
         ("rlhf/infra/optim.py", "from rlhf.losses import ppo_loss"),
         ("rlhf/infra/optim.py", "from .. import losses"),
         ("rlhf/losses.py", "from rlhf.infra import optim"),
-        ("rlhf/losses.py", "from rlhf.rollout import Rollout"),
+        ("rlhf/losses.py", "from rlhf.ppo.rollout import Rollout"),
         ("rlhf/losses.py", "from model.transformer import Transformer"),
         ("rlhf/losses.py", "from tqdm import tqdm"),
-        ("rlhf/rollout.py", "from data.loader import TokenFile"),
-        ("rlhf/rollout.py", "def f():\n    import data.loader"),
-        ("rlhf/rollout.py", "import train_ppo"),
-        ("rlhf/rollout.py", "from rlhf import serve"),
-        ("rlhf/check.py", "from model import transformer"),
+        ("rlhf/ppo/rollout.py", "from data.loader import TokenFile"),
+        ("rlhf/ppo/rollout.py", "def f():\n    import data.loader"),
+        ("rlhf/ppo/rollout.py", "import train_ppo"),
+        ("rlhf/ppo/rollout.py", "from rlhf import serve"),
+        ("rlhf/check/recompute.py", "from model import transformer"),
         ("train_ppo.py", "from rlhf.serve import api"),
-        ("rlhf/rollout.py", "from evaluation import held_out"),
+        ("rlhf/ppo/rollout.py", "from evaluation import held_out"),
         ("evaluation/held_out.py", "import train_ppo"),
         ("train_ppo.py", "import pandas"),
         ("evaluate.py", "import matplotlib.pyplot as plt"),
@@ -168,8 +174,8 @@ def test_a_violation_is_caught(path, source):
     [
         ("model/generate.py", "from model.transformer import KVCache\nimport torch, math"),
         ("rlhf/losses.py", "from rlhf.functional import masked_mean\nfrom . import kl"),
-        ("rlhf/rollout.py", "from model import generate\nfrom rlhf import losses\nfrom rlhf.infra import optim"),
-        ("rlhf/check.py", "from rlhf import losses\nfrom rlhf.infra import config"),
+        ("rlhf/ppo/rollout.py", "from model import generate\nfrom rlhf import losses\nfrom rlhf.infra import optim"),
+        ("rlhf/check/recompute.py", "from rlhf import losses\nfrom rlhf.infra import config"),
         ("serve.py", "from rlhf.serve import api\nfrom data.tokenizer import load_tokenizer"),
         ("evaluate.py", "def plot():\n    import matplotlib.pyplot as plt"),
         ("data/loader.py", "import torch\ntorch.load('x', weights_only=True)"),

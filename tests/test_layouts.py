@@ -20,12 +20,13 @@ from reference_model import random_ids, small_model
 from small_rollout import EOS, PAD, RESPONSE, TEMPERATURE, WIDTH, prompts, reward_model
 
 from model.generate import generate, row_uniforms
-from rlhf import ppo
-from rlhf.actor_critic import CRITICS, LAYOUTS, LoRA, Roles, policy_adapter, tuned_model
 from rlhf.functional import whiten
 from rlhf.infra import checkpoint, distributed, optim
+from rlhf.lm.trunks import LoRA, policy_adapter, tuned_model
+from rlhf.ppo import update as ppo
+from rlhf.ppo.roles import CRITICS, LAYOUTS, Roles
+from rlhf.ppo.rollout import Experience, Rollout, gather, judge, minibatches
 from rlhf.rewards import shape_rewards
-from rlhf.rollout import Experience, Rollout, gather, judge, minibatches
 
 ROWS, LAYERS, TOP = 16, 3, 2
 ALONE, EVERYBODY = distributed.Dist(), torch.arange(ROWS)

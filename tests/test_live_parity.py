@@ -15,7 +15,8 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.check import check, load_dump
+from rlhf.check.dump import load_dump
+from rlhf.check.recompute import check
 from rlhf.functional import logprobs_and_entropy, masked_mean, masked_sum, masked_var, whiten
 from rlhf.losses import dpo_loss, preference_loss
 

@@ -10,7 +10,7 @@ import tiny_server
 import torch
 
 from data.tokenizer import write_hf
-from rlhf.pretrained import open_pretrained
+from rlhf.lm.pretrained import open_pretrained
 
 pytestmark = pytest.mark.slow
 LM_EVAL = os.environ.get("LM_EVAL") or shutil.which("lm_eval")  # the command; it may live in an environment of its own

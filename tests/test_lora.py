@@ -37,7 +37,7 @@ from model.lora import (
 )
 from model.transformer import ModelConfig, Transformer
 from rlhf.infra import checkpoint
-from rlhf.reward_model import RewardModel
+from rlhf.reward.model import RewardModel
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 

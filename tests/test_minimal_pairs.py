@@ -9,7 +9,7 @@ from test_card import written
 from test_chat import tokenizer  # noqa: F401 (a fixture)
 
 from evaluation.minimal_pairs import MinimalPair, known, read_pairs, report
-from rlhf.actor_critic import logprobs_of
+from rlhf.ppo.roles import logprobs_of
 
 MODEL = small_model("smollm2", seed=3)
 sentences = st.lists(st.integers(1, SMALL["vocab_size"] - 1), min_size=2, max_size=6).map(np.array)

@@ -14,10 +14,10 @@ from test_scripts import NOISE, PPO_METRICS
 from tiny import lines
 
 from evaluation import overoptimisation
-from rlhf.evaluation import best_of_n_kl, paired_bootstrap
 from rlhf.infra import checkpoint
+from rlhf.lm.pretrained import open_pretrained
 from rlhf.overoptimisation import CURVES, best_place, has_stalled, resampled_means
-from rlhf.pretrained import open_pretrained
+from rlhf.statistics import best_of_n_kl, paired_bootstrap
 
 RNG = np.random.default_rng
 NUMBERS = st.floats(-3, 3)
@@ -101,7 +101,7 @@ def test_a_curve_that_falls_from_the_start_has_its_peak_there():
 
 
 def test_resampled_means_are_the_bootstrap():
-    """Their quantiles against rlhf.evaluation's loop; equal rows stay equal; a constant has no spread."""
+    """Their quantiles against rlhf.statistics's loop; equal rows stay equal; a constant has no spread."""
     x = RNG(0).normal(0.3, 2.0, size=(2, 300))
     means = resampled_means(np.stack([x[0], x[1], x[0], np.full(300, 0.25)]), 4000)
     assert means.shape == (4000, 4)

@@ -11,7 +11,7 @@ from torch import Tensor
 from model import packed
 from model.packed import common_beginnings, last_states, text_states
 from rlhf.losses import preference_loss
-from rlhf.reward_model import POOLING, RewardModel, last_token
+from rlhf.reward.model import POOLING, RewardModel, last_token
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
 VOCABULARY = small_model("llama").config.vocab_size

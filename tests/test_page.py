@@ -12,8 +12,9 @@ import torch
 from tiny import ROOT
 
 from data.tokenizer import load_tokenizer
-from rlhf.feedback import VOTES, FeedbackStore
-from rlhf.reward_model import load_reward_model
+from rlhf.feedback.schema import VOTES
+from rlhf.feedback.store import FeedbackStore
+from rlhf.reward.files import load_reward_model
 
 PAGE = ROOT / "rlhf" / "serve" / "page.html"
 HOSTILE = "<script>document.title = 'owned'</script><img src=x onerror=alert(1)> & <b>bold</b>"

@@ -8,10 +8,11 @@ from reference_model import FAMILIES, SMALL, random_ids
 
 from model.hf import save_hf
 from model.transformer import KVCache, ModelConfig, Transformer
-from rlhf.actor_critic import CRITICS, LAYOUTS, LoRA
 from rlhf.infra import checkpoint
-from rlhf.plan import PARTS, Sizes, plan
-from rlhf.pretrained import config_of
+from rlhf.lm.pretrained import config_of
+from rlhf.lm.trunks import LoRA
+from rlhf.ppo.plan import PARTS, Sizes, plan
+from rlhf.ppo.roles import CRITICS, LAYOUTS
 
 LORA = LoRA(rank=3)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)

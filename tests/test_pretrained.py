@@ -11,7 +11,7 @@ from data.tokenizer import tokenizer_from_parts, write_hf
 from model.gguf import save_gguf
 from model.hf import save_hf
 from rlhf.infra import checkpoint
-from rlhf.pretrained import digest_of, open_pretrained
+from rlhf.lm.pretrained import digest_of, open_pretrained
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.raters import (
+from rlhf.feedback.raters import (
     VERDICTS,
     Judgement,
     cohen_kappa,

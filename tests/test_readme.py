@@ -120,7 +120,7 @@ def parse(command: Command):
 
 def options_of_module(name: str) -> set[str]:
     """What `python -m name` takes: the fields of its Config, or what it tells argparse."""
-    module = importlib.import_module(name)
+    module = importlib.import_module(f"{name}.__main__" if (ROOT / name.replace(".", "/")).is_dir() else name)
     if hasattr(module, "Config"):
         return {f"--{field.name}" for field in dataclasses.fields(module.Config)} | {"--help"}
     return set(re.findall(r'"(--\w+)"', inspect.getsource(module))) | {"--help"}

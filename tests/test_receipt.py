@@ -11,10 +11,10 @@ from reference_model import random_ids, slow_logits, small_model
 from test_export import export, refused, where_the_runs_are  # noqa: F401
 
 from data.tokenizer import load_tokenizer
+from evaluation import receipt
 from model.quantize import Int8Linear
-from rlhf import receipt
 from rlhf.infra import checkpoint
-from rlhf.pretrained import digest_of, open_pretrained
+from rlhf.lm.pretrained import digest_of, open_pretrained
 
 
 def masks(lengths, T):

@@ -11,7 +11,9 @@ from reference_model import random_ids, small_model
 from small_rollout import reward_model
 
 from rlhf.infra import checkpoint
-from rlhf.reward_model import POOLINGS, RewardModel, last_token, load_reward, load_reward_model, mean_token
+from rlhf.reward.files import load_reward_model
+from rlhf.reward.model import POOLINGS, RewardModel, last_token, mean_token
+from rlhf.reward.scorer import load_reward
 
 ROWS, LONGEST = 8, 9
 LENGTHS = torch.tensor([1, 9, 4, 2, 7, 3, 9, 5])

@@ -18,25 +18,16 @@ from data.loader import PairLoader
 from data.pairs import thurstone
 from data.tokens import TokenFile
 from model.lora import merge
-from rlhf.actor_critic import LoRA
-from rlhf.frozen import FrozenStates
 from rlhf.infra import checkpoint
 from rlhf.infra.optim import make_optimizer
-from rlhf.pretrained import open_pretrained
-from rlhf.reward_model import (
-    POOLINGS,
-    Ensemble,
-    FrozenReward,
-    RewardModel,
-    adapted_trunk,
-    average,
-    fit_heads,
-    load_reward,
-    load_reward_model,
-    refitted,
-    restored,
-)
-from rlhf.reward_objective import Objective, Texts, reward_loss, side_by_side
+from rlhf.lm.frozen import FrozenStates
+from rlhf.lm.pretrained import open_pretrained
+from rlhf.lm.trunks import LoRA
+from rlhf.reward.files import average, load_reward_model, restored
+from rlhf.reward.model import POOLINGS, Ensemble, FrozenReward, RewardModel, adapted_trunk
+from rlhf.reward.objective import Objective, Texts, reward_loss, side_by_side
+from rlhf.reward.ridge import fit_heads, refitted
+from rlhf.reward.scorer import load_reward
 
 BASE = Base(small_model("llama", torch.float32))
 LORA = {"lora_rank": 3, "lora_alpha": 6.0, "lora_targets": None}

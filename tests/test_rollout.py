@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from small_rollout import EOS, PAD, RESPONSE, TEMPERATURE, WIDTH, act, actor_critic, moved, reference, reward_model
 
 from model.generate import Generated
-from rlhf import ppo
 from rlhf.infra import distributed, optim
-from rlhf.rollout import Experience, Rollout, concatenate, gather, judge, minibatches
+from rlhf.ppo import update as ppo
+from rlhf.ppo.rollout import Experience, Rollout, concatenate, gather, judge, minibatches
 
 ROWS = 16
 

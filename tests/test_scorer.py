@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
-from rlhf.actor_critic import LAYOUTS, ActorCritic, LoRA
 from rlhf.infra import checkpoint
-from rlhf.language_model import new_transformer
-from rlhf.pretrained import open_pretrained
+from rlhf.lm.checkpoints import new_transformer
+from rlhf.lm.pretrained import open_pretrained
+from rlhf.lm.trunks import LoRA
+from rlhf.ppo.roles import LAYOUTS, ActorCritic
 from rlhf.serve.scorer import Scorer, load_values
 
 pytestmark = pytest.mark.slow

@@ -8,10 +8,10 @@ from reference_model import small_model
 from small_rollout import EOS, TEMPERATURE, WIDTH, act, actor_critic, moved, reward_model
 
 from model.transformer import Transformer
-from rlhf.actor_critic import ActorCritic, frozen_reference
 from rlhf.infra import distributed
-from rlhf.rollout import judge
-from rlhf.self_check import Check, self_check
+from rlhf.ppo.roles import ActorCritic, frozen_reference
+from rlhf.ppo.rollout import judge
+from rlhf.ppo.self_check import Check, self_check
 
 ROWS = 8
 NAMES = {  # short name -> how the line of the report begins

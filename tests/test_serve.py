@@ -21,8 +21,8 @@ from tiny_server import ROOT, serving
 import serve
 from data.tokenizer import load_tokenizer
 from model.generate import generate, row_uniforms
-from rlhf.feedback import FeedbackStore
-from rlhf.pretrained import open_pretrained
+from rlhf.feedback.store import FeedbackStore
+from rlhf.lm.pretrained import open_pretrained
 from rlhf.serve.api import Bounded, Service, policy
 from rlhf.serve.protocol import ApiError, Limits, Writer, parse_completion, token_texts
 from rlhf.serve.scheduler import Token

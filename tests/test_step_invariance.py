@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from small_rollout import EOS, PAD, TEMPERATURE, WIDTH, act, actor_critic, base_model, moved, reward_model
 from torch import Tensor
 
-from rlhf import ppo
-from rlhf.actor_critic import ActorCritic, frozen_reference
 from rlhf.advantages import ESTIMATORS
 from rlhf.functional import whiten
 from rlhf.infra import checkpoint, distributed, optim
+from rlhf.ppo import update as ppo
+from rlhf.ppo.roles import ActorCritic, frozen_reference
+from rlhf.ppo.rollout import Experience, Rollout, gather, judge, minibatches
 from rlhf.rewards import missing_eos, shape_rewards
-from rlhf.rollout import Experience, Rollout, gather, judge, minibatches
 
 ROWS, SAMPLES, MICRO_BATCHES = 16, 4, (1, 2, 4, 8)
 CRITIC = {"gae": "shared", "rloo": "none", "grpo": "none", "dr_grpo": "none", "reinforce++": "none"}

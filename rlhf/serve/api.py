@@ -255,7 +255,7 @@ class Service:
     @staticmethod
     async def ask(method, *args):
         """A call of the feedback store, which waits for the disk, in a thread."""
-        from rlhf.feedback import Unavailable, Unknown
+        from rlhf.feedback.store import Unavailable, Unknown
 
         try:
             return await asyncio.to_thread(method, *args)

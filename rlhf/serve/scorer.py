@@ -8,8 +8,8 @@ from torch import Tensor
 from model.transformer import Transformer
 from rlhf.infra import checkpoint
 from rlhf.kl import full_kl
-from rlhf.pretrained import critic_trunk
-from rlhf.reward_model import Score
+from rlhf.lm.pretrained import critic_trunk
+from rlhf.reward.model import Score
 
 PART = 256  # positions unembedded at once
 

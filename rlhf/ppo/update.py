@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf.actor_critic import PolicyOutput
 from rlhf.functional import explained_variance, masked_mean, masked_sum, masked_var
 from rlhf.losses import approx_kl, clip_fraction, policy_loss, value_clip_fraction, value_loss
-from rlhf.rollout import Experience, Rollout
+from rlhf.ppo.roles import PolicyOutput
+from rlhf.ppo.rollout import Experience, Rollout
 
 
 @dataclass(frozen=True)

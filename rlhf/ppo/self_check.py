@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from model.generate import warp_logits
-from rlhf.actor_critic import ActorCritic
-from rlhf.reward_model import Score
-from rlhf.rollout import Rollout
+from rlhf.ppo.roles import ActorCritic
+from rlhf.ppo.rollout import Rollout
+from rlhf.reward.model import Score
 
 LEAST_EOS = 1e-6  # a policy whose best chance to end is below this will never be seen to end
 

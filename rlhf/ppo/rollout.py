@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.generate import Generated
-from rlhf.actor_critic import ActorCritic, Reference, no_features
-from rlhf.reward_model import Score
+from rlhf.ppo.roles import ActorCritic, Reference, no_features
+from rlhf.reward.model import Score
 
 
 @dataclass(frozen=True)

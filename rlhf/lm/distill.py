@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from model.transformer import Transformer
 from rlhf.infra import optim
-from rlhf.language_model import predictions
+from rlhf.lm.language_model import predictions
 
 
 @torch.no_grad()

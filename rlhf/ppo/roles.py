@@ -11,19 +11,18 @@ The model that came in is never written to: its files may be mapped into memory,
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from model.lora import activate, add_lora, load_adapter, merge
 from model.transformer import Transformer
-from rlhf.frozen import FrozenStates
-from rlhf.language_model import to_columns, token_logprobs
+from rlhf.lm.frozen import FrozenStates
+from rlhf.lm.language_model import to_columns, token_logprobs
+from rlhf.lm.trunks import LoRA, adapted, branched, shared_copy
 
 Reference = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-PREFIX = "model."  # of the language model's tensors in the checkpoint of a policy
 
 
 @dataclass(frozen=True)
@@ -127,41 +126,6 @@ class Roles:
         return self.policy.model
 
 
-@dataclass(frozen=True)
-class LoRA:
-    """Size and place of the adapters."""
-
-    rank: int = 16
-    alpha: float = 32.0
-    targets: tuple[str, ...] | None = None  # last names of linear layers; None: all in the blocks
-    seed: int = 0  # of the start
-
-
-def shared_copy(base: Transformer, own: Iterable[nn.Parameter] = ()) -> Transformer:
-    """A model with modules of its own and the base's frozen parameters, but for trainable copies of those in `own`."""
-    base.requires_grad_(False)
-    own = {id(x) for x in own}
-    model = copy.deepcopy(base, {id(x): x for x in base.parameters() if id(x) not in own})
-    for mine, theirs in zip(model.parameters(), base.parameters()):
-        mine.requires_grad_(mine is not theirs)
-    return model
-
-
-def adapted(base: Transformer, name: str, lora: LoRA) -> Transformer:
-    """The base with a new adapter of this name, active."""
-    generator = torch.Generator().manual_seed(lora.seed)
-    model = add_lora(shared_copy(base), lora.rank, lora.alpha, lora.targets, name, generator)
-    activate(model, name)
-    return model
-
-
-def branched(base: Transformer, layers: int) -> Transformer:
-    """The base with copies of its top `layers` and of the final norm; the rest is the base's, frozen."""
-    if not 0 < layers <= base.config.layers:
-        raise ValueError(f"branch_layers {layers} is not between 1 and the model's {base.config.layers} layers")
-    return shared_copy(base, [*base.layers[-layers:].parameters(), *base.norm.parameters()])
-
-
 def models(base: Transformer, critic: str, temperature: float, lora: LoRA, branch_layers: int) -> Roles:
     """full and shared, which differ in the critic alone: the policy is a copy, the base itself is the reference."""
     policy = ActorCritic(shared_copy(base, base.parameters()), critic, temperature)
@@ -203,38 +167,3 @@ STORED = {
 
 
 # A tuned model from its base and a checkpoint
-
-
-def tuned_model(base: Transformer, config: dict, tensors: dict[str, Tensor]) -> Transformer:
-    """The language model of a policy checkpoint of the layouts that store what was trained alone; the base stays as it is.
-
-    `config` and `tensors` are the checkpoint's. Adapters come merged, layers of a branch in their places; what is not
-    trained shares the base's memory. ValueError where the tensors do not fit the base.
-    """
-    kind, layout = config.get("kind"), config.get("layout")
-    if kind != "policy" or layout not in ("adapters", "branch"):
-        raise ValueError(f"a {kind} checkpoint of layout {layout} holds no part of a tuned model")
-    tensors = {name.removeprefix(PREFIX): x for name, x in tensors.items() if name.startswith(PREFIX)}
-    if layout == "adapters":
-        model = load_adapter(
-            shared_copy(base), policy_adapter(tensors), config["lora_alpha"] / config["lora_rank"], "policy"
-        )
-        return merge(model, "policy")
-    model = branched(base, config["branch_layers"])
-    trained = {name: x for name, x in model.named_parameters() if x.requires_grad}
-    wrong = [name for name, x in trained.items() if name not in tensors or tensors[name].shape != x.shape]
-    if wrong or len(tensors) != len(trained):
-        raise ValueError(
-            f"the checkpoint's branch does not fit its base: {wrong or sorted(tensors.keys() - trained.keys())}"
-        )
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(tensors[name])
-    return model.requires_grad_(False)
-
-
-def policy_adapter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The policy's adapter in a checkpoint of layout adapters, named as `load_adapter` and `adapter_state` do."""
-    suffix = ".policy"
-    names = {name: name.removeprefix(PREFIX).removesuffix(suffix) for name in tensors if name.endswith(suffix)}
-    return {short: tensors[name] for name, short in names.items() if ".lora_" in short}

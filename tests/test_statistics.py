@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.evaluation import (
+from rlhf.ppo.update import distinct_n
+from rlhf.statistics import (
     auc,
     best_of_n,
     best_of_n_kl,
@@ -31,7 +32,6 @@ from rlhf.evaluation import (
     spearman,
     win_rate,
 )
-from rlhf.ppo import distinct_n
 
 RNG = np.random.default_rng
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhf.raters import Judgement
+from rlhf.feedback.raters import Judgement
 
 KEYS = (("prompt", "chosen", "rejected"), ("prompt", "responses"))  # of the rows that can be imported
 

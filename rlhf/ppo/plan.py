@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from model.transformer import ModelConfig, Transformer
-from rlhf.actor_critic import CRITICS, LAYOUTS, LoRA
 from rlhf.infra import checkpoint
-from rlhf.language_model import stored_config
+from rlhf.lm.checkpoints import stored_config
+from rlhf.lm.trunks import LoRA
+from rlhf.ppo.roles import CRITICS, LAYOUTS
 
 FLOAT = 4  # bytes
 PARTS = ("baseline", "weights", "gradients", "optimiser", "cache", "activations", "logits")

@@ -1,13 +1,8 @@
-"""What people think of two answers: a store of comparisons and votes in one SQLite file, and a terminal to give them.
+"""What people think of two answers: a store of comparisons and votes in one SQLite file.
 
 Append-only: triggers refuse UPDATE and DELETE, an undo is a row that supersedes a vote. Every call is one transaction that
 is on disk before it returns (WAL, synchronous=FULL), so an acknowledged vote survives kill -9, and any number of processes
 may use the file. Which answer stands on the left is drawn here, from the store's seed, and never by who asks.
-
-python -m rlhf.feedback --store=out/feedback.sqlite --action=import --file=pairs.jsonl --raters=2
-python -m rlhf.feedback --store=out/feedback.sqlite --rater=ana
-python -m rlhf.feedback --store=out/feedback.sqlite --action=statistics
-python -m rlhf.feedback --store=out/feedback.sqlite --action=export --file=preferences.jsonl
 
     store = FeedbackStore("out/feedback.sqlite")
     prompt = store.add_prompt("A good film is")
@@ -22,97 +17,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
-import shutil
 import sqlite3
-import sys
-import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from rlhf.infra import config
-from rlhf.preferences import FORMS, ORDERS, answer_text, as_text, is_conversation, read_rows
-from rlhf.raters import Judgement, describe, rate
+from rlhf.feedback.preferences import FORMS, ORDERS, answer_text, as_text, is_conversation, read_rows
+from rlhf.feedback.raters import Judgement, describe
+from rlhf.feedback.schema import CHOICES, FORMAT, KINDS, LAST, RATINGS, SCHEMA, VOTES
 
-FORMAT = 1  # PRAGMA user_version
-CHOICES = ("left", "right", "tie", "both_bad", "skip")
-KINDS = ("human", "model", "rule", "import")
 OPEN_SECONDS = 600  # so long a pair that lies before one rater is not given to another
 REPEAT_DISTANCE = 5  # votes between a pair and its swapped repetition, at least
-
-SCHEMA = """
-CREATE TABLE setting(name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID;
-CREATE TABLE model(
-  id INTEGER PRIMARY KEY, name TEXT NOT NULL, checkpoint TEXT NOT NULL, sha256 TEXT NOT NULL, created REAL NOT NULL,
-  UNIQUE(name, checkpoint, sha256));
-CREATE TABLE prompt(  -- content: a JSON string (plain text) or a list of {"role", "content"}
-  id INTEGER PRIMARY KEY, content TEXT UNIQUE NOT NULL CHECK(json_valid(content)), source TEXT, created REAL NOT NULL);
-CREATE TABLE completion(
-  id INTEGER PRIMARY KEY, prompt_id INTEGER NOT NULL REFERENCES prompt(id),
-  model_id INTEGER NOT NULL REFERENCES model(id), text TEXT NOT NULL,
-  sampling TEXT CHECK(sampling IS NULL OR json_valid(sampling)), created REAL NOT NULL,
-  UNIQUE(prompt_id, model_id, text));
-CREATE TABLE rater(
-  id INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, kind TEXT NOT NULL CHECK(kind IN ('human', 'model', 'rule', 'import')),
-  created REAL NOT NULL);
-CREATE TABLE pair(  -- two completions of one prompt, to be judged by so many raters; high priority first
-  id INTEGER PRIMARY KEY, a_id INTEGER NOT NULL REFERENCES completion(id),
-  b_id INTEGER NOT NULL REFERENCES completion(id), raters INTEGER NOT NULL CHECK(raters > 0), priority REAL NOT NULL,
-  created REAL NOT NULL, UNIQUE(a_id, b_id), CHECK(a_id < b_id));
-CREATE INDEX pair_order ON pair(priority DESC, id);
-CREATE TABLE comparison(  -- a pair as it was put before one rater; repeat_of: the same pair, swapped, to the same rater
-  id INTEGER PRIMARY KEY, pair_id INTEGER NOT NULL REFERENCES pair(id), rater_id INTEGER NOT NULL REFERENCES rater(id),
-  left_id INTEGER NOT NULL REFERENCES completion(id), right_id INTEGER NOT NULL REFERENCES completion(id),
-  repeat_of INTEGER UNIQUE REFERENCES comparison(id), created REAL NOT NULL, CHECK(left_id <> right_id));
-CREATE UNIQUE INDEX comparison_first ON comparison(pair_id, rater_id) WHERE repeat_of IS NULL;
-CREATE INDEX comparison_rater ON comparison(rater_id, id);
-CREATE INDEX comparison_pair ON comparison(pair_id, rater_id);
-CREATE TABLE vote(  -- a chain per comparison: the first has supersedes NULL, each later row supersedes the one before it
-  id INTEGER PRIMARY KEY, comparison_id INTEGER NOT NULL REFERENCES comparison(id),
-  choice TEXT NOT NULL CHECK(choice IN ('left', 'right', 'tie', 'both_bad', 'skip', 'undone')),
-  strength INTEGER CHECK(strength BETWEEN 1 AND 3), seconds REAL CHECK(seconds >= 0), nonce TEXT UNIQUE,
-  supersedes INTEGER UNIQUE REFERENCES vote(id), created REAL NOT NULL,
-  CHECK(strength IS NULL OR choice IN ('left', 'right')), CHECK(choice = 'undone' OR nonce IS NOT NULL));
-CREATE UNIQUE INDEX vote_first ON vote(comparison_id) WHERE supersedes IS NULL;
-CREATE INDEX vote_comparison ON vote(comparison_id, id);
-CREATE TABLE rating(
-  id INTEGER PRIMARY KEY, completion_id INTEGER NOT NULL REFERENCES completion(id),
-  rater_id INTEGER NOT NULL REFERENCES rater(id), score REAL NOT NULL, low REAL NOT NULL, high REAL NOT NULL,
-  nonce TEXT UNIQUE NOT NULL, created REAL NOT NULL, CHECK(low < high AND score BETWEEN low AND high));
-CREATE VIEW standing AS  -- the votes that count: not superseded, not undone
-  SELECT v.id, v.comparison_id, c.pair_id, c.rater_id, c.left_id, c.right_id, c.repeat_of, v.choice, v.strength,
-         v.seconds, v.created
-  FROM vote v JOIN comparison c ON c.id = v.comparison_id
-  WHERE v.choice <> 'undone' AND NOT EXISTS (SELECT 1 FROM vote w WHERE w.supersedes = v.id);
-"""
-TABLES = ("setting", "model", "prompt", "completion", "rater", "pair", "comparison", "vote", "rating")
-SCHEMA += "".join(
-    f"CREATE TRIGGER {table}_no_{verb} BEFORE {verb} ON {table} "
-    f"BEGIN SELECT RAISE(ABORT, 'the store is append-only: no {verb} of {table}'); END;\n"
-    for table in TABLES
-    for verb in ("UPDATE", "DELETE")
-)
-# of comparison c, the newest row of its chain: "undone" is also where there is none yet
-LAST = "coalesce((SELECT v.choice FROM vote v WHERE v.comparison_id = c.id ORDER BY v.id DESC LIMIT 1), 'undone')"
-VOTES = """
-SELECT s.id AS vote, s.pair_id AS pair, p.content AS prompt, l.text AS left, r.text AS right, ml.name AS left_model,
-       mr.name AS right_model, t.name AS rater, t.kind, s.choice, s.strength, s.seconds, s.repeat_of IS NOT NULL AS repeat,
-       s.left_id = q.a_id AS a_left, s.created
-FROM standing s JOIN pair q ON q.id = s.pair_id JOIN rater t ON t.id = s.rater_id
-JOIN completion l ON l.id = s.left_id JOIN completion r ON r.id = s.right_id
-JOIN model ml ON ml.id = l.model_id JOIN model mr ON mr.id = r.model_id JOIN prompt p ON p.id = l.prompt_id ORDER BY s.id
-"""
-RATINGS = """
-SELECT p.content AS prompt, c.text AS response, g.score, g.low, g.high, t.name AS rater, t.kind, m.name AS model
-FROM rating g JOIN completion c ON c.id = g.completion_id JOIN prompt p ON p.id = c.prompt_id
-JOIN rater t ON t.id = g.rater_id JOIN model m ON m.id = c.model_id ORDER BY g.id
-"""
 
 
 class Unknown(ValueError):
@@ -319,7 +239,7 @@ class FeedbackStore:
     # what came out
 
     def judgements(self) -> list[Judgement]:
-        """All votes that count, in the form that `rlhf.raters` reads."""
+        """All votes that count, in the form that `rlhf.feedback.raters` reads."""
         rows = self._read(
             "SELECT s.pair_id, r.name, s.left_id = p.a_id, s.choice, s.seconds, s.repeat_of IS NOT NULL FROM standing s "
             "JOIN rater r ON r.id = s.rater_id JOIN pair p ON p.id = s.pair_id ORDER BY s.id"
@@ -327,7 +247,7 @@ class FeedbackStore:
         return [Judgement(pair, rater, bool(a_left), *more, bool(again)) for pair, rater, a_left, *more, again in rows]
 
     def statistics(self) -> dict:
-        """`rlhf.raters.describe` of the votes, and how far the queue is: no model names, raters may read it."""
+        """`rlhf.feedback.raters.describe` of the votes, and how far the queue is: no model names, raters may read it."""
         pairs, prompts = self._read("SELECT (SELECT count(*) FROM pair), (SELECT count(*) FROM prompt)")[0]
         return describe(self.judgements()) | {"queued_pairs": pairs, "prompts": prompts}
 
@@ -583,160 +503,3 @@ def _statements(sql: str) -> Iterator[str]:
         if sqlite3.complete_statement(statement):
             yield statement
             statement = ""
-
-
-# the terminal
-
-
-@dataclass(frozen=True)
-class Config:
-    store: str  # SQLite file; import makes it
-    action: Literal["vote", "import", "export", "statistics"] = "vote"  # what to do with it
-    rater: str = ""  # who votes; with import, whose votes chosen and rejected are
-    file: str = ""  # JSON lines to read or to write
-    # import
-    raters: int = 1  # people who judge each new pair
-    order: Literal["given", "random", "active"] = "given"  # which pairs first; active: where reward models disagree
-    seed: int | None = None  # of a new store: sides and repetitions; with order=random, of the order too
-    repeats: float | None = None  # of a new store: share of comparisons that show an earlier pair again, swapped
-    # export
-    form: Literal["preference", "votes", "ratings"] = "preference"  # preference: TRL's prompt, chosen, rejected
-
-    def __post_init__(self):
-        config.at_least(self, raters=1, seed=0)
-        if self.action == "vote" and not self.rater:
-            raise ValueError("--rater=NAME is required: whose votes are these?")
-        if self.action in ("import", "export") and not self.file:
-            raise ValueError(f"--file=PATH is required to {self.action}: JSON lines")
-        if self.action != "import" and not Path(self.store).is_file():
-            raise ValueError(f"there is no store {self.store}; make it with --action=import")
-
-
-NEEDS = dict.fromkeys(("raters", "order", "seed", "repeats"), ("action", "import"))
-NEEDS |= {
-    "rater": ("action", ("vote", "import")),
-    "file": ("action", ("import", "export")),
-    "form": ("action", "export"),
-}
-KEYS = {"a": "left", "b": "right", "t": "tie", "x": "both_bad", "s": "skip"}
-HELP = "a, b: better (A, B: much better)   t: tie   x: both bad   s: skip   u: undo   q: quit"
-
-
-def main() -> None:
-    cfg = config.parse(Config, needs=NEEDS)
-    store = FeedbackStore(cfg.store, cfg.seed, cfg.repeats)
-    try:
-        ACTIONS[cfg.action](cfg, store)
-    finally:
-        store.close()
-
-
-def ask(cfg: Config, store: FeedbackStore) -> None:
-    """Show pair after pair and store what is typed; every vote is on disk before the next pair is shown."""
-    votes, started = 0, time.perf_counter()
-    with keyboard() as read_key:
-        while True:
-            shown = store.next_comparison(cfg.rater)
-            print(page(shown) if shown else "nothing is left to compare   u: undo   q: quit", flush=True)
-            before = time.perf_counter()
-            allowed = ("u", "q", "", *((*KEYS, "A", "B") if shown else ()))
-            while (key := read_key()) not in allowed:
-                print(HELP, flush=True)
-            if key in ("q", ""):
-                break
-            if key == "u":
-                if last := store.last_vote(cfg.rater):
-                    store.undo(last.id, cfg.rater)
-                    votes -= 1
-                print(f"undone: {last.choice}" if last else "there is nothing to undo", flush=True)
-                continue
-            choice, strength = KEYS[key.lower()], 3 if key in "AB" else None
-            store.vote(shown.id, cfg.rater, choice, strength, time.perf_counter() - before, secrets.token_hex(16))
-            votes += 1
-            print(choice.replace("_", " "), flush=True)
-    print(f"{votes} votes in {time.perf_counter() - started:.0f} s -> {cfg.store}")
-
-
-def page(shown: Comparison) -> str:
-    """A comparison for a terminal; what is no printable character is spelled, so no text can send control sequences."""
-    width = min(100, shutil.get_terminal_size((80, 24)).columns)
-    parts = ["=" * width]
-    for head, text in (("", shown.prompt), ("A", shown.left), ("B", shown.right)):
-        lines = [wrapped for line in text.split("\n") for wrapped in textwrap.wrap(spelled(line), width - 4) or [""]]
-        parts += [f"--- {head} ".ljust(width, "-")] if head else []
-        parts += ["    " * bool(head) + line for line in lines]
-    return "\n".join([*parts, HELP])
-
-
-def spelled(text: str) -> str:
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-
-
-@contextmanager
-def keyboard() -> Iterator[Callable[[], str]]:
-    """A function that waits for a key, without Enter where the input is a terminal; "" at the end of the input."""
-    if not sys.stdin.isatty():
-
-        def next_character() -> str:
-            while (key := sys.stdin.read(1)).isspace():
-                pass
-            return key
-
-        yield next_character
-        return
-    import termios
-    import tty
-
-    terminal = sys.stdin.fileno()
-    before = termios.tcgetattr(terminal)
-
-    def next_key() -> str:
-        key = os.read(terminal, 32).decode(errors="replace")
-        return {"\x1b[D": "a", "\x1b[C": "b", "\x04": ""}.get(key, key[:1])  # the arrows point at the sides
-
-    try:
-        tty.setcbreak(terminal)
-        yield next_key
-    finally:
-        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
-
-
-def read_file(cfg: Config, store: FeedbackStore) -> None:
-    print(
-        json.dumps(store.import_jsonl(cfg.file, cfg.rater or "import", cfg.raters, cfg.order, cfg.seed or 0)),
-        f"-> {cfg.store}",
-    )
-
-
-def write_file(cfg: Config, store: FeedbackStore) -> None:
-    print(json.dumps(store.export_jsonl(cfg.file, cfg.form)), f"-> {cfg.file}")
-
-
-def print_statistics(cfg: Config, store: FeedbackStore) -> None:
-    statistics = store.statistics()
-    print(f"{'rater':<20}{'votes':>7}{'left':>7}{'  95% interval':<16}{'same again':>11}{'of':>5}{'seconds':>9}")
-    for name, row in [*statistics["by_rater"].items(), ("all", statistics)]:
-        left, again = row["left"], row["self_consistency"]
-        interval = f"  [{left['low']:.2f}, {left['high']:.2f}]" if left["n"] else "  -"
-        cells = [f"{row['votes']:>7}", cell(left["share"], 7), f"{interval:<16}", cell(again["share"], 11)]
-        print(f"{name:<20}" + "".join(cells) + f"{again['n']:>5}" + cell(row["median_seconds"], 9))
-    two = statistics["pairs_with_two_raters"]
-    print(f"\n{two} of {statistics['queued_pairs']} pairs have two raters or more; agreement", end=" ")
-    print(cell(statistics["agreement"]), f"(Fleiss' kappa {cell(statistics['fleiss_kappa'])})")
-    for row in statistics["cohen_kappa"]:
-        print(f"Cohen's kappa of {' and '.join(row['raters'])}: {cell(row['kappa'])} on {row['pairs']} pairs")
-    for row in store.wins():
-        won = rate(row["wins"], row["of"])
-        share = f"{won['share']:.2f} [{won['low']:.2f}, {won['high']:.2f}]"
-        print(f"{spelled(row['model'])} against {spelled(row['against'])}: {share} of {row['of']} votes for a side")
-
-
-def cell(x: float | None, width: int = 0) -> str:
-    return ("-" if x is None else f"{x:.2f}").rjust(width)
-
-
-ACTIONS = {"vote": ask, "import": read_file, "export": write_file, "statistics": print_statistics}
-
-
-if __name__ == "__main__":
-    config.run(main)

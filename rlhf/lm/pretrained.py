@@ -16,9 +16,9 @@ from model.gguf import gguf_config, load_gguf, read_gguf, tokenizer_parts
 from model.hf import find_tensors, load_hf, read_config
 from model.quantize import load_quantized
 from model.transformer import ModelConfig, Transformer
-from rlhf.actor_critic import PREFIX, tuned_model
 from rlhf.infra import checkpoint
-from rlhf.language_model import language_model_of, new_transformer, stored_config
+from rlhf.lm.checkpoints import language_model_of, new_transformer, stored_config
+from rlhf.lm.trunks import PREFIX, tuned_model
 
 LAYOUTS_ON_A_BASE = ("adapters", "branch")  # their checkpoints hold what was trained, and name the model it belongs to
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from model.generate import generate, row_uniforms
 from model.quantize import decoding_path
 from model.transformer import Transformer
-from rlhf.evaluation import paired_bootstrap
-from rlhf.language_model import predictions
+from rlhf.lm.language_model import predictions
+from rlhf.statistics import paired_bootstrap
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""Holds the numbers of other frameworks against ours and names the convention behind each difference."""

@@ -1,0 +1,1 @@
+"""Votes of people: the store, its exchange formats, raters' agreement, and the terminal."""

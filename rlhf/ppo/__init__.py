@@ -1,0 +1,1 @@
+"""PPO: the roles and their layouts, rollouts, the update, the memory plan, the self-check."""

@@ -1,0 +1,128 @@
+"""Reward models on disk: opened, checked against their base, averaged."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf.infra import checkpoint
+from rlhf.lm.checkpoints import new_transformer
+from rlhf.lm.frozen import FrozenStates
+from rlhf.lm.trunks import LoRA
+from rlhf.reward.model import COMBINE, POOLING, POOLINGS, Ensemble, FrozenReward, RewardModel, adapted_trunk
+
+OLDER = {"member_gain": torch.ones(1), "member_bias": torch.zeros(1), "temperature": torch.ones(())}  # knew one head
+
+
+def load_reward_model(
+    path: str, fingerprint: str, device: torch.device | str = "cpu", base=None, frozen=None, open_base=None
+) -> RewardModel | FrozenReward:
+    """The reward model saved at `path`; raises ValueError if it reads other tokens than `fingerprint`.
+
+    The last three are for what was trained on a frozen trunk, see `load_reward`.
+    """
+    saved = checkpoint.load(checkpoint.resolve(path))
+    check_kind(saved, path)
+    if saved.config["tokenizer"] != fingerprint:
+        raise ValueError(
+            f"{path} was trained with tokenizer {saved.config['tokenizer'][:12]}, the policy uses {fingerprint[:12]}: "
+            "train the reward model from the policy's own base"
+        )
+    return restored(saved.config, saved.tensors, path, device, base, frozen, open_base)
+
+
+def check_kind(saved: checkpoint.Checkpoint, path: str) -> None:
+    if saved.config.get("kind") != "reward":
+        raise ValueError(
+            f"{path} holds a {saved.config.get('kind')} checkpoint, a reward model is needed: use train_rm.py"
+        )
+
+
+def restored(
+    config: dict, tensors: dict[str, Tensor], path: str, device, base=None, frozen=None, open_base=None
+) -> RewardModel | FrozenReward:
+    """The reward model of a checkpoint's config and tensors."""
+    ensemble = Ensemble(*(config.get(field.name, field.default) for field in dataclasses.fields(Ensemble)))
+    trunk, pooling = config.get("trunk", "full"), config.get("pooling", "mean")
+    unknown = [x for x, known in ((trunk, TRUNKS), (pooling, POOLINGS), (ensemble.combine, COMBINE)) if x not in known]
+    if unknown:
+        raise ValueError(f"{path} has {unknown[0]!r}, which is unknown here: it is damaged, or from a newer version")
+    if trunk == "full":
+        model, stop_ids = new_transformer(config["model"], path), None
+    else:
+        base, frozen = trunk_of(config, path, device, base, frozen, open_base)
+    if trunk == "adapters":
+        lora = LoRA(config["lora_rank"], config["lora_alpha"], config["lora_targets"])
+        model, stop_ids = adapted_trunk(base.model, lora, config["depth"]), config["stop_ids"]
+    if trunk == "frozen":
+        reward_model = frozen_reward(config, path, base, frozen, ensemble)
+    else:
+        language = config.get("language", False)
+        reward_model = RewardModel(model, pooling, None, ensemble, stop_ids, language)
+    checkpoint.load_weights(reward_model, OLDER | tensors, path)
+    return reward_model.to(device).requires_grad_(False).eval()
+
+
+TRUNKS = ("full", "frozen", "adapters")
+
+
+def trunk_of(config: dict, path: str, device, base, frozen, open_base) -> tuple:
+    """The frozen trunk that the reward model at `path` was trained on, and who else reads it; ValueError for another."""
+    digest = config["base_digest"]
+    if base is None or base.digest != digest:
+        if open_base is None:
+            given = f"not one with sha256 {base.digest[:12]}" if base else "and none is given"
+            raise ValueError(f"{path} is a head on {config['base']} with sha256 {digest[:12]}, {given}")
+        base, frozen = open_base(config, path, device), None
+        if base.digest != digest:
+            raise ValueError(
+                f"{path} is a head on {config['base']} with sha256 {digest[:12]}, which is now {base.digest[:12]}"
+            )
+    if frozen is not None and frozen.model is not base.model:
+        raise ValueError("frozen reads another model than base")
+    return base, FrozenStates(base.model) if frozen is None else frozen
+
+
+def frozen_reward(config: dict, path: str, base, frozen: FrozenStates, ensemble: Ensemble) -> FrozenReward:
+    deepest = base.model.config.layers
+    features = list(zip(config["depths"], config["poolings"], strict=True))
+    if wrong := [f for f in features if not 0 <= f[0] <= deepest or f[1] not in POOLING]:
+        raise ValueError(
+            f"{path} reads {wrong[0]} of a trunk of {deepest} layers: it is damaged, or from a newer version"
+        )
+    return FrozenReward(frozen, features, config["stop_ids"], ensemble)
+
+
+NORMALISATION = ("gain", "bias", "member_gain", "member_bias", "temperature")
+
+
+def average(paths: Sequence[str]) -> tuple[dict, dict[str, Tensor]]:
+    """Config and tensors of the reward model whose weights are the mean of those at `paths` (WARM, arXiv:2401.12187).
+
+    The mean is taken in float64. Of adapters it is the mean of what they add, (1/K) sum_k B_k A_k, exactly: the ranks
+    add up. ValueError unless all are of one shape, base and tokenizer. It has to be normalised anew.
+    """
+    saved = [checkpoint.load(checkpoint.resolve(path)) for path in paths]
+    for one, path in zip(saved, paths):
+        check_kind(one, path)
+    shapes = [{name: value for name, value in one.config.items() if name != "base"} for one in saved]
+    for shape, path in zip(shapes[1:], paths[1:]):
+        for name in sorted(shape.keys() | shapes[0].keys()):
+            if shape.get(name) != shapes[0].get(name):
+                both = f"{name} is {shapes[0].get(name)} in {paths[0]} and {shape.get(name)} in {path}"
+                raise ValueError(f"only reward models of one kind can be averaged: {both}")
+    config, tensors = dict(saved[0].config), [one.tensors for one in saved]
+    mean = {}
+    for name, first in tensors[0].items():
+        if name in NORMALISATION:
+            mean[name] = first
+        elif ".lora_A." in name:
+            mean[name] = torch.cat([x[name] for x in tensors])
+        elif ".lora_B." in name:
+            mean[name] = torch.cat([(x[name].double() / len(tensors)).to(first.dtype) for x in tensors], 1)
+        else:
+            mean[name] = (sum(x[name].double() for x in tensors) / len(tensors)).to(first.dtype)
+    if config.get("trunk") == "adapters":
+        config |= {name: config[name] * len(tensors) for name in ("lora_rank", "lora_alpha")}
+    return config, mean
