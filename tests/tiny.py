@@ -155,15 +155,20 @@ def child(command: list[str], directory: Path, env: dict[str, str], log: Path, b
         runpy.run_module(command[0], run_name="__main__", alter_sys=True)
 
 
-def build(path: Path) -> World:
-    """Prepare the data and train both models; about ten seconds, once per session."""
-    world = World(path)
+def write_pins(path: Path) -> None:
+    """A cache with the fake archive in it, and what tells Python to expect its hashes."""
     sdist = fake_ratings.fake_sdist(path / "cache" / "plain-rlhf" / vader.SDIST)
     rules = {name: hashlib.sha256(blob).hexdigest() for name, blob in fake_ratings.RULES.items()}
     (path / "pins").mkdir()
     (path / "pins" / "sitecustomize.py").write_text(
         f"from data import vader\nvader.SDIST_SHA256 = {sha256(sdist)!r}\nvader.RULES = {rules!r}\n"
     )
+
+
+def build(path: Path) -> World:
+    """Prepare the data and train both models; about ten seconds, once per session."""
+    world = World(path)
+    write_pins(path)
     (path / "rewards.py").write_text(REWARDS)
     for script in ("data.prepare", "train_lm.py", "train_rm.py"):
         command = world.command(script)
