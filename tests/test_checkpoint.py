@@ -3,18 +3,24 @@
 The tests that kill use real processes: a child saves in a loop, the parent kills it with SIGKILL at a random moment.
 """
 
+import functools
+import hashlib
 import json
 import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import stat
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from rlhf.infra import checkpoint, optim
@@ -76,7 +82,9 @@ def test_everything_comes_back_as_it_was(tmp_path):
         torch.testing.assert_close(tensor, tensors[name].detach(), rtol=0, atol=0, equal_nan=True)
     assert (path / "tokenizer.model").read_bytes() == b"\0pieces"
     content = json.loads((path / "config.json").read_text())
-    assert content["format"] == 1 and content["files"]["tokenizer.model"] == 7
+    tokenizer = {"bytes": 7, "sha256": hashlib.sha256(b"\0pieces").hexdigest()}
+    assert content["format"] == 2 and content["files"]["tokenizer.model"] == tokenizer
+    assert back.digest == hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
     assert hidden(path.parent) == []
 
 
@@ -283,7 +291,7 @@ def test_damage_is_named(tmp_path):
     assert refusal(lambda: checkpoint.load(path).tensors).startswith(f"{file} is damaged (")
 
 
-@pytest.mark.parametrize("content", ['{"model_type": "llama"}', "[]", "", '{"format": 1', '"x"'])
+@pytest.mark.parametrize("content", ['{"model_type": "llama"}', "[]", "3", "null", '"x"'])
 def test_a_config_of_something_else(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     assert refusal(checkpoint.load, tmp_path) == f"{tmp_path}/config.json is not the config of a checkpoint of ours"
@@ -292,11 +300,239 @@ def test_a_config_of_something_else(tmp_path, content):
 def test_a_newer_format_is_refused(tmp_path):
     path = checkpoint.save(tmp_path / "final", {"w": torch.ones(8)}, CONFIG)
     content = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(content | {"format": 2}))
-    assert (
-        refusal(checkpoint.load, path)
-        == f"{path} has checkpoint format 2, this version reads 1; use a newer version of this code"
+    (path / "config.json").write_text(json.dumps(content | {"format": 3, "files": "elsewhere"}))
+    text = f"{path} has checkpoint format 3, this version reads 2; use a newer version of this code"
+    assert refusal(checkpoint.load, path) == text
+
+
+def test_format_1_still_opens(tmp_path):
+    """It knew the sizes of its files and nothing of their bytes."""
+    path = checkpoint.save(
+        tmp_path / "step_000004", {"w": torch.ones(8)}, CONFIG, {"done": 4}, {"w:step": torch.ones(1)}
     )
+    content = json.loads((path / "config.json").read_text())
+    old = {"format": 1, "config": CONFIG, "files": {name: x["bytes"] for name, x in content["files"].items()}}
+    (path / "config.json").write_text(json.dumps(old, indent=1))
+    back = checkpoint.verify(path)
+    assert back.state == {"done": 4} and torch.equal(back.tensors["w"], torch.ones(8)) and len(back.optimizer) == 1
+    assert back.digest == content["files"]["model.safetensors"]["sha256"] and checkpoint.latest(tmp_path) == path
+    (path / "config.json").write_text(json.dumps(old | {"files": old["files"] | {"state.json": 3}}))
+    assert "state.json has 14 bytes, 3 were written" in refusal(checkpoint.load, path)
+
+
+# ---- damage of every kind: it is named, and what is behind it is used
+
+
+def one_checkpoint(folder: Path, step: int = 4) -> Path:
+    (folder / "tokenizer.model").write_bytes(b"pieces of text")
+    tensors, moments = {"w": torch.arange(8.0) + step}, {"w:exp_avg": torch.ones(8) * step}
+    files = [folder / "tokenizer.model"]
+    return checkpoint.save_step(folder / "run", step, tensors, CONFIG, {"done": step, "best": 0.5}, moments, files)
+
+
+def content_of(path: Path) -> tuple:
+    saved = checkpoint.verify(path)
+    tensors = [{name: x.tolist() for name, x in part.items()} for part in (saved.tensors, saved.optimizer)]
+    return saved.config, saved.state, *tensors, (path / "tokenizer.model").read_bytes()
+
+
+FILES = ("config.json", "state.json", "model.safetensors", "optimizer.safetensors", "tokenizer.model")
+
+
+@settings(max_examples=100)
+@given(
+    st.sampled_from(FILES),
+    st.integers(0, 10_000),
+    st.integers(0, 7),
+    st.sampled_from(["flip", "cut", "insert", "zero"]),
+)
+def test_no_damage_goes_unseen(file, place, bit, how):
+    """Whatever happens to a byte of any file: the same content as before, or one line that names file and damage."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = one_checkpoint(Path(folder))
+        whole, before = (path / file).read_bytes(), content_of(path)
+        place %= len(whole)
+        changed = {
+            "flip": whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :],
+            "cut": whole[:place],
+            "insert": whole[:place] + b"0" + whole[place:],
+            "zero": b"\0" * len(whole),
+        }[how]
+        (path / file).write_bytes(changed)
+        try:
+            assert content_of(path) == before  # a space in config.json
+        except (ValueError, FileNotFoundError) as error:
+            assert file in str(error) and "\n" not in str(error)
+        else:
+            assert file == "config.json" and json.loads(changed) == json.loads(whole)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"files": []}, "make no sense"),
+        ({"files": {}}, "make no sense"),
+        ({"format": "2"}, "make no sense"),
+        ({"format": True}, "make no sense"),
+        ({"format": -1}, "make no sense"),
+        ({"config": None}, "make no sense"),
+        ({"files": {"../../lm/report.json": {"bytes": 4, "sha256": "0" * 64}}}, "make no sense"),
+        ({"files": {"/etc/passwd": {"bytes": 4, "sha256": "0" * 64}}}, "make no sense"),
+        ({"files": {"model.safetensors": {"bytes": 4, "sha256": 5}}}, "make no sense"),
+        ({"files": {"model.safetensors": {"bytes": 2.5, "sha256": "0" * 64}}}, "make no sense"),
+        ({"files": {"a\0b": {"bytes": 4, "sha256": "0" * 64}}}, "make no sense"),
+        ({"format": 1, "files": {"..": 4096}}, "make no sense"),
+        ({"format": 1, "files": {"model.safetensors": "4"}}, "make no sense"),
+        ({"config": {"model": {"width": 16}}}, "changed after it was written"),
+        ({"sha256": None}, "changed after it was written"),
+    ],
+    ids=str,
+)
+def test_a_config_that_makes_no_sense(tmp_path, change, words):
+    path = one_checkpoint(tmp_path)
+    content = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(content | change))
+    text = refusal(checkpoint.load, path)
+    assert text.startswith(f"{path}/config.json is damaged") and words in text
+    assert checkpoint.latest(tmp_path / "run") is None
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, "\x00", "\xff", " " * 17_000_000])
+def test_json_that_is_none(tmp_path, text):
+    path = one_checkpoint(tmp_path)
+    (path / "config.json").write_text(text, encoding="latin-1")
+    assert str(path / "config.json") in refusal(checkpoint.load, path)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_pipes_and_devices_are_not_read(tmp_path, file):
+    """Opening a pipe would wait for ever, reading /dev/zero never ends."""
+    path = one_checkpoint(tmp_path)
+    for make in (os.mkfifo, functools.partial(os.symlink, "/dev/zero")):
+        (path / file).unlink()
+        make(path / file)
+        assert refusal(checkpoint.verify, path) == f"{path / file} is not a regular file"
+        assert checkpoint.latest(tmp_path / "run") is None
+
+
+def spoil(path: Path, how: str) -> None:
+    other = path.with_name("step_000002")
+    match how:
+        case "config cut":
+            os.truncate(path / "config.json", 30)
+        case "config gone":
+            (path / "config.json").unlink()
+        case "bit":
+            blob = bytearray((path / "optimizer.safetensors").read_bytes())
+            blob[-1] ^= 1
+            (path / "optimizer.safetensors").write_bytes(blob)
+        case "weights of another step":
+            shutil.copyfile(other / "model.safetensors", path / "model.safetensors")
+        case "link to another step's weights":
+            (path / "model.safetensors").unlink()
+            (path / "model.safetensors").symlink_to(other / "model.safetensors")
+        case "a copy of another step":
+            shutil.rmtree(path)
+            shutil.copytree(other, path)
+        case "empty":
+            shutil.rmtree(path)
+            path.mkdir()
+        case "a file":
+            shutil.rmtree(path)
+            path.write_text("mine")
+        case "a link to nothing":
+            shutil.rmtree(path)
+            path.symlink_to("nowhere")
+        case "a link to itself":
+            shutil.rmtree(path)
+            path.symlink_to(path.name)
+        case "a pipe inside":
+            (path / "state.json").unlink()
+            os.mkfifo(path / "state.json")
+
+
+SPOILED = [
+    "config cut", "config gone", "bit", "weights of another step", "link to another step's weights",
+    "a copy of another step", "empty", "a file", "a link to nothing", "a link to itself", "a pipe inside",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_what_is_damaged_is_set_aside_and_the_one_before_is_used(tmp_path, how):
+    for step in (2, 4):
+        one_checkpoint(tmp_path, step)
+    run, newest = tmp_path / "run", tmp_path / "run/step_000004"
+    spoil(newest, how)
+    found, lines = checkpoint.newest_intact(run)
+    assert found == run / "step_000002" and len(lines) == 1, lines
+    assert lines[0].startswith(f"{newest} is damaged (") and lines[0].endswith("): set aside as .damaged-step_000004")
+    assert not os.path.lexists(newest) and os.path.lexists(run / ".damaged-step_000004")
+    assert checkpoint.newest_intact(run) == (found, [])
+    one_checkpoint(tmp_path, 4)  # the run trains on, and saves that step again
+    assert checkpoint.newest_intact(run) == (newest, [])
+    spoil(newest, how)  # and once more: the place of the damaged one is taken
+    assert checkpoint.newest_intact(run)[0] == found
+    assert sorted(os.listdir(run)) == [".damaged-step_000004", "step_000002"]
+
+
+def test_all_are_damaged(tmp_path):
+    for step in (2, 4):
+        spoil(one_checkpoint(tmp_path, step), "bit")
+    found, lines = checkpoint.newest_intact(tmp_path / "run")
+    assert found is None and [line.partition(" is damaged")[0][-1] for line in lines] == ["4", "2"]
+
+
+def test_what_may_not_be_read_is_not_damaged(tmp_path):
+    """Somebody else's files: that is an error of permissions, and nothing is renamed."""
+    one_checkpoint(tmp_path, 2)
+    path = one_checkpoint(tmp_path, 4)
+    (path / "config.json").chmod(0)
+
+    def look():
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setuid(65534)
+        try:
+            checkpoint.newest_intact(tmp_path / "run")
+        except PermissionError:
+            os._exit(0)
+        os._exit(1)
+
+    tmp_path.parent.chmod(0o755)
+    for folder in (tmp_path, tmp_path / "run", path):
+        folder.chmod(0o755)
+    child = in_child(look)
+    child.join()
+    assert child.exitcode == 0 and path.exists()
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_aloud(tmp_path, capfd):
+    for step in (2, 4):
+        one_checkpoint(tmp_path, step)
+    spoil(tmp_path / "run/step_000004", "config cut")
+    for _ in range(3):
+        assert checkpoint.load(tmp_path / "run").state["done"] == 2
+    said = capfd.readouterr().err
+    assert said.startswith(f"{tmp_path}/run/step_000004 is damaged (config.json") and said.count("\n") == 1
+    assert said.endswith("): step_000002 is used instead\n")
+
+
+def test_a_damaged_checkpoint_can_be_replaced(tmp_path):
+    """out/best has no older one behind it: a cut config.json must not end the run at its next best policy."""
+    (tmp_path / "tokenizer.model").write_text("pieces")
+    for _ in range(2):
+        path = checkpoint.save(tmp_path / "best", {"w": torch.ones(2)}, CONFIG, files=[tmp_path / "tokenizer.model"])
+        spoil(path, "config cut")
+    os.truncate(path / "model.safetensors", 3)
+    (path / "notes.txt").write_text("mine")
+    text = refusal(checkpoint.save, path, {"w": torch.ones(2)}, CONFIG, None, None, [tmp_path / "tokenizer.model"])
+    assert "holds notes.txt, not part of a checkpoint" in text
+
+
+def test_a_file_of_that_name_is_not_replaced(tmp_path):
+    (tmp_path / "best").write_text("mine")
+    assert "is a file, not a checkpoint" in refusal(checkpoint.save, tmp_path / "best", {"w": torch.ones(2)}, CONFIG)
+    assert (tmp_path / "best").read_text() == "mine"
 
 
 # ---- disks that refuse, processes that die

@@ -1,23 +1,28 @@
-"""A checkpoint is a directory of safetensors and JSON that is either complete or not there.
+"""A checkpoint is a directory of safetensors and JSON that is either complete or not there, and knows its own bytes.
 
     model.safetensors      the weights
     optimizer.safetensors  AdamW's moments by parameter name (only where training can go on)
     state.json             step, KL controller, loss scaler ... what else the loop must remember
-    config.json            {"format": 1, "config": ..., "files": {name: bytes}}
+    config.json            {"format": 2, "config": ..., "files": {name: {"bytes", "sha256"}}, "sha256": of all that}
     ...                    files that belong to it, e.g. the tokenizer
 
 It is written under a temporary name beside its place, flushed to the disk and renamed, so a kill or a full disk at any
-moment leaves the last complete one. There is no pickle: opening a checkpoint from a stranger runs none of their code.
+moment leaves the last complete one. Whoever reads a file compares it with its sha256 (format 1 knew sizes alone). There is
+no pickle: opening a checkpoint from a stranger runs none of their code, follows no path out of it and reads no device.
 """
 
+import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
+import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,24 +30,50 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-FORMAT = 1
+FORMAT = 2
+LARGEST_JSON = 16 * 2**20  # bytes of a config.json or state.json; ours have a few thousand
+BROKEN = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO)  # of a checkpoint, not of permissions
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open checkpoint; `tensors` and `optimizer` read their file each time they are asked for."""
+    """An open checkpoint; `tensors` and `optimizer` read their file each time, and compare it once with its sha256."""
 
     path: Path
     config: dict
     state: dict
+    files: dict[str, dict]  # name -> {"bytes": size, "sha256": hex}; format 1 has no sha256
+    checked: set[str] = field(default_factory=set)  # names whose bytes were compared
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        return read_tensors(self.path / "model.safetensors")
+        return self.read("model.safetensors")
 
     @property
     def optimizer(self) -> dict[str, Tensor]:
-        return read_tensors(self.path / "optimizer.safetensors")
+        return self.read("optimizer.safetensors")
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the weights, hex."""
+        self.check("model.safetensors")
+        return self.files["model.safetensors"].get("sha256") or sha256(self.path / "model.safetensors")
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        if name not in self.files:
+            raise FileNotFoundError(errno.ENOENT, "this checkpoint has no such file", str(self.path / name))
+        self.check(name)
+        return read_tensors(self.path / name)
+
+    def check(self, name: str) -> None:
+        """ValueError unless the file holds the bytes that were written."""
+        wanted = self.files.get(name, {}).get("sha256")
+        if wanted is None or name in self.checked:
+            return
+        if (found := sha256(self.path / name)) != wanted:
+            what = f"its sha256 is {found[:12]}, {wanted[:12]} was written"
+            raise ValueError(f"{self.path / name} is damaged ({what}); use another checkpoint")
+        self.checked.add(name)
 
 
 def save(
@@ -59,8 +90,10 @@ def save(
     Raises OSError with the path when there is no space or no permission, ValueError where other files would be lost;
     what was there before is then untouched.
     """
-    path = Path(path)
-    if foreign := strangers(path):
+    path, files = Path(path), [*files]
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file, not a checkpoint: choose another place, or delete it")
+    if foreign := strangers(path, files):
         raise ValueError(f"{path} holds {short(foreign)}, not part of a checkpoint: choose another place, or delete it")
     temporary, aside = (path.with_name(f".{path.name}.{what}-{os.getpid()}") for what in ("tmp", "old"))
     try:
@@ -74,14 +107,15 @@ def save(
             (temporary / "state.json").write_text(json.dumps(state, indent=1))
         for file in files:
             shutil.copyfile(file, temporary / Path(file).name)
-        sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
-        content = {"format": FORMAT, "config": config, "files": sizes}
+        written = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in listed(temporary)}
+        content = {"format": FORMAT, "config": config, "files": written}
+        content["sha256"] = own_digest(content)
         (temporary / "config.json").write_text(json.dumps(content, indent=1))
         for file in [*temporary.iterdir(), temporary]:
             if file.suffix == ".safetensors":
                 shutil.copymode(temporary / "config.json", file)  # safetensors writes 0600, whatever the umask
             flush_to_disk(file)
-        if path.exists():  # a directory cannot be renamed over another; between the two renames resolve() finds `aside`
+        if os.path.lexists(path):  # a directory cannot be renamed over another; until then resolve() finds `aside`
             remove([aside])
             path.rename(aside)
         temporary.rename(path)
@@ -89,57 +123,150 @@ def save(
         remove(leftovers(path, "old"))
     except OSError as error:
         what = f"cannot write the checkpoint {path}: {error.strerror or error}"
-        raise OSError(error.errno, what, error.filename) from error
+        raise OSError(error.errno, what, error.filename2 or error.filename) from error  # of a copy, the target
     finally:
         remove([temporary])  # still there only after an error
     return path
 
 
+def listed(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir())
+
+
+def own_digest(content: dict) -> str:
+    """sha256 over what config.json says, whatever its layout."""
+    rest = json.loads(json.dumps({name: value for name, value in content.items() if name != "sha256"}))
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def load(path: str | Path) -> Checkpoint:
-    """Open a checkpoint, or the latest one of a run directory.
+    """Open a checkpoint, or the latest one of a run directory; its tensors are compared with their sha256 when read.
 
     Raises FileNotFoundError where there is none, ValueError where it is damaged or of a newer format.
     """
-    path = resolve(path)
-    content = read_config(path)
-    if content is None:
-        raise ValueError(f"{path}/config.json is not the config of a checkpoint of ours")
-    if content["format"] > FORMAT:
-        newer = f"{path} has checkpoint format {content['format']}, this version reads {FORMAT}"
+    saved = outline(resolve(path))
+    for name in saved.files:
+        if not name.endswith(".safetensors"):
+            saved.check(name)
+    if "state.json" in saved.files:
+        state = read_json(saved.path / "state.json")
+        if not isinstance(state, dict):
+            raise ValueError(f"{saved.path / 'state.json'} holds no JSON object: damaged; use another checkpoint")
+        saved.state.update(state)
+    return saved
+
+
+def verify(path: str | Path) -> Checkpoint:
+    """load(), with every byte compared, and the number of a step_000123 with the "done" of its state.
+
+    Raises FileNotFoundError or ValueError, naming the file.
+    """
+    saved = load(path)
+    for name in saved.files:
+        saved.check(name)
+    number, done = step_number(saved.path), saved.state.get("done")
+    if number is not None and (type(done) is not int or done != number):
+        raise ValueError(f"{saved.path / 'state.json'} says done = {done}: damaged, or of another step")
+    return saved
+
+
+def outline(path: Path) -> Checkpoint:
+    """The checkpoint in this directory, with config.json read and the sizes of its files compared; no state yet."""
+    content = read_content(path)
+    for name, written in content["files"].items():
+        file = path / name
+        if file.exists():
+            check_regular(file)
+        if (found := file.stat().st_size if file.exists() else 0) != written["bytes"]:
+            raise ValueError(
+                f"{file} has {found} bytes, {written['bytes']} were written: damaged; use another checkpoint"
+            )
+    return Checkpoint(path, content["config"], {}, content["files"])
+
+
+def read_content(path: Path) -> dict:
+    """What config.json says, with {"bytes", "sha256"} of every file; ValueError where it is not ours, or damaged."""
+    file = path / "config.json"
+    content = read_json(file)
+    if not (isinstance(content, dict) and {"format", "config", "files"} <= content.keys()):
+        raise ValueError(f"{file} is not the config of a checkpoint of ours")
+    version, files = content["format"], content["files"]
+    if type(version) is int and version > FORMAT:
+        newer = f"{path} has checkpoint format {version}, this version reads {FORMAT}"
         raise ValueError(f"{newer}; use a newer version of this code")
-    for name, size in content["files"].items():
-        found = (path / name).stat().st_size if (path / name).exists() else 0
-        if found != size:
-            raise ValueError(f"{path / name} has {found} bytes, {size} were written: damaged; use another checkpoint")
-    state = json.loads((path / "state.json").read_text()) if "state.json" in content["files"] else {}
-    return Checkpoint(path, content["config"], state)
+    if version == 1 and isinstance(files, dict):
+        files = {name: {"bytes": size} for name, size in files.items()}
+    sound = type(version) is int and version >= 1 and isinstance(content["config"], dict) and isinstance(files, dict)
+    if not sound or not files or not all(plain(*item, version) for item in files.items()):
+        raise ValueError(f"{file} is damaged (format, config or files make no sense); use another checkpoint")
+    if version > 1 and content.get("sha256") != own_digest(content):
+        raise ValueError(f"{file} is damaged (it was changed after it was written); use another checkpoint")
+    return content | {"files": files}
+
+
+def plain(name: str, written, version: int) -> bool:
+    """Is this the entry of a file inside of the directory, with a size and from format 2 on a sha256?"""
+    inside = Path(name).name == name and name.isprintable() and not name.startswith(".")
+    size = written.get("bytes") if isinstance(written, dict) else None
+    known = version == 1 or bool(re.fullmatch("[0-9a-f]{64}", str(written.get("sha256"))))
+    return inside and type(size) is int and size >= 0 and known
 
 
 def read_config(path: Path) -> dict | None:
-    """The content of config.json where it is one of ours and not cut short."""
+    """The content of config.json where it is one of ours and whole, else None."""
     try:
-        content = json.loads((path / "config.json").read_text())
-        return content if isinstance(content, dict) and {"format", "config", "files"} <= content.keys() else None
+        return read_content(path)
     except (OSError, ValueError):
         return None
 
 
+def read_json(file: Path):
+    """The JSON value in a file; ValueError in one line that names it where it is no JSON, no file, or absurdly large."""
+    check_regular(file)
+    if (size := file.stat().st_size) > LARGEST_JSON:
+        raise ValueError(f"{file} has {size} bytes; at most {LARGEST_JSON} are read")
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise ValueError(f"{file} is damaged (not JSON: {reason}); use another checkpoint") from None
+
+
+def check_regular(file: Path) -> None:
+    """ValueError for a pipe or a device, which could be read for ever; OSError where there is nothing."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise ValueError(f"{file} is not a regular file")
+
+
+def sha256(file: Path) -> str:
+    """Of a file's bytes, hex."""
+    check_regular(file)
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def digest(path: str | Path) -> str:
     """sha256 of a checkpoint's weights."""
-    return hashlib.sha256((resolve(path) / "model.safetensors").read_bytes()).hexdigest()
+    return load(path).digest
 
 
 def is_complete(path: Path) -> bool:
-    content = read_config(path)
-    sizes = content["files"] if content else {}
-    files = [path / name for name in sizes]
-    return bool(files) and all(file.is_file() and file.stat().st_size == sizes[file.name] for file in files)
+    """Is config.json whole, and has every file the size that it names? Contents are not read."""
+    try:
+        return bool(outline(path))
+    except (OSError, ValueError):
+        return False
 
 
 def resolve(path: str | Path) -> Path:
-    """The checkpoint directory that `path` means: itself, or the latest one of a run directory."""
+    """The checkpoint directory that `path` means: itself, or the latest one of a run directory.
+
+    A newer one that is damaged is passed over, and that is said on stderr.
+    """
     path = Path(path)
     if found := latest(path):
+        for newer in damaged_after(path, found):
+            tell(f"{newer} is damaged ({defect(newer)}): {found.name} is used instead")
         return found
     asides = path.parent.glob(f".{path.name}.old-*")
     for candidate in [path] if path.exists() else asides:  # missing when save() was killed between its two renames
@@ -148,28 +275,83 @@ def resolve(path: str | Path) -> Path:
     raise FileNotFoundError(f"no checkpoint in {path}: a config.json or step_* directories were expected there")
 
 
+@functools.cache  # a checkpoint is opened several times, for its config, its digest and its tensors
+def tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def step_number(path: Path) -> int | None:
+    """123 for step_000123, or for what a killed save() left of it; None for another name."""
+    match = re.fullmatch(r"step_(\d{1,18})|\.step_(\d{1,18})\.old-\d+", path.name)
+    return int(match[1] or match[2]) if match else None
+
+
+def is_aside(path: Path) -> bool:
+    return path.name.startswith(".")
+
+
+def candidates(run_dir: str | Path) -> list[Path]:
+    """Whatever is named as a step of a run, newest first; an old version that a killed save() left behind comes last."""
+    found = [path for path in Path(run_dir).glob("*step_*") if step_number(path) is not None]
+    return sorted(found, key=lambda path: (-step_number(path), is_aside(path), path.name))
+
+
+def damaged_after(run_dir: Path, found: Path) -> list[Path]:
+    newer = [path for path in candidates(run_dir) if not is_aside(path) and step_number(path) > step_number(found)]
+    return [path for path in newer if defect(path)]
+
+
+def defect(path: Path, every_byte: bool = False) -> str | None:
+    """What is wrong with the checkpoint in this directory, or None; OSError where it may not be read."""
+    try:
+        verify(path) if every_byte else outline(path)
+    except ValueError as error:
+        return str(error).removeprefix(f"{path}/").removesuffix("; use another checkpoint")
+    except OSError as error:
+        if error.errno not in (*BROKEN, None):
+            raise
+        return f"{Path(error.filename).name}: {error.strerror}" if error.filename else str(error)
+    return None
+
+
+def newest_intact(run_dir: str | Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of a run that verify() passes, if any, and a line on every newer one.
+
+    Those are renamed to .damaged-step_000123, so that the run can go on and somebody can look at them.
+    """
+    lines = []
+    for path in candidates(run_dir):
+        if (reason := defect(path, every_byte=True)) is None:
+            return path, lines
+        if is_aside(path):
+            continue  # the next save() of that step removes it
+        place = path.with_name(f".damaged-{path.name}")
+        remove([place])
+        path.rename(place)
+        lines.append(f"{path} is damaged ({reason}): set aside as {place.name}")
+    return None, lines
+
+
 def save_step(run_dir: str | Path, step: int, *args, keep: int | None = 2, **kwargs) -> Path:
     """save() to run_dir/step_000123, then remove all but the newest `keep`; None keeps all."""
     path = save(Path(run_dir) / f"step_{step:06d}", *args, **kwargs)
     kept = [*steps(run_dir)[-(keep or 0) :], path]  # [-0:] is all of them
-    remove(old for old in Path(run_dir).glob("step_*") if old.is_dir() and old not in kept)
+    remove(old for old in candidates(run_dir) if not is_aside(old) and old not in kept)
     return path
 
 
 def steps(run_dir: str | Path) -> list[Path]:
     """The complete step_000123 checkpoints of a run, oldest first."""
     found = {}
-    for path in Path(run_dir).glob("*step_*"):
-        if match := re.fullmatch(r"\.?step_(\d+)(\.old-\d+)?", path.name):
-            number, aside = int(match[1]), match[2]
-            if is_complete(path) and not (aside and number in found):  # an aside counts only where the step is missing
-                found[number] = path
+    for path in candidates(run_dir):
+        if step_number(path) not in found and is_complete(path):  # an aside counts only where the step is missing
+            found[step_number(path)] = path
     return [found[number] for number in sorted(found)]
 
 
 def latest(run_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run, where it resumes; None for a run that has none yet."""
-    return next(reversed(steps(run_dir)), None)
+    """The newest complete checkpoint of a run; None for a run that has none yet."""
+    return next((path for path in candidates(run_dir) if is_complete(path)), None)
 
 
 def leftovers(path: Path, what: str) -> list[Path]:
@@ -178,22 +360,21 @@ def leftovers(path: Path, what: str) -> list[Path]:
     return [*path.parent.glob(f".{name}.{what}-*")]
 
 
-def strangers(path: Path) -> list[str]:
-    """Names in `path` that no save() wrote: replacing the directory would lose them."""
+def strangers(path: Path, files: list[str | Path]) -> list[str]:
+    """Names in `path` that no save() with these `files` wrote: replacing the directory would lose them."""
     content = read_config(path)
-    ours = {
-        "config.json",
-        "model.safetensors",
-        "optimizer.safetensors",
-        "state.json",
-        *(content["files"] if content else ()),
-    }
+    ours = {"config.json", "model.safetensors", "optimizer.safetensors", "state.json"}
+    ours |= {*(content["files"] if content else ()), *(Path(file).name for file in files)}
     return sorted(set(os.listdir(path)) - ours) if path.is_dir() else []
 
 
 def remove(directories: Iterable[Path]) -> None:
     for directory in directories:
-        shutil.rmtree(directory, ignore_errors=True)
+        if directory.is_dir() and not directory.is_symlink():
+            shutil.rmtree(directory, ignore_errors=True)
+        else:  # a file or a link of that name
+            with contextlib.suppress(OSError):
+                directory.unlink()
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
@@ -206,9 +387,8 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    if not file.exists():
-        raise FileNotFoundError(errno.ENOENT, "this checkpoint has no such file", str(file))
     try:
+        check_regular(file)
         open(file, "rb").close()  # safetensors says "no such file" where only the permission is missing
         return load_file(file)
     except SafetensorError as error:
