@@ -1,7 +1,7 @@
 """Losses per token or per pair, unreduced: whoever knows the whole batch masks, sums and divides.
 
-None of them takes a mask. Padding is zero in all inputs, and `masked_sum(loss, mask)` drops it; where padding may hold
-garbage, mask the *inputs* with `torch.where`. All raise ValueError if their tensors differ in shape, because (B, 1)
+None but GSPO, which needs a mean over the response, takes a mask. Padding is zero in all inputs, and `masked_sum(loss,
+mask)` drops it; where padding may hold garbage, mask the *inputs* with `torch.where`. All raise ValueError if their tensors differ in shape, because (B, 1)
 against (B,) would broadcast to (B, B) without a word.
 """
 
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlhf.functional import masked_sum
 from rlhf.kl import k2
 
 
@@ -42,6 +43,39 @@ def clip_fraction(
     _same_shape(new_logprobs=new_logprobs, logprobs=logprobs, advantages=advantages)
     plain, clipped = _surrogates(new_logprobs, logprobs, advantages, clip, clip_high)
     return (clipped > plain).to(plain.dtype)
+
+
+def gspo_loss(
+    new_logprobs: Tensor,
+    logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip: float,
+    clip_high: float | None = None,
+) -> Tensor:
+    """Group sequence policy optimisation (arXiv:2507.18071, eq. 14), negated: one clipped ratio a response. (B, T) each
+
+    s = exp(mean_t log(pi_new / pi_old)) of the response; max(-A s, -A clamp(s, 1 - clip, 1 + clip_high)), where every token
+    hands its share of the gradient on: s_t = stop(s) pi_new,t / stop(pi_new,t). clip is two orders smaller than PPO's (3e-4).
+    """
+    _same_shape(new_logprobs=new_logprobs, logprobs=logprobs, advantages=advantages, mask=mask)
+    moved = masked_sum(new_logprobs - logprobs, mask, 1) / mask.sum(1).clamp(min=1)  # (B,)
+    new = torch.where(mask, new_logprobs, 0)
+    log_ratio = moved.detach()[:, None] + new - new.detach()  # (B, T): the value of s, the gradient of its token
+    return torch.maximum(*_surrogates(log_ratio, torch.zeros_like(new), advantages, clip, clip_high))
+
+
+def cispo_loss(
+    new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, clip: float, clip_high: float | None = None
+) -> Tensor:
+    """Clipped importance-sampling weights (MiniMax-M1, arXiv:2506.13585, eq. 4), negated. (B, T) -> (B, T)
+
+    -stop(clamp(ratio, 1 - clip, 1 + clip_high)) A log pi_new: the weight is clipped and no token loses its gradient.
+    """
+    _same_shape(new_logprobs=new_logprobs, logprobs=logprobs, advantages=advantages)
+    ratio = (new_logprobs - logprobs).exp()
+    weight = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high)).detach()
+    return -weight * advantages * new_logprobs
 
 
 def approx_kl(new_logprobs: Tensor, logprobs: Tensor) -> Tensor:
@@ -127,6 +161,19 @@ def dpo_loss(
     _same_shape(policy_rejected=policy_rejected, ref_rejected=ref_rejected)
     chosen, rejected = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
     return preference_loss(chosen, rejected, label_smoothing=label_smoothing)
+
+
+def ipo_loss(
+    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
+) -> Tensor:
+    """Identity preference optimisation (arXiv:2310.12036, eq. 17), whose aim is a finite margin. (B,) -> (B,)
+
+    (h - 1 / (2 beta))^2, h = log(pi / ref)_chosen - log(pi / ref)_rejected. The paper sums log-probs over the response;
+    TRL hands in their mean per token.
+    """
+    _same_shape(policy_chosen=policy_chosen, ref_chosen=ref_chosen)
+    _same_shape(policy_rejected=policy_rejected, ref_rejected=ref_rejected, policy_chosen=policy_chosen)
+    return ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected) - 1 / (2 * beta)) ** 2
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:

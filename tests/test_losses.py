@@ -12,8 +12,11 @@ from reference import batches, close
 from rlhf.losses import (
     approx_kl,
     centring_loss,
+    cispo_loss,
     clip_fraction,
     dpo_loss,
+    gspo_loss,
+    ipo_loss,
     next_token_loss,
     policy_loss,
     preference_loss,
@@ -88,6 +91,58 @@ def test_an_infinite_clip_is_none():
     new, old, advantages = doubles((3, 4), (3, 4), (3, 4))
     expected = -advantages * (new - old).exp()
     torch.testing.assert_close(policy_loss(new, old, advantages, math.inf), expected, rtol=0, atol=0)
+
+
+@given(batches(), st.sampled_from([(0.2, None), (3e-4, 4e-4), (0.1, 0.4)]))
+def test_gspo_clips_whole_responses(batch, clip):
+    """Its value by the definition, row by row, and the gradient of eq. 10: s A / |y| to every token, or none at all."""
+    new, old, _ = policies(batch)
+    mask, new = batch.mask, new.detach().requires_grad_()
+    advantage = batch.token()[:, :1].expand_as(new)  # one a response, as the paper has it
+    loss = gspo_loss(new, old, advantage, mask, *clip)
+    (gradient,) = torch.autograd.grad(torch.where(mask, loss, 0).sum(), new)
+    low, high = 1 - clip[0], 1 + (clip[1] or clip[0])
+    for row in range(len(mask)):
+        places = [t for t in range(mask.shape[1]) if mask[row, t]]
+        if not places:
+            continue
+        s = math.exp(float((new - old).detach()[row, places].sum()) / len(places))
+        a = float(advantage[row, 0])
+        free = -a * s >= -a * min(max(s, low), high)
+        for t in places:
+            close(loss[row, t].detach(), max(-a * s, -a * min(max(s, low), high)))
+            close(gradient[row, t], -a * s if free else 0.0)
+    assert not gradient[~mask].any()
+
+
+@given(batches(), st.sampled_from([(0.2, None), (0.2, 2.0), (1.0, 4.0)]))
+def test_cispo_weighs_every_tokens_gradient(batch, clip):
+    new, old, advantages = policies(batch)
+    new = new.detach().requires_grad_()
+    loss = cispo_loss(new, old, advantages, *clip)
+    (gradient,) = torch.autograd.grad(loss.sum(), new)
+
+    def weight(n, o):
+        return min(max(math.exp(n - o), 1 - clip[0]), 1 + (clip[1] or clip[0]))
+
+    close(gradient, elementwise(lambda n, o, a: -weight(n, o) * a, new.detach(), old, advantages))
+    close(loss.detach(), elementwise(lambda n, o, a: -weight(n, o) * a * n, new.detach(), old, advantages))
+
+
+@given(batches())
+def test_at_a_ratio_of_1_all_policy_losses_have_one_gradient(batch):
+    """What GSPO and CISPO change are the ratios; where there is none yet, PPO's gradient is left."""
+    old, advantages = batch.logprob(), batch.token()[:, :1].expand_as(batch.mask).contiguous()
+    gradients = []
+    for loss in (
+        lambda new: policy_loss(new, old, advantages, 0.2),
+        lambda new: gspo_loss(new, old, advantages, batch.mask, 0.2),
+        lambda new: cispo_loss(new, old, advantages, 0.2),
+    ):
+        new = old.detach().clone().requires_grad_()
+        gradients.append(torch.autograd.grad(torch.where(batch.mask, loss(new), 0).sum(), new)[0])
+    close(gradients[0], gradients[1].tolist())
+    close(gradients[0], gradients[2].tolist())
 
 
 @given(batches())
@@ -191,6 +246,19 @@ def test_dpo_loss(batch, beta, smoothing):
     close(dpo_loss(*logps, beta, smoothing), expected)
 
 
+@pytest.mark.parametrize("beta", [0.05, 0.1, 1.0])
+def test_ipo_aims_at_a_margin(beta):
+    """The minimum is where the log-ratios differ by 1 / (2 beta), and the loss is the squared distance from there."""
+    policy, other, ref, ref_other = doubles((7,), (7,), (7,), (7,))
+    loss = ipo_loss(policy, other, ref, ref_other, beta)
+    slow = [
+        ((p - r) - (o - q) - 1 / (2 * beta)) ** 2
+        for p, o, r, q in zip(*(x.tolist() for x in (policy, other, ref, ref_other)))
+    ]
+    close(loss.detach(), slow)
+    assert not ipo_loss(other + 1 / (2 * beta), other, ref, ref, beta).gt(1e-20).any()
+
+
 def test_dpo_starts_at_log_2():
     chosen, rejected = torch.tensor([-40.0, -3.0]), torch.tensor([-41.0, -90.0])
     close(dpo_loss(chosen, rejected, chosen, rejected, beta=0.1), [math.log(2)] * 2)
@@ -231,6 +299,7 @@ def test_gradients_of_every_loss():
     check(centring_loss, doubles(*pair))
     for smoothing in (0.0, 0.1):
         check(lambda *x, s=smoothing: dpo_loss(*x, 0.5, s), doubles(*pair, *pair))
+    check(lambda *x: ipo_loss(*x, 0.5), doubles(*pair, *pair))
     check(lambda z: next_token_loss(z, tokens), doubles((3, 4, 6)))
     check(approx_kl, doubles(*batch[:2]))
 
@@ -248,6 +317,9 @@ def test_gradients_of_every_loss():
         lambda a, b: preference_loss(b, b, label=a),
         lambda a, b: centring_loss(a, b),
         lambda a, b: dpo_loss(a, a, b, b, 0.1),
+        lambda a, b: ipo_loss(a, b, a, b, 0.1),
+        lambda a, b: cispo_loss(a, a, b, 0.2),
+        lambda a, b: gspo_loss(a, a, a, b.bool(), 0.2),
     ],
 )
 def test_no_loss_broadcasts(loss):
