@@ -1,8 +1,8 @@
 """Losses per token or per pair, unreduced: whoever knows the whole batch masks, sums and divides.
 
-None but GSPO, which needs a mean over the response, takes a mask. Padding is zero in all inputs, and `masked_sum(loss,
-mask)` drops it; where padding may hold garbage, mask the *inputs* with `torch.where`. All raise ValueError if their tensors differ in shape, because (B, 1)
-against (B,) would broadcast to (B, B) without a word.
+Padding is zero in all inputs, and `masked_sum(loss, mask)` drops it; where padding may hold garbage, mask the *inputs*
+with `torch.where`. Only GSPO, which needs a mean over the response, takes a mask. All raise ValueError if their tensors
+differ in shape, because (B, 1) against (B,) would broadcast to (B, B) without a word.
 """
 
 import torch
