@@ -30,7 +30,8 @@ from evaluation import receipt
 from model.generate import generate, row_uniforms
 from model.gguf import save_gguf
 from model.hf import complete_directory, reward_head, save_hf
-from model.lora import load_adapter, save_peft
+from model.lora import load_adapter
+from model.peft import save_peft
 from model.quantize import quantize, stored_tensors
 from rlhf.infra import checkpoint, config, run
 from rlhf.lm.distill import distill, drop_layers, layer_distances
@@ -297,7 +298,7 @@ def export_adapter(cfg: Config, saved: checkpoint.Checkpoint | None) -> None:
     tensors = {name.removeprefix(PREFIX): x for name, x in saved.tensors.items() if name.startswith(PREFIX)}
     scale = saved.config["lora_alpha"] / saved.config["lora_rank"]
     load_adapter(base.model, policy_adapter(tensors), scale, "policy")
-    save_peft(cfg.out, base.model, "policy", base=str(saved.config["base"]))
+    save_peft(cfg.out, base.model, "policy", str(saved.config["base"]), base.family)
 
 
 class tokenizer_files(tempfile.TemporaryDirectory):

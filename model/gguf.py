@@ -280,9 +280,7 @@ def gguf_layout(names: Iterator[str], architecture: str) -> dict[str, list[str]]
             _, layer, module = module.split(".", 2)
             prefix = f"blk.{layer}."
         if module not in NAMES:
-            raise ValueError(
-                f"GGUF has no place for {show(name)}: merge adapters first, with merged_state(model, name)"
-            )
+            raise ValueError(f"GGUF has no place for {show(name)}: merge adapters first")
         theirs = "attn_qkv" if architecture == "gpt2" and module in FUSED else NAMES[module]
         layout.setdefault(f"{prefix}{theirs}.{parameter}", []).append(name)
     return layout
@@ -434,22 +432,15 @@ def tokenizer_parts(metadata: dict) -> dict:
 # 4. writing
 
 
-def save_gguf(
-    path: str | Path,
-    model: Transformer,
-    dtype: str = "F16",
-    tokenizer: dict | None = None,
-    state: dict[str, Tensor] | None = None,
-) -> Path:
+def save_gguf(path: str | Path, model: Transformer, dtype: str = "F16", tokenizer: dict | None = None) -> Path:
     """Write a GGUF file that llama.cpp reads, whole or not at all. dtype: F32 | F16 | Q8_0, of the matrices.
 
-    tokenizer: the parts of a tokenizer (`tokenizer.parts()`). state: weights to write instead of the model's own
-    (`merged_state` of model/lora.py). Norms, biases and learned positions stay F32. ValueError where GGUF has no such
-    architecture or the tokenizer has more tokens than the model.
+    tokenizer: the parts of a tokenizer (`tokenizer.parts()`). Norms, biases and learned positions stay F32. ValueError
+    where GGUF has no such architecture or the tokenizer has more tokens than the model.
     """
     if dtype not in FILE_TYPES:
         raise ValueError(f"GGUF dtype {dtype!r} cannot be written; known: {', '.join(FILE_TYPES)}")
-    path, config, state = Path(path), model.config, model.state_dict() if state is None else state
+    path, config, state = Path(path), model.config, model.state_dict()
     architecture = family_of(config)
     layout = gguf_layout(state, architecture)
     stored = {name: stored_as(name, [state[part] for part in parts], dtype) for name, parts in layout.items()}

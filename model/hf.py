@@ -617,29 +617,24 @@ def save_hf(
     directory: str | Path,
     model: Transformer,
     *,
-    state: dict[str, Tensor] | None = None,
     score: Tensor | None = None,
     reward_bias: float = 0.0,
     bos_id: int | None = None,
     eos_ids: Iterable[int] = (),
     pad_id: int | None = None,
-    generation: dict | None = None,
-    extra: dict | None = None,
     files: Iterable[str | Path] = (),
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Write an HF directory: a causal LM, or with `score` (labels, D), see `reward_head`, a sequence classifier.
 
-    state: weights to write instead of the model's own (`merged_state` of model/lora.py). generation: sampling settings
-    for generation_config.json, such as temperature. extra: more keys for config.json, which HF keeps and ignores.
     files: copied beside it (tokenizer.json, tokenizer_config.json ...). dtype: None keeps the weights' own.
     Written whole or not at all. ValueError where HF has no such architecture, and for a classifier whose pad_id is
     missing or ends a text: HF scores the last token that is not pad_id, so every score would be read too early.
     """
     config, eos = model.config, sorted(set(eos_ids))
-    family, state = family_of(config), model.state_dict() if state is None else state
+    family, state = family_of(config), model.state_dict()
     if lora := [name for name in state if ".lora_" in name]:
-        raise ValueError(f"the model carries adapters ({show(lora[0])}): merge one, or pass merged_state(model, name)")
+        raise ValueError(f"the model carries adapters ({show(lora[0])}): merge one first")
     causal = score is None
     name = CLASSES[family] + (
         "ForSequenceClassification" if not causal else "LMHeadModel" if family == "gpt2" else "ForCausalLM"
@@ -664,8 +659,7 @@ def save_hf(
         write_tensors(temporary / "model.safetensors", tensors)
         for file in files:
             shutil.copyfile(file, temporary / Path(file).name)
-        (temporary / "config.json").write_text(json.dumps({**(extra or {}), **content}, indent=2))
+        (temporary / "config.json").write_text(json.dumps(content, indent=2))
         if causal:
-            content = {**special, **(generation or {})}
-            (temporary / "generation_config.json").write_text(json.dumps(content, indent=2))
+            (temporary / "generation_config.json").write_text(json.dumps(special, indent=2))
     return Path(directory)

@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from model.hf import load_hf, save_hf
-from model.lora import add_lora, load_peft, merged_state, save_peft
+from model.lora import add_lora, merge
+from model.peft import load_peft, save_peft
 from model.transformer import ModelConfig, Transformer
 
 ROOM = 2**30  # bytes of address space beyond what the process has
@@ -304,11 +305,7 @@ def test_peft_directory(adapter, part, scale):
 
     def read(mutation):
         target.write_bytes(encode(mutation))
-        model = tiny("llama")
-        load_peft(adapter, model)
-        plain = Transformer(model.config)
-        plain.load_state_dict(merged_state(model, "default"))
-        return plain
+        return merge(load_peft(adapter, tiny("llama")), "default")
 
     fuzz(strategy, read, 100 * scale, at_least=30)
 

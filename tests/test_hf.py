@@ -473,8 +473,6 @@ def test_files_and_settings_beside_the_weights(tmp_path):
         tmp_path / "a" / "b",
         model,
         eos_ids=[1],
-        generation={"temperature": 0.7, "do_sample": True},
-        extra={"kl": 4.5, "vocab_size": 99},
         files=[tmp_path / "tokenizer.json"],
     )
     assert sorted(f.name for f in directory.iterdir()) == [
@@ -484,14 +482,8 @@ def test_files_and_settings_beside_the_weights(tmp_path):
         "tokenizer.json",
     ]
     raw, generation = (json.loads((directory / f"{name}.json").read_text()) for name in ("config", "generation_config"))
-    assert raw["kl"] == 4.5 and raw["vocab_size"] == 13 and raw["eos_token_id"] == 1
-    assert generation == {
-        "bos_token_id": None,
-        "eos_token_id": 1,
-        "pad_token_id": None,
-        "temperature": 0.7,
-        "do_sample": True,
-    }
+    assert raw["vocab_size"] == 13 and raw["eos_token_id"] == 1
+    assert generation == {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": None}
     assert "rope_parameters" not in raw and raw["rope_theta"] == 1e4 and raw["rope_scaling"] is None
     modes = {file.stat().st_mode & 0o777 for file in directory.iterdir() if file.name != "tokenizer.json"}
     assert len(modes) == 1, "all files as the umask says"

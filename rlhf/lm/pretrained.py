@@ -1,4 +1,5 @@
-"""Where --init= leads: a run of ours, an HF-format directory, a GGUF file, or a model of the package index, with its tokenizer.
+"""Where --init= leads: a run of ours, an HF-format directory, a GGUF file, a PEFT adapter on one of these, or a model of the
+package index, with its tokenizer.
 
 The one room in which a tokenizer of data/ meets a model of model/.
 """
@@ -13,7 +14,9 @@ import torch
 from data.fetch import MODELS, fetch_model, sha256
 from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_parts
 from model.gguf import gguf_config, load_gguf, read_gguf, tokenizer_parts
-from model.hf import find_tensors, load_hf, read_config
+from model.hf import find_tensors, load_hf, read_config, show
+from model.lora import merge
+from model.peft import load_peft, read_peft_config
 from model.quantize import load_quantized
 from model.transformer import ModelConfig, Transformer
 from rlhf.infra import checkpoint
@@ -32,27 +35,32 @@ class Pretrained:
     stop_ids: tuple[int, ...]  # each of them ends a text
     digest: str  # sha256 of the weights; of a tuned model, of what was trained
     spec: str  # what it was opened as
+    family: str | None = None  # the model_type of an HF-format directory, whose names an adapter's file uses
 
 
 def open_pretrained(
     spec: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
 ) -> Pretrained:
-    """The model that `spec` means: the name of one of data.fetch.MODELS, a GGUF file, an HF-format directory, a run or
-    checkpoint directory of train_lm.py or train_ppo.py, or an int8 directory of export.py.
+    """The model that `spec` means: the name of one of data.fetch.MODELS, a GGUF file, an HF-format directory, a PEFT
+    adapter, which comes merged into its base, a run or checkpoint directory of train_lm.py or train_ppo.py, or an int8
+    directory of export.py.
 
     dtype: of the weights; None keeps what an HF directory stores. On the CPU, weights that need no conversion stay
     memory-mapped: never write into them in place. FileNotFoundError, or ValueError in one line for what is none of these.
     """
-    spec = str(spec)
+    spec, family = str(spec), None
     path = locate(spec)
     if path.is_file():
         model, metadata = load_gguf(path, dtype or torch.float32)
         tokenizer, stop_ids, digest = tokenizer_from_parts(tokenizer_parts(metadata)), (), sha256(path)
+    elif is_peft(path):
+        model, tokenizer, stop_ids, digest = open_adapter(path, device, dtype)
     elif is_hf(path):
         model, info = load_hf(path, dtype, device)
         if info.kind != "causal":
             raise ValueError(f"{spec} is a sequence classifier; a language model is needed")
         tokenizer, stop_ids, digest = load_tokenizer(path), info.eos_ids, hf_digest(path)
+        family = info.family
     else:
         model, tokenizer, stop_ids, digest = open_checkpoint(path, device)
     ends = tuple(sorted({tokenizer.eos, *stop_ids}))
@@ -60,7 +68,38 @@ def open_pretrained(
         raise ValueError(
             f"{spec}: the tokenizer has {tokenizer.vocab_size} tokens, the model rows for {model.config.vocab_size}"
         )
-    return Pretrained(model.to(device), tokenizer, ends, digest, spec)
+    return Pretrained(model.to(device), tokenizer, ends, digest, spec, family)
+
+
+def open_adapter(
+    path: Path, device: torch.device | str, dtype: torch.dtype | None
+) -> tuple[Transformer, Tokenizer, tuple[int, ...], str]:
+    """Model, tokenizer, stop ids and digest of a PEFT directory: its base with the adapter merged in."""
+    base = open_pretrained(adapter_base(path), device, dtype)
+    model = merge(load_peft(path, base.model, "peft", base.family), "peft").requires_grad_(True)
+    own = [name for name in ("tokenizer.json", "tokenizer.model") if (path / name).exists()]
+    tokenizer = load_tokenizer(path) if own else base.tokenizer
+    return model, tokenizer, base.stop_ids, adapter_digest(path, base.digest)
+
+
+def adapter_base(path: Path) -> str:
+    """What the adapter's config names as its base: a path from the adapter or from here, or a model's name."""
+    named, *_ = read_peft_config(path)
+    found = next((str(place) for place in (path / named, Path(named)) if named and place.exists()), named)
+    if not named or not Path(found).exists() and named not in MODELS:
+        raise FileNotFoundError(
+            f"the adapter {path} belongs to the base model {show(named, 200)}, which is no path from there or from here: "
+            "put its place into base_model_name_or_path of adapter_config.json"
+        )
+    if is_peft(Path(found)):
+        raise ValueError(f"the base model {found} of the adapter {path} is an adapter itself; merge that one first")
+    return found
+
+
+def adapter_digest(path: Path, base: str) -> str:
+    """sha256 over what the base is, the adapter's weights and their scale."""
+    files = (path / "adapter_model.safetensors", path / "adapter_config.json")
+    return hashlib.sha256("".join([base, *map(sha256, files)]).encode()).hexdigest()
 
 
 def open_checkpoint(path: Path, device: torch.device | str) -> tuple[Transformer, Tokenizer, tuple[int, ...], str]:
@@ -125,6 +164,15 @@ def is_hf(path: Path) -> bool:
     return (path / "config.json").is_file() and checkpoint.read_config(path) is None and not checkpoint.latest(path)
 
 
+def is_peft(path: Path) -> bool:
+    """A PEFT directory. It may hold its base's config.json beside the adapter's."""
+    return (
+        (path / "adapter_config.json").is_file()
+        and checkpoint.read_config(path) is None
+        and not checkpoint.latest(path)
+    )
+
+
 def hf_digest(path: Path) -> str:
     """sha256 over the sha256 of every file with weights, in order of their names."""
     files = sorted({stored.file for stored in find_tensors(path).values()})
@@ -136,6 +184,8 @@ def digest_of(spec: str | Path) -> str:
     path = locate(str(spec))
     if path.is_file():
         return sha256(path)
+    if is_peft(path):
+        return adapter_digest(path, digest_of(adapter_base(path)))
     return hf_digest(path) if is_hf(path) else checkpoint.digest(path)
 
 
@@ -144,6 +194,8 @@ def config_of(spec: str | Path) -> ModelConfig:
     path = locate(str(spec))
     if path.is_file():
         return gguf_config(read_gguf(path))
+    if is_peft(path):
+        return config_of(adapter_base(path))
     if is_hf(path):
         return read_config(path).model
     return stored_config(checkpoint.load(path).config["model"], path)

@@ -77,7 +77,7 @@ def tuned_model(base: Transformer, config: dict, tensors: dict[str, Tensor]) -> 
 
 
 def policy_adapter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The policy's adapter in a checkpoint of layout adapters, named as `load_adapter` and `adapter_state` do."""
+    """The policy's adapter in a checkpoint of layout adapters, named as `load_adapter` wants them."""
     suffix = ".policy"
     names = {name: name.removeprefix(PREFIX).removesuffix(suffix) for name in tensors if name.endswith(suffix)}
     return {short: tensors[name] for name, short in names.items() if ".lora_" in short}
