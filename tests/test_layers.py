@@ -9,7 +9,7 @@ from conftest import ROOT
 
 FORMULAS = {f"rlhf.{file.stem}" for file in (ROOT / "rlhf").glob("*.py") if file.stem != "__init__"}  # rlhf/ itself
 FOLDERS = ("infra", "lm", "reward", "ppo", "feedback", "check", "serve")
-PACKAGES = ("model", "data", "evaluation", "rlhf", *(f"rlhf.{folder}" for folder in FOLDERS))
+PACKAGES = ("model", "data", "evaluation", "rewards", "rlhf", *(f"rlhf.{folder}" for folder in FOLDERS))
 ALWAYS = {"torch", "numpy", "sentencepiece", "tiktoken", "regex", "safetensors", "tqdm", "pytest", "hypothesis"}
 INSIDE_FUNCTIONS = {
     "matplotlib",
@@ -27,7 +27,7 @@ INSIDE_FUNCTIONS = {
 }
 SOURCES = sorted(ROOT.glob("*.py")) + sorted(
     file
-    for room in ("model", "data", "rlhf", "evaluation", "tests", "bench", "docs")
+    for room in ("model", "data", "rlhf", "evaluation", "rewards", "tests", "bench", "docs")
     for file in (ROOT / room).rglob("*.py")
 )
 
@@ -43,7 +43,16 @@ def room(module: str) -> str:
         return "formula"
     if module in ("rlhf.lm.pretrained", "rlhf.reward.files", "rlhf.reward.scorer"):
         return "open"
-    for prefix in (*(f"rlhf.{folder}" for folder in FOLDERS), "model", "data", "evaluation", "tests", "bench", "docs"):
+    for prefix in (
+        *(f"rlhf.{folder}" for folder in FOLDERS),
+        "model",
+        "data",
+        "evaluation",
+        "rewards",
+        "tests",
+        "bench",
+        "docs",
+    ):
         if module == prefix or module.startswith(prefix + "."):
             return prefix
     return "rlhf" if module == "rlhf" else "script"
@@ -53,6 +62,7 @@ BELOW = {"model", "formula", "rlhf.infra"}
 MAY_IMPORT = {  # room -> the rooms of ours that it may import
     "model": {"model"},
     "data": {"data"},
+    "rewards": set(),  # files that people copy
     "rlhf": set(),  # the package's own __init__
     "rlhf.infra": {"rlhf.infra"},
     "formula": {"formula"},
@@ -70,7 +80,7 @@ MAY_IMPORT |= {
     "evaluation": JOINS | {"evaluation"},
     "script": JOINS | {"rlhf.check", "evaluation", "script"},
 }
-MAY_IMPORT |= dict.fromkeys(("tests", "bench", "docs"), MAY_IMPORT["script"] | {"tests", "rlhf.serve"})
+MAY_IMPORT |= dict.fromkeys(("tests", "bench", "docs"), MAY_IMPORT["script"] | {"tests", "rlhf.serve", "rewards"})
 
 
 def imports(tree: ast.AST, path: str):
@@ -124,7 +134,7 @@ def violations(source: str, path: str, ours: set[str]) -> list[str]:
     return found
 
 
-OURS = {"model", "data", "rlhf", "evaluation"} | {file.stem for file in ROOT.glob("*.py")}
+OURS = {"model", "data", "rlhf", "evaluation", "rewards"} | {file.stem for file in ROOT.glob("*.py")}
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
