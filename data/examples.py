@@ -21,6 +21,7 @@ and one of its answers, encoded apart, as a policy continues a prompt.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import tempfile
@@ -53,33 +54,36 @@ class Encoded:
     record: Record
 
 
+FILES = {  # of a shard: dtype ("" = of a token), how many items, see COUNTS, and how many more
+    "prompts.bin": ("", "prompt_tokens", 0),
+    "prompt_offsets.bin": ("<i8", "prompts", 1),
+    "prompt_loss.bin": ("|u1", "prompt_loss", 0),
+    "answers.bin": ("", "answer_tokens", 0),
+    "answer_offsets.bin": ("<i8", "answers", 1),
+    "answer_prompt.bin": ("<i8", "answers", 0),
+    "score.bin": ("<f8", "scores", 0),
+    "source.bin": ("<u2", "prompts", 0),
+    "group.bin": ("<u8", "prompts", 0),
+    "winner.bin": ("<i8", "pairs", 0),
+    "loser.bin": ("<i8", "pairs", 0),
+    "p.bin": ("<f8", "pairs", 0),
+    "gap.bin": ("<f8", "pairs", 0),
+    "weight.bin": ("<f8", "pairs", 0),
+    "records.jsonl": ("|u1", "record_bytes", 0),
+    "record_offsets.bin": ("<i8", "prompts", 1),
+}
+COLUMN = ("<f8", "answers", 0)  # of every column_0.bin ...
+
+
 def token_dtype(vocab_size: int) -> str:
     return "<u2" if vocab_size < 2**16 else "<u4"
 
 
 def layout(counts: dict[str, int], vocab_size: int, columns: int) -> dict[str, tuple[str, int]]:
     """The files of a shard: name -> dtype and number of items. A file without items is not there."""
-    prompts, answers, pairs = counts["prompts"], counts["answers"], counts["pairs"]
-    tokens = token_dtype(vocab_size)
-    return {
-        "prompts.bin": (tokens, counts["prompt_tokens"]),
-        "prompt_offsets.bin": ("<i8", prompts + 1),
-        "prompt_loss.bin": ("|u1", counts["prompt_loss"]),
-        "answers.bin": (tokens, counts["answer_tokens"]),
-        "answer_offsets.bin": ("<i8", answers + 1),
-        "answer_prompt.bin": ("<i8", answers),
-        "score.bin": ("<f8", counts["scores"]),
-        **{f"column_{i}.bin": ("<f8", answers) for i in range(columns)},
-        "source.bin": ("<u2", prompts),
-        "group.bin": ("<u8", prompts),
-        "winner.bin": ("<i8", pairs),
-        "loser.bin": ("<i8", pairs),
-        "p.bin": ("<f8", pairs),
-        "gap.bin": ("<f8", pairs),
-        "weight.bin": ("<f8", pairs),
-        "records.jsonl": ("|u1", counts["record_bytes"]),
-        "record_offsets.bin": ("<i8", prompts + 1),
-    }
+    files = FILES | {f"column_{i}.bin": COLUMN for i in range(columns)}
+    token = token_dtype(vocab_size)
+    return {name: (dtype or token, counts[count] + more) for name, (dtype, count, more) in files.items()}
 
 
 # --- writing ---
@@ -455,7 +459,15 @@ def _check_sizes(directory: Path | str, files: dict[str, tuple[str, int]]) -> No
             raise broken(Path(directory, name), f"has {size} bytes, the manifest says {expected}")
 
 
-ITEMSIZE = {"|u1": 1, "<u2": 2, "<u4": 4, "<i8": 8, "<u8": 8, "<f8": 8}
+ITEMSIZE = {dtype: np.dtype(dtype).itemsize for dtype in ("|u1", "<u2", "<u4", "<i8", "<u8", "<f8")}
+
+
+ENDS = {  # where the last offset has to be
+    "prompt_offsets.bin": "prompt_tokens",
+    "answer_offsets.bin": "answer_tokens",
+    "record_offsets.bin": "record_bytes",
+}
+NUMBERS_OF = {"answer_prompt.bin": "prompts", "winner.bin": "answers", "loser.bin": "answers"}
 
 
 class Pairs(NamedTuple):
@@ -540,17 +552,24 @@ class Examples:
 
     def row(self, i: int) -> np.ndarray:
         """The tokens of an answer with its prompt before it, (P + A,)."""
-        return np.concatenate([self.prompt(self.prompt_of([i])[0]), self.answer(i)])
+        shard, answer, prompt = self._place_row(i)
+        files = (
+            ("prompts.bin", "prompt_offsets.bin", shard, prompt),
+            ("answers.bin", "answer_offsets.bin", shard, answer),
+        )
+        return np.concatenate([self._tokens(*file) for file in files])
 
     def written(self, i: int) -> np.ndarray:
         """Which tokens of `row(i)` the assistant wrote: the answer, and earlier turns that are to be trained. (P + A,) bool"""
-        shard, prompt = self._place("prompts", self.prompt_of([i])[0])
+        shard, answer, prompt = self._place_row(i)
+        lengths = (
+            self._lengths(shard, f"{kind}_offsets.bin", at) for kind, at in (("prompt", prompt), ("answer", answer))
+        )
+        written = np.repeat([False, True], list(lengths))
         if self._counts["prompt_loss"][shard]:
-            history = self._tokens("prompt_loss.bin", "prompt_offsets.bin", shard, prompt) != 0
-        else:
-            offsets = self._map(shard, "prompt_offsets.bin")
-            history = np.zeros(int(offsets[prompt + 1] - offsets[prompt]), bool)
-        return np.concatenate([history, np.ones(len(self.answer(i)), bool)])
+            history = self._tokens("prompt_loss.bin", "prompt_offsets.bin", shard, prompt)
+            written[: len(history)] = history != 0
+        return written
 
     def prompt_lengths(self, prompts: np.ndarray | None = None) -> np.ndarray:
         """Tokens of these prompts (None: all), from the offsets alone. (N,) int64"""
@@ -684,24 +703,15 @@ class Examples:
         read: Callable[[int, np.ndarray], np.ndarray],
         empty: np.ndarray = NONE,
     ) -> np.ndarray:
-        """read(shard, numbers in the shard) for these rows of prompts, answers or pairs (None: all), in their order."""
+        """`by_shard` for these rows of prompts, answers or pairs, or for all of them (None)."""
         starts = self.starts[what]
         if rows is None:
             parts = [read(s, np.arange(n)) for s, n in enumerate(np.diff(starts)) if n]
             return np.concatenate([empty, *parts])
         rows = np.asarray(rows, np.int64)
-        if not len(rows):
-            return empty
-        if rows.min() < 0 or rows.max() >= starts[-1]:
+        if len(rows) and (rows.min() < 0 or rows.max() >= starts[-1]):
             raise IndexError(f"row {rows.min() if rows.min() < 0 else rows.max()} of {starts[-1]} {what} in {self}")
-        shard = np.searchsorted(starts, rows, side="right") - 1
-        order = np.argsort(shard, kind="stable")
-        cuts = np.flatnonzero(np.diff(shard[order])) + 1
-        parts = [(at, int(shard[at[0]])) for at in np.split(order, cuts)]
-        found = np.concatenate([read(s, rows[at] - starts[s]) for at, s in parts])
-        out = np.empty_like(found)
-        out[order] = found
-        return out
+        return by_shard(starts, rows, read, empty)
 
     def _place(self, what: str, i: int) -> tuple[int, int]:
         """The shard of a prompt or an answer, and its number in there."""
@@ -710,6 +720,11 @@ class Examples:
             raise IndexError(f"row {i} of {starts[-1]} {what} in {self}")
         shard = int(np.searchsorted(starts, i, side="right")) - 1
         return shard, int(i - starts[shard])
+
+    def _place_row(self, answer: int) -> tuple[int, int, int]:
+        """The shard of an answer, its number and its prompt's number in there."""
+        shard, i = self._place("answers", answer)
+        return shard, i, int(self._map(shard, "answer_prompt.bin")[i])
 
     def _directory(self, shard: int) -> str:
         return f"{self.paths[self.part[shard]]}/{shard_name(self._number[shard])}"
@@ -723,31 +738,50 @@ class Examples:
         if (shard, name) in self._mapped:
             self._mapped.move_to_end((shard, name))
             return self._mapped[shard, name]
-        dtype, length = self._layout(shard)[name]
-        _check_sizes(self._directory(shard), {name: (dtype, length)})
-        file = Path(self._directory(shard), name)
-        array = np.asarray(np.memmap(file, dtype, mode="r")) if length else np.zeros(0, dtype)
+        dtype, count, more = FILES.get(name, COLUMN)
+        dtype, length = dtype or token_dtype(self.vocab_size), int(self._counts[count][shard]) + more
+        path = f"{self._directory(shard)}/{name}"
+        array = np.zeros(0, dtype)
+        if length:
+            _check_sizes(self._directory(shard), {name: (dtype, length)})
+            with open(path, "rb") as file:  # np.memmap does no more, and takes five times as long
+                array = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)
         if (shard, name) not in self._sound:
-            self._check(file, array, {what: int(count[shard]) for what, count in self._counts.items()})
+            self._check(path, array, shard)
             self._sound.add((shard, name))
         self._mapped[shard, name] = array
         if len(self._mapped) > MOST_MAPPED:
             self._mapped.popitem(last=False)
         return array
 
-    def _check(self, file: Path, array: np.ndarray, counts: dict[str, int]) -> None:
-        ends = {
-            "prompt_offsets.bin": "prompt_tokens",
-            "answer_offsets.bin": "answer_tokens",
-            "record_offsets.bin": "record_bytes",
-        }
-        if file.name in ends:
-            if array[0] != 0 or (np.diff(array) <= 0).any():
-                raise broken(file, "does not count upwards from 0")
-            if array[-1] != counts[ends[file.name]]:
-                raise broken(file, f"ends at {array[-1]}, the manifest says {counts[ends[file.name]]}")
-        below = {"answer_prompt.bin": "prompts", "winner.bin": "answers", "loser.bin": "answers"}.get(file.name)
-        if below and len(array) and not 0 <= array.min() <= array.max() < counts[below]:
-            raise broken(file, f"has {array.min()} to {array.max()}, but there are {counts[below]} {below}")
-        if file.name == "answer_prompt.bin" and (np.diff(array) < 0).any():
-            raise broken(file, "does not go through the prompts in order")
+    def _check(self, path: str, array: np.ndarray, shard: int) -> None:
+        name = path.rpartition("/")[2]
+        if name in ENDS:
+            end = self._counts[ENDS[name]][shard]
+            if array[0] != 0 or (array[1:] <= array[:-1]).any():
+                raise broken(Path(path), "does not count upwards from 0")
+            if array[-1] != end:
+                raise broken(Path(path), f"ends at {array[-1]}, the manifest says {end}")
+        if name in NUMBERS_OF and len(array):
+            count = self._counts[NUMBERS_OF[name]][shard]
+            if not 0 <= array.min() <= array.max() < count:
+                raise broken(
+                    Path(path), f"has {array.min()} to {array.max()}, but there are {count} {NUMBERS_OF[name]}"
+                )
+        if name == "answer_prompt.bin" and (array[1:] < array[:-1]).any():
+            raise broken(Path(path), "does not go through the prompts in order")
+
+
+def by_shard(
+    starts: np.ndarray, rows: np.ndarray, read: Callable[[int, np.ndarray], np.ndarray], empty: np.ndarray = NONE
+) -> np.ndarray:
+    """read(shard, numbers in the shard) for these rows, in their order. starts (shards + 1,): the first row of every shard."""
+    if not len(rows):
+        return empty
+    shard = np.searchsorted(starts, rows, side="right") - 1
+    order = np.argsort(shard, kind="stable")
+    parts = [(at, int(shard[at[0]])) for at in np.split(order, np.flatnonzero(np.diff(shard[order])) + 1)]
+    found = np.concatenate([read(s, rows[at] - starts[s]) for at, s in parts])
+    out = np.empty_like(found)
+    out[order] = found
+    return out
