@@ -13,8 +13,9 @@ import torch
 from data.loader import SentenceLoader, TokenFile, in_order
 from data.tokenizer import check_fingerprint, load_tokenizer
 from model.transformer import ModelConfig, Transformer
-from rlhf.infra import config, distributed, optim, run
+from rlhf.infra import config, distributed, optim
 from rlhf.infra.metrics import Metrics
+from rlhf.infra.run import Run, write_json
 from rlhf.lm.language_model import LanguageModel
 from rlhf.lm.pretrained import digest_of, open_pretrained
 
@@ -75,8 +76,9 @@ def main() -> None:
 
     inputs = {"data_sha256": train.manifest["sha256"]["tokens.bin"]}
     inputs |= {"init_sha256": digest_of(cfg.init)} if cfg.init else {}
-    state = run.resume(cfg.out, asdict(cfg) | inputs, model, optimizer, precision.scaler, dist)
-    first, spent = state["done"], state["seconds"]
+    saved_as = {"kind": "lm", "model": asdict(model.config), "tokenizer": tokenizer.fingerprint, "stop_ids": stop_ids}
+    options, files = asdict(cfg) | inputs, [tokenizer.path]
+    run = Run(cfg.out, options, model, optimizer, precision.scaler, dist, saved_as, files)
 
     language_model = LanguageModel(model)
     learner = dist.wrap(language_model)
@@ -86,15 +88,14 @@ def main() -> None:
     total = int(cfg.epochs * loader.order.steps_per_epoch)
     if total < 1:
         raise ValueError(f"epochs {cfg.epochs} of {loader.order.steps_per_epoch} steps each is less than one step")
-    log = Metrics(cfg.out, dist.is_main, first)
-    saved_as = {"kind": "lm", "model": asdict(model.config), "tokenizer": tokenizer.fingerprint, "stop_ids": stop_ids}
+    log = Metrics(cfg.out, dist.is_main, run.done)
     if dist.is_main:
         parameters = sum(p.numel() for p in model.parameters())
         print(
             f"{parameters:,} parameters, {len(train):,} sentences, {total:,} steps of {cfg.batch}, {dist.world} process(es)"
         )
 
-    for step in run.steps(first, total, "lm", dist):
+    for step in run.steps(total, "lm"):
         batch = loader.batch(step)
         tokens, mask = batch.tokens.to(dist.device), batch.mask.to(dist.device)
         count, nll = dist.sum(mask.sum()), 0.0
@@ -117,12 +118,11 @@ def main() -> None:
                 record |= validate(language_model, held_out, dist)
             log.log(step, record)
         if done % cfg.checkpoint_every == 0 or done == total:
-            state = {"done": done, "seconds": run.seconds_used(spent)}
-            run.save(cfg.out, state, saved_as, model, optimizer, precision.scaler, [tokenizer.path], dist)
+            run.save(done)
 
-    report = {"steps": total, **validate(language_model, held_out, dist), "seconds": run.seconds_used(spent)}
+    report = {"steps": total, **validate(language_model, held_out, dist), "seconds": run.seconds}
     if dist.is_main:
-        run.write_json(f"{cfg.out}/report.json", report)
+        write_json(f"{cfg.out}/report.json", report)
         print(
             f"validation perplexity {report['validation/perplexity']:.1f}, "
             f"{report['validation/bits_per_byte']:.3f} bits per byte, {report['seconds']:.0f} s -> {cfg.out}"

@@ -4,30 +4,36 @@ python train_ppo.py --init=out/lm --reward=out/rm --data=out/data/vader --out=ou
 torchrun --nproc_per_node=2 train_ppo.py --init=out/lm --reward=out/rm --data=out/data/vader --out=out/ppo
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from data.loader import PromptBatch, PromptLoader, TokenFile, prompts_from_rows
-from data.tokenizer import Detokenizer, check_fingerprint, load_tokenizer
+from data.loader import PromptLoader, TokenFile, prompts_from_rows
+from data.tokenizer import Detokenizer, Tokenizer, check_fingerprint, load_tokenizer
 from evaluation.card import beats_length
 from evaluation.held_out import held_out_prompts, load_judge, score_digest
-from model.generate import Generated, generate, row_uniforms
+from model.generate import Generated
 from rlhf import kl
 from rlhf.advantages import ESTIMATORS
 from rlhf.functional import whiten
-from rlhf.infra import checkpoint, config, distributed, optim, run
+from rlhf.infra import checkpoint, config, distributed, optim
+from rlhf.infra.distributed import Dist
 from rlhf.infra.metrics import Metrics, read_lines, say
-from rlhf.lm.pretrained import config_of, open_base, open_pretrained
+from rlhf.infra.optim import Precision
+from rlhf.infra.run import Clock, Run, peak_memory_gb, resident_bytes, write_json
+from rlhf.lm.pretrained import Pretrained, config_of, open_base, open_pretrained
 from rlhf.lm.trunks import LoRA
-from rlhf.overoptimisation import best_place, has_stalled
+from rlhf.overoptimisation import best_place
 from rlhf.ppo import update as ppo
+from rlhf.ppo.early_stop import HeldOutJudge, NoJudge, too_far
 from rlhf.ppo.plan import Sizes, plan, reward_parameters, table
-from rlhf.ppo.roles import CRITICS, LAYOUTS, STORED
-from rlhf.ppo.rollout import Experience, Rollout, gather, judge, minibatches
-from rlhf.ppo.self_check import self_check
+from rlhf.ppo.roles import CRITICS, LAYOUTS, STORED, Roles
+from rlhf.ppo.rollout import Experience, act, gather, judge, minibatches
+from rlhf.ppo.self_check import check_once
+from rlhf.reward.model import Score
 from rlhf.reward.scorer import load_reward
 from rlhf.rewards import missing_eos, shape_rewards
 
@@ -122,7 +128,7 @@ class Config:
             )
         if self.batch % self.samples_per_prompt:
             raise ValueError(f"batch {self.batch} is not a multiple of samples_per_prompt {self.samples_per_prompt}")
-        if self.estimator in ("rloo", "grpo", "dr_grpo") and self.samples_per_prompt < 2:
+        if ESTIMATORS[self.estimator].needs_group and self.samples_per_prompt < 2:
             raise ValueError(
                 f"estimator {self.estimator} compares responses to one prompt; set samples_per_prompt >= 2"
             )
@@ -140,127 +146,77 @@ CONSOLE = tuple(
 )
 
 
+@dataclass(frozen=True)
+class Cast:
+    """Who plays in a run, opened by `open_cast`."""
+
+    roles: Roles
+    score: Score  # the reward
+    prompts: PromptLoader
+    act: Callable[..., Generated]  # (prompts, lengths, ids, iteration), see rollout.act
+    held_out: HeldOutJudge | NoJudge
+    check_once: Callable[..., None]  # (rollout, fresh=), see self_check.check_once
+    tokenizer: Tokenizer
+    inputs: dict[str, str | None]  # checksums of what came in, for run.json
+    saved_as: dict  # config of the checkpoints
+
+
 def main() -> None:
     cfg = config.parse(Config, needs=NEEDS)
     dist = distributed.setup()
     micro_batch = row_counts(cfg, dist.world)
     precision = optim.amp(dist.device, cfg.precision)
-    critic = (cfg.critic or CRITICS[cfg.layout]) if cfg.estimator == "gae" else "none"
-    lora = LoRA(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
-    planned = memory_plan(cfg, dist, micro_batch, lora, critic)
+    planned = memory_plan(cfg, dist, micro_batch)
     if cfg.plan:
         return
     if not cfg.weak_reward:
         beats_length(cfg.reward)
-    tokenizer = load_tokenizer(cfg.data)
-    sentences = TokenFile(f"{cfg.data}/train")
-    check_fingerprint(sentences.fingerprint, tokenizer.fingerprint, sentences.path)
-    starts = prompts_from_rows(sentences, cfg.prompt_tokens, [cfg.domain] if cfg.domain else ())
-    prompts = PromptLoader(starts, sentences.pad, cfg.batch // cfg.samples_per_prompt, cfg.seed)
-    pretrained = open_pretrained(cfg.init, dist.device)
-    check_fingerprint(tokenizer.fingerprint, pretrained.tokenizer.fingerprint, cfg.init)
-    base, stop_ids = pretrained.model.eval(), pretrained.stop_ids
-    roles = LAYOUTS[cfg.layout](base, critic, cfg.temperature, lora, cfg.branch_layers)
-    policy, reference = roles.policy, roles.reference
-    score = load_reward(cfg.reward, tokenizer, dist.device, pretrained, roles.frozen, open_base)
-    if cfg.judge:
-        held_out = held_out_batch(cfg, sentences.pad)
-        held_out_score = load_judge(cfg.judge, cfg.data, tokenizer, dist.device, pretrained)
-    optimizer = optim.make_optimizer(policy, cfg.lr, cfg.weight_decay, betas=(0.9, 0.999), eps=cfg.adam_eps)
-    kl_control = kl.FixedKL(cfg.kl_coef)
-    if cfg.kl_control == "adaptive":
-        kl_control = kl.AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
+    cast = open_cast(cfg, dist, precision)
+    train(cfg, cast, dist, precision, micro_batch)
+    if dist.is_main:
+        write_report(cfg.out, cfg.judge_every)
+        peak = peak_memory_gb(dist.device)
+        print(f"peak memory {peak:.2f} GB, planned {planned:.2f} GB ({peak / planned - 1:+.0%}) in layout {cfg.layout}")
+    dist.close()
 
-    inputs = {"init_sha256": pretrained.digest, "data_sha256": sentences.manifest["sha256"]["tokens.bin"]}
-    inputs |= {"reward_sha256": score_digest(cfg.reward), "judge_sha256": score_digest(cfg.judge)}
-    state = run.resume(cfg.out, asdict(cfg) | inputs, policy, optimizer, precision.scaler, dist)
-    kl_control.load_state_dict(state.get("kl_control", kl_control.state_dict()))
-    first, spent, stopped = state["done"], state["seconds"], state.get("stopped", False)
-    last = first if stopped else cfg.iterations
-    verdicts = state.get("verdicts", [])  # mean scores by the held-out judge, one every judge_every iterations
 
+def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch: int) -> None:
+    """The loop: `iterations` times act, judge, assign credit, learn and report, or until there is a reason to stop."""
+    policy, reference, held_out = cast.roles.policy, cast.roles.reference, cast.held_out
     learner = dist.wrap(policy)
+    optimizer = optim.make_optimizer(policy, cfg.lr, cfg.weight_decay, betas=(0.9, 0.999), eps=cfg.adam_eps)
     objective = ppo.Objective(cfg.clip, cfg.clip_high, cfg.dual_clip, cfg.value_clip, cfg.value_coef, cfg.entropy_coef)
-    estimate = ESTIMATORS[cfg.estimator]
-    normalise = (
-        whiten if cfg.estimator == "gae" else lambda advantages, mask: advantages
-    )  # the others have their own scale
-    log = Metrics(cfg.out, dist.is_main, first, CONSOLE)
-    saved_as = {
-        "kind": "policy",
-        "layout": cfg.layout,
-        "model": asdict(base.config),
-        "tokenizer": tokenizer.fingerprint,
-        "stop_ids": stop_ids,
-    }
-    if cfg.layout in STORED:  # only what was trained is stored: the rest is in the base
-        saved_as |= {"base": cfg.init, "base_digest": inputs["init_sha256"]}
-        saved_as |= {name: getattr(cfg, name) for name in STORED[cfg.layout]}
+    estimator, kl_control = ESTIMATORS[cfg.estimator], kl_control_of(cfg)
+    normalise = whiten if estimator.whiten else lambda advantages, mask: advantages
+
+    options, files = asdict(cfg) | cast.inputs, [cast.tokenizer.path]
+    run = Run(cfg.out, options, policy, optimizer, precision.scaler, dist, cast.saved_as, files, cfg.keep_checkpoints)
+    kl_control.load_state_dict(run.state.get("kl_control", kl_control.state_dict()))
+    held_out.verdicts = run.state.get("verdicts", [])
+    last = run.done if run.state.get("stopped") else cfg.iterations
+    log = Metrics(cfg.out, dist.is_main, run.done, CONSOLE)
     width = 1 + cfg.prompt_tokens + cfg.response_tokens  # bos, prompt, response
     mine = torch.arange(dist.rank, cfg.batch, dist.world)  # global ids of this rank's responses
     group = torch.arange(cfg.batch, device=dist.device) // cfg.samples_per_prompt
+    why = ""
 
-    def sample(batch: PromptBatch, rows: Tensor, iteration: int, ids: Tensor) -> Generated:
-        """Responses to some rows of the batch; what a row draws depends on (seed, iteration, its global id) alone."""
-        chosen = (x[rows].to(dist.device) for x in (batch.prompts, batch.prompt_lengths))
-        uniforms = row_uniforms(cfg.seed, iteration, ids.tolist(), cfg.response_tokens).to(dist.device)
-        sizes = (cfg.response_tokens, uniforms, stop_ids, tokenizer.pad, cfg.temperature)
-        with precision.autocast():
-            return generate(roles.sampler, *chosen, *sizes)
-
-    def act(iteration: int) -> Generated:
-        """This rank's responses."""
-        return sample(prompts.batch(iteration), mine // cfg.samples_per_prompt, iteration, mine)
-
-    def ask_judge(done: int) -> dict[str, float]:
-        """judge/mean of the policy after `done` iterations, when it is time; the best policy so far goes to out/best."""
-        if done % cfg.judge_every:
-            return {}
-        scores = torch.zeros(cfg.judge_prompts, dtype=torch.float64)
-        for start in range(dist.rank, cfg.judge_prompts, cfg.batch):
-            rows = torch.arange(start, min(start + cfg.batch, cfg.judge_prompts), dist.world)
-            g = sample(held_out, rows, -1, rows)  # -1: random numbers that no iteration draws
-            scores[rows] = held_out_score(g.tokens, g.lengths, g.mask).double().cpu()
-        mean = float(dist.sum(scores).mean())  # every rank adds zeros to the others' scores: exact for any world size
-        verdicts.append(mean)
-        if dist.is_main and best_place(verdicts) == len(verdicts) - 1:
-            weights, state = checkpoint.trained_state(policy), {"done": done, "judge/mean": mean}
-            checkpoint.save(f"{cfg.out}/best", weights, saved_as, state, files=[tokenizer.path])
-        return {"judge/mean": mean}
-
-    consult = ask_judge if cfg.judge else lambda done: {}
-
-    def check_once(judged: Rollout) -> None:
-        """Before the first update: PASS or FAIL for every identity; on FAIL all ranks stop."""
-        own = None if cfg.reward.rpartition(":")[0].endswith(".py") else score
-        tolerance = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 2e-1}[cfg.precision]
-        checks = self_check(policy, judged, own, stop_ids, dist, first == 0, tolerance)
-        say("self-check before the first update\n" + "\n".join(map(str, checks)), dist.is_main)
-        if failed := [check.name for check in checks if not check.passed]:
-            raise ValueError(f"self-check failed: {'; '.join(failed)}")
-
-    def save(done: int, stopped: bool) -> None:
-        state = {"done": done, "seconds": run.seconds_used(spent), "stopped": stopped}
-        state |= {"kl_control": kl_control.state_dict(), "verdicts": verdicts}
-        files = [tokenizer.path]
-        run.save(cfg.out, state, saved_as, policy, optimizer, precision.scaler, files, dist, cfg.keep_checkpoints)
-
-    for iteration in run.steps(first, last, "ppo", dist):
-        if stopped := has_stalled(verdicts, cfg.judge_patience):
+    for iteration in run.steps(last, "ppo"):
+        if why := held_out.stalled():
             break
-        clock = run.Clock()
+        clock = Clock()
         # 1. act: sample responses to a batch of prompts with the current policy
-        samples = act(iteration)
+        batch, rows = cast.prompts.batch(iteration), mine // cfg.samples_per_prompt
+        samples = cast.act(batch.prompts[rows], batch.prompt_lengths[rows], mine, iteration)
         clock.lap("time/rollout")
 
         # 2. judge: policy, reference and value of every token; one score per response
         with precision.autocast():
-            judged = judge(samples, policy, reference, score, micro_batch, width, roles.features)
-            if iteration == first:
-                check_once(judged[:micro_batch].trim())
+            judged = judge(samples, policy, reference, cast.score, micro_batch, width, cast.roles.features)
+            if iteration == run.done:
+                cast.check_once(judged[:micro_batch].trim(), fresh=run.done == 0)
         rollout = gather(judged, dist)
         clock.lap("time/judge")
-        if stopped := cfg.max_kl is not None and ppo.mean_kl(rollout) > cfg.max_kl:
+        if why := too_far(ppo.mean_kl(rollout), cfg.max_kl):
             break
 
         # 3. credit: score + KL penalty -> rewards -> advantages, returns; whitened over all ranks
@@ -268,7 +224,7 @@ def main() -> None:
         rewards = shape_rewards(
             scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_control.coef, cfg.kl_estimator
         )
-        advantages, returns = estimate(rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam, scores, group)
+        advantages, returns = estimator.estimate(rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam, group)
         experience = Experience.of(rollout, rewards, normalise(advantages, rollout.mask), returns)
 
         # 4. learn: epochs x minibatches x micro-batches; stop early when the policy has moved far enough
@@ -290,39 +246,93 @@ def main() -> None:
         record |= clock.times(record["response/length"] * cfg.batch, dist.device)
         kl_control.update(record["objective/kl"], cfg.batch)
         done = iteration + 1
-        record |= consult(done)
+        record |= held_out.ask(done, run)
         log.log(iteration, record | {"lr": lr, "episode": done * cfg.batch, "iteration": iteration})
         if done % cfg.sample_every == 0 or done == last:
-            log.samples(iteration, texts(experience, tokenizer))
+            log.samples(iteration, texts(experience, cast.tokenizer))
         if done % cfg.checkpoint_every == 0 or done == last:
-            save(done, stopped=False)
+            run.save(done, stopped=False, kl_control=kl_control.state_dict(), verdicts=held_out.verdicts)
 
-    if stopped and last > first:
-        save(iteration, stopped=True)
-        why = f"KL to the reference passed max_kl {cfg.max_kl} nats"
-        if has_stalled(verdicts, cfg.judge_patience):
-            why = f"{cfg.judge_patience} judgements in a row did not beat the held-out judge's best"
+    if why:
+        run.save(iteration, stopped=True, kl_control=kl_control.state_dict(), verdicts=held_out.verdicts)
         say(f"stopped after {iteration} iterations: {why}", dist.is_main)
-    if dist.is_main:
-        write_report(cfg.out, cfg.judge_every)
-        peak = run.peak_memory_gb(dist.device)
-        print(f"peak memory {peak:.2f} GB, planned {planned:.2f} GB ({peak / planned - 1:+.0%}) in layout {cfg.layout}")
-    dist.close()
 
 
-def memory_plan(cfg: Config, dist, micro_batch: int, lora: LoRA, critic: str) -> float:
+def kl_control_of(cfg: Config) -> kl.FixedKL | kl.AdaptiveKL:
+    """What weighs the KL, and how that moves."""
+    if cfg.kl_control == "adaptive":
+        return kl.AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
+    return kl.FixedKL(cfg.kl_coef)
+
+
+def open_cast(cfg: Config, dist: Dist, precision: Precision) -> Cast:
+    """Open what the options name; ValueError or FileNotFoundError for what does not fit together."""
+    tokenizer = load_tokenizer(cfg.data)
+    sentences = TokenFile(f"{cfg.data}/train")
+    check_fingerprint(sentences.fingerprint, tokenizer.fingerprint, sentences.path)
+    starts = prompts_from_rows(sentences, cfg.prompt_tokens, [cfg.domain] if cfg.domain else ())
+    prompts = PromptLoader(starts, sentences.pad, cfg.batch // cfg.samples_per_prompt, cfg.seed)
+    base = open_pretrained(cfg.init, dist.device)
+    check_fingerprint(tokenizer.fingerprint, base.tokenizer.fingerprint, cfg.init)
+    model, lora = base.model.eval(), lora_of(cfg)
+    roles = LAYOUTS[cfg.layout](model, critic_of(cfg), cfg.temperature, lora, cfg.branch_layers)
+    score = load_reward(cfg.reward, tokenizer, dist.device, base, roles.frozen, open_base)
+    sampling = (cfg.response_tokens, base.stop_ids, tokenizer.pad, cfg.temperature, cfg.seed, precision)
+    respond = partial(act, roles.sampler, *sampling)
+    held_out = open_judge(cfg, dist, tokenizer, base, respond)
+    alone = None if cfg.reward.rpartition(":")[0].endswith(".py") else score
+    check = partial(check_once, roles.policy, score=alone, eos=base.stop_ids, dist=dist, precision=cfg.precision)
+    inputs = {"init_sha256": base.digest, "data_sha256": sentences.manifest["sha256"]["tokens.bin"]}
+    inputs |= {"reward_sha256": score_digest(cfg.reward), "judge_sha256": score_digest(cfg.judge)}
+    return Cast(roles, score, prompts, respond, held_out, check, tokenizer, inputs, description(cfg, base))
+
+
+def critic_of(cfg: Config) -> str:
+    return (cfg.critic or CRITICS[cfg.layout]) if ESTIMATORS[cfg.estimator].needs_values else "none"
+
+
+def lora_of(cfg: Config) -> LoRA:
+    return LoRA(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
+
+
+def open_judge(cfg: Config, dist: Dist, tokenizer: Tokenizer, base: Pretrained, respond) -> HeldOutJudge | NoJudge:
+    """The held-out judge and its prompts: from validation sentences, none of which begins a training sentence."""
+    if cfg.judge is None:
+        return NoJudge()
+    starts = held_out_prompts(cfg.data, "validation", cfg.prompt_tokens, cfg.domain)
+    if cfg.judge_prompts > len(starts):
+        raise ValueError(
+            f"--judge_prompts={cfg.judge_prompts}: the validation split has {len(starts)}; use at most those"
+        )
+    batch = PromptLoader(starts, tokenizer.pad, cfg.judge_prompts, cfg.seed).batch(0)
+    score = load_judge(cfg.judge, cfg.data, tokenizer, dist.device, base)
+    prompts = (batch.prompts, batch.prompt_lengths)
+    return HeldOutJudge(score, respond, *prompts, cfg.judge_every, cfg.judge_patience, cfg.batch, dist)
+
+
+def description(cfg: Config, base: Pretrained) -> dict:
+    """The config of a checkpoint: all that is needed to build the model that its tensors fill."""
+    saved_as = {"kind": "policy", "layout": cfg.layout, "model": asdict(base.model.config)}
+    saved_as |= {"tokenizer": base.tokenizer.fingerprint, "stop_ids": base.stop_ids}
+    if cfg.layout in STORED:  # only what was trained is stored: the rest is in the base
+        saved_as |= {"base": cfg.init, "base_digest": base.digest}
+        saved_as |= {name: getattr(cfg, name) for name in STORED[cfg.layout]}
+    return saved_as
+
+
+def memory_plan(cfg: Config, dist: Dist, micro_batch: int) -> float:
     """GB that this layout should need at its peak; with --plan, the table of all layouts is printed."""
-    model = config_of(cfg.init)
+    model, critic = config_of(cfg.init), critic_of(cfg)
     sizes = Sizes(
         batch=cfg.batch // dist.world,
         micro_batch=micro_batch,
         prompt=1 + cfg.prompt_tokens,
         response=cfg.response_tokens,
         critic=cfg.critic if critic != "none" else critic,
-        lora=lora,
+        lora=lora_of(cfg),
         branch_layers=cfg.branch_layers,
         reward=reward_parameters(cfg.reward),
-        baseline=run.resident_bytes() if dist.device.type == "cpu" else 0,
+        baseline=resident_bytes() if dist.device.type == "cpu" else 0,
     )
     if cfg.plan and dist.is_main:
         print(table(model, sizes, cfg.layout))
@@ -347,17 +357,7 @@ def row_counts(cfg: Config, world: int) -> int:
     return micro_batch
 
 
-def held_out_batch(cfg: Config, pad: int) -> PromptBatch:
-    """The prompts of the held-out judge: from validation sentences, none of which begins a training sentence."""
-    starts = held_out_prompts(cfg.data, "validation", cfg.prompt_tokens, cfg.domain)
-    if cfg.judge_prompts > len(starts):
-        raise ValueError(
-            f"--judge_prompts={cfg.judge_prompts}: the validation split has {len(starts)}; use at most those"
-        )
-    return PromptLoader(starts, pad, cfg.judge_prompts, cfg.seed).batch(0)
-
-
-def texts(experience: Experience, tokenizer) -> list[dict]:
+def texts(experience: Experience, tokenizer: Tokenizer) -> list[dict]:
     """The first responses of an iteration as rows for people to read, with what PPO knew about every token."""
     rows = []
     for row in (experience[i : i + 1] for i in range(min(8, len(experience)))):
@@ -386,7 +386,7 @@ def write_report(out: str, judge_every: int) -> None:
         done, mean = (best_place(verdicts) + 1) * judge_every, max(verdicts)
         report["best"] = {"iterations": done, "judge/mean": mean}
         print(f"the held-out judge likes the policy after {done} iterations best, {mean:.3f} -> {out}/best")
-    run.write_json(f"{out}/report.json", report)
+    write_json(f"{out}/report.json", report)
     print(
         f"score {report['objective/scores']:.2f} at {report['objective/kl']:.1f} nats, {report['seconds']:.0f} s -> {out}"
     )

@@ -35,8 +35,9 @@ from data.tokenizer import check_fingerprint, load_tokenizer
 from data.vader import load_rules
 from model.generate import generate, row_uniforms
 from rlhf.calibration import fit_temperature, wilson_interval
-from rlhf.infra import checkpoint, config, distributed, optim, run
+from rlhf.infra import checkpoint, config, distributed, optim
 from rlhf.infra.metrics import Metrics, say
+from rlhf.infra.run import Run, begin, peak_memory_gb, seconds_used, steps, write_json
 from rlhf.lm.frozen import FrozenStates
 from rlhf.lm.pretrained import Pretrained, open_base, open_pretrained
 from rlhf.lm.trunks import LoRA
@@ -194,8 +195,8 @@ def train(cfg: Config, dist) -> None:
         inputs["start_sha256"] = start_at(cfg, base, reward_model)
     optimizer = optim.make_optimizer(reward_model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.95))
 
-    state = run.resume(cfg.out, asdict(cfg) | inputs, reward_model, optimizer, precision.scaler, dist)
-    first, spent = state["done"], state["seconds"]
+    options, saved_as, files_to_save = asdict(cfg) | inputs, description(cfg, base, tokenizer), [tokenizer.path]
+    run = Run(cfg.out, options, reward_model, optimizer, precision.scaler, dist, saved_as, files_to_save)
 
     learner = dist.wrap(reward_model)
     context = base.model.config.context
@@ -205,13 +206,7 @@ def train(cfg: Config, dist) -> None:
     total = int(cfg.epochs * loader.order.steps_per_epoch)
     if total < 1:
         raise ValueError(f"epochs {cfg.epochs} of {loader.order.steps_per_epoch} steps each is less than one step")
-    log = Metrics(cfg.out, dist.is_main, first)
-    saved_as = description(cfg, base, tokenizer)
-
-    def save(done: int) -> None:
-        state = {"done": done, "seconds": run.seconds_used(spent)}
-        run.save(cfg.out, state, saved_as, reward_model, optimizer, precision.scaler, [tokenizer.path], dist)
-
+    log = Metrics(cfg.out, dist.is_main, run.done)
     votes = ()
     if cfg.preferences:
         votes = PairLoader(preference_files(cfg)[0], cfg.preference_batch, cfg.seed, context=context)
@@ -222,7 +217,7 @@ def train(cfg: Config, dist) -> None:
         starts = range(0, len(texts.lengths), size)
         return [(Texts(*(x[i : i + size].to(dist.device) for x in texts)), kind, weight) for i in starts]
 
-    for step in run.steps(first, total, "rm", dist):
+    for step in run.steps(total, "rm"):
         rows = shard(loader.order.rows(step), dist.rank, dist.world)
         parts = micro_batches(TEXTS[cfg.objective](loader.take(rows), counts[rows]), cfg.objective, 1 / cfg.batch)
         if votes:
@@ -248,15 +243,15 @@ def train(cfg: Config, dist) -> None:
                 record["validation/accuracy"] = accuracy(scores.cpu().numpy(), files[1])["all"]
             log.log(step, record)
         if done % cfg.checkpoint_every == 0 and done < total:
-            save(done)
+            run.save(done)
 
     raw = [raw_scores(reward_model, base, file, dist) for file in files[1:]]
     problem = normalise_and_calibrate(cfg, dist, reward_model, base, references, raw[0], files[1])
-    save(total)
+    run.save(total)
     agreed = agreement(cfg, reward_model, base, dist)
     trained = sum(x.numel() for x in reward_model.parameters() if x.requires_grad)
     if dist.is_main:
-        write_report(cfg, reward_model, raw, files, problem, {"parameters": trained} | agreed, spent)
+        write_report(cfg, reward_model, raw, files, problem, {"parameters": trained} | agreed, run.seconds)
 
 
 def whole_model(cfg: Config, base: Pretrained) -> RewardModel:
@@ -375,7 +370,7 @@ def fit_frozen(cfg: Config, dist) -> None:
     base, tokenizer, files, inputs = open_inputs(cfg, dist.device)
     candidates = [(depth, pooling) for depth in depths_of(cfg, base) for pooling in dict.fromkeys(cfg.poolings)]
     references = reference_prompts(cfg, files[0], cfg.trunk)
-    run.begin(cfg.out, asdict(cfg) | inputs, dist)
+    begin(cfg.out, asdict(cfg) | inputs, dist)
     if already_finished(cfg, dist):
         return
 
@@ -404,7 +399,7 @@ def fit_frozen(cfg: Config, dist) -> None:
     if dist.is_main:
         depths, poolings = zip(*best.features)
         saved_as = description(cfg, base, tokenizer) | {"depths": depths, "poolings": poolings}
-        state = {"done": 1, "seconds": run.seconds_used()}
+        state = {"done": 1, "seconds": seconds_used()}
         checkpoint.save_step(cfg.out, 1, reward_model.state_dict(), saved_as, state, files=[tokenizer.path])
         table = [describe(fit, validation) for fit in fits]
         print(f"{'validation, best first':<28}{'ridge':>8}{'error':>8}{'gap 1':>8}")
@@ -413,7 +408,7 @@ def fit_frozen(cfg: Config, dist) -> None:
         print(f"{len(test)} test sentences; head fitted to {len(chosen[0])} sentences")
         extra = {"parameters": sum(p.numel() for p in reward_model.parameters()), "chosen": table[0]} | agreed
         extra |= {"candidates": table, "sentences": dict(zip(("train", "validation", "test"), map(len, chosen)))}
-        write_report(cfg, reward_model, raw, [files[0], validation, test], problem, extra)
+        write_report(cfg, reward_model, raw, [files[0], validation, test], problem, extra, seconds_used())
 
 
 def some_rows(file: TokenFile, count: int | None, seed: int) -> np.ndarray:
@@ -452,7 +447,7 @@ def read_rows(states, candidates, data: TokenFile, rows: np.ndarray, stop_ids, d
     features = torch.zeros(len(rows), len(candidates), model.width)
     by_length = data.lengths()[rows].argsort(kind="stable")
     batches = list(in_order(len(rows), batch))[dist.rank :: dist.world]
-    for i in run.steps(0, len(batches), f"states of {data.path.name}", dist):
+    for i in steps(0, len(batches), f"states of {data.path.name}", dist):
         places = by_length[batches[i]]
         tokens, lengths, _ = (x.to(dist.device) for x in loader.take(rows[places]))
         pooled = text_features(states(tokens), candidates, tokens, lengths, stop_ids)
@@ -488,7 +483,7 @@ def average_runs(cfg: Config, dist) -> None:
     check_fingerprint(files[0].fingerprint, saved_as["tokenizer"], cfg.average[0])
     references = reference_prompts(cfg, files[0], saved_as.get("trunk", "full"))
     inputs["average_sha256"] = [checkpoint.digest(path) for path in cfg.average]
-    run.begin(cfg.out, asdict(cfg) | inputs, dist)
+    begin(cfg.out, asdict(cfg) | inputs, dist)
     if already_finished(cfg, dist):
         return
     reward_model = restored(saved_as, tensors, cfg.average[0], dist.device, base, None, open_base)
@@ -496,9 +491,9 @@ def average_runs(cfg: Config, dist) -> None:
     problem = normalise_and_calibrate(cfg, dist, reward_model, base, references, raw[0], files[1])
     if dist.is_main:
         tensors |= {name: reward_model.get_buffer(name).cpu() for name in NORMALISATION}
-        state = {"done": 1, "seconds": run.seconds_used()}
+        state = {"done": 1, "seconds": seconds_used()}
         checkpoint.save_step(cfg.out, 1, tensors, saved_as, state, files=[tokenizer.path])
-        write_report(cfg, reward_model, raw, files, problem, {"averaged": list(cfg.average)})
+        write_report(cfg, reward_model, raw, files, problem, {"averaged": list(cfg.average)}, seconds_used())
 
 
 JOBS = {"full": train, "adapters": train, "frozen": fit_frozen}
@@ -592,7 +587,7 @@ def agreement(cfg: Config, reward_model, base: Pretrained, dist) -> dict:
     return {"preferences": found | {"trained_on": len(train.column("pair_gap"))}}
 
 
-def write_report(cfg: Config, reward_model, raw, files, problem: str | None, extra: dict, spent: float = 0.0) -> None:
+def write_report(cfg: Config, reward_model, raw, files, problem: str | None, extra: dict, seconds: float) -> None:
     """report.json, and the same as a table; raw are the scores (N, M) of the validation and of the test rows."""
     train, validation, test = files
     scores = [reward_model.combined(x).cpu().numpy() for x in raw]
@@ -605,11 +600,11 @@ def write_report(cfg: Config, reward_model, raw, files, problem: str | None, ext
         "baselines": baselines(train, test, load_rules(cfg.data) if Path(cfg.data, "rules").is_dir() else None),
         "sentences": {"train": len(train), "validation": len(validation), "test": len(test)},
         "pairs": {"validation": len(validation.column("pair_gap")), "test": len(test.column("pair_gap"))},
-        "peak_memory_gb": run.peak_memory_gb(raw[0].device),
+        "peak_memory_gb": peak_memory_gb(raw[0].device),
         **extra,
-        "seconds": run.seconds_used(spent),
+        "seconds": seconds,
     }
-    run.write_json(f"{cfg.out}/report.json", report)
+    write_json(f"{cfg.out}/report.json", report)
     print(accuracy_table(rows_of(report)))
     print(calibration_line(report["calibration"]))
     if found := report.get("preferences"):

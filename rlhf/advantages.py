@@ -4,6 +4,9 @@ REINFORCE++, which is defined by its whitening.
 `group` (B,) int64 says which rows answer the same prompt: any ids, in any order, all rows of a prompt in one call.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -83,32 +86,44 @@ def reinforce_plus_plus(
     return whiten(returns, mask, total=total), returns
 
 
-# The training loop's choice by name:
-#   f(rewards, values, mask, gamma, lam, scores, group, bootstrap, total) -> advantages (B, T), returns (B, T)
+@dataclass(frozen=True)
+class Estimator:
+    """A choice of the training loop: its function, and what the loop has to know of it.
+
+    estimate(rewards, values, mask, gamma, lam, group) -> advantages (B, T), returns (B, T); rewards, values and mask are
+    (B, T), group (B,). Each ignores what it has no use for.
+    """
+
+    estimate: Callable[..., tuple[Tensor, Tensor]]
+    needs_values: bool = False  # reads a critic; without one there is none to train
+    needs_group: bool = False  # compares responses to one prompt
+    whiten: bool = False  # its advantages have no scale of their own
+
+
 # Those that judge whole responses take the sum of a row's rewards, KL included: arXiv:2402.14740 does so, while GRPO's
-# paper puts the KL in the loss. All tokens of a response get its advantage. Each ignores what it has no use for.
+# paper puts the KL in the loss. All tokens of a response get its advantage.
 
 
-def _gae(rewards, values, mask, gamma, lam, scores, group, bootstrap=None, total=None):
-    return gae(rewards, values, mask, gamma, lam, bootstrap)
+def _gae(rewards, values, mask, gamma, lam, group):
+    return gae(rewards, values, mask, gamma, lam)
 
 
-def _reinforce_plus_plus(rewards, values, mask, gamma, lam, scores, group, bootstrap=None, total=None):
-    return reinforce_plus_plus(rewards, mask, gamma, total)
+def _reinforce_plus_plus(rewards, values, mask, gamma, lam, group):
+    return reinforce_plus_plus(rewards, mask, gamma)
 
 
 def _per_response(advantage):
-    def estimator(rewards, values, mask, gamma, lam, scores, group, bootstrap=None, total=None):
+    def estimate(rewards, values, mask, gamma, lam, group):
         returns = masked_sum(rewards, mask, dim=1)  # (B,)
         return tuple(torch.where(mask, x[:, None], 0) for x in (advantage(returns, group), returns))
 
-    return estimator
+    return estimate
 
 
 ESTIMATORS = {
-    "gae": _gae,
-    "rloo": _per_response(rloo),
-    "grpo": _per_response(grpo),
-    "dr_grpo": _per_response(dr_grpo),
-    "reinforce++": _reinforce_plus_plus,
+    "gae": Estimator(_gae, needs_values=True, whiten=True),
+    "rloo": Estimator(_per_response(rloo), needs_group=True),
+    "grpo": Estimator(_per_response(grpo), needs_group=True),
+    "dr_grpo": Estimator(_per_response(dr_grpo), needs_group=True),
+    "reinforce++": Estimator(_reinforce_plus_plus),
 }

@@ -131,10 +131,11 @@ def train(
     task, dist = problem(seed), distributed.Dist()
     base = base_model(seed)
     reference = frozen_reference(base, TEMPERATURE)
-    policy = ActorCritic(base, "shared" if estimator == "gae" else "none", TEMPERATURE)
+    row = ESTIMATORS[estimator]
+    policy = ActorCritic(base, "shared" if row.needs_values else "none", TEMPERATURE)
     optimizer = optim.make_optimizer(policy, lr, betas=(0.9, 0.999), eps=1e-5)
     precision = optim.amp(dist.device)
-    normalise = whiten if estimator == "gae" else lambda advantages, mask: advantages
+    normalise = whiten if row.whiten else lambda advantages, mask: advantages
     objective = ppo.Objective(clip=0.2, value_clip=None, value_coef=0.5)
     ids = torch.arange(batch)
     group = ids // (batch // len(PROMPTS))
@@ -149,7 +150,7 @@ def train(
         scores = missing_eos(rollout.scores, rollout.finished, EOS_PENALTY)
         rewards = shape_rewards(scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef, "k1")
         rewards = pay(rewards, rollout.mask)
-        advantages, returns = ESTIMATORS[estimator](rewards, rollout.values, rollout.mask, 1.0, 0.95, scores, group)
+        advantages, returns = row.estimate(rewards, rollout.values, rollout.mask, 1.0, 0.95, group)
         experience = Experience.of(rollout, rewards, normalise(advantages, rollout.mask), returns)
         # 4. learn
         optim.set_lr(optimizer, optim.schedule(iteration, iterations, 5, lr, "linear"))
@@ -211,11 +212,12 @@ def test_at_the_optimum_nobody_has_an_advantage(estimator, lam):
             logprobs[i, t] = math.log(weight[after] / weight[before])
             ref_logprobs[i, t] = math.log(ref[after] / ref[before])
             values[i, t] = BETA * math.log(weight[before] / ref[before])
-    scores, group = task.reward.flatten(), torch.arange(len(task.rows)) // len(RESPONSES)
-    rewards = shape_rewards(scores, logprobs, ref_logprobs, task.mask, BETA)
-    advantages, _ = ESTIMATORS[estimator](rewards, values, task.mask, 1.0, lam, scores, group)
+    group = torch.arange(len(task.rows)) // len(RESPONSES)
+    estimate = ESTIMATORS[estimator].estimate
+    rewards = shape_rewards(task.reward.flatten(), logprobs, ref_logprobs, task.mask, BETA)
+    advantages, _ = estimate(rewards, values, task.mask, 1.0, lam, group)
     torch.testing.assert_close(advantages, torch.zeros_like(advantages), rtol=0, atol=1e-8)
-    wrong, _ = ESTIMATORS[estimator](rewards + 0.1 * rewards**2, values, task.mask, 1.0, lam, scores, group)
+    wrong, _ = estimate(rewards + 0.1 * rewards**2, values, task.mask, 1.0, lam, group)
     assert wrong.abs().max() > 1e-2
 
 

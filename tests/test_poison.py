@@ -77,9 +77,9 @@ def with_mask(mask):
             lambda p, q, e=estimator: rewards.shape_rewards(scores.to(p.dtype), p, q, mask, 0.1, e),
             2,
         )
-    for name, estimate in advantages.ESTIMATORS.items():
+    for name, row in advantages.ESTIMATORS.items():
         formulas[f"estimator {name}"] = (
-            lambda r, v, f=estimate: f(r, v, mask, 0.9, 0.95, scores.to(r.dtype), group),
+            lambda r, v, f=row.estimate: f(r, v, mask, 0.9, 0.95, group),
             2,
         )
     return formulas

@@ -52,8 +52,9 @@ def act_and_judge(ranks: distributed.Dist, policy: ActorCritic, iteration: int =
 def credit(rollout: Rollout, estimator: str = "gae", group: Tensor = GROUP, whiten=whiten) -> Experience:
     scores = missing_eos(rollout.scores, rollout.finished, EOS_PENALTY)
     rewards = shape_rewards(scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, KL_COEF)
-    advantages, returns = ESTIMATORS[estimator](rewards, rollout.values, rollout.mask, GAMMA, LAM, scores, group)
-    advantages = whiten(advantages, rollout.mask) if estimator == "gae" else advantages
+    row = ESTIMATORS[estimator]
+    advantages, returns = row.estimate(rewards, rollout.values, rollout.mask, GAMMA, LAM, group)
+    advantages = whiten(advantages, rollout.mask) if row.whiten else advantages
     return Experience.of(rollout, rewards, advantages, returns)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from rlhf.infra import checkpoint
+from rlhf.infra.distributed import Dist
 
 
 def process_age() -> float:
@@ -25,7 +26,7 @@ def process_age() -> float:
 STARTED = time.perf_counter() - process_age()
 
 
-def begin(out: str, options: dict, dist) -> None:
+def begin(out: str, options: dict, dist: Dist) -> None:
     """Start the run in `out`, or find that it was started with the same options.
 
     Raises ValueError if `out` holds a run with other options: going on would mix two experiments.
@@ -46,47 +47,74 @@ def begin(out: str, options: dict, dist) -> None:
             )
 
 
-def resume(out: str, options: dict, module: nn.Module, optimizer, scaler, dist) -> dict:
-    """`begin`, and load the run's newest checkpoint, if there is one, into module, optimizer and scaler.
-
-    Returns {"done": steps, "seconds": used so far, ...}, what `save` was given.
-    """
-    begin(out, options, dist)
-    newest = checkpoint.latest(out)
-    if newest is None:
-        return {"done": 0, "seconds": 0.0}
-    saved = checkpoint.load(newest)
-    checkpoint.load_weights(module, saved.tensors, newest)
-    checkpoint.load_optimizer(optimizer, module, saved.optimizer)
-    scaler.load_state_dict(saved.state["scaler"])
-    return saved.state
-
-
 def has_begun(out: str) -> bool:
     """Has a run left anything in `out` that other options would spoil?"""
     metrics = Path(out) / "metrics.jsonl"
     return checkpoint.latest(out) is not None or metrics.exists() and metrics.stat().st_size > 0
 
 
-def save(
-    out: str, state: dict, config: dict, module: nn.Module, optimizer, scaler, files: list, dist, keep: int | None = 2
-) -> None:
-    """Rank 0 writes the checkpoint after state["done"] steps and keeps the newest `keep`; everybody waits for it."""
-    if dist.is_main:
-        checkpoint.save_step(
-            out,
-            state["done"],
-            tensors=checkpoint.trained_state(module),
-            config=config,
-            state=state | {"scaler": scaler.state_dict()},
-            optimizer=checkpoint.optimizer_tensors(optimizer, module),
-            files=files,
-            keep=keep,
-        )
-    dist.barrier()
+class Run:
+    """A run directory and what trains in it: where it stands, and how it is saved.
+
+    Opening it is `begin`, and loads the newest checkpoint, if there is one, into module, optimizer and scaler. `done` steps
+    were behind it then; `state` is what `save` was told, {} in a new run. `config` and `files` go into every checkpoint.
+    """
+
+    def __init__(
+        self,
+        out: str,
+        options: dict,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        dist: Dist,
+        config: dict,
+        files: list[str | Path],
+        keep: int | None = 2,
+    ):
+        begin(out, options, dist)
+        self.out, self.module, self.optimizer, self.scaler, self.dist = out, module, optimizer, scaler, dist
+        self.config, self.files, self.keep = config, files, keep
+        self.done, self.seconds_before, self.state = 0, 0.0, {}
+        if newest := checkpoint.latest(out):
+            saved = checkpoint.load(newest)
+            checkpoint.load_weights(module, saved.tensors, newest)
+            checkpoint.load_optimizer(optimizer, module, saved.optimizer)
+            scaler.load_state_dict(saved.state["scaler"])
+            self.state, self.done, self.seconds_before = saved.state, saved.state["done"], saved.state["seconds"]
+
+    def steps(self, total: int, name: str) -> tqdm:
+        """The steps that are left of `total`."""
+        return steps(self.done, total, name, self.dist)
+
+    @property
+    def seconds(self) -> float:
+        """Wall seconds that the run has used, in all its sessions."""
+        return seconds_used(self.seconds_before)
+
+    def save(self, done: int, **state) -> None:
+        """Rank 0 writes the checkpoint after `done` steps and keeps the newest; everybody waits for it."""
+        if self.dist.is_main:
+            checkpoint.save_step(
+                self.out,
+                done,
+                tensors=checkpoint.trained_state(self.module),
+                config=self.config,
+                state={"done": done, "seconds": self.seconds, **state, "scaler": self.scaler.state_dict()},
+                optimizer=checkpoint.optimizer_tensors(self.optimizer, self.module),
+                files=self.files,
+                keep=self.keep,
+            )
+        self.dist.barrier()
+
+    def save_best(self, state: dict) -> None:
+        """Rank 0 writes the weights alone to out/best, in place of those before."""
+        if self.dist.is_main:
+            weights = checkpoint.trained_state(self.module)
+            checkpoint.save(f"{self.out}/best", weights, self.config, state, files=self.files)
 
 
-def steps(first: int, total: int, name: str, dist) -> tqdm:
+def steps(first: int, total: int, name: str, dist: Dist) -> tqdm:
     """The steps that are left, with a progress bar on rank 0 if somebody watches."""
     return tqdm(range(first, total), initial=first, total=total, desc=name, disable=None if dist.is_main else True)
 

@@ -1,13 +1,16 @@
 """Act and judge: prompts -> Rollout (facts) -> Experience (+ credit) -> minibatches -> micro-batches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.generate import Generated
+from model.generate import Generated, generate, row_uniforms
+from model.transformer import Transformer
+from rlhf.infra.distributed import Dist
+from rlhf.infra.optim import Precision
 from rlhf.ppo.roles import ActorCritic, Reference, no_features
 from rlhf.reward.model import Score
 
@@ -77,6 +80,31 @@ class Experience(Rollout):
         return cls(**facts, rewards=rewards, advantages=advantages, returns=returns)
 
 
+def act(
+    model: Transformer,
+    response_tokens: int,
+    stop_ids: Iterable[int],
+    pad: int,
+    temperature: float,
+    seed: int,
+    precision: Precision,
+    prompts: Tensor,
+    lengths: Tensor,
+    ids: Tensor,
+    iteration: int,
+) -> Generated:
+    """Responses to right-padded prompts (B, P) of these lengths (B,), sampled on the device of the model.
+
+    What a row draws depends on (seed, iteration, its global id) alone: neither batch nor number of ranks changes it.
+    """
+    device = model.embed_tokens.weight.device
+    uniforms = row_uniforms(seed, iteration, ids.tolist(), response_tokens).to(device)
+    with precision.autocast():
+        return generate(
+            model, prompts.to(device), lengths.to(device), response_tokens, uniforms, stop_ids, pad, temperature
+        )
+
+
 @torch.no_grad()
 def judge(
     samples: Generated,
@@ -128,7 +156,7 @@ def concatenate(parts: list[Rollout]) -> Rollout:
     return Rollout(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(parts[0])})
 
 
-def gather(rollout: Rollout, dist) -> Rollout:
+def gather(rollout: Rollout, dist: Dist) -> Rollout:
     """The rollout of all ranks in global row order: rank r holds the rows r, r + world, r + 2 world, ...
 
     A rollout is a few numbers per token (in the branch layout one hidden state), so every rank can hold all of it. Credit

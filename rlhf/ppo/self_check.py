@@ -6,10 +6,13 @@ from dataclasses import dataclass
 import torch
 
 from model.generate import warp_logits
+from rlhf.infra.distributed import Dist
+from rlhf.infra.metrics import say
 from rlhf.ppo.roles import ActorCritic
 from rlhf.ppo.rollout import Rollout
 from rlhf.reward.model import Score
 
+TOLERANCE = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 2e-1}  # nats per token, of what two forwards may differ by
 LEAST_EOS = 1e-6  # a policy whose best chance to end is below this will never be seen to end
 
 
@@ -33,7 +36,7 @@ def self_check(
     rollout: Rollout,
     score: Score | None,
     eos: int | Iterable[int],
-    dist,
+    dist: Dist,
     fresh: bool = True,
     tolerance: float = 1e-3,
 ) -> list[Check]:
@@ -74,3 +77,19 @@ def self_check(
     if fresh:  # a resumed policy has rightly moved away
         checks.insert(0, Check("reference: |log pi - log ref| per token", worst(gap), tolerance))
     return checks
+
+
+def check_once(
+    policy: ActorCritic,
+    rollout: Rollout,
+    score: Score | None,
+    eos: int | Iterable[int],
+    dist: Dist,
+    fresh: bool,
+    precision: str,
+) -> None:
+    """Before the first update: say PASS or FAIL for every identity; ValueError on all ranks where one fails."""
+    checks = self_check(policy, rollout, score, eos, dist, fresh, TOLERANCE[precision])
+    say("self-check before the first update\n" + "\n".join(map(str, checks)), dist.is_main)
+    if failed := [check.name for check in checks if not check.passed]:
+        raise ValueError(f"self-check failed: {'; '.join(failed)}")

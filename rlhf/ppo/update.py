@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from rlhf.functional import explained_variance, masked_mean, masked_sum, masked_var
+from rlhf.infra.distributed import Dist
+from rlhf.infra.optim import Precision
 from rlhf.losses import approx_kl, clip_fraction, policy_loss, value_clip_fraction, value_loss
 from rlhf.ppo.roles import PolicyOutput
 from rlhf.ppo.rollout import Experience, Rollout
@@ -45,7 +47,12 @@ def ppo_loss(output: PolicyOutput, batch: Experience, objective: Objective) -> t
 
 
 def accumulate_gradient(
-    policy: torch.nn.Module, minibatch: Experience, objective: Objective, micro_batch: int, dist, precision
+    policy: torch.nn.Module,
+    minibatch: Experience,
+    objective: Objective,
+    micro_batch: int,
+    dist: Dist,
+    precision: Precision,
 ) -> dict[str, float]:
     """Add the gradient of the minibatch to policy.grad, `micro_batch` rows at a time; return its per-token means.
 
