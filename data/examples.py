@@ -502,7 +502,7 @@ class Examples:
         self.fingerprint, self.vocab_size = tokenizer["fingerprint"], tokenizer["vocab_size"]
         self.pad, self.bos, self.eos = tokenizer["pad"], tokenizer["bos"], tokenizer["eos"]
         self.template = self.manifests[0]["template"]
-        self.labels = all(m["labels"] for m in self.manifests)  # are all scores 0 or 1, as of thumbs?
+        self.labels = [m["labels"] for m in self.manifests]  # per path: are all its scores 0 or 1, as of thumbs?
         self.sources = list(dict.fromkeys(name for m in self.manifests for name in m["sources"]))
         self.columns = list(dict.fromkeys(name for m in self.manifests for name in m["columns"]))
         sizes = [len(m["shards"]["sha256"]) for m in self.manifests]
@@ -785,3 +785,9 @@ def by_shard(
     out = np.empty_like(found)
     out[order] = found
     return out
+
+
+def flat(ranges: np.ndarray) -> np.ndarray:
+    """(N, 2) of first and end -> all numbers in them, one range after the other."""
+    counts = np.diff(ranges)[:, 0]
+    return np.arange(counts.sum()) + np.repeat(ranges[:, 0] - np.cumsum(counts) + counts, counts)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import torch
 
+from data.examples import Examples, Pairs, flat
+from data.records import prompt_text
 from data.tokens import TokenFile
 
 
@@ -43,8 +47,13 @@ def thurstone(a: np.ndarray, b: np.ndarray, spread_a: np.ndarray | float, spread
 
 def spread_rows(file: TokenFile, count: int | None, seed: int) -> np.ndarray:
     """At most `count` rows at random (None: all), every domain with its share; fewer are the beginning of more. (count,)"""
-    domain, order = file.column("domain"), np.random.default_rng(seed).permutation(len(file))
-    place = np.zeros(len(file))  # each row's quantile among the rows of its domain
+    return spread(file.column("domain"), count, seed)
+
+
+def spread(domain: np.ndarray, count: int | None, seed: int) -> np.ndarray:
+    """At most `count` rows at random (None: all), every domain with its share; fewer are the beginning of more. (count,)"""
+    order = np.random.default_rng(seed).permutation(len(domain))
+    place = np.zeros(len(domain))  # each row's quantile among the rows of its domain
     for d in np.unique(domain):
         rows = order[domain[order] == d]
         place[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
@@ -80,3 +89,88 @@ class SomeRows:
 
     def column(self, name: str) -> np.ndarray:
         return self._pairs[name] if name.startswith("pair_") else self.file.column(name)[self.rows]
+
+
+# --- of prepared data (data/examples.py) ---
+
+
+def made_pairs(data: Examples, count: int, seed: int = 0, column: str = "score", deviation: str | None = None) -> Pairs:
+    """Up to `count` pairs of answers of one source whose scores differ, see `make_pairs`, for data that bring scores alone.
+
+    They compare answers to different prompts, which only scores of the whole text allow. deviation: the column of single
+    raters' standard deviations, for p by `thurstone`; without one p is 1. Of a mixture, the pairs of one part after the other.
+    """
+    score = data.column(column).astype(np.float32)
+    source = data.source(data.prompt_of())
+    found = []
+    ends = np.cumsum(np.bincount(data.part, minlength=len(data.paths)))  # shards
+    for first, end in zip(data.starts["answers"][np.append(0, ends[:-1])], data.starts["answers"][ends]):
+        rows = first + np.flatnonzero(~np.isnan(score[first:end]))
+        share = round(count * (end - first) / max(1, data.answers))
+        pairs = make_pairs(score[rows], source[rows], share, seed)
+        sides = [rows[pairs[f"pair_{side}"]] for side in ("chosen", "rejected")]
+        spreads = [data.column(deviation, side) for side in sides] if deviation else (0.0, 0.0)
+        p = thurstone(*(score[side] for side in sides), *spreads)
+        found.append(Pairs(*sides, p, pairs["pair_gap"].astype(np.float64), np.ones(len(p))))
+    return Pairs(*map(np.concatenate, zip(*found)))
+
+
+class SomeAnswers:
+    """Some answers of prepared data, numbered from 0, with their texts, ratings and the pairs among them: what the baselines
+    and the report card read.
+
+    prompts: whose answers, e.g. `spread(data.source(), 500, seed=1)`; None = all. The pairs are those of the data, or where
+    it has scores alone, at most `most_pairs` that are made of the scores. A rating is the score, or where there is none
+    half the gap of the answer's pairs, above or below 0: points within a prompt, not between prompts. column: another
+    column instead of the score, e.g. half of the raters; pairs are then made of it.
+    """
+
+    def __init__(
+        self, data: Examples, prompts: np.ndarray | None = None, most_pairs: int = 8000, column: str = "score"
+    ):
+        self.data, self.made = data, not data.pairs or column != "score"
+        self.answers = flat(data.answers_of(prompts))
+        self.domains = data.sources
+        if self.made:
+            rating = data.column(column, self.answers).astype(np.float32)
+            self.answers, rating = self.answers[~np.isnan(rating)], rating[~np.isnan(rating)]
+            self._columns = {"rating": rating} | make_pairs(rating, self.column("domain"), most_pairs, seed=0)
+            return
+        pairs = data.pair(flat(data.pairs_of(prompts)))
+        place = np.zeros(data.answers, np.int64)
+        place[self.answers] = np.arange(len(self))
+        chosen, rejected = place[pairs.winner], place[pairs.loser]
+        self._columns = {"pair_chosen": chosen, "pair_rejected": rejected, "pair_gap": pairs.gap.astype(np.float32)}
+        if data.has("score"):
+            self._columns["rating"] = data.column("score", self.answers).astype(np.float32)
+        else:
+            times = np.bincount(np.append(chosen, rejected), minlength=len(self))
+            sums = np.bincount(chosen, pairs.gap, len(self)) - np.bincount(rejected, pairs.gap, len(self))
+            self._columns["rating"] = (sums / np.maximum(times, 1) / 2).astype(np.float32)
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The answers; behind their prompts where pairs compare answers to different ones."""
+        prompts = self.data.prompt_of(self.answers)
+        first = self.data.answers_of(prompts)[:, 0]
+        texts, last = [], -1
+        for prompt, nth in zip(prompts, self.answers - first):
+            if prompt != last:  # the answers of a prompt stand together
+                record, last = self.data.record(prompt), prompt
+            texts.append((prompt_text(record.prompt) if self.made else "") + record.answers[nth])
+        return texts
+
+    def lengths(self) -> np.ndarray:
+        return self.data.row_lengths(self.answers)  # (rows,), prompts included
+
+    def has(self, *names: str) -> bool:
+        return all(name in self._columns or self.data.has(name) for name in names)
+
+    def column(self, name: str) -> np.ndarray:
+        """Per answer rating, domain (which of `domains`) or an extra column; per pair pair_chosen, pair_rejected, pair_gap."""
+        if name == "domain":
+            return self.data.source(self.data.prompt_of(self.answers))
+        return self._columns[name] if name in self._columns else self.data.column(name, self.answers)
