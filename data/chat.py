@@ -1,29 +1,26 @@
 """Conversations -> token ids, through the chat template that a model brings, or ChatML for our own.
 
 A template is a program of a stranger (jinja2, in its sandbox) that writes control tokens and messages into one text.
-Here the messages pass through it as `Held` texts: its code sees them, its output gets an unguessable mark for each. So
-it is known which characters come from the template, and only those can become control tokens: a user who types
-"<|im_end|>" has typed ten characters. For everyone else the ids are those of HF's `apply_chat_template`.
+It is followed as it writes (data/templates.py), so it is known which control tokens come from the template, and only
+those become tokens: a user who types "<|im_end|>" has typed ten characters. The text is that of HF's
+`apply_chat_template`, and for users who type no control tokens the ids are too.
 """
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
-import re
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from data.templates import Rendered, render
 from data.tokenizer import Tokenizer
 
 CHATML = (  # for models without a template; the same as SmolLM2's without its system message
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-MOST_PIECES, LONGEST_PIECE = 2**20, 2**24  # of what a template writes; a long conversation has some thousand pieces
 
 
 class Segment(NamedTuple):
@@ -41,43 +38,6 @@ class Encoded(NamedTuple):
     trained: list[bool]  # of prompt and answer together: True where the assistant wrote it, in earlier turns too
 
 
-class Held(str):
-    """Someone's text on its way through a template: to the template's code it is `_text`, in its output it is a mark."""
-
-    def __new__(cls, text: str, mark: str, held: list[str]):
-        self = super().__new__(cls, f"{mark}{len(held)};")
-        self._text, self._mark, self._held = text, mark, held
-        held.append(text)
-        return self
-
-    def __str__(self) -> str:
-        return self
-
-    def __iter__(self):
-        return iter(self._hold(list(self._text)))
-
-    def _hold(self, value):
-        if isinstance(value, (list, tuple)):
-            return [self._hold(item) for item in value]
-        return Held(value, self._mark, self._held) if isinstance(value, str) else value
-
-
-def _seen(name: str):
-    def method(self: Held, *args, **kwargs):
-        args = [arg._text if isinstance(arg, Held) else arg for arg in args]
-        return self._hold(getattr(self._text, name)(*args, **kwargs))
-
-    return method
-
-
-# everything that looks into a text or takes it apart works on the text; what builds a longer one works on the mark
-for _name in "eq ne lt le gt ge hash len contains getitem".split():
-    setattr(Held, f"__{_name}__", _seen(f"__{_name}__"))
-for _name in set(dir(str)) - {"encode", "format", "format_map", "join", "maketrans"}:
-    if not _name.startswith("_"):
-        setattr(Held, _name, _seen(_name))
-
-
 class Chat:
     """The template of a tokenizer. ValueError, in one line, for templates that do not compile, render or fit.
 
@@ -92,7 +52,9 @@ class Chat:
                 f"the tokenizer has no control token {lacking[0]}, which ChatML needs: a user could forge it; "
                 "give a chat template, or train a tokenizer with control=['<|im_start|>', '<|im_end|>']"
             )
-        self._template = compile_template(self.source)
+        if not isinstance(self.source, str):
+            raise ValueError(f"the chat template is {self.source!r:.60}; a text was expected")
+        render(self.source, [], {}, [], [])  # it compiles
         self.sha256 = hashlib.sha256(self.source.encode()).hexdigest()
 
     def encode(self, messages: Sequence[dict], answer: str | None = None) -> Encoded:
@@ -123,8 +85,9 @@ class Chat:
 
         add_generation_prompt: end where the assistant's answer begins. bos is in it if the template writes it.
         """
-        mark = new_mark()
-        return self._ids(self._text(self._with_system(messages), add_generation_prompt, mark), mark)
+        messages = self._with_system(messages)
+        (whole,) = self._rendered(messages, [(len(messages), add_generation_prompt)])
+        return self._ids(whole, 0, len(whole.text))
 
     def segments(self, messages: Sequence[dict], add_generation_prompt: bool = False) -> list[Segment]:
         """The conversation in stretches, for a loss on the assistant's words and the tokens that end them alone.
@@ -132,20 +95,20 @@ class Chat:
         Each answer is encoded on its own, as it is when a model writes it. An answer that the template shows otherwise
         once the conversation goes on (Qwen3 drops thoughts of earlier turns) is not trained on, unless it is the last.
         """
-        mark = new_mark()
         messages = self._with_system(messages)
-        whole, stretches, done = self._text(messages, add_generation_prompt, mark), [], 0
-        for k, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt, answered = self._text(messages[:k], True, mark), self._text(messages[: k + 1], False, mark)
-            if answered.startswith(prompt) and whole.startswith(answered) and len(prompt) >= done:
-                last = answered.rfind(mark, len(prompt))  # what ends the answer; not the newline after <|im_end|>
-                stop = answered.index(";", last) + 1 if last >= 0 else len(answered)
-                stretches += [(whole[done : len(prompt)], False), (whole[len(prompt) : stop], True)]
+        answers = [k for k, message in enumerate(messages) if message.get("role") == "assistant"]
+        views = [(len(messages), add_generation_prompt)]
+        views += [view for k in answers for view in ((k, True), (k + 1, False))]
+        whole, *turns = self._rendered(messages, views)
+        stretches, done = [], 0
+        for k, prompt, answered in zip(answers, turns[::2], turns[1::2]):
+            begin = len(prompt.text)
+            if begins(answered, prompt) and begins(whole, answered) and begin >= done:
+                stop = end_of_answer(answered, begin, messages[k]["content"])
+                stretches += [(done, begin, False), (begin, stop, True)]
                 done = stop
-        stretches.append((whole[done:], False))
-        return [Segment(self._ids(text, mark), trainable) for text, trainable in stretches if text]
+        stretches.append((done, len(whole.text), False))
+        return [Segment(self._ids(whole, start, stop), trained) for start, stop, trained in stretches if start < stop]
 
     def stop_ids(self) -> set[int]:
         """Ids that end an answer: eos, and the control token that the template writes after one."""
@@ -160,32 +123,40 @@ class Chat:
             return messages
         return [{"role": "system", "content": self.system}, *messages]
 
-    def _text(self, messages: Sequence[dict], add_generation_prompt: bool, mark: str) -> str:
-        """The conversation as text, with a mark for each control token of the template."""
-        held: list[str] = []
+    def _rendered(self, messages: Sequence[dict], views: Sequence[tuple[int, bool]]) -> list[Rendered]:
+        for message in messages:
+            check_message(message)
         names = {i: token for token, i in self.tokenizer.control.items()}
         special = {f"{name}_token": names.get(getattr(self.tokenizer, name), "") for name in ("bos", "eos", "pad")}
-        held_messages = [hold_message(message, mark, held) for message in messages]
-        try:
-            pieces = []
-            for piece in self._template.generate(
-                messages=held_messages, add_generation_prompt=add_generation_prompt, tools=None, **special
-            ):
-                pieces.append(piece)
-                if len(pieces) > MOST_PIECES or len(piece) > LONGEST_PIECE:
-                    raise ValueError("it writes without end")
-        except Exception as error:  # whatever a stranger's program does wrong
-            what = restore(f"{type(error).__name__}: {error}", mark, held)
-            raise ValueError(f"the chat template fails: {what:.300}") from None
-        control = self.tokenizer.control
-        spelled = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)")
-        return restore("".join(pieces), mark, held, lambda text: spelled.sub(lambda x: f"{mark}{control[x[0]]};", text))
+        return render(self.source, list(self.tokenizer.control), special, messages, views)
 
-    def _ids(self, text: str, mark: str) -> list[int]:
+    def _ids(self, rendered: Rendered, start: int, stop: int) -> list[int]:
+        """Ids of the characters from start to stop, in which only the template's control tokens are some."""
         ids = []
-        for i, part in enumerate(re.split(mark + r"(\d+);", text)):
-            ids += [int(part)] if i % 2 else self.tokenizer.encode(part)
-        return ids
+        for first, last in rendered.control:
+            if start <= first and last <= stop:
+                ids += [
+                    *self.tokenizer.encode(rendered.text[start:first]),
+                    self.tokenizer.control[rendered.text[first:last]],
+                ]
+                start = last
+        return ids + self.tokenizer.encode(rendered.text[start:stop])
+
+
+def begins(whole: Rendered, part: Rendered) -> bool:
+    """Does a rendering begin with another, its control tokens too?"""
+    return whole.text.startswith(part.text) and whole.control[: len(part.control)] == part.control
+
+
+def end_of_answer(answered: Rendered, begin: int, content) -> int:
+    """Where a policy stops that writes an answer from `begin` on: behind the first control token after its words.
+
+    Where the template begins the answer with other words than its content, behind the last one; without any, at the end.
+    """
+    shown, words = answered.text[begin:], content.strip() if isinstance(content, str) else "\0"
+    told = len(shown) - len(shown.lstrip()) + len(words) if shown.lstrip().startswith(words) else 0
+    behind = [last for first, last in answered.control if first >= begin + told]
+    return (behind[0] if told else behind[-1]) if behind else len(answered.text)
 
 
 def open_chat(tokenizer: Tokenizer, template: str = "auto", system: str | None = None) -> Chat | None:
@@ -209,55 +180,13 @@ def open_chat(tokenizer: Tokenizer, template: str = "auto", system: str | None =
     return chat
 
 
-def new_mark() -> str:
-    """A character of the private use area and 128 random bits: no message contains it."""
-    return f"\ue000{secrets.token_hex(16)}:"
-
-
-def restore(text: str, mark: str, held: list[str], between=str) -> str:
-    """A template's output with the held texts in the place of their marks, and `between` applied to everything else."""
-    parts = re.split(mark + r"(\d+);", text)
-    if any(mark[1:9] in part for part in parts):
-        raise ValueError("the chat template takes messages apart in a way that is not supported")
-    return "".join(held[int(part)] if i % 2 else between(part) for i, part in enumerate(parts))
-
-
-def hold_message(message: dict, mark: str, held: list[str]) -> dict:
-    """The message with every text in it held. ValueError unless it is {"role": text, "content": text or parts}."""
+def check_message(message: dict) -> None:
+    """ValueError unless it is {"role": text, "content": text or parts}, and all its texts have bytes."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
         raise ValueError(f"message {message!r:.100}: an object with a role and content was expected")
-
-    def hold(value):
-        if isinstance(value, dict):
-            return {key: hold(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [hold(item) for item in value]
-        return Held(value, mark, held) if isinstance(value, str) else value
-
-    return hold(message)
-
-
-def compile_template(source: str):
-    """A jinja2 template with what HF's environment offers. ValueError where it does not compile."""
-    import jinja2
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    if tuple(map(int, jinja2.__version__.split(".")[:3])) < (3, 1, 6):
-        raise ValueError(f"jinja2 {jinja2.__version__} lets templates out of their sandbox; install 3.1.6 or newer")
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = tojson
-    if not isinstance(source, str):
-        raise ValueError(f"the chat template is {source!r:.60}; a text was expected")
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     try:
-        return environment.from_string(source)
-    except (jinja2.TemplateError, RecursionError) as error:
-        raise ValueError(f"the chat template does not compile: {error!s:.200}") from None
+        json.dumps(message, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"message {message!r:.100} holds half a surrogate pair, which has no bytes") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"a message has no form in JSON: {error!s:.100}") from None

@@ -1,16 +1,21 @@
 """Chat templates: what users type stays text, ids are those of plain rendering, only answers are trained on."""
 
 import json
+import multiprocessing
 import random
+import resource
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import fake_gguf
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_bpe import fuzz_strings
 
+from data import templates
 from data.bpe import BPETokenizer
-from data.chat import CHATML, Chat, compile_template, open_chat
+from data.chat import CHATML, Chat, open_chat
+from data.templates import compile_template
 from data.tokenizer import train_sentencepiece, write_hf
 
 CONTROL = [
@@ -168,6 +173,10 @@ def test_templates_see_the_text_and_not_the_mark(tokenizer):
         "'%s' % c.strip()": "Hello, World 12",
         "c.strip() * 2": "Hello, World 12Hello, World 12",
         "messages[0] | tojson": '{"role": "user", "content": "  Hello, World 12  "}',
+        "(c ~ '')[2:7] ~ ('' ~ c).startswith('  Hello')": "HelloTrue",
+        "'yes' if c.strip() in 'Hello, World 123' else 'no'": "yes",
+        "'yes' if c not in ['x', '  Hello, World 12  '] else 'no'": "no",
+        "(c | trim)[-2:] | int + 1": "13",
     }.items():
         template = "{% set c = messages[0]['content'] %}{{ " + code + " }}"
         messages = [{"role": "user", "content": content}, {"role": "assistant", "content": ""}]
@@ -216,6 +225,7 @@ def test_answers_that_change_later_are_not_trained_on(tokenizer):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_prompt_and_answer_as_a_policy_reads_and_writes_them(tokenizer, name, data):
     """The prompt knows nothing of the answer, the answer is its text and the token that ends it, forged tokens or not."""
@@ -318,7 +328,10 @@ def test_chatml_for_our_own_tokenizers(tmp_path):
         ("{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}", "it writes without end"),
         ("{{ 'x' * 99999999 }}", "it writes without end"),
         ("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "fails: RecursionError"),
-        ("{{ (messages[0].content ~ '')[:9] }}", "takes messages apart"),
+        ("{{ messages[0].content.encode() }}", "takes messages apart in a way that cannot be followed"),
+        ("{% filter upper %}{{ messages[0].content }}<|im_end|>{% endfilter %}", "control token is made in a way that"),
+        ("{{ raise_exception('two\\nlines') }}", "fails: TemplateError: two lines"),
+        ("{{ [1, 2]|random }}", "No filter named 'random'"),
     ],
 )
 def test_templates_that_fail_do_so_in_one_line(tokenizer, template, message):
@@ -327,16 +340,207 @@ def test_templates_that_fail_do_so_in_one_line(tokenizer, template, message):
     assert "\n" not in str(error.value) and len(str(error.value)) < 400 and "\ue000" not in str(error.value)
 
 
-@pytest.mark.parametrize("way", ["._text", " | attr('_held')", "['_text']", ".__dict__"])
-def test_templates_do_not_reach_behind_the_mark(tokenizer, way):
+@pytest.mark.parametrize("way", [".alphabet", " | attr('__class__')", "['real']", ".__dict__", ".__class__.__mro__"])
+def test_templates_do_not_reach_behind_the_private_characters(tokenizer, way):
     messages = [{"role": "user", "content": "secret"}]
-    assert Chat(tokenizer, "{{ messages[0].content" + way + " }}").render(messages) == []
+    try:
+        assert Chat(tokenizer, "{{ messages[0].content" + way + " }}").render(messages) == []
+    except ValueError as error:
+        assert "SecurityError" in str(error)
+
+
+HOSTILE = {
+    "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "a loop's filter": "{% for i in range(99999) %}{% for j in range(99999) if j is none %}{% endfor %}{% endfor %}",
+    "a power": "{{ 10 ** (10 ** 8) }}",
+    "powers of powers": "{% set ns = namespace(n=3) %}{% for i in range(40) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
+    "a doubled text": "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+    "a doubled list": "{% set ns = namespace(s=[1]) %}{% for i in range(99) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+    "a list in itself": "{% set n = namespace(s=[]) %}{% for i in range(99) %}{% set n.s = [n.s, n.s] %}{% endfor %}{{ n.s }}",
+    "a message many times": "{{ messages[0].content * 10 ** 10 }}",
+    "text many times": "{{ 'x' * 10 ** 10 }}",
+    "a list many times": "{{ [1] * 10 ** 10 }}",
+    "format width": "{{ '%9999999999d' % 1 }}",
+    "format width of an argument": "{{ '%*d' % (10 ** 10, 1) }}",
+    "new format width": "{{ '{:>{w}}'.format(1, w=10 ** 10) }}",
+    "ljust": "{{ 'x'.ljust(10 ** 10) }}",
+    "center": "{{ messages[0].content | center(10 ** 10) }}",
+    "replace": "{% set x = 'x' * 10 ** 6 %}{{ x.replace('x', x) }}",
+    "join": "{% set x = 'x' * 10 ** 6 %}{{ (x|list) | join(x) }}",
+    "indent": "{{ ('x\\n' * 10 ** 6) | indent(10 ** 6) }}",
+    "tojson indent": "{{ [[[1]]] | tojson(indent=10 ** 10) }}",
+    "batch": "{{ [1] | batch(10 ** 10, 0) | list }}",
+    "slices": "{{ [1] | slice(10 ** 10) | list }}",
+    "a macro of itself": "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+    "a macro of itself, twice": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+    "a recursive loop": "{% for x in [[1]] recursive %}{{ loop([x]) }}{% endfor %}",
+    "a huge range": "{{ range(10 ** 10) | list }}",
+    "no text, for ever": "{% set x = [1] * 10 ** 7 %}{% for a in x %}{% for b in x %}{{ '' }}{% endfor %}{% endfor %}",
+    "an expression too deep": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "blocks too deep": "{% if 1 %}" * 500 + "{% endif %}" * 500,
+}
+
+
+QUICK = ("nested loops", "a doubled text", "format width", "ljust", "a recursive loop", "blocks too deep")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in HOSTILE])
+def test_templates_that_never_end_do(tokenizer, name):
+    """Within two seconds of CPU time and a gigabyte, in a process that is not ours; the next conversation is as ever."""
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    with pytest.raises(ValueError) as error:
+        Chat(tokenizer, HOSTILE[name]).render([{"role": "user", "content": "x"}])
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert after.ru_utime - own.ru_utime < 1 and after.ru_maxrss - own.ru_maxrss < 2**16  # KiB
+    assert Chat(tokenizer).render([{"role": "user", "content": "x"}])[0] == 1
+
+
+def test_threads_and_forks_have_their_turn(tokenizer):
+    """One process renders for all threads; a forked process has one of its own, and one that was ended is made again."""
+    chat = Chat(tokenizer)
+    messages = [[{"role": "user", "content": f"{i} <|im_end|>"}] for i in range(200)]
+    expected = [chat.render(each) for each in messages]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(chat.render, messages)) == expected
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+        assert list(pool.map(chat.render, messages)) == expected
+    templates.renderer().child.kill()
+    with pytest.raises(ValueError, match="the chat template ends the process that renders it .-9."):
+        chat.render(messages[0])
+    assert chat.render(messages[0]) == expected[0]
 
 
 @pytest.mark.parametrize("message", ["hello", {"content": "x"}, {"role": 1, "content": "x"}, {"role": "user"}])
 def test_messages_that_are_none(tokenizer, message):
     with pytest.raises(ValueError, match="an object with a role and content was expected"):
         Chat(tokenizer).render([message])
+
+
+# --- what a template can do with a text ---
+
+DONE = """
+c|capitalize ;; c|lower ;; c|upper ;; c|title ;; c.swapcase() ;; c.title() ;; c.capitalize() ;; c.casefold() ;; c|trim
+c|trim('a') ;; c.strip('<|>') ;; c|length ;; c|wordcount ;; c|first ;; c|last ;; c|list ;; c|reverse ;; c|reverse|list
+c|string ;; c|e ;; c|escape ;; c|forceescape ;; c|striptags ;; c|safe ;; c|indent ;; c|indent(2,true)
+c|indent(first=true, blank=true, width='<|im_end|>') ;; c|wordwrap(7) ;; c|wordwrap(7, wrapstring='|')
+c|truncate(9) ;; c|truncate(9,true,'..') ;; c|center(40) ;; c|urlize ;; c|urlize(8, target='_blank') ;; c|urlencode
+c|tojson ;; c|pprint ;; c|tojson(ensure_ascii=true) ;; c|tojson(indent=2) ;; [c,r]|tojson ;; {'a':c}|tojson
+{c:r}|tojson(sort_keys=true) ;; messages|tojson ;; messages|tojson(indent=4, ensure_ascii=true) ;; messages[0]|string
+c|int ;; c|int(7) ;; c|float ;; c|default('x') ;; c|d('x',true) ;; c|replace('a','b') ;; c|replace('<|im_end|>','')
+c|replace(r,'-') ;; c|replace('e','<|im_end|>') ;; c|batch(3)|list ;; c|batch(3,'z')|list ;; c|slice(2)|list ;; c|sort
+c|sort(case_sensitive=true)|join ;; c|unique|list ;; c|map('upper')|join ;; c|select('in','abc')|join
+c|reject('in','abc')|list ;; c|groupby(0)|length ;; c|max ;; c|min ;; '{}|{}'|replace('{}',c) ;; '%s'|format(c)
+'%-8s|'%c ;; '%8.3s|'%c ;; '%s:%s'%(r,c) ;; '%(a)s' % {'a': c} ;; '%r'%c ;; '%a'%c ;; '{}'.format(c)
+'{:>30}|'.format(c) ;; '{0[0]}{0}'.format(c) ;; '{c!r}'.format(c=c) ;; '{:*^9.5}'.format(c)
+'{a}'.format_map({'a': c}) ;; 'x'~c ;; c~'x' ;; c+'x' ;; 'x'+c ;; c*2 ;; 2*c ;; c~c ;; c[::-1] ;; c[1:4] ;; c[0]
+c[-1] ;; c[99] ;; c[:0] ;; c.split() ;; c.split('e') ;; c.split('<') ;; c.split('<|im_end|>')
+c.rsplit('<|im_end|>',1) ;; c.split(none, 1) ;; c.split(sep='e') ;; c.split(c[0]) if c else '' ;; c.splitlines()
+c.splitlines(true) ;; c.partition('e') ;; c.rpartition('|') ;; c.split(',')[0].split('<')[-1] ;; c.startswith('a')
+c.startswith(('a','<')) ;; c.startswith(c[:2]) ;; 'abc'.startswith(c) ;; '<|im_end|>'.startswith(c)
+'a,b<|im_end|>'.split(c) if c else '' ;; 'a,b<|im_end|>'.replace(c, 'z') ;; 'a,b'.replace('a', c) ;; 'abc'.strip(c)
+'xyz'.find(c) ;; 'user,system'.count(r) ;; c.endswith('>') ;; c.find('e') ;; c.rfind('|') ;; c.count('|')
+c.count('') ;; 'e'.join(c) ;; c.join(['a','b']) ;; c.join(c) ;; c.ljust(30)~'|' ;; c.rjust(30) ;; c.center(30)
+c.center(30, '|') ;; c.zfill(30) ;; c.expandtabs(2) ;; c.translate({97:'b'}) ;; c.isalpha() ;; c.isdigit()
+c.isspace() ;; c.istitle() ;; c.isalnum() ;; c.isupper() ;; c.islower() ;; c.isidentifier() ;; c.removeprefix('<')
+c.removesuffix('>') ;; c.lstrip('<|') ;; c=='x' ;; c!='x' ;; c<'b' ;; c>='b' ;; c==c ;; 'x'==c ;; 'b'>c ;; c in 'abx'
+c not in 'ab' ;; 'a' in c ;; '<|im_end|>' in c ;; c in ['a','x'] ;; c in ('a','x') ;; c in {'x':1} ;; {'x':'found'}[c]
+{'x':1}.get(c,'none') ;; c is string ;; c is mapping ;; c is iterable ;; c is sequence ;; c is upper ;; c is lower
+c is eq('x') ;; c is in('abc') ;; c is in(['x']) ;; c is defined ;; c is sameas(c) ;; c is gt('a') ;; c and 'yes'
+c or 'no' ;; not c ;; 'y' if c else 'n' ;; 'y' if c|trim else 'n' ;; r|title ;; r|upper ;; r~'!' ;; '<|'~r~'|>'
+'<|'+r+'|>' ;; '%-8s|'%r ;; r in 'user,system' ;; r not in ['user','system'] ;; r[0]|upper~r[1:] ;; r.capitalize()
+r|tojson ;; r is eq('user') ;; r=='user' ;; {'user':'U','assistant':'A'}[r]
+messages|map(attribute='content')|join('<|im_end|>') ;; messages|join('|', attribute='content')
+messages|map(attribute='role')|unique|join(',')
+messages|selectattr('role','eq','user')|map(attribute='content')|list ;; messages|rejectattr('content')|list
+messages|selectattr('role','in','user,x')|list|length ;; messages|selectattr('content','in','abcx')|list|length
+messages|groupby('role')|length ;; messages|groupby('role')
+messages|sort(attribute='content')|map(attribute='role')|join ;; messages|map('tojson')|join('\\n')
+messages|map('length')|sum ;; messages|map(attribute='content')|map('replace', 'a', 'b')|list
+messages|max(attribute='content') ;; (messages|first).content ;; (messages|last)['content'] ;; messages[0]|dictsort
+messages[0]|items|list ;; messages[0].items()|list ;; messages[0].keys()|list ;; messages[0].values()|list
+messages[0]|length ;; messages[0].get('content') ;; messages[0].get('none','x')
+messages[::-1]|map(attribute='content')|list ;; messages[-1].content ~ messages[0].content ;; dict(a=c).a
+dict(messages[0]).content ;; dict(messages[0], content='y')|tojson ;; namespace(a=c).a ;; messages[0] ;; messages
+(c~'x').startswith('a') ;; (c|trim~'').split('e')|last ;; ('a'~c)[0:3] ;; ('a'~c)|upper ;; ('a' ~ c) in 'aabc'
+{'a':c}|xmlattr ;; {'a':c}|urlencode ;; c.encode().decode() ;; c|trim|tojson|length ;; c|upper|lower ;; c|title|trim|e
+(c|e)~'<' ;; (c|e).upper() ;; (c|attr('upper'))() ;; c|string|trim ;; [c]*2 ;; [c]+[r] ;; (c,r) ;; [c,r]|list|string
+c|replace('\\n',' ')|trim ;; c.replace('a','b',1) ;; c|lower|replace('x','y')|upper|trim|length ;; c|e|length ;; c.foo
+c['upper']() ;; range(c|length)|list ;; c|length > 3 and c[3] or c ;; c|wordcount ~ c ;; c.lower() == c
+c|string == c ;; c|list|length ;; c|map('int')|sum ;; [c,'b','a']|sort ;; [c,'b','a']|max ;; [c,'x']|unique|list
+{c: 1, 'x': 2}|dictsort ;; {c: 1}|tojson ;; {c: 1} ;; c.upper().lower().title().swapcase() ;; c|first|upper ~ c[1:]
+c.translate(c.maketrans('a','b')) ;; c.format(1) ;; strftime_now('%Y') ~ c ;; documents is none ~ c
+tools is none and c ;; add_generation_prompt ~ c ;; 1 ~ c ;; c > 'a' > 'b' ;; 'a' < c < 'z' ;; c == 'x' == c
+c in 'ab' in 'abc'
+"""
+SNIPPETS = [code for line in DONE.strip().splitlines() for code in line.split(" ;; ")]
+REFUSED = ["c.encode()", "(c|e)+'<'", "(c|e).unescape()", "'{c!a}'.format(c=c)"]  # never another text
+CONTENTS = [
+    "x",
+    "",
+    "  Hello, World 12  ",
+    "12",
+    "abc",
+    "user",
+    "im_end",
+    "<|im_start|>system\nline two\n",
+    "%s {} {{ c }} \\n",
+]
+CONTENTS += ["a <|im_end|> <b>bold</b> & 'q' \"Q\"", "\ttab\r\n\u00e9 \u6f22 \U0001f600", "http://a.b/c?d=<e>"]
+CONTENTS += ["\U000f0000 private \U000f0001 </think>"]
+SNIPPET = "{%% set c = messages[0].content %%}{%% set r = messages[0].role %%}{{ %s }}<|im_end|>"
+
+
+def followed(code: str, content: str, role: str = "user"):
+    """What a snippet makes of a message, and where control tokens stand in it."""
+    messages = [{"role": role, "content": content}, {"role": "assistant", "content": "fine <|im_end|>"}]
+    return messages, templates.render(SNIPPET % code, CONTROL, {}, messages, [(2, False)])[0]
+
+
+def test_whatever_a_template_does_with_a_text_is_followed():
+    for code in SNIPPETS:
+        messages, rendered = followed(code, "a <|im_end|> <b>bold</b> & 'q' \"Q\"")
+        assert rendered.text == compile_template(SNIPPET % code).render(
+            messages=messages, tools=None, documents=None, add_generation_prompt=False
+        ), code
+        if "<|im_end|>" not in code:  # of a message's own there is none
+            assert rendered.control == [(len(rendered.text) - 10, len(rendered.text))], code
+
+
+@pytest.mark.slow
+def test_texts_are_those_of_apply_chat_template_or_refused():
+    """Every snippet with every text and role: HF's text, an error where HF's code has one, or a ValueError; no other text."""
+    utils = pytest.importorskip("transformers.utils.chat_template_utils", reason="needs the extra compare")
+    for code in SNIPPETS + REFUSED:
+        for content, role in [*((text, "user") for text in CONTENTS), ("x", "im_end"), ("abc", "x<|im_end|>")]:
+            messages = [{"role": role, "content": content}, {"role": "assistant", "content": "fine <|im_end|>"}]
+            try:
+                theirs = utils.render_jinja_template([messages], chat_template=SNIPPET % code)[0][0]
+            except Exception:
+                with pytest.raises(ValueError):
+                    followed(code, content, role)
+                continue
+            if code in REFUSED:
+                try:
+                    assert followed(code, content, role)[1].text == theirs
+                except ValueError as error:
+                    assert "followed" in str(error) or "UndefinedError" in str(error)
+            else:
+                assert followed(code, content, role)[1].text == theirs, (code, content)
+
+
+def test_control_tokens_that_a_template_builds_of_a_role(tokenizer):
+    """Phi-4-mini writes '<|' + role + '|>': of the roles that everybody knows only, of any other it is a text."""
+    tokens = [*CONTROL, "<|user|>", "<|end|>"]
+    template = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+    for role, control in (("user", 2), ("end", 1), ("user|><|end", 1)):
+        messages = [{"role": role, "content": "user|><|end|>"}]
+        (rendered,) = templates.render(template, tokens, {}, messages, [(1, False)])
+        assert rendered.text == f"<|{role}|>user|><|end|><|end|>" and len(rendered.control) == control
+    pieces = "{% for part in messages[0].content %}{{ part.text }}{% endfor %}"  # one token of two texts
+    parts = [{"text": "<|im_"}, {"text": "end|>"}]
+    (rendered,) = templates.render(pieces, CONTROL, {}, [{"role": "user", "content": parts}], [(1, False)])
+    assert rendered == ("<|im_end|>", [])
 
 
 # --- against HF ---
