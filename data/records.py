@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from data.text import SPLITS, key
@@ -64,8 +64,10 @@ class Record:
 
     def to_json(self) -> dict:
         """JSON values of all of it; what is at its default stays out."""
-        row = asdict(self)
-        return {name: value for name, value in row.items() if name == "prompt" or value not in ((), {}, "", None)}
+        row = {"prompt": self.prompt, "answers": list(self.answers), "scores": self.scores and list(self.scores)}
+        row |= {"pairs": [asdict(pair) for pair in self.pairs]}
+        row |= {"extra": self.extra, "source": self.source, "group": self.group}
+        return {name: value for name, value in row.items() if name == "prompt" or value not in ([], {}, "", None)}
 
     @classmethod
     def from_json(cls, row: dict) -> Record:
@@ -86,13 +88,12 @@ def group_of(*parts: str) -> str:
     return hashlib.sha256("\n".join(map(key, parts)).encode()).hexdigest()[:16]
 
 
-def pairs_by_score(scores: Iterable[float], most: int = 10) -> tuple[Pair, ...]:
-    """Pairs of answers whose scores differ, the widest gaps first, at most `most`."""
-    scores = list(scores)
+def pairs_by_score(answers: Sequence[str], scores: Sequence[float], most: int = 10) -> tuple[Pair, ...]:
+    """Pairs of different answers whose scores differ, the widest gaps first, at most `most`."""
     pairs = [
-        Pair(i, j, gap=scores[i] - scores[j])
-        for i in range(len(scores))
-        for j in range(len(scores))
-        if scores[i] > scores[j]
+        Pair(i, j, gap=a - b)
+        for i, a in enumerate(scores)
+        for j, b in enumerate(scores)
+        if a > b and answers[i] != answers[j]
     ]
     return tuple(sorted(pairs, key=lambda pair: -pair.gap)[:most])

@@ -24,6 +24,8 @@ INSIDE_FUNCTIONS = {
     "accelerate",
     "jinja2",
     "cyllama",
+    "pyarrow",
+    "datasketch",
 }
 SOURCES = sorted(ROOT.glob("*.py")) + sorted(
     file
