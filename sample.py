@@ -22,6 +22,7 @@ from rlhf.lm.pretrained import open_pretrained
 @dataclass(frozen=True)
 class Config:
     checkpoint: str = "out/ppo"  # run or checkpoint directory, HF-format directory, GGUF file, or a model's name
+    base: str | None = None  # the model that a run of layout adapters or branch was trained on, where it has moved
     prompt: str | None = None  # text to continue; none = a file of prompts, or interactive
     prompts: str | None = None  # file with one prompt per line
     chat: bool = False  # each prompt is a user's message in the model's chat template; prints the answer alone
@@ -48,7 +49,7 @@ class Config:
 def main() -> None:
     cfg = config.parse(Config)
     device = distributed.setup().device
-    opened = open_pretrained(cfg.checkpoint, device)
+    opened = open_pretrained(cfg.checkpoint, device, base=cfg.base)
     tokenizer, model = opened.tokenizer, opened.model.eval()
     chat = Chat(tokenizer) if cfg.chat else None
     stop_ids = sorted({*opened.stop_ids, *chat.stop_ids()}) if chat else opened.stop_ids

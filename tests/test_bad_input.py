@@ -16,6 +16,8 @@ import pytest
 from test_resume import assert_equal_runs
 from tiny import ROOT, SMALL, Done, lines
 
+from rlhf.infra import checkpoint
+
 TRAINING = ("train_lm.py", "train_rm.py", "train_ppo.py")
 LATEST = "step_000048"  # of the language model
 
@@ -259,7 +261,8 @@ def test_reward_model_of_another_tokenizer(bad, copy, other):
 def change_config(run: Path, change) -> None:
     for file in run.glob("step_*/config.json"):
         content = json.loads(file.read_text())
-        file.write_text(json.dumps(content | {"config": change(content["config"])}))
+        content |= {"config": change(content["config"])}
+        file.write_text(json.dumps(content | {"sha256": checkpoint.own_digest(content)}))
 
 
 SHAPES = {"width": 64, "layers": 3, "ffn": 192, "vocab_size": 500, "qkv_bias": True, "tied": False}

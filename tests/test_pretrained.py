@@ -151,6 +151,7 @@ def test_a_policy_on_a_base_that_has_changed(tmp_path):
     _, tokenizer = hf_directory(tmp_path / "base")
     config = {"kind": "policy", "layout": "adapters", "tokenizer": tokenizer.fingerprint}
     config |= {"base": str(tmp_path / "base"), "base_digest": "0" * 64}
+    config |= {"lora_rank": 1, "lora_alpha": 1.0, "lora_targets": None}
     checkpoint.save(tmp_path / "policy", {}, config, files=[tokenizer.save(tmp_path / "tokenizer")])
     found = digest_of(tmp_path / "base")[:12]
     with pytest.raises(ValueError, match=f"sha256 000000000000, which is now {found}: put the old one back"):

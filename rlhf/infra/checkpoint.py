@@ -59,6 +59,9 @@ class Checkpoint:
         self.check("model.safetensors")
         return self.files["model.safetensors"].get("sha256") or sha256(self.path / "model.safetensors")
 
+    def size(self, name: str) -> int:
+        return self.files.get(name, {}).get("bytes", 0)
+
     def read(self, name: str) -> dict[str, Tensor]:
         if name not in self.files:
             raise FileNotFoundError(errno.ENOENT, "this checkpoint has no such file", str(self.path / name))
@@ -220,6 +223,15 @@ def read_config(path: Path) -> dict | None:
         return None
 
 
+def is_ours(path: Path) -> bool:
+    """Is this, whole or damaged, a directory that save() wrote? HF-format directories have a config.json too."""
+    try:
+        content = read_json(path / "config.json")
+    except (OSError, ValueError):  # cut short, perhaps: then the files beside it tell
+        return any((path / name).exists() for name in ("state.json", "optimizer.safetensors"))
+    return isinstance(content, dict) and {"format", "config", "files"} <= content.keys()
+
+
 def read_json(file: Path):
     """The JSON value in a file; ValueError in one line that names it where it is no JSON, no file, or absurdly large."""
     check_regular(file)
@@ -272,6 +284,8 @@ def resolve(path: str | Path) -> Path:
     for candidate in [path] if path.exists() else asides:  # missing when save() was killed between its two renames
         if (candidate / "config.json").exists():
             return candidate
+    if damaged := [f"{step.name} is damaged ({defect(step)})" for step in candidates(path)[:1]]:
+        raise ValueError(f"no whole checkpoint in {path}: {damaged[0]}")
     raise FileNotFoundError(f"no checkpoint in {path}: a config.json or step_* directories were expected there")
 
 

@@ -1,34 +1,176 @@
-"""Transformers of our own checkpoints: the shape that a config describes, and the weights in it."""
+"""Transformers of our own checkpoints: what their config may say, the shape that it describes, and the weights in it."""
 
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
+
+from torch import Tensor
 
 from model.transformer import ModelConfig, Transformer
 from rlhf.infra import checkpoint
 
+LARGEST_SIZE = 2**24  # of anything that a config counts, as in model/hf.py
+MOST_LAYERS = 1024
+MOST_NAMES = 1024  # stop ids, targets of adapters, depths
+LARGEST_REAL = 1e30
+LARGEST_WEIGHT = 1e8  # a thousand times what the gains of norms reach; float32 ends at 3e38
+
+
+def open_stored(spec: str | Path) -> checkpoint.Checkpoint:
+    """The checkpoint that `spec` means, a run or one of its steps, with what its config says of the model checked.
+
+    Raises FileNotFoundError where there is none, ValueError in one line where it is damaged or describes nothing of ours.
+    """
+    saved = checkpoint.load(spec)
+    config, where = saved.config, saved.path
+    for name, value in config.items():
+        meaning, accepts = FIELDS.get(name, ("anything", lambda _: True))
+        if not accepts(value):
+            raise ValueError(f"{where}: {name} is {shortened(value)}; {meaning} was expected")
+    if missing := [name for name in needed(config) if name not in config]:
+        raise ValueError(f"{where}: its config lacks {', '.join(missing)}: it is damaged, or from another version")
+    if "model" in config:
+        stored_config(config["model"], where)
+    return saved
+
+
+def weights_of(saved: checkpoint.Checkpoint) -> dict[str, Tensor]:
+    """Its tensors. ValueError where the config describes more than they hold, before a model of that size is built, and
+    where one holds a number that no training leaves: all that is computed from it is wrong.
+    """
+    if "model" in saved.config and on_no_base(saved.config):
+        least, held = least_weights(stored_config(saved.config["model"], saved.path)), saved.size("model.safetensors")
+        if least > held:
+            what = f"its config describes {least:,} weights, model.safetensors has {held:,} bytes"
+            raise ValueError(f"{saved.path}: {what}: damaged, or of another architecture")
+    for name, tensor in (tensors := saved.tensors).items():
+        if tensor.is_floating_point() and tensor.numel():
+            least, most = map(float, tensor.aminmax())  # either is NaN where one number is
+            if not -LARGEST_WEIGHT <= least <= most <= LARGEST_WEIGHT:
+                file, found = saved.path / "model.safetensors", least if most <= LARGEST_WEIGHT else most
+                raise ValueError(f"{file}: {name} holds {found:g}: it is damaged, or its training diverged")
+    return tensors
+
+
+def on_no_base(config: dict) -> bool:
+    """Does the checkpoint hold all of the model that its config describes?"""
+    return not (config.get("layout") in ("adapters", "branch") or config.get("trunk") in ("adapters", "frozen"))
+
+
+def needed(config: dict) -> list[str]:
+    """Names without which a checkpoint of this kind cannot be put together."""
+    kind = config.get("kind")
+    if kind not in ("lm", "policy", "reward", "int8"):
+        return []
+    if on_no_base(config):
+        return ["model"]
+    adapter = ["lora_rank", "lora_alpha", "lora_targets"]
+    if kind == "policy":
+        own = adapter if config["layout"] == "adapters" else ["branch_layers"]
+    else:
+        own = ["stop_ids"] + (["depths", "poolings"] if config["trunk"] == "frozen" else [*adapter, "depth"])
+    return ["base", "base_digest", *own]
+
+
+def least_weights(shape: ModelConfig) -> int:
+    """Numbers in the matrices of a model of this shape; what is stored has a byte or more for each."""
+    attention = 2 * shape.width * shape.head_dim * (shape.heads + shape.kv_heads)
+    return shape.width * shape.vocab_size + shape.layers * (attention + 2 * shape.width * shape.ffn)
+
+
+# what a field may hold: in words, and as a test
+
+
+def is_text(value) -> bool:
+    return isinstance(value, str)
+
+
+def is_count(value, least: int = 1, most: int = LARGEST_SIZE) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def is_real(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) <= LARGEST_REAL
+
+
+def each(accepts: Callable) -> Callable:
+    return lambda value: isinstance(value, list) and len(value) <= MOST_NAMES and all(map(accepts, value))
+
+
+def or_none(accepts: Callable) -> Callable:
+    return lambda value: value is None or accepts(value)
+
+
+TEXT = ("a text", is_text)
+COUNT = (f"a whole number from 1 to {LARGEST_SIZE}", is_count)
+REAL = ("a finite number", is_real)
+FIELDS = dict.fromkeys(("kind", "layout", "tokenizer", "base", "base_digest", "trunk", "pooling", "combine"), TEXT)
+FIELDS |= dict.fromkeys(("lora_rank", "branch_layers", "members"), COUNT)
+FIELDS |= dict.fromkeys(("lora_alpha", "uncertainty_coef"), REAL)
+FIELDS |= {
+    "model": ("the shape of a model", lambda value: isinstance(value, dict)),
+    "stop_ids": ("a list of token ids", each(lambda x: is_count(x, 0))),
+    "lora_targets": ("a list of names, or null", or_none(each(is_text))),
+    "depth": ("a number of layers, or null", or_none(lambda x: is_count(x, 0, MOST_LAYERS))),
+    "depths": ("a list of numbers of layers", each(lambda x: is_count(x, 0, MOST_LAYERS))),
+    "poolings": ("a list of names", each(is_text)),
+    "language": ("true or false", lambda value: isinstance(value, bool)),
+}
+SHAPE = {  # of ModelConfig, by the type of the field
+    int: COUNT,
+    int | None: (f"{COUNT[0]}, or null", or_none(is_count)),
+    float: (f"a number above 0, at most {LARGEST_REAL:g}", lambda value: is_real(value) and value > 0),
+    str: TEXT,
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+    dict | None: ("an object of numbers, or null", or_none(lambda value: isinstance(value, dict))),
+}
+
+
+def shortened(value, length: int = 60) -> str:
+    """A stranger's value in one short line."""
+    text = repr(value)
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def stored_config(config: dict, where: str | Path) -> ModelConfig:
+    """The shape that the checkpoint `where` describes; ValueError if that is none of ours, or absurdly large."""
+    for problem in shape_problems(config):
+        raise ValueError(f"{where}: {problem}")
+    try:
+        return ModelConfig(**config)
+    except (TypeError, ValueError) as error:  # a field that we do not know; numbers that do not fit together
+        raise ValueError(f"{where} is a checkpoint of another architecture: {error}") from None
+
+
+def shape_problems(config: dict) -> Iterator[str]:
+    for field in fields(ModelConfig):
+        meaning, accepts = SHAPE[field.type]
+        if field.name in config and not accepts(config[field.name]):
+            yield f"{field.name} is {shortened(config[field.name])}; {meaning} was expected"
+    if (layers := config.get("layers", 1)) > MOST_LAYERS:
+        yield f"layers is {layers}; at most {MOST_LAYERS} are built"
+    for name, value in (config.get("rope_scaling") or {}).items():
+        if not (is_text(value) if "type" in name else is_real(value)):
+            yield f"rope_scaling: {name} is {shortened(value)}; a number was expected"
+
+
+def new_transformer(config: dict, where: str | Path) -> Transformer:
+    """An untrained transformer as the checkpoint `where` describes it."""
+    return Transformer(stored_config(config, where))
+
 
 def language_model_of(saved: checkpoint.Checkpoint, path: str | Path) -> Transformer:
     """The language model of an open checkpoint that holds all of it; ValueError if that is none."""
-    kind, tensors = saved.config.get("kind"), dict(saved.tensors)
+    kind = saved.config.get("kind")
     if kind not in ("lm", "policy"):
         raise ValueError(
             f"{path} holds a {kind} checkpoint, a language model is needed: use train_lm.py or train_ppo.py"
         )
+    tensors = weights_of(saved)
     if kind == "policy":
         prefix = "model."
         tensors = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
     model = new_transformer(saved.config["model"], path)
     checkpoint.load_weights(model, tensors, path)
     return model
-
-
-def stored_config(config: dict, where: str | Path) -> ModelConfig:
-    """The shape that the checkpoint `where` describes; ValueError if that is none of ours."""
-    try:
-        return ModelConfig(**config)
-    except TypeError as error:  # a field that we do not know, or of another type
-        raise ValueError(f"{where} is a checkpoint of another architecture: {error}") from None
-
-
-def new_transformer(config: dict, where: str | Path) -> Transformer:
-    """An untrained transformer as the checkpoint `where` describes it."""
-    return Transformer(stored_config(config, where))

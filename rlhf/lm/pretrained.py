@@ -20,7 +20,7 @@ from model.peft import load_peft, read_peft_config
 from model.quantize import load_quantized
 from model.transformer import ModelConfig, Transformer
 from rlhf.infra import checkpoint
-from rlhf.lm.checkpoints import language_model_of, new_transformer, stored_config
+from rlhf.lm.checkpoints import language_model_of, new_transformer, open_stored, stored_config, weights_of
 from rlhf.lm.trunks import PREFIX, tuned_model
 
 LAYOUTS_ON_A_BASE = ("adapters", "branch")  # their checkpoints hold what was trained, and name the model it belongs to
@@ -39,14 +39,18 @@ class Pretrained:
 
 
 def open_pretrained(
-    spec: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
+    spec: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    base: str | None = None,
 ) -> Pretrained:
     """The model that `spec` means: the name of one of data.fetch.MODELS, a GGUF file, an HF-format directory, a PEFT
     adapter, which comes merged into its base, a run or checkpoint directory of train_lm.py or train_ppo.py, or an int8
     directory of export.py.
 
     dtype: of the weights; None keeps what an HF directory stores. On the CPU, weights that need no conversion stay
-    memory-mapped: never write into them in place. FileNotFoundError, or ValueError in one line for what is none of these.
+    memory-mapped: never write into them in place. base: where the model lies that a run of layout adapters or branch was
+    trained on; None looks for it, see `find_base`. FileNotFoundError, or ValueError in one line for what is none of these.
     """
     spec, family = str(spec), None
     path = locate(spec)
@@ -62,7 +66,7 @@ def open_pretrained(
         tokenizer, stop_ids, digest = load_tokenizer(path), info.eos_ids, hf_digest(path)
         family = info.family
     else:
-        model, tokenizer, stop_ids, digest = open_checkpoint(path, device)
+        model, tokenizer, stop_ids, digest = open_checkpoint(path, device, base)
     ends = tuple(sorted({tokenizer.eos, *stop_ids}))
     if (model.config.vocab_size or 0) < tokenizer.vocab_size:
         raise ValueError(
@@ -102,37 +106,91 @@ def adapter_digest(path: Path, base: str) -> str:
     return hashlib.sha256("".join([base, *map(sha256, files)]).encode()).hexdigest()
 
 
-def open_checkpoint(path: Path, device: torch.device | str) -> tuple[Transformer, Tokenizer, tuple[int, ...], str]:
+def open_checkpoint(
+    path: Path, device: torch.device | str, base: str | None = None
+) -> tuple[Transformer, Tokenizer, tuple[int, ...], str]:
     """Model, tokenizer, stop ids and digest of a checkpoint of ours, on its base where it holds only what was trained."""
-    saved = checkpoint.load(checkpoint.resolve(path))
+    saved = open_stored(path)
     tokenizer = load_tokenizer(saved.path)
     if saved.config.get("tokenizer") != tokenizer.fingerprint:
         raise ValueError(f"{saved.path} was trained with another tokenizer than the one that lies in it")
-    if saved.config.get("layout") in LAYOUTS_ON_A_BASE:
-        model = tuned_model(open_base(saved.config, path, device).model, saved.config, saved.tensors)
+    on_a_base = saved.config.get("layout") in LAYOUTS_ON_A_BASE
+    if base is not None and not on_a_base:
+        raise ValueError(f"{path} is a whole model: --base={base} has no effect")
+    if on_a_base:
+        model = tuned_model(open_base(saved.config, saved.path, device, base).model, saved.config, weights_of(saved))
     elif saved.config.get("kind") == "int8":
-        model = load_quantized(stored_config(saved.config["model"], path), saved.tensors, path)
+        model = load_quantized(stored_config(saved.config["model"], path), weights_of(saved), path)
     else:
         model = language_model_of(saved, path)
     # a pretrained base may end its texts with several ids, of which the tokenizer knows one
-    return model, tokenizer, tuple(saved.config.get("stop_ids", ())), checkpoint.digest(saved.path)
+    return model, tokenizer, tuple(saved.config.get("stop_ids", ())), saved.digest
 
 
-def open_base(config: dict, where: str | Path, device: torch.device | str = "cpu") -> Pretrained:
-    """The base model that the checkpoint `where` names in its config; ValueError if it has changed since."""
-    base = open_pretrained(config["base"], device)
-    if base.digest != config["base_digest"]:
-        raise ValueError(
-            f"{where} belongs to the base model {config['base']} with sha256 {config['base_digest'][:12]}, "
-            f"which is now {base.digest[:12]}: put the old one back"
-        )
-    return base
+def open_base(
+    config: dict, where: str | Path, device: torch.device | str = "cpu", base: str | None = None
+) -> Pretrained:
+    """The base model of the checkpoint `where`: at `base`, or where its config names it, or else where `find_base` finds it.
+
+    Raises FileNotFoundError where there is none, ValueError where it is another one: it is known by its sha256.
+    """
+    named, digest, there = config["base"], config["base_digest"], ""
+    if base is not None or named in MODELS or Path(named).exists():
+        check_chain(base or named, Path(where))
+        opened = open_pretrained(base or named, device)
+        if opened.digest == digest:
+            return opened
+        there = opened.digest
+    if base is None and (place := find_base(config, where)):
+        check_chain(place, Path(where))
+        return open_pretrained(place, device)
+    belongs = f"{where} belongs to the base model {named} with sha256 {digest[:12]}"
+    if base is not None:
+        raise ValueError(f"{belongs}; --base={base} is {there[:12]}")
+    if there:
+        raise ValueError(f"{belongs}, which is now {there[:12]}: put the old one back, or say with --base= where it is")
+    raise FileNotFoundError(f"{belongs}, which is neither there nor near the checkpoint: say with --base= where it is")
+
+
+def find_base(config: dict, where: str | Path) -> str | None:
+    """Where the base of a checkpoint lies that was moved or copied: at the path that it had, or the end of that path, from
+    any directory above the checkpoint, or in a run beside it. It is known by its sha256; None where it is nowhere.
+    """
+    here, parts = Path(where).resolve(), Path(config["base"]).parts
+    ends = [Path(*parts[i:]) for i in range(Path(config["base"]).is_absolute(), len(parts))]
+    above = [place / end for place in here.parents for end in ends]
+    beside = [place for room in here.parents[:2] for place in sorted(room.glob("*/")) if checkpoint.latest(place)]
+    for place in dict.fromkeys(above + beside):
+        if place.exists() and place not in (here, *here.parents):
+            try:
+                if digest_of(place) == config["base_digest"]:
+                    return str(place)
+            except (OSError, ValueError):  # what lies there is no model, or a damaged one
+                continue
+    return None
+
+
+def check_chain(spec: str, where: Path) -> None:
+    """ValueError where a base stands, over whatever bases of its own, on the checkpoint `where`: opening it would not end."""
+    seen = [where.resolve(), checkpoint.resolve(where).resolve()] if where.exists() else []
+    while (path := locate(spec)).is_dir() and not is_hf(path) and not is_peft(path):
+        saved = open_stored(path)
+        if saved.path.resolve() in seen:
+            raise ValueError(f"{saved.path} is its own base: its config.json is damaged, or made to mislead")
+        if saved.config.get("layout") not in LAYOUTS_ON_A_BASE:
+            return
+        seen.append(saved.path.resolve())
+        named = saved.config["base"]
+        if not (Path(named).exists() or (named := find_base(saved.config, saved.path))):
+            return
+        spec = named
 
 
 def critic_trunk(saved: checkpoint.Checkpoint, where: str | Path, device: torch.device | str = "cpu") -> Transformer:
     """The transformer that the value head of the policy checkpoint `where` reads: the policy's, or the critic's own."""
-    prefix = "value_trunk." if any(name.startswith("value_trunk.") for name in saved.tensors) else PREFIX
-    tensors = {name.removeprefix(prefix): x for name, x in saved.tensors.items() if name.startswith(prefix)}
+    stored = weights_of(saved)
+    prefix = "value_trunk." if any(name.startswith("value_trunk.") for name in stored) else PREFIX
+    tensors = {name.removeprefix(prefix): x for name, x in stored.items() if name.startswith(prefix)}
     if saved.config.get("layout") in LAYOUTS_ON_A_BASE:
         tensors = {PREFIX + name.replace(".critic", ".policy"): x for name, x in tensors.items()}
         return tuned_model(open_base(saved.config, where, device).model, saved.config, tensors)
@@ -161,16 +219,12 @@ def locate(spec: str) -> Path:
 
 def is_hf(path: Path) -> bool:
     """An HF-format directory: it has a config.json that is not one of our checkpoints'."""
-    return (path / "config.json").is_file() and checkpoint.read_config(path) is None and not checkpoint.latest(path)
+    return (path / "config.json").is_file() and not checkpoint.is_ours(path) and not checkpoint.latest(path)
 
 
 def is_peft(path: Path) -> bool:
     """A PEFT directory. It may hold its base's config.json beside the adapter's."""
-    return (
-        (path / "adapter_config.json").is_file()
-        and checkpoint.read_config(path) is None
-        and not checkpoint.latest(path)
-    )
+    return (path / "adapter_config.json").is_file() and not checkpoint.is_ours(path) and not checkpoint.latest(path)
 
 
 def hf_digest(path: Path) -> str:
@@ -198,4 +252,7 @@ def config_of(spec: str | Path) -> ModelConfig:
         return config_of(adapter_base(path))
     if is_hf(path):
         return read_config(path).model
-    return stored_config(checkpoint.load(path).config["model"], path)
+    saved = open_stored(path)
+    if "model" not in saved.config:
+        raise ValueError(f"{path} holds a {saved.config.get('kind')} checkpoint, a language model is needed")
+    return stored_config(saved.config["model"], path)

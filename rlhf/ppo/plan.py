@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from model.transformer import ModelConfig, Transformer
-from rlhf.infra import checkpoint
-from rlhf.lm.checkpoints import stored_config
+from rlhf.lm.checkpoints import open_stored, stored_config
 from rlhf.lm.trunks import LoRA
 from rlhf.ppo.roles import CRITICS, LAYOUTS
 
@@ -38,7 +37,7 @@ def reward_parameters(spec: str) -> int:
     """Numbers in the trunk of a reward model of its own; 0 for a Python function or what stands on a frozen one."""
     if spec.endswith(".py") or spec.rpartition(":")[0].endswith(".py"):
         return 0
-    config = checkpoint.load(spec).config
+    config = open_stored(spec).config
     if config.get("trunk", "full") != "full":
         return 0
     return trunk_parameters(stored_config(config["model"], spec))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlhf.infra import checkpoint
-from rlhf.lm.checkpoints import new_transformer
+from rlhf.lm.checkpoints import new_transformer, open_stored, weights_of
 from rlhf.lm.frozen import FrozenStates
 from rlhf.lm.trunks import LoRA
 from rlhf.reward.model import COMBINE, POOLING, POOLINGS, Ensemble, FrozenReward, RewardModel, adapted_trunk
@@ -22,14 +22,14 @@ def load_reward_model(
 
     The last three are for what was trained on a frozen trunk, see `load_reward`.
     """
-    saved = checkpoint.load(checkpoint.resolve(path))
+    saved = open_stored(path)
     check_kind(saved, path)
-    if saved.config["tokenizer"] != fingerprint:
+    if (own := saved.config.get("tokenizer")) != fingerprint:
         raise ValueError(
-            f"{path} was trained with tokenizer {saved.config['tokenizer'][:12]}, the policy uses {fingerprint[:12]}: "
+            f"{path} was trained with tokenizer {str(own)[:12]}, the policy uses {fingerprint[:12]}: "
             "train the reward model from the policy's own base"
         )
-    return restored(saved.config, saved.tensors, path, device, base, frozen, open_base)
+    return restored(saved.config, weights_of(saved), path, device, base, frozen, open_base)
 
 
 def check_kind(saved: checkpoint.Checkpoint, path: str) -> None:
@@ -103,7 +103,7 @@ def average(paths: Sequence[str]) -> tuple[dict, dict[str, Tensor]]:
     The mean is taken in float64. Of adapters it is the mean of what they add, (1/K) sum_k B_k A_k, exactly: the ranks
     add up. ValueError unless all are of one shape, base and tokenizer. It has to be normalised anew.
     """
-    saved = [checkpoint.load(checkpoint.resolve(path)) for path in paths]
+    saved = [open_stored(path) for path in paths]
     for one, path in zip(saved, paths):
         check_kind(one, path)
     shapes = [{name: value for name, value in one.config.items() if name != "base"} for one in saved]
@@ -112,7 +112,7 @@ def average(paths: Sequence[str]) -> tuple[dict, dict[str, Tensor]]:
             if shape.get(name) != shapes[0].get(name):
                 both = f"{name} is {shapes[0].get(name)} in {paths[0]} and {shape.get(name)} in {path}"
                 raise ValueError(f"only reward models of one kind can be averaged: {both}")
-    config, tensors = dict(saved[0].config), [one.tensors for one in saved]
+    config, tensors = dict(saved[0].config), [weights_of(one) for one in saved]
     mean = {}
     for name, first in tensors[0].items():
         if name in NORMALISATION:
