@@ -373,18 +373,14 @@ class _Loader:
             return np.zeros(len(prompts), bool)
         return ~np.isin(self.data.source(prompts), self.data.source_ids(self.sources))
 
-    def _prompt(self, prompt: int, room: int) -> np.ndarray:
-        tokens = self.data.prompt(prompt)
-        return tokens[cut(tokens, room, self.data.bos)]
-
     def _answered(self, answers: np.ndarray, room: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """Rows of these answers, each prompt in its room: tokens (R, T), lengths (R,), prompt lengths (R,)."""
-        prompts = [self._prompt(p, n) for p, n in zip(self.data.prompt_of(answers), room)]
-        tokens, lengths = pad([np.append(p, self.data.answer(a)) for p, a in zip(prompts, answers)], self.data.pad)
-        return tokens, lengths, torch.tensor([len(p) for p in prompts])
-
-    def _length_of(self, prompts: np.ndarray, answer_tokens: np.ndarray) -> np.ndarray:
-        return np.minimum(self.data.prompt_lengths(prompts) + answer_tokens, self.context)
+        rows, lengths = [], []
+        for (prompt, answer, _), n in zip(self.data.rows(answers), room):
+            kept = prompt[cut(prompt, n, self.data.bos)]
+            rows.append(np.concatenate([kept, answer]))
+            lengths.append(len(kept))
+        return *pad(rows, self.data.pad), torch.tensor(lengths)
 
 
 # --- texts ---
@@ -444,22 +440,25 @@ class TextLoader(_Loader):
 
     def take(self, units: np.ndarray) -> TextBatch:
         answers, nth = self.units.locate(units)
-        rows, masks = zip(*map(self._row, answers, nth))
+        rows, masks = [], []
+        for (prompt, own, history), n in zip(self.data.rows(answers), nth):
+            row = np.concatenate([prompt, own])
+            mask = np.ones(len(row), bool)
+            if self.loss == "answers":
+                mask[: len(prompt)] = False if history is None else history
+            if len(prompt) == 1:  # a plain text
+                first = n * (self.context - 1)
+                row, mask = row[first : first + self.context], mask[first : first + self.context]
+            elif len(row) > self.context:
+                places = cut(prompt, self.context - len(own), self.data.bos)
+                kept = np.append(places, np.arange(len(prompt), len(row)))
+                row, mask = row[kept], mask[kept]
+            mask[0] = False  # nothing stands before it
+            rows.append(row)
+            masks.append(mask)
         tokens, lengths = pad(rows, self.data.pad)
         mask, _ = pad(masks, 0)
         return TextBatch(tokens, lengths, mask.bool(), torch.from_numpy(answers))
-
-    def _row(self, answer: int, nth: int) -> tuple[np.ndarray, np.ndarray]:
-        row, prompt = self.data.row(answer), int(self.data.prompt_of([answer])[0])
-        mask = self.data.written(answer) if self.loss == "answers" else np.ones(len(row), bool)
-        if (length := len(self.data.prompt(prompt))) == 1:
-            kept = slice(nth * (self.context - 1), nth * (self.context - 1) + self.context)
-        else:
-            places = cut(row[:length], self.context - (len(row) - length), self.data.bos)
-            kept = np.append(places, np.arange(length, len(row)))
-        row, mask = row[kept], mask[kept]  # a copy of the mask: the next line writes
-        mask = mask & (np.arange(len(mask)) > 0)
-        return row, mask
 
     def packed(self, step: int) -> PackedBatch:
         """This rank's share of a step, packed; `bucket` has no use then."""
@@ -590,10 +589,8 @@ class PairLoader(_Loader):
         # one prompt before two answers that differ leaves them different; two prompts may have differed in what is cut
         same = np.zeros(len(pairs), bool)
         for i in np.flatnonzero(long & (room > 0) & (prompts[0] != prompts[1]) & (own[0] == own[1])):
-            a, b = (
-                np.append(self._prompt(p[i], room[i]), self.data.answer(side[i])) for p, side in zip(prompts, sides)
-            )
-            same[i] = np.array_equal(a, b)
+            tokens, lengths, _ = self._answered(np.array([side[i] for side in sides]), [room[i]] * 2)
+            same[i] = torch.equal(*tokens) and lengths[0] == lengths[1]
         kept, left_out = sift(
             {
                 "of other sources": self._elsewhere(prompts[0]) | self._elsewhere(prompts[1]),
@@ -764,7 +761,8 @@ class PromptLoader(_Loader):
 
     def take(self, units: np.ndarray) -> PromptBatch:
         prompts, _ = self.units.locate(units)
-        tokens, lengths = pad([self._prompt(p, self.limit) for p in prompts], self.data.pad)
+        rows = map(self.data.prompt, prompts)
+        tokens, lengths = pad([row[cut(row, self.limit, self.data.bos)] for row in rows], self.data.pad)
         return PromptBatch(tokens, lengths, torch.from_numpy(prompts))
 
     def records(self, rows: Tensor | Sequence[int]) -> list[Record]:

@@ -290,9 +290,12 @@ def _number(value) -> float:
         return np.nan
 
 
+_as_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for every row
+
+
 def json_line(row: dict) -> bytes:
     try:
-        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        return _as_json(row).encode() + b"\n"
     except UnicodeEncodeError:  # half of a surrogate pair, which has no UTF-8: as an escape
         return json.dumps(row).encode() + b"\n"
 
@@ -552,24 +555,23 @@ class Examples:
 
     def row(self, i: int) -> np.ndarray:
         """The tokens of an answer with its prompt before it, (P + A,)."""
-        shard, answer, prompt = self._place_row(i)
-        files = (
-            ("prompts.bin", "prompt_offsets.bin", shard, prompt),
-            ("answers.bin", "answer_offsets.bin", shard, answer),
-        )
-        return np.concatenate([self._tokens(*file) for file in files])
+        return np.concatenate(self.rows([i])[0][:2])
 
-    def written(self, i: int) -> np.ndarray:
-        """Which tokens of `row(i)` the assistant wrote: the answer, and earlier turns that are to be trained. (P + A,) bool"""
-        shard, answer, prompt = self._place_row(i)
-        lengths = (
-            self._lengths(shard, f"{kind}_offsets.bin", at) for kind, at in (("prompt", prompt), ("answer", answer))
-        )
-        written = np.repeat([False, True], list(lengths))
-        if self._counts["prompt_loss"][shard]:
-            history = self._tokens("prompt_loss.bin", "prompt_offsets.bin", shard, prompt)
-            written[: len(history)] = history != 0
-        return written
+    def rows(self, answers: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+        """Of each answer: tokens of its prompt (P,), its own (A,), and which of the prompt the assistant wrote in earlier
+        turns, (P,) uint8, or None where none is.
+        """
+        found = []
+        for answer, prompt in zip(answers, self.prompt_of(answers)):
+            shard, i = self._place("answers", answer)
+            j = int(prompt - self.starts["prompts"][shard])
+            before = self._tokens("prompts.bin", "prompt_offsets.bin", shard, j)
+            own = self._tokens("answers.bin", "answer_offsets.bin", shard, i)
+            history = None
+            if self._counts["prompt_loss"][shard]:
+                history = self._tokens("prompt_loss.bin", "prompt_offsets.bin", shard, j)
+            found.append((before, own, history))
+        return found
 
     def prompt_lengths(self, prompts: np.ndarray | None = None) -> np.ndarray:
         """Tokens of these prompts (None: all), from the offsets alone. (N,) int64"""
@@ -720,11 +722,6 @@ class Examples:
             raise IndexError(f"row {i} of {starts[-1]} {what} in {self}")
         shard = int(np.searchsorted(starts, i, side="right")) - 1
         return shard, int(i - starts[shard])
-
-    def _place_row(self, answer: int) -> tuple[int, int, int]:
-        """The shard of an answer, its number and its prompt's number in there."""
-        shard, i = self._place("answers", answer)
-        return shard, i, int(self._map(shard, "answer_prompt.bin")[i])
 
     def _directory(self, shard: int) -> str:
         return f"{self.paths[self.part[shard]]}/{shard_name(self._number[shard])}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from data.text import SPLITS, key
 
@@ -65,7 +65,7 @@ class Record:
     def to_json(self) -> dict:
         """JSON values of all of it; what is at its default stays out."""
         row = {"prompt": self.prompt, "answers": list(self.answers), "scores": self.scores and list(self.scores)}
-        row |= {"pairs": [asdict(pair) for pair in self.pairs]}
+        row |= {"pairs": [vars(pair) for pair in self.pairs]}
         row |= {"extra": self.extra, "source": self.source, "group": self.group}
         return {name: value for name, value in row.items() if name == "prompt" or value not in ([], {}, "", None)}
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_model import small_model
 from test_examples import Words, encode, one_line, write
 
 from data.baselines import baselines, pair_clusters
@@ -31,6 +32,7 @@ from data.examples import Examples
 from data.loader import in_order, shard
 from data.pairs import SomeAnswers, made_pairs, make_pairs, spread
 from data.records import Pair, Record
+from model.transformer import Packed, Span
 
 # --- which rows make up a step ---
 
@@ -622,3 +624,15 @@ def test_preferences_without_scores_are_rated_by_their_gaps(tmp_path):
     some = SomeAnswers(write(tmp_path / "train", [[encode(record) for record in records]]))
     assert some.column("rating").tolist() == [1.5, -1.0, -2.0] * 3
     assert pair_clusters(some).shape == (6, 2)
+
+
+def test_a_packed_row_is_read_as_its_texts_are(file):
+    """In model/packed.py's conventions: positions begin anew, and no text sees another."""
+    model = small_model("llama", context=64, vocab_size=50)
+    batch = TextLoader(file, 6, 0, context=20, bucket=False).batch(3)
+    packed = pack(batch)
+    packing = Packed(packed.sizes, [0] * len(packed.sizes))
+    span = Span(packed.positions, model.rotations(packed.positions), packed=packing)
+    hidden = model.norm(model.blocks(model.embed(packed.tokens, span), span))[0].split(packed.sizes)
+    for states, row, n in zip(hidden, batch.tokens, batch.lengths):
+        torch.testing.assert_close(states, model.trunk(row[None, :n])[0])

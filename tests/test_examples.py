@@ -81,8 +81,10 @@ def test_what_is_written_comes_back(tmp_path_factory, shards, rng):
         )
     for j, (i, answer) in enumerate(answers):
         assert file.answer(j).tolist() == answer and file.row(j).tolist() == [*flat[i].prompt, *answer]
-        history = flat[i].prompt_loss or [False] * len(flat[i].prompt)
-        assert file.written(j).tolist() == [*history, *[True] * len(answer)]
+        prompt, own, history = file.rows([j])[0]
+        assert (prompt.tolist(), own.tolist()) == (flat[i].prompt, answer)
+        assert any(flat[i].prompt_loss or []) == (history is not None and bool(history.any()))
+        assert history is None or history.tolist() == (flat[i].prompt_loss or [False] * len(prompt))
     # any rows in any order, of all shards at once
     some = rng.choices(range(len(answers)), k=7) if answers else []
     prompts = rng.choices(range(len(flat)), k=7) if flat else []
@@ -217,7 +219,7 @@ def test_a_bit_that_flipped_is_seen_on_demand(split, name):
     one_line(e)
     for what in range(file.answers):  # without it: whatever it says, or a line; never another exception
         try:
-            file.row(what), file.written(what), file.pair(), file.column("score"), file.column("x")
+            file.rows([what]), file.pair(), file.column("score"), file.column("x")
             file.record(file.prompt_of([what])[0]), file.source(), file.group(), file.answers_of(), file.pairs_of()
         except ValueError as e:
             assert str(split) in str(e) and "\n" not in str(e)
