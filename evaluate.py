@@ -7,7 +7,6 @@ python evaluate.py overoptimisation --run=out/ppo --proxy=out/rm_a --gold=out/rm
 python evaluate.py report --run=out/demo  # a run, or a directory of runs, as one HTML page and Markdown
 """
 
-import json
 import math
 import sys
 from dataclasses import asdict, dataclass
@@ -40,6 +39,7 @@ from evaluation.held_out import (
 )
 from model.transformer import Transformer
 from rlhf.infra import config, distributed, run
+from rlhf.infra.files import read_json, write_json, write_lines, write_text
 from rlhf.lm.language_model import LanguageModel
 from rlhf.lm.pretrained import open_base, open_pretrained
 from rlhf.ppo.roles import logprobs_of
@@ -232,7 +232,7 @@ def describe(result: dict) -> dict:
 
 def read_report(directory: str) -> dict:
     path = Path(directory) / "report.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def reward_model_summary(directory: str) -> dict:
@@ -251,7 +251,7 @@ def stage_seconds(cfg: Config) -> dict[str, float]:
     """Wall seconds of every stage that left a report, and of this one."""
     manifest = Path(cfg.data) / "manifest.json"
     tuned = ["ppo"] if len(cfg.tuned) == 1 else [f"ppo {spec}" for spec in cfg.tuned]
-    seconds = {"prepare": json.loads(manifest.read_text()).get("seconds")}
+    seconds = {"prepare": read_json(manifest).get("seconds")}
     seconds |= {
         name: read_report(path).get("seconds")
         for name, path in (("lm", cfg.base), ("rm", cfg.reward), *zip(tuned, cfg.tuned))
@@ -261,11 +261,9 @@ def stage_seconds(cfg: Config) -> dict[str, float]:
 
 
 def write(out: str, summary: dict, files: dict[str, list[dict]]) -> None:
-    Path(out).mkdir(parents=True, exist_ok=True)
-    run.write_json(f"{out}/summary.json", summary)
+    write_json(f"{out}/summary.json", summary)
     for name, rows in files.items():
-        with open(f"{out}/{name}", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_lines(f"{out}/{name}", rows)
     parts = {
         "new_distribution": own_samples_table,
         "minimal_pairs": minimal_pairs.markdown,
@@ -275,7 +273,7 @@ def write(out: str, summary: dict, files: dict[str, list[dict]]) -> None:
     text = "\n\n".join(
         [results_table(summary), comparison_lines(summary), *found, continuations(files["samples.jsonl"][:5])]
     )
-    Path(f"{out}/results.md").write_text(text + "\n")
+    write_text(f"{out}/results.md", text + "\n")
     print(text)
     seconds = " ".join(f"{name} {x:.0f}" for name, x in summary["seconds"].items() if x)
     print(f"\nseconds: {seconds}\nwrote {out}/{', '.join(['summary.json', 'results.md', *files])}")

@@ -33,7 +33,8 @@ from model.hf import complete_directory, reward_head, save_hf
 from model.lora import load_adapter
 from model.peft import save_peft
 from model.quantize import quantize, stored_tensors
-from rlhf.infra import checkpoint, config, run
+from rlhf.infra import checkpoint, config
+from rlhf.infra.files import write_json
 from rlhf.lm.distill import distill, drop_layers, layer_distances
 from rlhf.lm.pretrained import Pretrained, critic_trunk, open_base, open_pretrained
 from rlhf.lm.trunks import PREFIX, policy_adapter
@@ -133,7 +134,7 @@ def export_language_model(cfg: Config) -> None:
             measured = about | measure(cfg, original, place, rows)
             print(receipt.lines(measured))
             receipt.check(measured, cfg.max_kl)
-            run.write_json(receipt_of(place), measured)
+            write_json(receipt_of(place), measured)
 
 
 def prune(cfg: Config, original: Pretrained) -> tuple[Pretrained, dict]:

@@ -9,7 +9,6 @@ the same command goes on from there. OUT/rounds.md is the table of rounds; OUT/f
 """
 
 import fcntl
-import json
 import os
 import shlex
 import subprocess
@@ -30,7 +29,7 @@ from evaluation.held_out import sample_groups, score_digest, temperature_of
 from rlhf.feedback.preferences import disagreement
 from rlhf.feedback.store import FeedbackStore
 from rlhf.infra import config, run
-from rlhf.infra.metrics import read_lines
+from rlhf.infra.files import read_json, read_lines, write_json, write_lines, write_text
 from rlhf.lm.pretrained import digest_of, open_base, open_pretrained
 from rlhf.reward.files import load_reward_model
 from rlhf.reward.scorer import load_reward
@@ -124,8 +123,8 @@ def main() -> None:
                 # 5. promote   only if the judge's interval says better than the best policy so far
                 stage(f"round {k}, evaluation", here / "evaluation", evaluate_command(cfg, k, best))
                 clock.lap("evaluate")
-                run.write_json(here / "round.json", verdict(cfg, k, best, clock.laps))
-            rounds.append(json.loads((here / "round.json").read_text()))
+                write_json(here / "round.json", verdict(cfg, k, best, clock.laps))
+            rounds.append(read_json(here / "round.json"))
             write_page(cfg, rounds)
         print((out / "rounds.md").read_text())
 
@@ -152,8 +151,8 @@ def begin(cfg: Config) -> None:
     ours |= {"init_sha256": digest_of(cfg.init), "judge_sha256": score_digest(cfg.judge)}
     ours["rater_sha256"] = None if cfg.rater == "people" else score_digest(cfg.rater)
     if not path.exists():
-        run.write_json(path, ours)
-    theirs = json.loads(path.read_text())
+        write_json(path, ours)
+    theirs = read_json(path)
     for name in ours:
         if ours[name] != theirs.get(name):
             raise ValueError(
@@ -217,8 +216,7 @@ def sample_pairs(cfg: Config, k: int, best: str) -> None:
                 urgent = float(disagreement(members[i : i + 1], members[i + 1 : i + 2])[0]) if heads else 0.0
                 rows.append((urgent, {"prompt": prompt, "responses": responses}))
     rows = sorted(rows, key=lambda row: -row[0])[: cfg.pairs]  # stable: in the order of the draw without heads
-    file.parent.mkdir(parents=True, exist_ok=True)
-    run.write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for _, row in rows))
+    write_lines(file, (row for _, row in rows))
 
 
 def as_texts(tokenizer, tokens: torch.Tensor, lengths: torch.Tensor, mask: torch.Tensor) -> list[str]:
@@ -336,7 +334,7 @@ def verdict(cfg: Config, k: int, best: str, seconds: dict[str, float]) -> dict:
     """Round k in numbers: old test accuracy, the reward on the policy's own samples, the judge, promoted or refused."""
     here = Path(cfg.out) / f"round_{k}"
     summary, report, first = (
-        json.loads(path.read_text())
+        read_json(path)
         for path in (
             here / "evaluation/summary.json",
             here / "rm/report.json",
@@ -373,7 +371,7 @@ def verdict(cfg: Config, k: int, best: str, seconds: dict[str, float]) -> dict:
 def write_page(cfg: Config, rounds: list[dict]) -> None:
     """OUT/rounds.json and rounds.md; finished rounds alone."""
     rater = "people" if cfg.rater == "people" else f"SIMULATED by {cfg.rater}, noise {config.show(cfg.rater_noise)}"
-    run.write_json(Path(cfg.out) / "rounds.json", {"rater": rater, "judge": cfg.judge, "rounds": rounds})
+    write_json(Path(cfg.out) / "rounds.json", {"rater": rater, "judge": cfg.judge, "rounds": rounds})
     columns = (
         "pairs decided",
         "judge",
@@ -395,7 +393,7 @@ def write_page(cfg: Config, rounds: list[dict]) -> None:
         cells += ["yes" if row["promoted"] else "refused", f"{rm['accuracy_gap1']:.3f}"]
         cells += [show(rm["on_own_samples"]["accuracy"]), show(rm["gain_on_own_samples"])]
         lines.append(f"| {row['round']} | " + " | ".join(cells) + " |")
-    run.write_text(Path(cfg.out) / "rounds.md", "\n".join(lines) + "\n")
+    write_text(Path(cfg.out) / "rounds.md", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from data.loader import SentenceLoader, TokenFile, in_order
 from data.tokenizer import check_fingerprint, load_tokenizer
 from model.transformer import ModelConfig, Transformer
 from rlhf.infra import config, distributed, optim
+from rlhf.infra.files import write_json
 from rlhf.infra.metrics import Metrics
-from rlhf.infra.run import Run, write_json
+from rlhf.infra.run import Run
 from rlhf.lm.language_model import LanguageModel
 from rlhf.lm.pretrained import digest_of, open_pretrained
 

@@ -21,9 +21,10 @@ from rlhf.advantages import ESTIMATORS
 from rlhf.functional import whiten
 from rlhf.infra import checkpoint, config, distributed, optim
 from rlhf.infra.distributed import Dist
-from rlhf.infra.metrics import Metrics, read_lines, say
+from rlhf.infra.files import read_lines, write_json
+from rlhf.infra.metrics import Metrics, say
 from rlhf.infra.optim import Precision
-from rlhf.infra.run import Clock, Run, peak_memory_gb, resident_bytes, write_json
+from rlhf.infra.run import Clock, Run, peak_memory_gb, resident_bytes
 from rlhf.lm.pretrained import Pretrained, config_of, open_base, open_pretrained
 from rlhf.lm.trunks import LoRA
 from rlhf.overoptimisation import best_place

@@ -9,7 +9,7 @@ python train_rm.py --preferences=out/data/votes --init=out/lm --data=out/data/va
 """
 
 import copy
-import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,8 +36,9 @@ from data.vader import load_rules
 from model.generate import generate, row_uniforms
 from rlhf.calibration import fit_temperature, wilson_interval
 from rlhf.infra import checkpoint, config, distributed, optim
+from rlhf.infra.files import read_json, write_json
 from rlhf.infra.metrics import Metrics, say
-from rlhf.infra.run import Run, begin, peak_memory_gb, seconds_used, steps, write_json
+from rlhf.infra.run import Run, begin, peak_memory_gb, seconds_used, steps
 from rlhf.lm.frozen import FrozenStates
 from rlhf.lm.pretrained import Pretrained, open_base, open_pretrained
 from rlhf.lm.trunks import LoRA
@@ -421,7 +422,7 @@ def already_finished(cfg: Config, dist) -> bool:
     report = Path(cfg.out, "report.json")
     if not (checkpoint.latest(cfg.out) and report.exists()):
         return False
-    say(accuracy_table(rows_of(json.loads(report.read_text()))), dist.is_main)
+    say(accuracy_table(rows_of(read_json(report))), dist.is_main)
     return True
 
 
@@ -622,7 +623,8 @@ def rows_of(report: dict) -> dict[str, dict[str, float]]:
 def accuracy_table(rows: dict[str, dict[str, float]]) -> str:
     """Pairwise accuracy on the test split, one line per scorer, one column per rating gap."""
     head = f"{'test accuracy, rating gap':<28}" + "".join(f"{gap:>8}" for gap in GAPS)
-    lines = [f"{name:<28}" + "".join(f"{row[gap]:8.3f}" for gap in GAPS) for name, row in rows.items()]
+    known = {name: {gap: math.nan if x is None else x for gap, x in row.items()} for name, row in rows.items()}
+    lines = [f"{name:<28}" + "".join(f"{row[gap]:8.3f}" for gap in GAPS) for name, row in known.items()]
     return "\n".join([head, *lines])
 
 

@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 from data.loader import TokenFile  # noqa: E402
-from rlhf.infra import config, run  # noqa: E402
+from rlhf.infra import config  # noqa: E402
+from rlhf.infra.files import write_json  # noqa: E402
 
 RECIPES: dict[str, dict[str, object]] = {
     "regression, mean": {},
@@ -84,7 +85,7 @@ def measure(cfg: Config, name: str, options: dict[str, object]) -> dict[str, flo
     accuracy = json.loads((out / "card.json").read_text())["accuracy"]["1"]
     found = {name: accuracy[name] for name in ("value", "low", "high")}
     found |= {"cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_gb": usage.ru_maxrss * 1024 / 1e9}
-    run.write_json(str(finished), found)
+    write_json(finished, found)
     return found
 
 

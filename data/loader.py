@@ -277,7 +277,7 @@ def prompts_from_text(path: str | Path, tokenizer) -> list[np.ndarray]:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise ValueError(f"prompt file {path} is not UTF-8 (byte {e.start}); convert it first") from None
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"prompt file {path} is empty: 0 prompts in {len(text)} characters; write one prompt a line")
     return [np.array([tokenizer.start, *tokenizer.encode(line)], np.int64) for line in lines]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from data.text import parse_json
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,7 @@ def text_rows(path: str | Path, names: Sequence[str]) -> Iterator[tuple[str, dic
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as e:
-            raise ValueError(f"{where} is no JSON ({e}); one object a line was expected") from None
+        row = parse_json(line, where)
         if not isinstance(row, dict):
             raise ValueError(f"{where} is {line.strip()[:40]!r}; an object with {expected} was expected")
         for name in names:

@@ -23,7 +23,7 @@ from data import vader
 from data.fetch import fetch, sha256
 from data.pairs import make_pairs
 from data.preferences import read_preferences
-from data.text import SPLITS, key, split_of
+from data.text import SPLITS, key, parse_json, split_of
 from data.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer, train_sentencepiece
 from data.tokens import FORMAT, write_token_file
 
@@ -171,7 +171,7 @@ def _is_prepared(out: Path, made: dict) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
-        manifest = json.loads((out / "manifest.json").read_text())
+        manifest = parse_json((out / "manifest.json").read_text("utf-8"), str(out))
         ours = manifest["format"] == FORMAT and "files" in manifest  # a single split has the format too
     except (OSError, ValueError, KeyError, TypeError):
         ours = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import html
 import html.entities
+import json
 import re
 import unicodedata
 
@@ -32,6 +33,21 @@ def _entity(match: re.Match) -> str:
 
 def _unwanted(c: str) -> bool:
     return c == "\ufeff" or unicodedata.category(c) in ("Cc", "Cs")  # BOM, control characters, lone surrogates
+
+
+def parse_json(text: str, where: str):
+    """The value of a JSON text; ValueError, which begins with `where`, for a text that is none or that nobody could store."""
+    try:
+        value = json.loads(text)
+        if "\\u" in text:  # half a surrogate pair is no character: no file could hold what was read
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply to be read") from None
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} has half a surrogate pair (\\ud800 to \\udfff), which is no character") from None
+    except ValueError as error:
+        raise ValueError(f"{where} is no JSON ({error})") from None
+    return value
 
 
 def key(text: str) -> str:

@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.fetch import sha256
+from data.text import parse_json
 from data.tokenizer import SentencePieceTokenizer
 
 FORMAT = "plain-rlhf tokens 1"
@@ -102,9 +103,9 @@ class TokenFile:
         if not file.is_file():
             raise FileNotFoundError(f"no token file at {self.path} (no manifest.json); run `python -m data.prepare`")
         try:
-            manifest = json.loads(file.read_text())
+            manifest = parse_json(file.read_text("utf-8", "replace"), str(file))
         except ValueError as e:
-            raise self._broken("manifest.json", f"is no JSON ({e})") from None
+            raise ValueError(f"{e}; remove {self.path.parent} and run `python -m data.prepare` again") from None
         if manifest.get("format") != FORMAT or "arrays" not in manifest:
             hint = "this is the directory of all splits: add /train" if "splits" in manifest else "prepare it again"
             raise ValueError(f"{file} does not describe a token file in format {FORMAT!r}; {hint}")
@@ -178,4 +179,4 @@ class TokenFile:
     @cached_property
     def texts(self) -> list[str]:
         with open(self.path / "texts.jsonl", encoding="utf-8") as f:
-            return [json.loads(line)["text"] for line in f]
+            return [parse_json(line, f"{f.name}, line {i}")["text"] for i, line in enumerate(f, 1)]

@@ -6,7 +6,6 @@ The numbers in the text are written by hand; each slide names the command that g
 is an error: a slide without its plot would say less than it promises.
 """
 
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -16,13 +15,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from evaluation import plots, report  # noqa: E402
+from rlhf.infra.files import read_json, write_text  # noqa: E402
 
 
 def read(file: str) -> dict:
     path = ROOT / "out" / file
     if not path.exists():
         raise SystemExit(f"no {path}: make it with the commands of LOG.md")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def training() -> str:
@@ -70,7 +70,7 @@ def main() -> None:
     template = (ROOT / "docs/slides.template.html").read_text(encoding="utf-8")
     parts = {"palette": plots.PALETTE, **{name: make() for name, make in PLOTS.items()}}
     page = re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], template)
-    (ROOT / "docs/slides.html").write_text(page, encoding="utf-8")
+    write_text(ROOT / "docs/slides.html", page)
     print(f"{page.count('<section')} slides -> docs/slides.html")
 
 

@@ -6,7 +6,6 @@ python evaluate.py rm --model=out/rm --data=pairs.jsonl --out=out/card
 """
 
 import importlib.util
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from data.vader import load_rules
 from evaluation import probes
 from rlhf.calibration import reliability_bins
 from rlhf.infra import checkpoint, config, distributed, run
+from rlhf.infra.files import read_json, write_json, write_text
 from rlhf.lm.pretrained import open_base
 from rlhf.reward.files import load_reward_model
 from rlhf.reward.model import FrozenReward
@@ -91,8 +91,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     files = draw(card, out) if drawn else []
     text = markdown(card, files)
-    run.write_json(out / "card.json", card)
-    (out / "card.md").write_text(text, encoding="utf-8")
+    write_json(out / "card.json", card)
+    write_text(out / "card.md", text)
     print(text)
     if not drawn and cfg.plots is None:
         print("no plots: matplotlib is not installed (the extra plot has it)")
@@ -111,14 +111,15 @@ def beats_length(reward: str) -> None:
     """
     card, report = (run_of(reward) / name for name in ("card.json", "report.json"))
     if card.exists():
-        found = json.loads(card.read_text())
+        found = read_json(card)
         if found["sha256"] != checkpoint.digest(reward):
             raise ValueError(f"{card} is about other weights than {reward}: make it again with evaluate.py rm")
         over = found["over_length"]
         good, margin = over["low"] > 0, f"{over['value']:+.3f} [{over['low']:+.3f}, {over['high']:+.3f}]"
         source = f"{card}, {found['pairs']} pairs"
-    elif report.exists() and "accuracy" in (found := json.loads(report.read_text())):
-        over = found["accuracy"]["all"] - found["baselines"]["length"]["all"]
+    elif report.exists() and "accuracy" in (found := read_json(report)):
+        both = found["accuracy"]["all"], found["baselines"]["length"]["all"]
+        over = math.nan if None in both else both[0] - both[1]
         good, margin, source = over > 0, f"{over:+.3f}", str(report)
     else:  # weights without their report, or no reward model at all
         return

@@ -9,7 +9,6 @@ python train_ppo.py --reward=out/rm_a --kl_coef=0.02 --keep_checkpoints=none --o
 python evaluate.py overoptimisation --run=out/ppo --proxy=out/rm_a --gold=out/rm_b --out=out/overoptimisation
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from data.tokenizer import check_fingerprint, load_tokenizer
 from evaluation.card import can_draw
 from evaluation.held_out import divergence, held_out_prompts, load_judge, sample_groups, score_digest, scores
 from rlhf.infra import checkpoint, config, distributed, run
+from rlhf.infra.files import read_json, write_json, write_text
 from rlhf.lm.pretrained import open_base, open_pretrained
 from rlhf.overoptimisation import CURVES, resampled_means
 from rlhf.ppo.roles import logprobs_of
@@ -115,7 +115,7 @@ def read_settings(cfg: Config) -> dict:
     path = Path(cfg.run) / "run.json"
     if not path.exists():
         raise FileNotFoundError(f"no {path}: --run is the directory of a PPO run, see train_ppo.py")
-    options, names = json.loads(path.read_text()), ("domain", "prompt_tokens", "response_tokens", "temperature")
+    options, names = read_json(path), ("domain", "prompt_tokens", "response_tokens", "temperature")
     names += ("kl_coef", "init_sha256", "reward_sha256")
     if missing := [name for name in names if name not in options]:
         raise ValueError(
@@ -206,8 +206,8 @@ def write(out: Path, result: dict, drawn: bool) -> None:
         draw(result, out / "overoptimisation.png")
         files.append("overoptimisation.png")
     text = "\n\n".join([points_table(result), fits_table(result)])
-    run.write_json(out / files[0], result)
-    (out / files[1]).write_text(text + "\n", encoding="utf-8")
+    write_json(out / files[0], result)
+    write_text(out / files[1], text + "\n")
     print(text)
     print(f"\n{result['seconds']:.0f} s -> {out}: {', '.join(files)}")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from evaluation.plots import PALETTE
+from rlhf.infra.files import write_text
 from rlhf.infra.metrics import printable
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -189,11 +190,10 @@ def write(title: str, sections: dict[str, Sequence[Block]], file: Path) -> Path:
         ),
     }
     page = re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], TEMPLATE.read_text(encoding="utf-8"))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(page, encoding="utf-8")
+    write_text(file, page)
     text = [f"# {escape_markdown(title)}"]
     for name, blocks in sections.items():
         text += [f"## {escape_markdown(name)}", *filter(None, (b.markdown() for b in blocks))]
     beside = file.with_suffix(".md")
-    beside.write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    write_text(beside, "\n\n".join(text) + "\n")
     return beside

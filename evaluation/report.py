@@ -23,7 +23,7 @@ from evaluation.card import GAPS, NAMES, probe_row
 from evaluation.card import show as show_estimate
 from evaluation.page import Block, Microscope, Plots, Sample, Shade, Table, Text, plain, write
 from rlhf.infra import config
-from rlhf.infra.metrics import read_lines
+from rlhf.infra.files import read_json, read_lines, write_text
 from rlhf.overoptimisation import CURVES
 
 
@@ -51,8 +51,7 @@ def main() -> None:
     beside = write(title, sections, file)
     files = [str(file), str(beside)]
     if cfg.picture:
-        Path(cfg.picture).parent.mkdir(parents=True, exist_ok=True)
-        Path(cfg.picture).write_text(drawing, encoding="utf-8")
+        write_text(cfg.picture, drawing)
         files.append(cfg.picture)
     for line in missing:
         print(line)
@@ -115,11 +114,7 @@ def read(path: Path, name: str) -> Source:
     found, damaged = {}, []
     for file in (x for x in JSON + LINES if (path / x).is_file()):
         try:
-            content = read_lines(path / file) if file in LINES else json.loads((path / file).read_text("utf-8"))
-            rows = content if file in LINES else [content]
-            if not all(isinstance(row, dict) for row in rows):
-                raise ValueError("not an object of names and values")
-            if content:
+            if content := (read_lines if file in LINES else read_json)(path / file):
                 found[file] = content
         except (ValueError, OSError) as error:
             damaged.append(f"Left out, {name}/{file}: {error}")
@@ -525,7 +520,8 @@ def accuracy_table(report: dict) -> list[Block]:
     gaps = [gap for gap in GAPS if gap in report["accuracy"]]
     rows = {"reward model": report["accuracy"], **report["baselines"]}
     cells = [
-        [NAMES.get(name, name), *(f"{x[gap]:.3f}" if gap in x else "-" for gap in gaps)] for name, x in rows.items()
+        [NAMES.get(name, name), *("-" if x.get(gap) is None else f"{x[gap]:.3f}" for gap in gaps)]
+        for name, x in rows.items()
     ]
     return [Table(["pairs ranked right, test split", *map(gap_name, gaps)], cells)]
 

@@ -335,21 +335,24 @@ def test_active_import_asks_first_where_the_ensemble_disagrees(tmp_path):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("{", r"in.jsonl:2 is no JSON"),
-        ("[1]", r"in.jsonl:2 has the keys none; known rows have prompt, chosen, rejected or prompt, responses"),
-        ('{"prompt": "p", "chosen": "c"}', r"in.jsonl:2 has the keys chosen, prompt"),
-        ('{"prompt": 3, "chosen": "c", "rejected": "r"}', "in.jsonl:2: a prompt is a text or a list of messages"),
-        ('{"prompt": "p", "responses": "xy"}', "in.jsonl:2: responses are a list, not xy"),
-        ('{"prompt": "p", "responses": null}', "in.jsonl:2: responses are a list"),
-        ('{"prompt": "p", "responses": [{"text": "x", "scores": "12"}]}', "in.jsonl:2: scores are a list of numbers"),
-        ('{"prompt": "\\ud800", "responses": ["x", "y"]}', "in.jsonl:2: .*surrogates not allowed"),
+        ("{", r"in.jsonl, line 2 is not JSON"),
+        ("[1]", r"in.jsonl, line 2 has the keys none; known rows have prompt, chosen, rejected or prompt, responses"),
+        ('{"prompt": "p", "chosen": "c"}', r"in.jsonl, line 2 has the keys chosen, prompt"),
+        ('{"prompt": 3, "chosen": "c", "rejected": "r"}', "in.jsonl, line 2: a prompt is a text or a list of messages"),
+        ('{"prompt": "p", "responses": "xy"}', "in.jsonl, line 2: responses are a list, not xy"),
+        ('{"prompt": "p", "responses": null}', "in.jsonl, line 2: responses are a list"),
+        (
+            '{"prompt": "p", "responses": [{"text": "x", "scores": "12"}]}',
+            "in.jsonl, line 2: scores are a list of numbers",
+        ),
+        ('{"prompt": "\\ud800", "responses": ["x", "y"]}', "in.jsonl, line 2 has half a surrogate pair"),
         (
             '{"prompt": "p", "chosen": "c", "rejected": [{"role": "user", "content": "r"}]}',
             "one message of the assistant",
         ),
         (
             '{"prompt": "p", "responses": ["x", {"model": "m"}]}',
-            r"in.jsonl:2: a response is a text or has text and model",
+            r"in.jsonl, line 2: a response is a text or has text and model",
         ),
     ],
 )

@@ -1,6 +1,5 @@
 """What a dump may hold, and how it is read: safetensors or JSON, checked before anything is computed."""
 
-import json
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -8,6 +7,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from rlhf.infra.files import parse_json
 
 Dump = dict[str, Tensor]
 
@@ -74,10 +75,7 @@ def load_dump(path: str | Path) -> Dump:
 
 
 def read_json(path: Path) -> Dump:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    content = parse_json(path.read_bytes(), str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold an object of lists and numbers, not a {type(content).__name__}")
     tensors = {}

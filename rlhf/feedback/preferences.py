@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from rlhf.feedback.raters import Judgement
+from rlhf.infra import files
 
 KEYS = (("prompt", "chosen", "rejected"), ("prompt", "responses"))  # of the rows that can be imported
 
@@ -105,20 +106,12 @@ FORMS = {"preference": preference_rows, "votes": all_rows, "ratings": all_rows}
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     """(where, row) of every line that is not blank. ValueError names the line that has none of the known forms."""
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{where} is no JSON ({error})") from None
-            keys = {*row} if isinstance(row, dict) else set()
-            if not any({*known} <= keys for known in KEYS):
-                has = ", ".join(sorted(keys)) or "none"
-                raise ValueError(f"{where} has the keys {has}; known rows have {' or '.join(map(', '.join, KEYS))}")
-            yield where, row
+    for where, row in files.read_rows(path):
+        keys = {*row} if isinstance(row, dict) else set()
+        if not any({*known} <= keys for known in KEYS):
+            has = ", ".join(sorted(keys)) or "none"
+            raise ValueError(f"{where} has the keys {has}; known rows have {' or '.join(map(', '.join, KEYS))}")
+        yield where, row
 
 
 # which pairs first: scores of both sides by every member of an ensemble -> priorities

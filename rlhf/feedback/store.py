@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sqlite3
 import threading
 import time
@@ -30,6 +29,7 @@ from typing import NamedTuple
 from rlhf.feedback.preferences import FORMS, ORDERS, answer_text, as_text, is_conversation, read_rows
 from rlhf.feedback.raters import Judgement, describe
 from rlhf.feedback.schema import CHOICES, FORMAT, KINDS, LAST, RATINGS, SCHEMA, VOTES
+from rlhf.infra.files import write_lines
 
 OPEN_SECONDS = 600  # so long a pair that lies before one rater is not given to another
 REPEAT_DISTANCE = 5  # votes between a pair and its swapped repetition, at least
@@ -281,15 +281,7 @@ class FeedbackStore:
         if form not in FORMS:
             raise ValueError(f"form {form!r} is none of {', '.join(FORMS)}")
         rows, counts = FORMS[form]([dict(row) for row in self._read(RATINGS if form == "ratings" else VOTES)])
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with open(unfinished, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_lines(path, rows)
         return {"written": len(rows), **counts}
 
     def import_jsonl(

@@ -3,31 +3,13 @@
 JSON is strict: a value that is not finite is written as null, which every reader understands; the console shows it.
 """
 
-import json
-import math
-import os
 import shutil
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
-
-def read_lines(file: str | Path) -> list[dict]:
-    """The objects of a .jsonl file ([] where there is none). A last line cut short by a kill is left out.
-
-    Raises ValueError with the line number where any other line is not JSON.
-    """
-    file = Path(file)
-    lines = file.read_bytes().split(b"\n") if file.exists() else []
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows += [json.loads(line)] if line else []
-        except ValueError:
-            if number < len(lines):
-                raise ValueError(f"{file} line {number} is not JSON; delete that line") from None
-    return rows
+from rlhf.infra.files import json_line, read_lines, write_lines
 
 
 class Metrics:
@@ -71,23 +53,13 @@ class Metrics:
 
 def open_at(file: Path, step: int):
     """The file opened to append, without its lines of `step` and later."""
-    kept = [row for row in read_lines(file) if row["step"] < step]
-    temporary = file.with_name(f".{file.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as new:
-        for row in kept:
-            write_line(new, row)
-    os.replace(temporary, file)
+    write_lines(file, [row for row in read_lines(file) if row["step"] < step])
     return open(file, "a", encoding="utf-8")
 
 
 def write_line(file, row: dict) -> None:
-    finite = {k: [strict(x) for x in v] if isinstance(v, list) else strict(v) for k, v in row.items()}
-    file.write(json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n")
+    file.write(json_line(row))
     file.flush()  # a killed run keeps every line but perhaps the last
-
-
-def strict(value):
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def plain(value):

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from rlhf.infra import checkpoint
 from rlhf.infra.distributed import Dist
+from rlhf.infra.files import read_json, strict, write_json
 
 
 def process_age() -> float:
@@ -37,10 +38,10 @@ def begin(out: str, options: dict, dist: Dist) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, options)
     dist.barrier()
-    started_with = json.loads(path.read_text())
+    started_with = read_json(path)
     for name in sorted({*options, *started_with} - {"out"}):  # a run may be moved
         ours, theirs = options.get(name), started_with.get(name)
-        if json.dumps(ours) != json.dumps(theirs):
+        if json.dumps(strict(ours)) != json.dumps(theirs):
             raise ValueError(
                 f"{out} holds a run started with {name}={theirs}, this command says {name}={ours}: "
                 "repeat its options to resume it, choose another --out, or delete the directory"
@@ -117,18 +118,6 @@ class Run:
 def steps(first: int, total: int, name: str, dist: Dist) -> tqdm:
     """The steps that are left, with a progress bar on rank 0 if somebody watches."""
     return tqdm(range(first, total), initial=first, total=total, desc=name, disable=None if dist.is_main else True)
-
-
-def write_json(path: str | Path, record: dict) -> None:
-    write_text(path, json.dumps(record, indent=1) + "\n")
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file so that a reader sees the old content or the new, never half."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def seconds_used(before: float = 0.0) -> float:
