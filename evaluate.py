@@ -53,9 +53,7 @@ class Config:
     base: str = "out/lm"  # language model before PPO (run, HF directory, GGUF file or name); KL is measured against it
     tuned: tuple[str, ...] = ("out/ppo",)  # language model after PPO, or several, each compared with all before it
     reward: str = "out/rm"  # the reward that PPO maximised: a directory, or file.py:function
-    other_rewards: tuple[
-        str, ...
-    ] = ()  # beside reward on pairs of every model's own samples: which agrees with the judge
+    other_rewards: tuple[str, ...] = ()  # beside reward on every model's own samples: which agrees with the judge
     judge: str = "vader"  # score that PPO never saw: "vader" = rules in the data, a reward model, or file.py:function
     data: str = "out/data/vader"  # directory made by data.prepare
     split: Literal["validation", "test"] = "test"  # where prompts and human text come from; tune on validation
@@ -67,14 +65,10 @@ class Config:
     human_texts: int | None = None  # held-out texts whose perplexity is measured, spread over the split; none = all
     temperature: float = 1.0  # of sampling and of the KL
     best_of: int = 16  # samples per prompt for best-of-n; reported for 4 and for all of them; 1 = none
-    samples: int | None = (
-        None  # of every model per prompt, whose pairs test the rewards; none = 2 with other_rewards, else 1
-    )
-    minimal_pairs: str | None = (
-        None  # JSON lines of sentence_good, sentence_bad (phenomenon), as BLiMP: which is likelier
-    )
+    samples: int | None = None  # per prompt; their pairs test the rewards; none = 2 with other_rewards, else 1
+    minimal_pairs: str | None = None  # JSON lines of sentence_good, sentence_bad (phenomenon), as BLiMP: likelier?
     safety_prompts: str | None = None  # JSON lines of prompt, answered once by every model: refusals, reward, judge, KL
-    safety_tokens: int = 48  # longest answer to one of them, tokens
+    safety_tokens: int = 48  # longest answer to one of them, tokens [safety_prompts]
     seed: int = 7  # of prompts and samples; all models draw with the same random numbers
 
     def __post_init__(self):
@@ -93,11 +87,8 @@ class Config:
             raise ValueError("--other_rewards has no effect with --samples=1: pairs of samples are what rewards rank")
 
 
-NEEDS = {"safety_tokens": ("safety_prompts", ...)}
-
-
 def main() -> None:
-    cfg = config.parse(Config, needs=NEEDS)
+    cfg = config.parse(Config)
     device = distributed.setup().device
     torch.set_grad_enabled(False)
     tokenizer = load_tokenizer(cfg.data)

@@ -52,21 +52,21 @@ class Config:
     format: Literal["hf", "gguf", "peft", "int8"] = "hf"  # peft: a LoRA policy alone; int8: of our own
     part: Literal["policy", "critic"] = "policy"  # of a PPO run; the critic becomes a sequence classifier
     dtype: Literal["F32", "F16", "BF16", "Q8_0"] = "F32"  # of the matrices; BF16 for hf alone, Q8_0 for gguf alone
-    embedding: Literal["bf16", "int8"] = "bf16"  # rows of int8's embedding; a tied output matrix is int8 in either
+    embedding: Literal["bf16", "int8"] = "bf16"  # of the embedding; a tied output matrix is int8 in both [format=int8]
 
     # the receipt: what the export costs on held-out text
     data: str | None = None  # directory made by data.prepare, or a text file with one text per line; int8 needs it
-    texts: int = 128  # texts, spread over the held-out split
-    reward: str | None = None  # a reward whose change is measured: a directory, or file.py:function
-    prompt_tokens: int = 4  # text tokens of a prompt, the beginnings of the texts
-    response_tokens: int = 24  # longest response, tokens
-    max_kl: float = 0.02  # largest KL(original || export) that is written, nats per token
+    texts: int = 128  # texts, spread over the held-out split [data]
+    reward: str | None = None  # a reward whose change is measured: a directory, or file.py:function [data]
+    prompt_tokens: int = 4  # text tokens of a prompt, the beginnings of the texts [data]
+    response_tokens: int = 24  # longest response, tokens [data]
+    max_kl: float = 0.02  # largest KL(original || export) that is written, nats per token [data]
 
     # structured pruning, before any of hf, gguf and int8: the neighbouring layers that turn the hidden states least
-    drop_layers: int | None = None  # layers to leave out; what is left learns the original's distribution again
-    distill_steps: int = 200  # steps of that, in turns on the data's texts and on the original's own; 0 = none
-    distill_batch: int = 32  # texts per step
-    distill_lr: float = 3e-4  # peak learning rate; warm-up, then linearly down to 0
+    drop_layers: int | None = None  # layers to leave out; what is left learns the original's distribution again [data]
+    distill_steps: int = 200  # steps of that, in turns on the data's texts and the original's; 0 = none [drop_layers]
+    distill_batch: int = 32  # texts per step [drop_layers]
+    distill_lr: float = 3e-4  # peak learning rate; warm-up, then linearly down to 0 [drop_layers]
 
     def __post_init__(self):
         config.at_least(self, texts=1, prompt_tokens=1, response_tokens=1, max_kl=0)
@@ -88,13 +88,8 @@ class Config:
             raise ValueError("a receipt is made of language models: --data has no effect on a critic or an adapter")
 
 
-NEEDS = {"embedding": ("format", "int8"), "texts": ("data", ...), "reward": ("data", ...), "max_kl": ("data", ...)}
-NEEDS |= {"response_tokens": ("data", ...), "prompt_tokens": ("data", ...), "drop_layers": ("data", ...)}
-NEEDS |= dict.fromkeys(("distill_steps", "distill_batch", "distill_lr"), ("drop_layers", ...))
-
-
 def main() -> None:
-    cfg = config.parse(Config, needs=NEEDS)
+    cfg = config.parse(Config)
     torch.set_grad_enabled(False)
     saved = our_checkpoint(cfg.init)
     kind = saved.config.get("kind") if saved else "lm"

@@ -48,9 +48,7 @@ class Config:
     rater_noise: float | None = None  # P(left) = sigmoid(difference / noise); 0 = none; none = the rater's temperature
     pairs: int = 256  # votes per round, each on two answers of the best policy so far to one prompt
     pool: int = 1  # times as many pairs are sampled as voted on
-    order: Literal["random", "active"] = (
-        "random"  # which of them; active = where the reward model's heads disagree most
-    )
+    order: Literal["random", "active"] = "random"  # which of them; active: where the reward model's heads disagree most
     raters: int = 1  # people per pair
     domain: str | None = "film"  # prompts from this domain alone; none = all
     prompt_tokens: int = 4  # text tokens of a prompt, after bos

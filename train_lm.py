@@ -25,16 +25,14 @@ from rlhf.lm.pretrained import digest_of, open_pretrained
 class Config:
     data: str = "out/data/vader"  # directory made by data.prepare
     out: str = "out/lm"  # run directory: checkpoints, metrics.jsonl, report.json
-    init: str | None = (
-        None  # run, HF directory, GGUF file or model's name to start from; none = the shape below, random
-    )
+    init: str | None = None  # run, HF directory, GGUF file or model's name to start from; none = random, as below
     # shape of a new model
-    width: int = 128  # size of the hidden states
-    layers: int = 4  # transformer blocks
-    heads: int = 4  # query heads
-    kv_heads: int | None = None  # key and value heads; none = as many as heads
-    ffn: int | None = None  # width of the MLP; none = 8/3 of width
-    context: int = 256  # longest sequence, tokens
+    width: int = 128  # size of the hidden states [init=none]
+    layers: int = 4  # transformer blocks [init=none]
+    heads: int = 4  # query heads [init=none]
+    kv_heads: int | None = None  # key and value heads; none = as many as heads [init=none]
+    ffn: int | None = None  # width of the MLP; none = 8/3 of width [init=none]
+    context: int = 256  # longest sequence, tokens [init=none]
     # optimisation
     epochs: float = 4.0  # passes over the training split
     batch: int = 32  # sentences per optimiser step, over all ranks
@@ -59,11 +57,8 @@ class Config:
             raise ValueError(f"eval_every {self.eval_every} is not a multiple of log_every {self.log_every}")
 
 
-SHAPE = dict.fromkeys(("width", "layers", "heads", "kv_heads", "ffn", "context"), ("init", None))
-
-
 def main() -> None:
-    cfg = config.parse(Config, needs=SHAPE)
+    cfg = config.parse(Config)
     dist = distributed.setup()
     precision = optim.amp(dist.device, cfg.precision)
     tokenizer = load_tokenizer(cfg.data)

@@ -38,6 +38,10 @@ from rlhf.reward.model import Score
 from rlhf.reward.scorer import load_reward
 from rlhf.rewards import missing_eos, shape_rewards
 
+Layout = Literal["full", "shared", "adapters", "branch"]
+Critic = Literal["shared", "separate"] | None
+Names = tuple[str, ...] | None
+
 
 @dataclass(frozen=True)
 class Config:
@@ -48,20 +52,12 @@ class Config:
     weak_reward: bool = False  # accept a reward model that does not beat length alone, by its card or its report
     plan: bool = False  # print the memory that each layout needs, and stop
     # roles
-    layout: Literal["full", "shared", "adapters", "branch"] = (
-        "shared"  # which weights policy, critic and reference share:
-    )
-    # full none; shared: policy and critic one trunk; adapters: all one frozen trunk; branch: all the frozen lower layers
-    critic: Literal["shared", "separate"] | None = (
-        None  # value head on the policy's trunk, or on a copy of what it trains;
-    )
-    # none = what the layout says: separate in full and adapters, else shared
-    lora_rank: int = 16  # of the adapters
-    lora_alpha: float = 32.0  # their update is scaled by lora_alpha / lora_rank
-    lora_targets: tuple[str, ...] | None = (
-        None  # last names of the layers that get one; none = all linear ones in the blocks
-    )
-    branch_layers: int = 4  # top layers that are copied and trained
+    layout: Layout = "shared"  # full: models apart; shared: critic on the policy; adapters, branch: on one frozen trunk
+    critic: Critic = None  # value head on the policy's trunk or on its own; none = as the layout has it [estimator=gae]
+    lora_rank: int = 16  # of the adapters [layout=adapters]
+    lora_alpha: float = 32.0  # their update is scaled by lora_alpha / lora_rank [layout=adapters]
+    lora_targets: Names = None  # last names of linear layers that get one; none = all in the blocks [layout=adapters]
+    branch_layers: int = 4  # top layers that are copied and trained [layout=branch]
     # act
     domain: str | None = "film"  # prompts from this domain alone; none = all
     prompt_tokens: int = 4  # text tokens of a prompt, after bos
@@ -73,12 +69,12 @@ class Config:
     kl_coef: float = 0.3  # weight of KL(policy || reference) in the reward, per nat
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # of the KL penalty per token
     kl_control: Literal["fixed", "adaptive"] = "fixed"  # adaptive moves kl_coef towards kl_target
-    kl_target: float = 6.0  # nats per response
-    kl_horizon: int = 10_000  # responses over which the adaptive coefficient reacts
+    kl_target: float = 6.0  # nats per response [kl_control=adaptive]
+    kl_horizon: int = 10_000  # responses over which the adaptive coefficient reacts [kl_control=adaptive]
     eos_penalty: float = 0.0  # subtracted from the score of a response that did not end by itself
     estimator: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce++"] = "gae"  # of the advantages
-    gamma: float = 1.0  # discount per token
-    lam: float = 0.95  # lambda of GAE
+    gamma: float = 1.0  # discount per token [estimator=gae|reinforce++]
+    lam: float = 0.95  # lambda of GAE [estimator=gae]
     # learn
     iterations: int = 100  # rounds of act, judge, credit, learn
     epochs: int = 2  # passes over the responses of one iteration
@@ -87,8 +83,8 @@ class Config:
     clip: float = 0.2  # ratio may move this far from 1
     clip_high: float | None = None  # upper bound instead of clip, for ratios above 1
     dual_clip: float | None = None  # bound for negative advantages, > 1
-    value_coef: float = 0.5  # weight of the value loss
-    value_clip: float | None = 0.2  # values may move this far from the old ones; none = unclipped
+    value_coef: float = 0.5  # weight of the value loss [estimator=gae]
+    value_clip: float | None = 0.2  # values may move this far from the old ones; none = unclipped [estimator=gae]
     entropy_coef: float = 0.0  # weight of the entropy bonus
     target_approxkl: float | None = None  # end an iteration's updates when KL(old, new) per token passes it
     max_kl: float | None = None  # end the run when KL(policy || reference) passes it, nats per response
@@ -105,12 +101,10 @@ class Config:
     checkpoint_every: int = 10  # iterations between checkpoints
     keep_checkpoints: int | None = 2  # newest checkpoints that stay; none = all, to measure over-optimisation
     # stop early
-    judge: str | None = (
-        None  # held-out judge that ends the run: a reward model, vader (rules in the data) or file.py:function
-    )
-    judge_every: int = 10  # iterations between its judgements; the policy that it likes best is kept in out/best
-    judge_patience: int = 3  # judgements in a row without a new best that end the run
-    judge_prompts: int = 128  # prompts from validation sentences, always the same, drawn with the same random numbers
+    judge: str | None = None  # held-out judge: a reward model, vader (rules in the data), or file.py:function
+    judge_every: int = 10  # iterations between its judgements; the policy it likes best is kept in out/best [judge]
+    judge_patience: int = 3  # judgements in a row without a new best that end the run [judge]
+    judge_prompts: int = 128  # prompts from validation sentences, always the same with the same random numbers [judge]
 
     def __post_init__(self):
         config.at_least(self, prompt_tokens=1, response_tokens=1, batch=1, samples_per_prompt=1, temperature=1e-3)
@@ -135,13 +129,6 @@ class Config:
             )
 
 
-NEEDS = dict.fromkeys(("critic", "value_coef", "value_clip", "lam"), ("estimator", "gae"))
-NEEDS |= dict.fromkeys(("kl_target", "kl_horizon"), ("kl_control", "adaptive"))
-NEEDS |= dict.fromkeys(("judge_every", "judge_patience", "judge_prompts"), ("judge", ...))
-NEEDS["gamma"] = ("estimator", ("gae", "reinforce++"))
-NEEDS |= dict.fromkeys(STORED["adapters"], ("layout", "adapters")) | dict.fromkeys(
-    STORED["branch"], ("layout", "branch")
-)
 CONSOLE = tuple(
     "objective/scores objective/kl policy/approxkl policy/clipfrac value/explained_var response/length".split()
 )
@@ -163,7 +150,7 @@ class Cast:
 
 
 def main() -> None:
-    cfg = config.parse(Config, needs=NEEDS)
+    cfg = config.parse(Config)
     dist = distributed.setup()
     micro_batch = row_counts(cfg, dist.world)
     precision = optim.amp(dist.device, cfg.precision)

@@ -48,6 +48,14 @@ from rlhf.reward.objective import Objective, Texts, reward_loss, side_by_side
 from rlhf.reward.ridge import Fit, fit_heads, head_of, refitted
 from rlhf.statistics import pair_calibration
 
+Trunk = Literal["full", "frozen", "adapters"]
+Pooling = Literal["last", "mean", "attention"]
+Poolings = tuple[Literal["last", "mean"], ...]
+Combine = Literal["mean", "min", "uncertainty"]
+Objectives = Literal["regression", "pairs", "joint"]
+Names = tuple[str, ...] | None
+Depths = tuple[int, ...] | None
+
 
 @dataclass(frozen=True)
 class Config:
@@ -55,48 +63,48 @@ class Config:
     data: str = "out/data/vader"  # directory made by data.prepare
     out: str = "out/rm"  # run directory: checkpoints, metrics.jsonl, report.json
     labels: Literal["rating", "half_a", "half_b"] = "rating"  # mean of all raters, or of one half; all splits
-    preferences: str | None = None  # directory of data.prepare preferences: its pairs are learned beside the ratings
-    preference_coef: float = 1.0  # weight of one of these pairs (Bradley-Terry) beside one row of data
-    preference_batch: int = 8  # of these pairs per optimiser step, over all ranks
+    preferences: str | None = None  # directory of data.prepare preferences: pairs beside the ratings [average=none]
+    preference_coef: float = 1.0  # weight of one of these pairs (Bradley-Terry) beside one row of data [preferences]
+    preference_batch: int = 8  # of these pairs per optimiser step, over all ranks [preferences, trunk=full|adapters]
     average: tuple[str, ...] | None = None  # train nothing: the mean of these runs' weights (WARM), on init's samples
     # model
-    trunk: Literal["full", "frozen", "adapters"] = "full"  # train all of it, a head on init alone, or LoRA and a head
-    reset: bool = False  # draw new weights in the shape of init: shows what pretraining is worth
-    pooling: Literal["last", "mean", "attention"] = "mean"  # last token's state, mean of all, or weighted by a query
-    lora_rank: int = 16  # of the adapter
-    lora_alpha: float = 32.0  # the adapter is scaled by alpha / rank
-    lora_targets: tuple[str, ...] | None = None  # last names of the linear layers to adapt; none = all in the blocks
-    depth: int | None = None  # read the state above so many layers, and run no others; none = all, and the final norm
-    start: str | None = None  # run of --trunk=frozen on --depth and one pooling: its head is the start; none = zero
+    trunk: Trunk = "full"  # train all of it, a head on init alone, or LoRA and a head [average=none]
+    reset: bool = False  # draw new weights in the shape of init: shows what pretraining is worth [trunk=full]
+    pooling: Pooling = "mean"  # last token's state, mean of all, or weighted by a query [trunk=full|adapters]
+    lora_rank: int = 16  # of the adapter [trunk=adapters]
+    lora_alpha: float = 32.0  # the adapter is scaled by alpha / rank [trunk=adapters]
+    lora_targets: Names = None  # last names of the linear layers to adapt; none = all in the blocks [trunk=adapters]
+    depth: int | None = None  # read the state above so many layers, run no others; none = all, normed [trunk=adapters]
+    start: str | None = None  # run of --trunk=frozen at --depth whose head is the start; none = zero [trunk=adapters]
     # ensemble of heads on one trunk
-    members: int = 1  # each with its own bootstrap sample of the training rows, and its own start but with --depth
-    combine: Literal["mean", "min", "uncertainty"] = "mean"  # one score from theirs; mean - uncertainty_coef variance
-    uncertainty_coef: float = 0.5  # price of the members' variance
+    members: int = 1  # each with its own bootstrap sample of the rows; and start, but with --depth [average=none]
+    combine: Combine = "mean"  # one score from theirs; mean - uncertainty_coef variance [average=none]
+    uncertainty_coef: float = 0.5  # price of the members' variance [combine=uncertainty]
     # objective
-    objective: Literal["regression", "pairs", "joint"] = "regression"  # squared error, Bradley-Terry on pairs, or both
-    joint_coef: float = 1.0  # weight of the squared error beside Bradley-Terry
-    soft_labels: bool = False  # the label of a pair is how likely a rater prefers chosen (Thurstone), not 1
-    label_smoothing: float = 0.0  # the label of a pair is 1 minus this
-    margin: float = 0.0  # by how much chosen must win, per point of rating gap
-    center_coef: float = 0.0  # weight of (chosen + rejected)^2, which keeps scores near 0
-    lm_coef: float = 0.0  # weight of the language-modelling loss on the same texts, nats per token
+    objective: Objectives = "regression"  # squared error, Bradley-Terry on pairs, or both [trunk=full|adapters]
+    joint_coef: float = 1.0  # weight of the squared error beside Bradley-Terry [objective=joint]
+    soft_labels: bool = False  # a pair's label: how often raters prefer chosen (Thurstone) [objective=pairs|joint]
+    label_smoothing: float = 0.0  # the label of a pair is 1 minus this [objective=pairs|joint]
+    margin: float = 0.0  # by how much chosen must win, per point of rating gap [objective=pairs|joint]
+    center_coef: float = 0.0  # weight of (chosen + rejected)^2, which keeps scores near 0 [objective=pairs|joint]
+    lm_coef: float = 0.0  # weight of the next-token loss on the same texts, nats per token [trunk=full|adapters]
     # frozen trunk: ridge regression of the ratings, what to read chosen by the validation split
-    sentences: int | None = 1600  # at most so many training sentences, every domain with its share; none = all
-    eval_sentences: int | None = 500  # at most so many of the validation and of the test split, each; none = all
-    depths: tuple[int, ...] | None = None  # candidates: states above so many layers; none = 2/5 and 1/2 of them
-    poolings: tuple[Literal["last", "mean"], ...] = ("mean",)  # candidates; last suffers when a text is cut off
-    features: int = 2  # at most so many of the depths x poolings are read together
-    ridge: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)  # candidates: weight of the head's squared norm
+    sentences: int | None = 1600  # most training sentences, every domain with its share; none = all [trunk=frozen]
+    eval_sentences: int | None = 500  # most of the validation and of the test split, each; none = all [trunk=frozen]
+    depths: Depths = None  # candidates: states above so many layers; none = 2/5 and 1/2 of them [trunk=frozen]
+    poolings: Poolings = ("mean",)  # candidates; last suffers when a text is cut off [trunk=frozen]
+    features: int = 2  # at most so many of the depths x poolings are read together [trunk=frozen]
+    ridge: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)  # candidates: weight of the head's squared norm [trunk=frozen]
     # optimisation
-    epochs: float = 2.0  # passes over the training split
-    batch: int = 32  # sentences (or pairs) per optimiser step, over all ranks
-    micro_batch: int | None = None  # sentences (or pairs) per forward on one rank; none = all of its share
-    lr: float = 1e-3  # peak learning rate
-    warmup: int = 50  # steps of linear warm-up
-    decay: Literal["linear", "cosine", "constant"] = "cosine"  # learning rate after the warm-up
-    weight_decay: float = 0.1  # AdamW, on matrices alone
-    grad_clip: float = 1.0  # largest global gradient norm; 0 = unclipped
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast type; bf16 and fp16 need CUDA
+    epochs: float = 2.0  # passes over the training split [trunk=full|adapters]
+    batch: int = 32  # sentences (or pairs) per optimiser step, over all ranks [trunk=full|adapters]
+    micro_batch: int | None = None  # sentences (or pairs) per forward on a rank; none = its share [trunk=full|adapters]
+    lr: float = 1e-3  # peak learning rate [trunk=full|adapters]
+    warmup: int = 50  # steps of linear warm-up [trunk=full|adapters]
+    decay: Literal["linear", "cosine", "constant"] = "cosine"  # learning rate after the warm-up [trunk=full|adapters]
+    weight_decay: float = 0.1  # AdamW, on matrices alone [trunk=full|adapters]
+    grad_clip: float = 1.0  # largest global gradient norm; 0 = unclipped [trunk=full|adapters]
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast type; bf16 and fp16 need CUDA [trunk=full|adapters]
     seed: int = 1  # of the heads, the adapter, the order of the data, the bootstrap and the reference samples
     # normalisation: continuations by init, whose scores get mean 0 and deviation 1
     reference_samples: int | None = None  # texts; none = 512, with a frozen trunk or adapters 64
@@ -104,9 +112,9 @@ class Config:
     prompt_tokens: int = 4  # text tokens of a prompt, after bos
     response_tokens: int = 24  # longest response, tokens
     # report
-    log_every: int = 50  # steps between lines of metrics.jsonl
-    eval_every: int = 500  # steps between validation accuracies, a multiple of log_every
-    checkpoint_every: int = 500  # steps between checkpoints
+    log_every: int = 50  # steps between lines of metrics.jsonl [trunk=full|adapters]
+    eval_every: int = 500  # steps between validation accuracies, a multiple of log_every [trunk=full|adapters]
+    checkpoint_every: int = 500  # steps between checkpoints [trunk=full|adapters]
 
     def __post_init__(self):
         config.at_least(self, epochs=0, batch=1, micro_batch=1, lr=0, warmup=0, weight_decay=0, grad_clip=0, seed=0)
@@ -138,24 +146,8 @@ class Config:
             raise ValueError("--average needs two runs or more")
 
 
-GRADIENT = "objective lm_coef pooling epochs batch micro_batch lr warmup decay weight_decay grad_clip precision".split()
-GRADIENT += ["log_every", "eval_every", "checkpoint_every", "preference_batch"]
-ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets", "depth", "start")
-FROZEN = ("sentences", "eval_sentences", "depths", "poolings", "features", "ridge")
-PAIRS = ("soft_labels", "label_smoothing", "margin", "center_coef")
-NEEDS = dict.fromkeys(GRADIENT, ("trunk", ("full", "adapters"))) | dict.fromkeys(ADAPTERS, ("trunk", "adapters"))
-NEEDS |= dict.fromkeys(FROZEN, ("trunk", "frozen")) | dict.fromkeys(PAIRS, ("objective", ("pairs", "joint")))
-NEEDS |= {"reset": ("trunk", "full"), "joint_coef": ("objective", "joint")}
-NEEDS |= {"uncertainty_coef": ("combine", "uncertainty"), "preference_coef": ("preferences", ...)}
-TRAINING = {*NEEDS, "trunk", "members", "combine", "preferences"}  # without effect on an average
-
-
 def main() -> None:
-    cfg = config.parse(Config, needs=NEEDS)
-    if cfg.average:
-        config.parse(Config, needs=dict.fromkeys(TRAINING, ("average", None)))
-    if not cfg.preferences:
-        config.parse(Config, needs={"preference_batch": ("preferences", ...)})
+    cfg = config.parse(Config)
     dist = distributed.setup()
     job = average_runs if cfg.average else JOBS[cfg.trunk]
     job(cfg, dist)

@@ -73,14 +73,15 @@ SIDES = {  # layout and critic
 ON_THE_TRUNK = ("adapters", "branch")  # the layouts whose reward is a head on the trunk
 
 
+Side = Literal["all", "trl", "full", "shared", "adapters", "adapters_joint", "branch"]
+
+
 @dataclass(frozen=True)
 class Config:
     shape: Literal["small", "smollm2"] = "small"  # 7.4M parameters, 64 x (16 + 48) tokens; SmolLM2-135M, 8 x (16 + 32)
     rounds: int = 3  # every side once per round
     iterations: int = 2  # timed in each measurement, after one to warm up
-    side: Literal["all", "trl", "full", "shared", "adapters", "adapters_joint", "branch"] = (
-        "all"  # one alone prints JSON
-    )
+    side: Side = "all"  # one alone prints JSON
 
 
 def main() -> None:

@@ -32,12 +32,9 @@ SHAPES = {
 }
 
 
-NEEDS = {"shape": ("init", None)}
-
-
 @dataclass(frozen=True)
 class Config:
-    shape: Literal["small", "smollm2"] = "small"  # of random weights: the model from scratch, or SmolLM2-135M's
+    shape: Literal["small", "smollm2"] = "small"  # random weights: as from scratch, or SmolLM2-135M's [init=none]
     init: str | None = None  # a trained model instead: run, HF directory, GGUF file or name
     batch: int = 16  # prompts
     prompt: int = 16  # tokens of a prompt
@@ -46,7 +43,7 @@ class Config:
 
 
 def main() -> None:
-    cfg = config.parse(Config, needs=NEEDS)
+    cfg = config.parse(Config)
     try:
         import transformers
     except ImportError:

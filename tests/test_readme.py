@@ -115,7 +115,7 @@ def room_of(command: Command):
 def parse(command: Command):
     """The Config that the command asks for, by the script's own rules."""
     module, words = room_of(command)
-    return config.parse(module.Config, words, getattr(module, "NEEDS", getattr(module, "SHAPE", {})))
+    return config.parse(module.Config, words)
 
 
 def options_of_module(name: str) -> set[str]:

@@ -25,20 +25,23 @@ from rlhf.feedback.raters import rate
 from rlhf.feedback.store import Comparison, FeedbackStore
 from rlhf.infra import config
 
+Order = Literal["given", "random", "active"]
+Form = Literal["preference", "votes", "ratings"]
+
 
 @dataclass(frozen=True)
 class Config:
     store: str  # SQLite file; import makes it
     action: Literal["vote", "import", "export", "statistics"] = "vote"  # what to do with it
-    rater: str = ""  # who votes; with import, whose votes chosen and rejected are
-    file: str = ""  # JSON lines to read or to write
+    rater: str = ""  # who votes; with import, whose votes chosen and rejected are [action=vote|import]
+    file: str = ""  # JSON lines to read or to write [action=import|export]
     # import
-    raters: int = 1  # people who judge each new pair
-    order: Literal["given", "random", "active"] = "given"  # which pairs first; active: where reward models disagree
-    seed: int | None = None  # of a new store: sides and repetitions; with order=random, of the order too
-    repeats: float | None = None  # of a new store: share of comparisons that show an earlier pair again, swapped
+    raters: int = 1  # people who judge each new pair [action=import]
+    order: Order = "given"  # which pairs first; active: where reward models disagree [action=import]
+    seed: int | None = None  # of a new store: sides, repetitions, and the order where it is random [action=import]
+    repeats: float | None = None  # of a new store: share of comparisons that repeat one, swapped [action=import]
     # export
-    form: Literal["preference", "votes", "ratings"] = "preference"  # preference: TRL's prompt, chosen, rejected
+    form: Form = "preference"  # preference: TRL's prompt, chosen, rejected [action=export]
 
     def __post_init__(self):
         config.at_least(self, raters=1, seed=0)
@@ -50,16 +53,6 @@ class Config:
             raise ValueError(f"there is no store {self.store}; make it with --action=import")
 
 
-NEEDS = dict.fromkeys(("raters", "order", "seed", "repeats"), ("action", "import"))
-
-
-NEEDS |= {
-    "rater": ("action", ("vote", "import")),
-    "file": ("action", ("import", "export")),
-    "form": ("action", "export"),
-}
-
-
 KEYS = {"a": "left", "b": "right", "t": "tie", "x": "both_bad", "s": "skip"}
 
 
@@ -67,7 +60,7 @@ HELP = "a, b: better (A, B: much better)   t: tie   x: both bad   s: skip   u: u
 
 
 def main() -> None:
-    cfg = config.parse(Config, needs=NEEDS)
+    cfg = config.parse(Config)
     store = FeedbackStore(cfg.store, cfg.seed, cfg.repeats)
     try:
         ACTIONS[cfg.action](cfg, store)

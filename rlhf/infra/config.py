@@ -1,7 +1,9 @@
 """The command line of every script is one frozen dataclass.
 
-Each option is one line of the script's Config: `name: type = default  # meaning, unit`. The comment is the --help text,
-a comment line above a group of options is its heading. A misspelt, repeated or ineffective option is an error.
+Each option is one line of the script's Config: `name: type = default  # meaning, unit [what it needs]`. The comment is the
+--help text, a comment line above a group of options is its heading. [kl_control=adaptive] says that the option works only
+where kl_control is that; [trunk=full|adapters, votes] that trunk is one of two and votes is not none. What the other option
+needs is needed too. A misspelt, repeated or ineffective option is an error.
 """
 
 import builtins
@@ -12,6 +14,7 @@ import inspect
 import io
 import math
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -21,18 +24,13 @@ import types
 import typing
 
 
-def parse(Config: type, argv: list[str] | None = None, needs: dict[str, tuple[str, object]] | None = None):
+def parse(Config: type, argv: list[str] | None = None):
     """The frozen Config that the command line asks for: --name=value, --name value, name=value, or a bare --flag.
 
-    `needs` = {"kl_target": ("kl_control", "adaptive")} says that kl_target works only where kl_control is "adaptive" (a
-    tuple lists several values, ... is any but none): given on the command line without effect, it raises. So does every
-    other mistake, ValueError with one line. --help prints and exits.
+    Every mistake is a ValueError with one line, an option without effect too. --help prints and exits.
     """
-    kinds, needs = typing.get_type_hints(Config), needs or {}
+    kinds, needs = typing.get_type_hints(Config), needs_of(Config)
     names = [field.name for field in dataclasses.fields(Config)]
-    if strangers := ({*needs} | {other for other, _ in needs.values()}) - {*names}:
-        raise TypeError(f"needs names no field of {Config.__name__}: {sorted(strangers)}")
-
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print(help_text(Config), flush=True)
@@ -64,14 +62,42 @@ def parse(Config: type, argv: list[str] | None = None, needs: dict[str, tuple[st
     config = Config(**given)
 
     for name in given:
-        if name in needs:
-            other, wanted = needs[name]
-            wanted, value = wanted if isinstance(wanted, tuple) else (wanted,), getattr(config, other)
-            if value not in wanted and (value is None or ... not in wanted):
-                choices = " or ".join(f"--{other}={show(value)}" for value in wanted)
-                has = f"--{other}={show(value)}"
-                raise ValueError(f"--{name} has no effect with {has}; use {choices}, or leave --{name} out")
+        if unmet := unmet_need(config, name, needs):
+            other, wanted = unmet
+            choices = " or ".join(f"--{other}={show(value)}" for value in wanted)
+            has = f"--{other}={show(getattr(config, other))}"
+            raise ValueError(f"--{name} has no effect with {has}; use {choices}, or leave --{name} out")
     return config
+
+
+NEED = re.compile(r"\[([^\[\]]+)\]$")  # at the end of an option's comment
+
+
+def needs_of(Config: type) -> dict[str, list[tuple[str, tuple]]]:
+    """{option: [(another, the values of it with which the option works), ...]}; (...,) is any value but none.
+
+    TypeError where a comment asks for what the Config does not have.
+    """
+    kinds, found = typing.get_type_hints(Config), {}
+    for name, (comment, _) in comments(Config).items():
+        for need in match[1].split(", ") if (match := NEED.search(comment)) else ():
+            other, equals, values = need.partition("=")
+            if other not in kinds:
+                raise TypeError(f"{Config.__name__}.{name} needs {other}, which is no option")
+            wanted = tuple(convert(value, kinds[other]) for value in values.split("|")) if equals else (...,)
+            found.setdefault(name, []).append((other, wanted))
+    return found
+
+
+def unmet_need(config, name: str, needs: dict[str, list[tuple[str, tuple]]]) -> tuple[str, tuple] | None:
+    """The first of the option's needs, or of what those need, that this Config does not meet."""
+    for other, wanted in needs.get(name, ()):
+        value = getattr(config, other)
+        if value not in wanted and (value is None or ... not in wanted):
+            return other, wanted
+        if deeper := unmet_need(config, other, needs):
+            return deeper
+    return None
 
 
 def convert(text: str, kind):
@@ -148,8 +174,8 @@ def comments(Config: type) -> dict[str, tuple[str, str]]:
                 if at_start and column == 4:  # on a line of its own: a heading, perhaps its second line
                     heading = f"{heading} {text}" if after_heading else text
                     after_heading = True
-                elif name:  # behind an option, or deeper on a line that continues its comment
-                    found[name] = (f"{found[name][0]} {text}".strip(), found[name][1])
+                elif name and not at_start:  # behind an option
+                    found[name] = (text, found[name][1])
             elif token.type == tokenize.NEWLINE:
                 at_start = True
             elif at_start and token.type not in (tokenize.NL, tokenize.INDENT, tokenize.DEDENT):  # a statement begins
