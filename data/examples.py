@@ -534,6 +534,11 @@ class Examples:
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_mapped": OrderedDict()}  # every process maps for itself
 
+    @property
+    def digest(self) -> list[str]:
+        """sha256 of the shards' manifests, which name the content of every file."""
+        return [digest for manifest in self.manifests for digest in manifest["shards"]["sha256"]]
+
     def verify(self) -> None:
         """Raises ValueError if the content of any file differs from the sha256 that its manifest says."""
         for shard in range(self.shards):

@@ -152,15 +152,17 @@ def dpo_loss(
     ref_rejected: Tensor,
     beta: float,
     label_smoothing: float = 0.0,
+    label: Tensor | None = None,
 ) -> Tensor:
     """Direct preference optimisation (arXiv:2305.18290, eq. 7) on log-probs *summed* over the response. (B,) -> (B,)
 
-    The preference loss of the implicit rewards beta log(pi / ref); smoothed: ericmitchell.ai/cdpo.pdf, eq. 3.
+    The preference loss of the implicit rewards beta log(pi / ref), smoothed (ericmitchell.ai/cdpo.pdf, eq. 3) or with a
+    `label` (B,) as it has them.
     """
     _same_shape(policy_chosen=policy_chosen, ref_chosen=ref_chosen)
     _same_shape(policy_rejected=policy_rejected, ref_rejected=ref_rejected)
     chosen, rejected = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
-    return preference_loss(chosen, rejected, label_smoothing=label_smoothing)
+    return preference_loss(chosen, rejected, label_smoothing=label_smoothing, label=label)
 
 
 def ipo_loss(

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from model.packed import text_states
 from model.transformer import Transformer
 from rlhf.functional import logprobs_and_entropy
 from rlhf.losses import next_token_loss
@@ -42,7 +43,11 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """tokens (B, T) int64, mask (B, T) bool -> negative log-likelihoods (N,) of the masked tokens, nats."""
-        logits, targets = predictions(self.model, self.model.trunk(tokens[:, :-1]), tokens, mask)
-        return next_token_loss(logits, targets)
+    def forward(self, tokens: Tensor, mask: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """tokens (B, T) int64, mask (B, T) bool -> negative log-likelihoods (N,) of the masked tokens, nats.
+
+        With lengths (B,), all above 1, rows stand one after the other on a CPU, without padding; the result is the same.
+        """
+        inputs = tokens[:, :-1]
+        hidden = self.model.trunk(inputs) if lengths is None else text_states(self.model, inputs, lengths - 1)
+        return next_token_loss(*predictions(self.model, hidden, tokens, mask))

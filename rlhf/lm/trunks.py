@@ -55,7 +55,7 @@ def tuned_model(base: Transformer, config: dict, tensors: dict[str, Tensor]) -> 
     trained shares the base's memory. ValueError where the tensors do not fit the base.
     """
     kind, layout = config.get("kind"), config.get("layout")
-    if kind != "policy" or layout not in ("adapters", "branch"):
+    if kind not in ("policy", "lm") or layout not in ("adapters", "branch"):
         raise ValueError(f"a {kind} checkpoint of layout {layout} holds no part of a tuned model")
     tensors = {name.removeprefix(PREFIX): x for name, x in tensors.items() if name.startswith(PREFIX)}
     if layout == "adapters":
