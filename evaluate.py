@@ -31,20 +31,18 @@ from evaluation.comparison import (
 from evaluation.held_out import (
     divergence,
     held_out_prompts,
-    load_judge,
     nth_of,
     sample_groups,
     scores,
-    temperature_of,
 )
 from model.transformer import Transformer
 from rlhf.infra import config, distributed, run
 from rlhf.infra.files import read_json, write_json, write_lines, write_text
 from rlhf.lm.language_model import LanguageModel
-from rlhf.lm.pretrained import open_base, open_pretrained
+from rlhf.lm.pretrained import open_pretrained
 from rlhf.ppo.roles import logprobs_of
 from rlhf.ppo.update import distinct_n
-from rlhf.reward.scorer import load_reward
+from rlhf.reward.scorer import open_scorer
 from rlhf.statistics import best_of_n, best_of_n_kl, paired_bootstrap
 
 
@@ -100,12 +98,10 @@ def main() -> None:
         check_fingerprint(tokenizer.fingerprint, model.tokenizer.fingerprint, model.spec)
         model.model.eval()
     opened = models["base"]
-    rewards = {
-        spec: load_reward(spec, tokenizer, device, opened, open_base=open_base)
-        for spec in (cfg.reward, *cfg.other_rewards)
-    }
-    temperatures = {spec: temperature_of(spec) for spec in rewards}
-    judge = load_judge(cfg.judge, cfg.data, tokenizer, device, opened)
+    scorers = {spec: open_scorer(spec, tokenizer, device, opened) for spec in (cfg.reward, *cfg.other_rewards)}
+    rewards = {spec: scorer.score for spec, scorer in scorers.items()}
+    temperatures = {spec: scorer.temperature for spec, scorer in scorers.items()}
+    judge = open_scorer(cfg.judge, tokenizer, device, opened, data=cfg.data).score
     starts = held_out_prompts(cfg.data, cfg.split, cfg.prompt_tokens, cfg.domain)
     prompts, lengths, _ = PromptLoader(starts, test.pad, min(cfg.prompts, len(starts)), cfg.seed).batch(0)
     prompts, lengths = prompts.to(device), lengths.to(device)

@@ -40,7 +40,7 @@ from rlhf.lm.pretrained import Pretrained, critic_trunk, open_base, open_pretrai
 from rlhf.lm.trunks import PREFIX, policy_adapter
 from rlhf.reward.files import load_reward_model
 from rlhf.reward.model import RewardModel
-from rlhf.reward.scorer import load_reward
+from rlhf.reward.scorer import open_scorer
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -241,7 +241,7 @@ def measure(cfg: Config, original: Pretrained, place: Path, rows: list[np.ndarra
         prompts = [row[: 1 + cfg.prompt_tokens] for row in rows if len(row) > 1 + cfg.prompt_tokens]
         if not prompts:
             raise ValueError(f"no text of {cfg.data} is longer than {cfg.prompt_tokens} tokens; use shorter prompts")
-        score = load_reward(cfg.reward, tokenizer, base=original, open_base=open_base)
+        score = open_scorer(cfg.reward, tokenizer, base=original).score
         measured["reward"] = receipt.reward_change(
             models, score, list(batches(prompts, 64)), cfg.response_tokens, original.stop_ids, tokenizer.pad
         )
@@ -250,7 +250,7 @@ def measure(cfg: Config, original: Pretrained, place: Path, rows: list[np.ndarra
 
 def export_reward_model(cfg: Config, saved: checkpoint.Checkpoint) -> None:
     tokenizer = load_tokenizer(saved.path)
-    reward_model = load_reward_model(cfg.init, tokenizer.fingerprint, open_base=open_base)
+    reward_model = load_reward_model(cfg.init, tokenizer.fingerprint)
     if not isinstance(reward_model, RewardModel) or reward_model.stop_ids is not None:
         raise ValueError(
             f"{cfg.init} reads {saved.config['base']} between its layers, or without the start and the end of a text; HF's "

@@ -25,14 +25,14 @@ import torch
 from data.loader import PromptLoader, TokenFile, pad, prompts_from_rows
 from data.tokenizer import check_fingerprint
 from evaluation.comparison import show
-from evaluation.held_out import sample_groups, score_digest, temperature_of
+from evaluation.held_out import sample_groups
 from rlhf.feedback.preferences import disagreement
 from rlhf.feedback.store import FeedbackStore
 from rlhf.infra import config, run
 from rlhf.infra.files import read_json, read_lines, write_json, write_lines, write_text
-from rlhf.lm.pretrained import digest_of, open_base, open_pretrained
+from rlhf.lm.pretrained import digest_of, open_pretrained
 from rlhf.reward.files import load_reward_model
-from rlhf.reward.scorer import load_reward
+from rlhf.reward.scorer import open_scorer, scorer_of
 
 ROOT = Path(__file__).resolve().parent
 
@@ -146,8 +146,8 @@ def begin(cfg: Config) -> None:
     """ValueError if OUT was begun with other options or other inputs: rounds of two experiments are not comparable."""
     path = Path(cfg.out) / "run.json"
     ours = {name: value for name, value in asdict(cfg).items() if name not in ("rounds", "out")}
-    ours |= {"init_sha256": digest_of(cfg.init), "judge_sha256": score_digest(cfg.judge)}
-    ours["rater_sha256"] = None if cfg.rater == "people" else score_digest(cfg.rater)
+    ours |= {"init_sha256": digest_of(cfg.init), "judge_sha256": scorer_of(cfg.judge, rules=True).digest}
+    ours["rater_sha256"] = None if cfg.rater == "people" else scorer_of(cfg.rater).digest
     if not path.exists():
         write_json(path, ours)
     theirs = read_json(path)
@@ -199,9 +199,8 @@ def sample_pairs(cfg: Config, k: int, best: str) -> None:
     groups = sample_groups(opened.model.eval(), prompts, lengths, 2, *sampling)
     heads = None
     if cfg.order == "active":
-        heads = load_reward_model(
-            f"{cfg.out}/round_{k - 1}/rm", tokenizer.fingerprint, base=open_pretrained(cfg.init), open_base=open_base
-        )
+        rm, base = f"{cfg.out}/round_{k - 1}/rm", open_pretrained(cfg.init)
+        heads = load_reward_model(rm, tokenizer.fingerprint, base=base)
     rows = []
     for g in groups:
         members = heads.member_scores(g.tokens, g.lengths, g.mask).numpy() if heads else None  # (rows, M)
@@ -258,8 +257,8 @@ def simulate(cfg: Config, store: FeedbackStore) -> None:
     """
     opened = open_pretrained(cfg.init)
     tokenizer, name = opened.tokenizer, f"simulated by {cfg.rater}"
-    score = load_reward(cfg.rater, tokenizer, base=opened, open_base=open_base)
-    noise = temperature_of(cfg.rater) if cfg.rater_noise is None else cfg.rater_noise
+    rater = open_scorer(cfg.rater, tokenizer, base=opened)
+    noise = rater.temperature if cfg.rater_noise is None else cfg.rater_noise
     store.add_rater(name, "model")
     while shown := store.next_comparison(name):
         texts = [
@@ -267,7 +266,7 @@ def simulate(cfg: Config, store: FeedbackStore) -> None:
             for text in (shown.left, shown.right)
         ]
         tokens, lengths = pad([np.array(text) for text in texts], tokenizer.pad)
-        left, right = score(tokens, lengths, torch.arange(tokens.shape[1]) < lengths[:, None]).double().tolist()
+        left, right = rater.score(tokens, lengths, torch.arange(tokens.shape[1]) < lengths[:, None]).double().tolist()
         draw = np.random.default_rng([cfg.seed, shown.id]).random()  # of the comparison alone: the same after a stop
         chance = float(left > right) if noise == 0 else 1 / (1 + np.exp(np.clip((right - left) / noise, -700, 700)))
         store.vote(shown.id, name, "left" if draw < chance else "right", nonce=f"simulated {shown.id}")

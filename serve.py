@@ -23,8 +23,8 @@ import torch
 
 from data.chat import Chat
 from rlhf.infra import config
-from rlhf.lm.pretrained import Pretrained, open_base, open_pretrained
-from rlhf.reward.scorer import load_reward
+from rlhf.lm.pretrained import Pretrained, open_pretrained
+from rlhf.reward.scorer import open_scorer
 from rlhf.serve.api import is_loopback
 
 KEY = "PLAIN_RLHF_KEY"  # the environment variable for --key
@@ -136,7 +136,7 @@ def work(cfg: Config, key: str | None, listener: socket.socket, rank: int, ready
         raise ValueError(f"{cfg.reference} reads other tokens than {cfg.init}: the KL between them means nothing")
     reward = None
     if cfg.reward:
-        reward = load_reward(cfg.reward, opened.tokenizer, device, base=reference or opened, open_base=open_base)
+        reward = open_scorer(cfg.reward, opened.tokenizer, device, base=reference or opened).score
     asyncio.run(serve(cfg, key, listener, rank, ready, opened, reference, reward))
 
 

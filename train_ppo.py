@@ -14,7 +14,7 @@ import torch
 from data.loader import PromptLoader, TokenFile, prompts_from_rows
 from data.tokenizer import Detokenizer, Tokenizer, check_fingerprint, load_tokenizer
 from evaluation.card import beats_length
-from evaluation.held_out import held_out_prompts, load_judge, score_digest
+from evaluation.held_out import held_out_prompts
 from model.generate import Generated
 from rlhf import kl
 from rlhf.advantages import ESTIMATORS
@@ -25,17 +25,16 @@ from rlhf.infra.files import read_lines, write_json
 from rlhf.infra.metrics import Metrics, say
 from rlhf.infra.optim import Precision
 from rlhf.infra.run import Clock, Run, peak_memory_gb, resident_bytes
-from rlhf.lm.pretrained import Pretrained, config_of, open_base, open_pretrained
+from rlhf.lm.pretrained import Pretrained, config_of, open_pretrained
 from rlhf.lm.trunks import LoRA
 from rlhf.overoptimisation import best_place
 from rlhf.ppo import update as ppo
 from rlhf.ppo.early_stop import HeldOutJudge, NoJudge, too_far
-from rlhf.ppo.plan import Sizes, plan, reward_parameters, table
+from rlhf.ppo.plan import Sizes, plan, table
 from rlhf.ppo.roles import CRITICS, LAYOUTS, STORED, Roles
 from rlhf.ppo.rollout import Experience, act, gather, judge, minibatches
 from rlhf.ppo.self_check import check_once
-from rlhf.reward.model import Score
-from rlhf.reward.scorer import load_reward
+from rlhf.reward.scorer import Scorer, open_scorer, response_starts, scorer_of
 from rlhf.rewards import missing_eos, shape_rewards
 
 Layout = Literal["full", "shared", "adapters", "branch"]
@@ -139,7 +138,7 @@ class Cast:
     """Who plays in a run, opened by `open_cast`."""
 
     roles: Roles
-    score: Score  # the reward
+    reward: Scorer
     prompts: PromptLoader
     act: Callable[..., Generated]  # (prompts, lengths, ids, iteration), see rollout.act
     held_out: HeldOutJudge | NoJudge
@@ -199,7 +198,7 @@ def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch
 
         # 2. judge: policy, reference and value of every token; one score per response
         with precision.autocast():
-            judged = judge(samples, policy, reference, cast.score, micro_batch, width, cast.roles.features)
+            judged = judge(samples, policy, reference, cast.reward.score, micro_batch, width, cast.roles.features)
             if iteration == run.done:
                 cast.check_once(judged[:micro_batch].trim(), fresh=run.done == 0)
         rollout = gather(judged, dist)
@@ -264,15 +263,15 @@ def open_cast(cfg: Config, dist: Dist, precision: Precision) -> Cast:
     check_fingerprint(tokenizer.fingerprint, base.tokenizer.fingerprint, cfg.init)
     model, lora = base.model.eval(), lora_of(cfg)
     roles = LAYOUTS[cfg.layout](model, critic_of(cfg), cfg.temperature, lora, cfg.branch_layers)
-    score = load_reward(cfg.reward, tokenizer, dist.device, base, roles.frozen, open_base)
+    reward = open_scorer(cfg.reward, tokenizer, dist.device, base, roles.frozen)
     sampling = (cfg.response_tokens, base.stop_ids, tokenizer.pad, cfg.temperature, cfg.seed, precision)
     respond = partial(act, roles.sampler, *sampling)
     held_out = open_judge(cfg, dist, tokenizer, base, respond)
-    alone = None if cfg.reward.rpartition(":")[0].endswith(".py") else score
+    alone = None if reward.is_function else reward.score  # a function may rightly look at its whole batch
     check = partial(check_once, roles.policy, score=alone, eos=base.stop_ids, dist=dist, precision=cfg.precision)
     inputs = {"init_sha256": base.digest, "data_sha256": sentences.manifest["sha256"]["tokens.bin"]}
-    inputs |= {"reward_sha256": score_digest(cfg.reward), "judge_sha256": score_digest(cfg.judge)}
-    return Cast(roles, score, prompts, respond, held_out, check, tokenizer, inputs, description(cfg, base))
+    inputs |= {"reward_sha256": reward.digest, "judge_sha256": cfg.judge and scorer_of(cfg.judge, rules=True).digest}
+    return Cast(roles, reward, prompts, respond, held_out, check, tokenizer, inputs, description(cfg, base))
 
 
 def critic_of(cfg: Config) -> str:
@@ -293,7 +292,7 @@ def open_judge(cfg: Config, dist: Dist, tokenizer: Tokenizer, base: Pretrained, 
             f"--judge_prompts={cfg.judge_prompts}: the validation split has {len(starts)}; use at most those"
         )
     batch = PromptLoader(starts, tokenizer.pad, cfg.judge_prompts, cfg.seed).batch(0)
-    score = load_judge(cfg.judge, cfg.data, tokenizer, dist.device, base)
+    score = open_scorer(cfg.judge, tokenizer, dist.device, base, data=cfg.data).score
     prompts = (batch.prompts, batch.prompt_lengths)
     return HeldOutJudge(score, respond, *prompts, cfg.judge_every, cfg.judge_patience, cfg.batch, dist)
 
@@ -319,7 +318,7 @@ def memory_plan(cfg: Config, dist: Dist, micro_batch: int) -> float:
         critic=cfg.critic if critic != "none" else critic,
         lora=lora_of(cfg),
         branch_layers=cfg.branch_layers,
-        reward=reward_parameters(cfg.reward),
+        reward=scorer_of(cfg.reward).parameters,
         baseline=resident_bytes() if dist.device.type == "cpu" else 0,
     )
     if cfg.plan and dist.is_main:
@@ -349,7 +348,7 @@ def texts(experience: Experience, tokenizer: Tokenizer) -> list[dict]:
     """The first responses of an iteration as rows for people to read, with what PPO knew about every token."""
     rows = []
     for row in (experience[i : i + 1] for i in range(min(8, len(experience)))):
-        n, start = int(row.lengths), int(row.mask.int().argmax())
+        n, start = int(row.lengths), int(response_starts(row.lengths, row.mask))
         kl = float((row.logprobs - row.ref_logprobs).sum())
         ids = row.tokens[0, start:n].tolist()
         pieces = Detokenizer(tokenizer)

@@ -40,7 +40,7 @@ from rlhf.infra.files import read_json, write_json
 from rlhf.infra.metrics import Metrics, say
 from rlhf.infra.run import Run, begin, peak_memory_gb, seconds_used, steps
 from rlhf.lm.frozen import FrozenStates
-from rlhf.lm.pretrained import Pretrained, open_base, open_pretrained
+from rlhf.lm.pretrained import Pretrained, open_pretrained
 from rlhf.lm.trunks import LoRA
 from rlhf.reward.files import NORMALISATION, average, restored
 from rlhf.reward.model import Ensemble, RewardModel, adapted_trunk, text_features
@@ -479,7 +479,7 @@ def average_runs(cfg: Config, dist) -> None:
     begin(cfg.out, asdict(cfg) | inputs, dist)
     if already_finished(cfg, dist):
         return
-    reward_model = restored(saved_as, tensors, cfg.average[0], dist.device, base, None, open_base)
+    reward_model = restored(saved_as, tensors, cfg.average[0], dist.device, base)
     raw = [raw_scores(reward_model, base, file, dist) for file in files[1:]]
     problem = normalise_and_calibrate(cfg, dist, reward_model, base, references, raw[0], files[1])
     if dist.is_main:

@@ -35,6 +35,7 @@ from model.transformer import ModelConfig, Transformer  # noqa: E402
 from rlhf.advantages import gae  # noqa: E402
 from rlhf.functional import whiten  # noqa: E402
 from rlhf.infra import config, distributed, optim, run  # noqa: E402
+from rlhf.lm.checkpoints import trunk_parameters  # noqa: E402
 from rlhf.lm.trunks import LoRA  # noqa: E402
 from rlhf.ppo import plan  # noqa: E402
 from rlhf.ppo import update as ppo  # noqa: E402
@@ -135,7 +136,7 @@ def planned_memory(sizes: Sizes, side: str) -> float:
         sizes.response,
         critic=critic,
         branch_layers=sizes.branch_layers,
-        reward=plan.trunk_parameters(model) if own_reward else 0,
+        reward=trunk_parameters(model) if own_reward else 0,
         baseline=run.resident_bytes(),
     )
     return sum(plan.plan(model, planned, layout).values()) / 1e9

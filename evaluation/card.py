@@ -28,7 +28,6 @@ from evaluation import probes
 from rlhf.calibration import reliability_bins
 from rlhf.infra import checkpoint, config, distributed, run
 from rlhf.infra.files import read_json, write_json, write_text
-from rlhf.lm.pretrained import open_base
 from rlhf.reward.files import load_reward_model
 from rlhf.reward.model import FrozenReward
 from rlhf.statistics import auc, cluster_bootstrap, pair_calibration, partial_spearman, roc, spearman, win_rate
@@ -62,7 +61,7 @@ def main() -> None:
     # 1. read: the model, the texts, and which of two people prefer
     tokenizer = load_tokenizer(checkpoint.resolve(cfg.model))
     material = read_material(cfg, tokenizer)
-    reward_model = load_reward_model(cfg.model, tokenizer.fingerprint, device, open_base=open_base)
+    reward_model = load_reward_model(cfg.model, tokenizer.fingerprint, device)
     context = (
         reward_model.states.model if isinstance(reward_model, FrozenReward) else reward_model.model
     ).config.context

@@ -1,8 +1,6 @@
 """What a policy is measured on and by: prompts that training never saw, and a judge that PPO never asked."""
 
-import hashlib
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,14 +8,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.loader import TokenFile, in_order, prompts_from_rows
-from data.vader import load_rules
 from model.generate import Generated, generate, row_uniforms
 from model.transformer import Transformer
-from rlhf.infra import checkpoint
 from rlhf.kl import k1, k3
-from rlhf.lm.pretrained import open_base
 from rlhf.reward.model import Score
-from rlhf.reward.scorer import load_reward
 
 
 def held_out_prompts(data: str, split: str, prompt_tokens: int, domain: str | None) -> list[np.ndarray]:
@@ -87,39 +81,3 @@ def divergence(groups: list[Generated], policy, base) -> dict[str, np.ndarray]:
         parts.append(torch.stack([k1(ours, theirs).sum(1), k3(ours, theirs).sum(1), -theirs.sum(1), group.mask.sum(1)]))
     kl, kl_k3, nll, length = torch.cat(parts, 1).double().cpu().numpy()
     return {"kl": kl, "kl_k3": kl_k3, "nll": nll, "length": length}
-
-
-def vader_judge(data: str, tokenizer) -> Score:
-    """The VADER rules that came with the data, on the whole text: -1 to 1."""
-    rules = load_rules(data)
-    return lambda tokens, lengths, mask: torch.tensor(
-        [rules(tokenizer.decode(row[:n].tolist())) for row, n in zip(tokens, lengths)], device=tokens.device
-    )
-
-
-def load_judge(spec: str, data: str, tokenizer, device: torch.device | str = "cpu", base=None) -> Score:
-    """The judge named by `spec` as score(tokens, lengths, mask) -> (B,); it reads the whole text.
-
-    "vader" (the rules in `data`), a reward model's directory, or file.py:function; `base` as in `load_reward`.
-    ValueError or FileNotFoundError for what is none of these.
-    """
-    if spec == "vader":
-        return vader_judge(data, tokenizer)
-    if not Path(spec).exists() and not spec.rpartition(":")[0].endswith(".py"):
-        raise ValueError(f"the judge {spec} is neither vader, a reward model's directory nor file.py:function")
-    return load_reward(spec, tokenizer, device, base, open_base=open_base)
-
-
-def score_digest(spec: str | None) -> str | None:
-    """sha256 of the weights of a reward or judge, or of its Python file; None for vader, whose rules are pinned, or nobody."""
-    if spec in (None, "vader"):
-        return None
-    file = spec.rpartition(":")[0]
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file.endswith(".py") else checkpoint.digest(spec)
-
-
-def temperature_of(spec: str) -> float:
-    """At which differences of this reward's scores become probabilities: as train_rm.py fitted it, 1 for a function."""
-    if spec.rpartition(":")[0].endswith(".py"):
-        return 1.0
-    return float(checkpoint.load(checkpoint.resolve(spec)).tensors.get("temperature", 1.0))

@@ -21,13 +21,13 @@ from tqdm import tqdm
 from data.loader import PromptLoader, TokenFile
 from data.tokenizer import check_fingerprint, load_tokenizer
 from evaluation.card import can_draw
-from evaluation.held_out import divergence, held_out_prompts, load_judge, sample_groups, score_digest, scores
+from evaluation.held_out import divergence, held_out_prompts, sample_groups, scores
 from rlhf.infra import checkpoint, config, distributed, run
 from rlhf.infra.files import read_json, write_json, write_text
-from rlhf.lm.pretrained import open_base, open_pretrained
+from rlhf.lm.pretrained import open_pretrained
 from rlhf.overoptimisation import CURVES, resampled_means
 from rlhf.ppo.roles import logprobs_of
-from rlhf.reward.scorer import load_reward
+from rlhf.reward.scorer import open_scorer, scorer_of
 from rlhf.statistics import best_of_n, best_of_n_kl
 
 
@@ -61,8 +61,8 @@ def main() -> None:
     opened = open_pretrained(cfg.base, device)
     check_fingerprint(tokenizer.fingerprint, opened.tokenizer.fingerprint, cfg.base)
     check_same(cfg, settings, opened.digest, len(steps))
-    proxy = load_reward(cfg.proxy, tokenizer, device, opened, open_base=open_base)
-    gold = load_judge(cfg.gold, cfg.data, tokenizer, device, opened)
+    proxy = open_scorer(cfg.proxy, tokenizer, device, opened).score
+    gold = open_scorer(cfg.gold, tokenizer, device, opened, data=cfg.data).score
     starts = held_out_prompts(cfg.data, cfg.split, settings["prompt_tokens"], settings["domain"])
     pad = TokenFile(f"{cfg.data}/{cfg.split}").pad
     batch = PromptLoader(starts, pad, min(cfg.prompts, len(starts)), cfg.seed).batch(0)
@@ -128,7 +128,7 @@ def check_same(cfg: Config, settings: dict, base_digest: str, checkpoints: int) 
     """ValueError unless base and proxy are those of the run, and a curve can go through its checkpoints."""
     for option, ours, theirs in (
         ("base", base_digest, settings["init_sha256"]),
-        ("proxy", score_digest(cfg.proxy), settings["reward_sha256"]),
+        ("proxy", scorer_of(cfg.proxy).digest, settings["reward_sha256"]),
     ):
         if ours != theirs:
             spec = getattr(cfg, option)

@@ -12,8 +12,8 @@ from test_card import written
 from tiny import lines
 
 from evaluation import comparison
-from evaluation.held_out import temperature_of
 from rlhf.infra import checkpoint
+from rlhf.reward.scorer import scorer_of
 
 RNG = np.random.default_rng
 
@@ -90,8 +90,8 @@ def test_temperature_of_a_reward(tmp_path):
         ("old", {"gain": torch.ones(())}, 1),
     ):
         checkpoint.save(tmp_path / name, tensors, {}, {})
-        assert temperature_of(str(tmp_path / name)) == expected
-    assert temperature_of("rewards.py:shorter") == 1
+        assert scorer_of(str(tmp_path / name)).temperature == expected
+    assert scorer_of("rewards.py:shorter").temperature == scorer_of("vader", rules=True).temperature == 1
 
 
 # ---- evaluate.py

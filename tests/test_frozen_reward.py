@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from rlhf.lm.pretrained import open_pretrained
 from rlhf.reward.files import load_reward_model
 from rlhf.reward.model import FrozenReward, text_features
 from rlhf.reward.ridge import fit_heads, head_of, ridge
-from rlhf.reward.scorer import load_reward
+from rlhf.reward.scorer import open_scorer
 
 STOPS = (1, 2)
 ROWS, LONGEST = 8, 9
@@ -215,21 +215,10 @@ def test_what_is_saved_scores_the_same_when_loaded(tmp_path):
     assert checkpoint.load(path).tensors.keys() == {"head.weight", "head.bias"} | normalisation  # and no trunk
     wanted = model.score(*texts)
     frozen = FrozenStates(base.model).read([0])
-    opened = []
-
-    def open_base(config, where, device):
-        opened.append((config["base"], where, device))
-        return base
-
-    for how in (
-        {"base": base},
-        {"base": base, "frozen": frozen},
-        {"open_base": open_base},
-        {"base": Base(small_model("llama", torch.float32, seed=9), "other"), "open_base": open_base},
-    ):
-        score = load_reward(path, Words(), **how)
-        assert torch.equal(score(*texts), wanted)
-    assert opened == [("smol", path, "cpu")] * 2
+    for how in ({"base": base}, {"base": base, "frozen": frozen}):
+        scorer = open_scorer(path, Words(), **how)
+        assert torch.equal(scorer.score(*texts), wanted)
+        assert (scorer.is_function, scorer.parameters, scorer.digest) == (False, 0, checkpoint.digest(path))
     assert frozen.depths == {0, 1, 2}
 
 
@@ -237,19 +226,17 @@ def test_a_trunk_that_does_not_fit(tmp_path):
     base = Base(small_model("llama", torch.float32))
     model = fitted(FrozenStates(base.model))
     path = saved(model, tmp_path / "rm")
-    with pytest.raises(ValueError, match="head on smol with sha256 0123456789ab, and none is given"):
-        load_reward(path, Words())
-    other = Base(base.model, "fedcba9876543210")
-    with pytest.raises(ValueError, match="head on smol with sha256 0123456789ab, not one with sha256 fedcba987654"):
-        load_reward(path, Words(), base=other)
-    with pytest.raises(ValueError, match="0123456789ab, which is now fedcba987654"):
-        load_reward(path, Words(), open_base=lambda config, where, device: other)
+    for other in (None, Base(base.model, "fedcba9876543210")):
+        with pytest.raises(
+            FileNotFoundError, match="base model smol with sha256 0123456789ab, which is neither there nor"
+        ):
+            open_scorer(path, Words(), base=other)
     with pytest.raises(ValueError, match="frozen reads another model than base"):
-        load_reward(path, Words(), base=base, frozen=FrozenStates(small_model("llama")))
+        open_scorer(path, Words(), base=base, frozen=FrozenStates(small_model("llama")))
     with pytest.raises(ValueError, match="trained with tokenizer words"):
         load_reward_model(path, "letters", base=base)
     with pytest.raises(ValueError, match=r"reads \(3, 'mean'\) of a trunk of 2 layers"):
-        load_reward(saved(model, tmp_path / "deep", depths=(3, 2)), Words(), base=base)
+        open_scorer(saved(model, tmp_path / "deep", depths=(3, 2)), Words(), base=base)
 
 
 # ---- some rows of a file
@@ -290,7 +277,7 @@ OPTIONS = {  # in place of those that a frozen trunk does not have
 }  # fmt: skip
 
 
-def test_train_rm_frozen(world, tmp_path):
+def test_train_rm_frozen(world, tmp_path, monkeypatch):
     """From the command line to a score; two processes find the same head."""
     outs = [tmp_path / "one", tmp_path / "two"]
     for out, ranks in zip(outs, (0, 2)):
@@ -309,11 +296,16 @@ def test_train_rm_frozen(world, tmp_path):
     assert report["sentences"]["train"] == 120 and report["pairs"]["test"] > 0
 
     base = open_pretrained(world.path / "lm")
-    score = load_reward(str(outs[0]), base.tokenizer, base=base)
+    score = open_scorer(str(outs[0]), base.tokenizer, base=base).score
     file = TokenFile(world.path / "data/test")
     texts = [file[i].astype(np.int64).tolist() for i in range(4)]
     scores = torch.cat([score(*batch([text])) for text in texts])
     torch.testing.assert_close(scores, score(*batch(texts, 60, 5)), rtol=1e-5, atol=1e-5)
+    monkeypatch.chdir(world.path)  # where its config's "lm" lies
+    other = replace(base, digest="another model's")
+    for another in (None, other):  # the head's own base is opened
+        alone = open_scorer(str(outs[0]), base.tokenizer, base=another)
+        assert torch.equal(alone.score(*batch(texts[:1])), scores[:1])
 
     before = {file: file.read_bytes() for file in outs[0].rglob("*") if file.is_file()}
     world.ok("train_rm.py", out=outs[0], **OPTIONS)  # a finished run stays as it is

@@ -1,7 +1,9 @@
 """A score belongs to its text: not to the batch it came in, the padding behind it, or the file it was loaded from."""
 
+import hashlib
 import math
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from small_rollout import reward_model
 from rlhf.infra import checkpoint
 from rlhf.reward.files import load_reward_model
 from rlhf.reward.model import POOLINGS, RewardModel, last_token, mean_token
-from rlhf.reward.scorer import load_reward
+from rlhf.reward.scorer import open_scorer, response_starts, scorer_of
 
 ROWS, LONGEST = 8, 9
 LENGTHS = torch.tensor([1, 9, 4, 2, 7, 3, 9, 5])
@@ -159,7 +161,7 @@ def test_what_is_saved_scores_the_same_when_loaded(pooling, tmp_path):
     loaded = load_reward_model(path, "words")
     assert torch.equal(loaded.score(*texts), model.score(*texts))
     assert loaded.pooling == pooling and not any(p.requires_grad for p in loaded.parameters())
-    score = load_reward(path, Words())
+    score = open_scorer(path, Words()).score
     assert torch.equal(score(*texts), model.score(*texts)) and not score(*texts).requires_grad
 
 
@@ -173,7 +175,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="another architecture"):
         load_reward_model(saved(model, tmp_path / "wide", model=wider), "words")
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
-        load_reward(str(tmp_path / "nothing"), Words())
+        open_scorer(str(tmp_path / "nothing"), Words())
 
 
 # ---- any Python function
@@ -210,7 +212,7 @@ def ragged():
 
 
 def test_a_function_reads_prompts_and_responses(file):
-    score = load_reward(f"{file}:count", Words())
+    score = open_scorer(f"{file}:count", Words()).score
     scores = score(*ragged())
     assert scores.tolist() == [3, 1] and scores.dtype == torch.float32
     assert score(*(x[1:] for x in ragged())).tolist() == [1]
@@ -222,20 +224,92 @@ def test_the_text_is_cut_where_the_response_starts(tmp_path):
     (tmp_path / "log.py").write_text(
         f"def score(prompts, responses):\n    open({str(log)!r}, 'w').write(repr((prompts, responses)))\n    return [0, 0]\n"
     )
-    load_reward(f"{tmp_path / 'log.py'}:score", Words())(*ragged())
+    open_scorer(f"{tmp_path / 'log.py'}:score", Words()).score(*ragged())
     assert log.read_text() == repr((["w4", "w1 w2 w3"], ["w5 w6 w7", "w8"]))
+
+
+def test_a_row_without_response_is_all_prompt(file):
+    tokens, lengths, mask = ragged()
+    mask[0] = False
+    assert response_starts(lengths, mask).tolist() == [4, 3]
+    assert open_scorer(f"{file}:count", Words()).score(tokens, lengths, mask).tolist() == [0, 1]
+
+
+NUMBERS = {  # what a function may return for two responses: (1.5, 2)
+    "list": "[1.5, 2]",
+    "tuple": "(1.5, 2)",
+    "array": "numpy.array([1.5, 2])",
+    "of whole numbers": "[fractions.Fraction(3, 2), 2]",
+    "objects": "numpy.array([1.5, 2], dtype=object)",
+    "tensor": "torch.tensor([1.5, 2.0], dtype=torch.bfloat16, requires_grad=True)",
+    "of tensors": "[torch.tensor(1.5), numpy.float32(2)]",
+}
+NO_NUMBERS = {
+    "dict": "{1.5: 0, 2.0: 1}",
+    "values of a dict": "{'a': 1.5, 'b': 2.0}.values()",
+    "set": "{1.5, 2.0}",
+    "text": "'12'",
+    "bytes": "b'12'",
+    "texts of numbers": "['1.5', '2']",
+    "array of texts": "numpy.array(['1.5', '2'])",
+    "generator": "(x for x in (1.5, 2))",
+    "range": "range(2)",
+    "column": "torch.ones(2, 1)",
+    "lists": "[[1.5], [2]]",
+    "none among them": "[1.5, None]",
+    "complex": "[1.5, 2j]",
+    "number": "1.5",
+    "scalar": "torch.tensor(1.5)",
+    "infinite": "[1.5, float('inf')]",
+    "three": "[1.5, 2, 3]",
+}
+
+
+@pytest.mark.parametrize("kind", [*NUMBERS, *NO_NUMBERS])
+def test_a_function_returns_numbers_and_nothing_that_merely_looks_like_them(tmp_path, kind):
+    """What is iterated over a dict are its keys, over a text its letters: neither may become a reward."""
+    file = tmp_path / "returns.py"
+    imports = "import fractions, numpy, torch\n"
+    file.write_text(f"{imports}def score(prompts, responses):\n    return {(NUMBERS | NO_NUMBERS)[kind]}\n")
+    score = open_scorer(f"{file}:score", Words()).score
+    if kind in NUMBERS:
+        assert score(*ragged()).tolist() == [1.5, 2] and score(*ragged()).dtype == torch.float32
+    else:
+        with pytest.raises(
+            ValueError, match="returns.py:score must return 2 finite numbers in a list, tuple, array or"
+        ):
+            score(*ragged())
+
+
+def test_a_spec_is_read_in_one_place(file, tmp_path):
+    """What kind it is, and the facts that go with it; nothing is opened for them."""
+    with pytest.raises(ValueError, match=f"which function of {file} is the reward"):
+        scorer_of(file)
+    function = scorer_of(f"{file}:count")
+    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    assert (function.is_function, function.parameters, function.temperature) == (True, 0, 1)
+    assert function.digest == digest and scorer_of(f"{file}:count", rules=True) == function
+    rules = scorer_of("vader", rules=True)
+    assert (rules.kind, rules.digest, rules.parameters, rules.is_function) == ("vader", None, 0, False)
+    assert scorer_of("vader").kind == "model"  # a reward is not the rules of the data
+    with pytest.raises(ValueError, match="neither vader, a reward model's directory nor file.py:function"):
+        scorer_of(str(tmp_path / "nothing"), rules=True)
+    model = trained()
+    own = scorer_of(saved(model, tmp_path / "rm"))
+    trunk = sum(x.numel() for name, x in model.model.named_parameters() if "lm_head" not in name)
+    assert (own.kind, own.parameters, own.temperature) == ("model", trunk, float(model.temperature))
 
 
 def test_functions_that_cannot_be_used(file, tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"nothing.py: no such file \(reward is a directory, or file.py:function"
     ):
-        load_reward(f"{tmp_path}/nothing.py:count", Words())
+        open_scorer(f"{tmp_path}/nothing.py:count", Words())
     for name in ("missing", "number"):
         with pytest.raises(ValueError, match=f"rewards.py has no function '{name}'"):
-            load_reward(f"{file}:{name}", Words())
+            open_scorer(f"{file}:{name}", Words())
     for name in ("short", "nan"):
         with pytest.raises(ValueError, match=f"rewards.py:{name} must return 2 finite numbers"):
-            load_reward(f"{file}:{name}", Words())(*ragged())
+            open_scorer(f"{file}:{name}", Words()).score(*ragged())
     with pytest.raises(ValueError):
-        load_reward(f"{file}:text", Words())(*ragged())
+        open_scorer(f"{file}:text", Words()).score(*ragged())

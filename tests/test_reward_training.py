@@ -27,7 +27,7 @@ from rlhf.reward.files import average, load_reward_model, restored
 from rlhf.reward.model import POOLINGS, Ensemble, FrozenReward, RewardModel, adapted_trunk
 from rlhf.reward.objective import Objective, Texts, reward_loss, side_by_side
 from rlhf.reward.ridge import fit_heads, refitted
-from rlhf.reward.scorer import load_reward
+from rlhf.reward.scorer import open_scorer
 
 BASE = Base(small_model("llama", torch.float32))
 LORA = {"lora_rank": 3, "lora_alpha": 6.0, "lora_targets": None}
@@ -83,7 +83,7 @@ def test_a_score_is_the_same_alone_in_company_padded_and_reloaded(trunk, pooling
         loaded = load_reward_model(str(path), "words", base=BASE)
         assert float(loaded.temperature) == pytest.approx(0.8)
         assert trunk == "full" or not any("embed" in name for name in checkpoint.load(path).tensors)
-        scorers.append((torch.no_grad()(model.score), loaded.score, load_reward(str(path), Words(), base=BASE)))
+        scorers.append((torch.no_grad()(model.score), loaded.score, open_scorer(str(path), Words(), base=BASE).score))
 
     @settings(max_examples=15)
     @given(
@@ -319,7 +319,7 @@ def test_what_cannot_be_averaged(tmp_path):
     paths = [str(checkpoint.save(tmp_path / str(i), checkpoint.trained_state(m), c)) for i, (m, c) in enumerate(made)]
     with pytest.raises(ValueError, match=f"depth is None in {paths[0]} and 1 in {paths[1]}"):
         average(paths)
-    checkpoint.save(tmp_path / "lm", {"x": torch.zeros(1)}, {"kind": "lm"})
+    checkpoint.save(tmp_path / "lm", {"x": torch.zeros(1)}, {"kind": "lm", "model": asdict(BASE.model.config)})
     with pytest.raises(ValueError, match="a reward model is needed"):
         average([paths[0], str(tmp_path / "lm")])
 

@@ -1,10 +1,11 @@
 """Transformers of our own checkpoints: what their config may say, the shape that it describes, and the weights in it."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from model.transformer import ModelConfig, Transformer
@@ -174,3 +175,19 @@ def language_model_of(saved: checkpoint.Checkpoint, path: str | Path) -> Transfo
     model = new_transformer(saved.config["model"], path)
     checkpoint.load_weights(model, tensors, path)
     return model
+
+
+def empty(config: ModelConfig) -> Transformer:
+    """A model without memory, to be counted."""
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def count(parameters: Iterable[Tensor]) -> int:
+    """Numbers in different parameters."""
+    return sum(x.numel() for x in {id(x): x for x in parameters}.values())
+
+
+def trunk_parameters(config: ModelConfig) -> int:
+    """Numbers in a model without an output matrix of its own."""
+    return count(empty(config).parameters()) - (0 if config.tied else config.vocab_size * config.width)

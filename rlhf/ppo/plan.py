@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from model.transformer import ModelConfig, Transformer
-from rlhf.lm.checkpoints import open_stored, stored_config
+from rlhf.lm.checkpoints import count, empty
 from rlhf.lm.trunks import LoRA
 from rlhf.ppo.roles import CRITICS, LAYOUTS
 
@@ -31,30 +31,6 @@ class Sizes:
     branch_layers: int = 4
     reward: int = 0  # parameters of a reward model that shares none
     baseline: int = 0  # bytes that the process holds before: Python, torch, libraries
-
-
-def reward_parameters(spec: str) -> int:
-    """Numbers in the trunk of a reward model of its own; 0 for a Python function or what stands on a frozen one."""
-    if spec.endswith(".py") or spec.rpartition(":")[0].endswith(".py"):
-        return 0
-    config = open_stored(spec).config
-    if config.get("trunk", "full") != "full":
-        return 0
-    return trunk_parameters(stored_config(config["model"], spec))
-
-
-def trunk_parameters(config: ModelConfig) -> int:
-    """Numbers in a model without an output matrix of its own."""
-    return count(empty(config).parameters()) - (0 if config.tied else config.vocab_size * config.width)
-
-
-def empty(config: ModelConfig) -> Transformer:
-    with torch.device("meta"):
-        return Transformer(config)
-
-
-def count(parameters) -> int:
-    return sum(x.numel() for x in {id(x): x for x in parameters}.values())
 
 
 def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from rlhf.infra import checkpoint
 from rlhf.lm.checkpoints import new_transformer, open_stored, weights_of
 from rlhf.lm.frozen import FrozenStates
+from rlhf.lm.pretrained import Pretrained, open_base
 from rlhf.lm.trunks import LoRA
 from rlhf.reward.model import COMBINE, POOLING, POOLINGS, Ensemble, FrozenReward, RewardModel, adapted_trunk
 
@@ -16,11 +17,16 @@ OLDER = {"member_gain": torch.ones(1), "member_bias": torch.zeros(1), "temperatu
 
 
 def load_reward_model(
-    path: str, fingerprint: str, device: torch.device | str = "cpu", base=None, frozen=None, open_base=None
+    path: str,
+    fingerprint: str,
+    device: torch.device | str = "cpu",
+    base: Pretrained | None = None,
+    frozen: FrozenStates | None = None,
 ) -> RewardModel | FrozenReward:
     """The reward model saved at `path`; raises ValueError if it reads other tokens than `fingerprint`.
 
-    The last three are for what was trained on a frozen trunk, see `load_reward`.
+    What stands on a frozen trunk reads `base` if that is its own, in one pass with whoever else reads `frozen`; otherwise its
+    base is opened.
     """
     saved = open_stored(path)
     check_kind(saved, path)
@@ -29,7 +35,7 @@ def load_reward_model(
             f"{path} was trained with tokenizer {str(own)[:12]}, the policy uses {fingerprint[:12]}: "
             "train the reward model from the policy's own base"
         )
-    return restored(saved.config, weights_of(saved), path, device, base, frozen, open_base)
+    return restored(saved.config, weights_of(saved), path, device, base, frozen)
 
 
 def check_kind(saved: checkpoint.Checkpoint, path: str) -> None:
@@ -40,7 +46,12 @@ def check_kind(saved: checkpoint.Checkpoint, path: str) -> None:
 
 
 def restored(
-    config: dict, tensors: dict[str, Tensor], path: str, device, base=None, frozen=None, open_base=None
+    config: dict,
+    tensors: dict[str, Tensor],
+    path: str,
+    device: torch.device | str,
+    base: Pretrained | None = None,
+    frozen: FrozenStates | None = None,
 ) -> RewardModel | FrozenReward:
     """The reward model of a checkpoint's config and tensors."""
     ensemble = Ensemble(*(config.get(field.name, field.default) for field in dataclasses.fields(Ensemble)))
@@ -51,7 +62,7 @@ def restored(
     if trunk == "full":
         model, stop_ids = new_transformer(config["model"], path), None
     else:
-        base, frozen = trunk_of(config, path, device, base, frozen, open_base)
+        base, frozen = trunk_of(config, path, device, base, frozen)
     if trunk == "adapters":
         lora = LoRA(config["lora_rank"], config["lora_alpha"], config["lora_targets"])
         model, stop_ids = adapted_trunk(base.model, lora, config["depth"]), config["stop_ids"]
@@ -67,24 +78,18 @@ def restored(
 TRUNKS = ("full", "frozen", "adapters")
 
 
-def trunk_of(config: dict, path: str, device, base, frozen, open_base) -> tuple:
-    """The frozen trunk that the reward model at `path` was trained on, and who else reads it; ValueError for another."""
-    digest = config["base_digest"]
-    if base is None or base.digest != digest:
-        if open_base is None:
-            given = f"not one with sha256 {base.digest[:12]}" if base else "and none is given"
-            raise ValueError(f"{path} is a head on {config['base']} with sha256 {digest[:12]}, {given}")
+def trunk_of(
+    config: dict, path: str, device: torch.device | str, base: Pretrained | None, frozen: FrozenStates | None
+) -> tuple[Pretrained, FrozenStates]:
+    """The frozen trunk that the reward model at `path` was trained on, and who else reads it."""
+    if base is None or base.digest != config["base_digest"]:
         base, frozen = open_base(config, path, device), None
-        if base.digest != digest:
-            raise ValueError(
-                f"{path} is a head on {config['base']} with sha256 {digest[:12]}, which is now {base.digest[:12]}"
-            )
     if frozen is not None and frozen.model is not base.model:
         raise ValueError("frozen reads another model than base")
     return base, FrozenStates(base.model) if frozen is None else frozen
 
 
-def frozen_reward(config: dict, path: str, base, frozen: FrozenStates, ensemble: Ensemble) -> FrozenReward:
+def frozen_reward(config: dict, path: str, base: Pretrained, frozen: FrozenStates, ensemble: Ensemble) -> FrozenReward:
     deepest = base.model.config.layers
     features = list(zip(config["depths"], config["poolings"], strict=True))
     if wrong := [f for f in features if not 0 <= f[0] <= deepest or f[1] not in POOLING]:
