@@ -125,6 +125,15 @@ def test_a_step_is_the_same_in_any_order_of_asking(drawn, steps):
         assert np.array_equal(remembers.rows(step), order_of(drawn).rows(step))
 
 
+def test_epochs_and_seeds_differ_and_shuffle():
+    def epochs(seed: int) -> list[list[int]]:
+        order, mixture = Order(100, 10, seed), MixedOrder((50, 50), (1, 1), 10, seed)
+        rows = [np.concatenate([o.rows(e * 10 + s) for s in range(10)]) for o in (order, mixture) for e in (0, 1)]
+        return [*map(list, rows), list(range(100))]
+
+    assert len({tuple(rows) for rows in [*epochs(0), *epochs(1)[:4]]}) == 9
+
+
 def test_buckets_save_padding_without_ordering_the_epoch():
     lengths = np.random.default_rng(0).integers(5, 60, size=6400)
     order = Order(6400, 20, 0, lengths.__getitem__)
@@ -190,8 +199,8 @@ def test_a_mixture_has_its_weights_and_every_part_its_epochs(drawn, steps):
 
 
 @given(
-    lengths=st.lists(st.integers(1, 40), max_size=24),
-    tokens=st.integers(40, 200),
+    lengths=st.lists(st.integers(1, 40), max_size=40),
+    tokens=st.integers(40, 90),
     world=st.sampled_from([1, 2, 4]),
     packed=st.booleans(),
 )
@@ -384,6 +393,17 @@ def test_a_thumb_down_is_no_example(tmp_path):
     assert len(TextLoader(both, 2, 0)) == 16
 
 
+def test_of_scored_answers_the_best_is_the_example(tmp_path):
+    records = [
+        Record("q", ("aa", "bb", "cc"), (2.0, 5.0, 5.0)),
+        Record("q", ("dd",), (1.0,)),
+        Record("q", ("ee", "ff")),
+    ]
+    loader = TextLoader(write(tmp_path / "train", [[encode(record) for record in records]]), 1, 0)
+    assert [int(row) for batch in all_rows(loader) for row in batch.rows] == [1, 2, 3, 4, 5]
+    assert loader.units.left_out["below the best score of their prompt"] == 1
+
+
 def test_packed_rows_are_the_rows(file):
     loader = TextLoader(file, 6, 0, context=20, bucket=False)
     batch, packed = loader.batch(3), loader.packed(3)
@@ -534,7 +554,11 @@ def test_mixtures_by_weight(tmp_path):
     spec = f"{tmp_path}/a:0.75, {tmp_path}/b:0.25"
     data = open_data(spec, "train", verify=True)
     assert data.weights == (0.75, 0.25) and data.prompts == 80
-    makers = [*LOADERS.values(), lambda data: PairLoader(data, 4, 1, made=made_pairs(data, 200))]
+    made = made_pairs(data, 200)
+    assert (
+        np.bincount(made.winner < 60).tolist() == np.bincount(made.loser < 60).tolist() == [125, 75]
+    )  # as answers are
+    makers = [*LOADERS.values(), lambda data: PairLoader(data, 4, 1, made=made)]
     for make in (m for name, m in zip([*LOADERS, "made"], makers) if name != "column"):
         loader, again = make(data), make(open_data(spec, "train"))
         of_a = []
