@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from data.loader import PromptLoader, SentenceLoader, in_order, pad, prompts_from_rows, prompts_from_text
-from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer, write_hf
+from data.tokenizer import Tokenizer, check_fingerprint, gguf_parts, load_tokenizer, write_hf
 from data.tokens import TokenFile
 from evaluation import receipt
 from model.generate import generate, row_uniforms
@@ -193,7 +193,7 @@ def write_hf_model(place: Path, original: Pretrained, cfg: Config) -> None:
 
 
 def write_gguf(place: Path, original: Pretrained, cfg: Config) -> None:
-    save_gguf(place, original.model, cfg.dtype, original.tokenizer.parts())
+    save_gguf(place, original.model, cfg.dtype, gguf_parts(original.tokenizer, original.stop_ids))
 
 
 def write_int8(place: Path, original: Pretrained, cfg: Config) -> None:

@@ -9,20 +9,31 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import heapq
 import json
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import regex  # tiktoken's own dependency
 import tiktoken
+
+from data.beside import (
+    LARGEST_VOCABULARY,
+    Added,
+    Cut,
+    added_token,
+    bos_first,
+    bos_of,
+    read_beside,
+    read_json,
+    write_files,
+)
+from data.words import ONE_PATTERN, hf_form, named, normalized, words_of, words_of_hf
 
 BPE_FILE = "bpe.json"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # GGUF's token types
-LARGEST_VOCABULARY = 2**24  # the largest published ones have 2**18
 LONG_SPACE = re.compile(r"\s{10000}")
+MOST_WORDS_KEPT = 2**17  # whose ids are remembered
 
 # vocabularies spell each byte as one printable letter: those that are printable as themselves, the others from U+0100
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -32,33 +43,13 @@ TO_BYTES = {ord(letter): byte for byte, letter in LETTERS.items()}  # for str.tr
 ALPHABET = set(LETTERS.values())
 
 
-class Words(NamedTuple):
-    """How a text becomes words."""
-
-    pattern: str
-    nfc: bool = False  # composed characters first: e + accent is the same text as the accented letter
-    ignore_merges: bool = False  # a word that is a token is that token, whatever the merges make of it
-
-
-CONTRACTIONS = "'(?:[sdmt]|ll|ve|re)"
-CL100K = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-WORDS = {  # by the names that GGUF files give them
-    "gpt-2": Words(CONTRACTIONS + r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"),
-    # digits stand alone, so a space before a digit ends a piece: hence the digit in the look-ahead
-    "smollm": Words(r"\p{N}|" + CONTRACTIONS + r"| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"),
-    "qwen2": Words(CL100K % "", nfc=True),
-    "llama-bpe": Words(CL100K % "{1,3}", ignore_merges=True),
-}
-
-
 class BPETokenizer:
     """A byte-level BPE; bos and eos are added by whoever builds the sequence, never by `encode`.
 
-    tokens: spelling of each id; types: GGUF's kind of each; merges: "left right", earliest first; pre: a key of WORDS.
-    pad: a control token of its own where the model has one to spare. add_bos: texts of this model start with bos.
-    ValueError where these do not fit together.
+    tokens: spelling of each id; types: GGUF's kind of each; merges: "left right", earliest first; pre: how a text becomes
+    words, a name or a spec of data/words.py. pad: a control token of its own where the model has one to spare. add_bos:
+    texts of this model start with bos. beside: JSON of what GGUF has no key for: flags of added tokens that eat what is
+    beside them, and names that templates know. ValueError where these do not fit together.
     """
 
     def __init__(
@@ -66,45 +57,75 @@ class BPETokenizer:
         tokens: Sequence[str],
         types: Sequence[int],
         merges: Sequence[str],
-        pre: str,
+        pre: str | dict,
         eos: int,
         bos: int | None = None,
         pad: int | None = None,
         add_bos: bool = False,
         chat_template: str | None = None,
+        beside: str | None = None,
         path: Path | None = None,
     ):
-        check_parts(tokens, types, merges, pre, {"eos": eos, "bos": bos, "pad": pad})
-        self.tokens, self.types, self.merges, self.pre = list(tokens), list(types), list(merges), pre
+        words = words_of(pre)
+        check_parts(tokens, types, merges, {"eos": eos, "bos": bos, "pad": pad})
+        self.tokens, self.types, self.merges, self.pre = list(tokens), list(types), list(merges), named(words)
         self.vocab_size = len(tokens)
-        self.bos, self.eos, self.add_bos = eos if bos is None else bos, eos, bool(add_bos)
+        self.bos, self.eos = eos if bos is None else bos, eos
+        self.add_bos, self._bos = bool(add_bos), bos
         # a pad that ends texts, as GPT-2's and SmolLM2's does, cannot mark what lies beyond their end
         spare = [i for i, kind in enumerate(types) if kind == CONTROL and i not in (self.bos, eos)]
         self.pad = pad if pad is not None and pad != eos else (spare or [eos])[0]
         self.chat_template, self.path = chat_template, path
         self.control = {tokens[i]: i for i, kind in enumerate(types) if kind in (UNKNOWN, CONTROL) and tokens[i]}
         # what a plain text begins with: bos, or what stood between the texts of a model that was trained without one
-        self.start = self.bos if add_bos else self.control.get("<|endoftext|>", self.bos)
-        self.fingerprint = hashlib.sha256(dump({**self.parts(), "chat_template": None})).hexdigest()
+        self.start = self.bos if self.add_bos else self.control.get("<|endoftext|>", self.bos)
+        more = read_more(beside)
+        self.flags: dict[str, list[str]] = more.get("flags", {})
+        names = {"bos": bos, "eos": eos, "pad": pad}
+        self.special: dict[str, str] = more.get("special") or {
+            f"{name}_token": tokens[i] for name, i in names.items() if i is not None
+        }
+        self.beside = beside
+        ids = {**self.parts(), "bos": self.bos, "chat_template": None, "beside": self.flags}
+        if not self.flags:
+            del ids["beside"]
+        self.fingerprint = hashlib.sha256(dump(ids)).hexdigest()
 
         self._bytes = spelled_bytes(tokens, types)
         normal = {piece: i for i, piece in enumerate(self._bytes) if piece}
-        self._user_defined = {tokens[i]: i for i, kind in enumerate(types) if kind == USER_DEFINED and tokens[i]}
-        for text, i in self._user_defined.items():
-            self._bytes[i] = text.encode()
-        longest_first = sorted(map(re.escape, self._user_defined), key=len, reverse=True)
-        self._cut = re.compile(f"({'|'.join(longest_first)})") if longest_first else None
-        self._words = WORDS[pre]
-        ranks, self._ids, self._missing = rank_pieces(normal, merges, self._words.ignore_merges)
-        self._core = tiktoken.Encoding(pre, pat_str=self._words.pattern, mergeable_ranks=ranks, special_tokens={})
+        self.added = {
+            tokens[i]: Added(i, kind != USER_DEFINED, **dict.fromkeys(self.flags.get(tokens[i], ()), True))
+            for i, kind in enumerate(types)
+            if kind in (UNKNOWN, CONTROL, USER_DEFINED) and tokens[i]
+        }
+        for text, token in self.added.items():
+            if not token.special:
+                self._bytes[token.id] = text.encode()
+        self._words, self._known = words, {}
+        self._cut = Cut({text: token for text, token in self.added.items() if not token.normalized})
+        self._cut_normalized = Cut(
+            {normalized(text, words.normalizer): token for text, token in self.added.items() if token.normalized}
+        )
+        ranks, self._ids, self._missing, pairs = rank_pieces(normal, merges, words.ignore_merges)
+        # tiktoken merges whatever makes a piece, HF what is listed: the same, unless a piece is never made as listed
+        self._pairs = None if made_as_listed(len(ranks), 256, pairs) else pairs
+        self._ranks, pattern = ranks, ONE_PATTERN.get(words.splits)
+        self._one_pattern = pattern is not None and self._pairs is None
+        self._core = tiktoken.Encoding("", pat_str=pattern or "(?!)", mergeable_ranks=ranks, special_tokens={})
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text. "<|im_end|>" in it is ordinary characters: user text cannot become a control token."""
-        if self._cut is None:
-            return self._encode_ordinary(text)
+    def encode(self, text: str, after: str = "nothing") -> list[int]:
+        """Ids of a text. "<|im_end|>" in it is ordinary characters: user text cannot become a control token.
+
+        after: what stands before it (nothing, text, or a control token); for sentencepiece it makes a difference.
+        ValueError for half a surrogate pair, which has no bytes.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise half_a_pair(text, error) from None
         ids = []
-        for i, part in enumerate(self._cut.split(text)):  # what the vocabulary's authors defined as one piece of text
-            ids += [self._user_defined[part]] if i % 2 else self._encode_ordinary(part)
+        for stretch, i in self._cut.of(text):
+            ids += self._encode_stretch(stretch) if i is None else [i]
         return ids
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
@@ -121,7 +142,8 @@ class BPETokenizer:
     def parts(self) -> dict:
         """All of it in plain lists, as `BPETokenizer` and GGUF files take it."""
         names = ("tokens", "types", "merges", "pre", "eos", "bos", "pad", "add_bos", "chat_template")
-        return {"model": "gpt2", **{name: getattr(self, name) for name in names}}
+        beside = {"beside": self.beside} if self.beside else {}
+        return {"model": "gpt2", **{name: getattr(self, name) for name in names}, "bos": self._bos, **beside}
 
     def save(self, directory: str | Path) -> Path:
         """Writes the tokenizer's file into a directory (a checkpoint, usually)."""
@@ -130,31 +152,71 @@ class BPETokenizer:
         self.path.write_bytes(dump(self.parts()))
         return self.path
 
+    def _encode_stretch(self, text: str) -> list[int]:
+        """Ids of what lies between added tokens, but for those that are looked for in normalised texts."""
+        ids = []
+        for stretch, i in self._cut_normalized.of(normalized(text, self._words.normalizer)):
+            ids += self._encode_ordinary(stretch) if i is None else [i]
+        return ids
+
     def _encode_ordinary(self, text: str) -> list[int]:
-        if self._words.nfc:
-            text = unicodedata.normalize("NFC", text)
-        if not text.isascii():
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # lone surrogates become U+FFFD
-        ids = self._ids
-        if self._missing and len(text.encode().translate(None, self._missing)) < len(text.encode()):
+        if not self._one_pattern:
+            return self._encode_words(text)
+        raw = text.encode()
+        if self._missing and len(raw.translate(None, self._missing)) < len(raw):
             return self._encode_words(text)
         if len(text) > 10000 and LONG_SPACE.search(text):  # a million spaces end tiktoken's regex, and the process
             return self._encode_words(text)
+        ids = self._ids
         return [ids[rank] for rank in self._core.encode_ordinary(text)]
 
     def _encode_words(self, text: str) -> list[int]:
         """The same, word by word; bytes that have no token are dropped before their neighbours merge, as HF does."""
-        ids = []
-        for word in regex.findall(self._words.pattern, text):
-            if known := word.encode().translate(None, self._missing):
-                ids += [self._ids[rank] for rank in self._core._encode_single_piece(known)]
+        ids, known = [], self._known
+        for word in self._words.of(text):
+            found = known.get(word)
+            if found is None:
+                raw = word.encode().translate(None, self._missing)
+                found = [self._ids[rank] for rank in self._merge(raw)]
+                if len(known) >= MOST_WORDS_KEPT:
+                    known.clear()
+                known[word] = found
+            ids += found
         return ids
 
+    def _merge(self, raw: bytes) -> list[int]:
+        """Ranks of a word's pieces."""
+        if not raw:
+            return []
+        if self._pairs is None:
+            return self._core._encode_single_piece(raw)
+        if self._words.ignore_merges and raw in self._ranks:
+            return [self._ranks[raw]]
+        return merge([self._ranks[raw[k : k + 1]] for k in range(len(raw))], self._pairs)
 
-def check_parts(tokens, types, merges, pre, special: dict[str, int | None]) -> None:
+
+def half_a_pair(text: str, error: UnicodeEncodeError) -> ValueError:
+    start = max(0, error.start - 20)
+    return ValueError(
+        f"character {error.start} of {text[start : error.start + 20]!r} is half a surrogate pair, which has no bytes"
+    )
+
+
+def read_more(beside: str | None) -> dict:
+    """The JSON beside a vocabulary. ValueError for what is none of ours."""
+    try:
+        more = json.loads(beside) if beside else {}
+        flags, special = more.get("flags", {}), more.get("special", {})
+        if all(isinstance(value, list) for value in flags.values()):
+            if all(isinstance(value, str) for value in special.values()):
+                return more
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        pass
+    raise ValueError(f"what the tokenizer has beside its vocabulary is none of ours: {beside!r:.60}")
+
+
+def check_parts(tokens, types, merges, special: dict[str, int | None]) -> None:
     """ValueError unless these, which come from strangers' files, are a tokenizer."""
-    if pre not in WORDS:
-        raise ValueError(f"pre-tokenizer {pre!r:.60} is not supported; known: {', '.join(WORDS)}")
     for name, values, kind in (("tokens", tokens, str), ("token types", types, int), ("merges", merges, str)):
         if not isinstance(values, (list, tuple)) or not all(type(value) is kind for value in values):
             raise ValueError(f"the tokenizer's {name} are no list of {kind.__name__}: {values!r:.60}")
@@ -181,24 +243,100 @@ def spelled_bytes(tokens: Sequence[str], types: Sequence[int]) -> list[bytes]:
 
 
 def rank_pieces(normal: dict[bytes, int], merges: Sequence[str], ignore_merges: bool):
-    """Rank of each piece for tiktoken, id of each rank, and the bytes that have no token.
+    """Rank of each piece for tiktoken, id of each rank, the bytes that have no token, and what each listed pair makes.
 
     Single bytes come first, then what each merge makes. tiktoken needs all 256 bytes: the missing get ranks, and no id.
-    Pieces that no merge makes are never found, unless words are looked up before the merges (`ignore_merges`).
+    Pieces that no merge makes are never found, unless words are looked up before the merges (`ignore_merges`). pairs:
+    ranks of two pieces -> (when they merge, rank of what they make).
     """
     singles = sorted((normal[bytes([byte])], byte) for byte in range(256) if bytes([byte]) in normal)
     missing = bytes(byte for byte in range(256) if bytes([byte]) not in normal)
     pieces = [bytes([byte]) for _, byte in singles] + [bytes([byte]) for byte in missing]
-    ranks = {piece: rank for rank, piece in enumerate(pieces)}
+    ranks, halves = {piece: rank for rank, piece in enumerate(pieces)}, []
     for merge in merges:
         left, right = (half.translate(TO_BYTES).encode("latin-1", "replace") for half in merge.partition(" ")[::2])
         if left not in normal or right not in normal or left + right not in normal:
             raise ValueError(f"merge {merge!r:.60} does not make a token of two others")
         ranks.setdefault(left + right, len(ranks))
+        halves.append((left, right))
+    pairs = {}
+    for turn, (left, right) in enumerate(halves, 1):
+        if left in ranks and right in ranks:  # else nothing ever makes one of them
+            pairs.setdefault((ranks[left], ranks[right]), (turn, ranks[left + right]))
     if ignore_merges:
         for piece in normal:
             ranks.setdefault(piece, len(ranks))
-    return ranks, [normal.get(piece, -1) for piece in ranks], missing
+    return ranks, [normal.get(piece, -1) for piece in ranks], missing, pairs
+
+
+def made_as_listed(pieces: int, singles: int, pairs: dict[tuple[int, int], tuple[int, int]]) -> bool:
+    """Does every piece come about by a merge that is listed for it, in the order of the ranks, when it stands alone?
+
+    Then two neighbours that make a piece in another way never meet, and merging by the rank of what comes about, as
+    tiktoken and sentencepiece do, is the same as merging by the list. pairs: as `rank_pieces` makes them; the first
+    `singles` of the `pieces` are characters.
+    """
+    splits = [[] for _ in range(pieces)]
+    for (left, right), (turn, made) in pairs.items():
+        splits[made].append((turn, left, right))
+    turns, halves = [0] * pieces, [(-1, -1)] * pieces
+    for made in range(singles, pieces):
+        for turn, left, right in splits[made]:
+            if turn > turns[made - 1] and meet(turn, left, right, turns, halves, pairs):
+                turns[made], halves[made] = turn, (left, right)
+                break
+        else:
+            return False
+    return True
+
+
+def meet(turn: int, left: int, right: int, turns: list[int], halves: list[tuple[int, int]], pairs: dict) -> bool:
+    """Do two pieces, put side by side, both come about before they merge in this turn?
+
+    Walks down the right edge of the left one and the left edge of the right one, latest first: no pair of pieces on the
+    way may be listed earlier than what it would break up.
+    """
+    if max(turns[left], turns[right]) >= turn or min(turns[left], turns[right]) < 0:
+        return False
+    limit = turn
+    while True:
+        crossing = pairs.get((left, right))
+        if crossing and crossing[0] < limit:
+            return False
+        if turns[left] == turns[right] == 0:
+            return True
+        if turns[left] > turns[right]:
+            limit, left = turns[left], halves[left][1]
+        else:
+            limit, right = turns[right] + 1, halves[right][0]  # of two equal turns the left one is first
+
+
+def merge(symbols: list[int], pairs: dict[tuple[int, int], tuple[int, int]]) -> list[int]:
+    """Sennrich et al. 2016: the earliest listed pair merges first, of several the leftmost, until none is left."""
+    after = [*range(1, len(symbols)), -1]
+    before = list(range(-1, len(symbols) - 1))
+    waiting = []  # (turn, place, left, right): what to merge, unless one of both is gone by then
+
+    def wait(place: int) -> None:
+        if place >= 0 and after[place] >= 0:
+            pair = symbols[place], symbols[after[place]]
+            if pair in pairs:
+                heapq.heappush(waiting, (pairs[pair][0], place, *pair))
+
+    for place in range(len(symbols)):
+        wait(place)
+    while waiting:
+        _, place, *pair = heapq.heappop(waiting)
+        following = after[place]
+        if following < 0 or symbols[place] != pair[0] or symbols[following] != pair[1]:
+            continue
+        symbols[place], symbols[following] = pairs[tuple(pair)][1], -1
+        after[place] = after[following]
+        if after[place] >= 0:
+            before[after[place]] = place
+        wait(place)
+        wait(before[place])
+    return [symbol for symbol in symbols if symbol >= 0]
 
 
 # --- the forms in which vocabularies come ---
@@ -247,115 +385,72 @@ def read_hf(directory: str | Path) -> BPETokenizer:
 
     ValueError, with the name of what it is, for everything that would give other ids than HF's code.
     """
-    directory = Path(directory)
-    file = directory / "tokenizer.json"
+    file = Path(directory) / "tokenizer.json"
     content = read_json(file)
-    beside = [directory / name for name in ("tokenizer_config.json", "generation_config.json", "config.json")]
-    named, *numbered = (read_json(other) if other.is_file() else {} for other in beside)
-    template = directory / "chat_template.jinja"
     try:
-        vocabulary = hf_vocabulary(content)
-        tokens = {token: i for i, token in enumerate(vocabulary["tokens"])}
-        special = {"bos": hf_bos(content.get("post_processor"), tokens)}
-        add_bos = special["bos"] is not None
-        for name in ("eos", "bos", "pad"):
-            token = named.get(f"{name}_token")  # text, or in older files an object that holds it
-            token = token.get("content") if isinstance(token, dict) else token
-            ids = [other.get(f"{name}_token_id") for other in numbered]
-            ids = [i[0] if isinstance(i, list) and i else i for i in ids]  # of several, the first
-            found = [special.get(name), tokens.get(token), *ids]
-            special[name] = next((i for i in found if i is not None), None)
-        templates = template.read_text("utf-8") if template.is_file() else named.get("chat_template")
-        if isinstance(templates, list):
-            templates = next((one["template"] for one in templates if one["name"] == "default"), None)
-        return BPETokenizer(**vocabulary, **special, add_bos=add_bos, chat_template=templates)
+        model = content["model"]
+        if not isinstance(model["vocab"], dict):
+            raise ValueError(f"type {model.get('type')!r:.60} is not supported: byte-level BPE is")
+        words = words_of_hf(content["pre_tokenizer"], content.get("normalizer"), model.get("ignore_merges"))
+        plain = {"type": ("BPE",), "dropout": (None, 0), "continuing_subword_prefix": (None, "")}
+        for key, values in (plain | {"end_of_word_suffix": (None, "")}).items():
+            if model.get(key) not in values:
+                raise ValueError(f"{key} {model[key]!r:.60} is not supported: byte-level BPE is")
+        if model.get("unk_token") is not None and not ALPHABET <= model["vocab"].keys():
+            what = f"unk_token {model['unk_token']!r:.60}"
+            raise ValueError(f"{what} is not supported: some bytes have no token of their own")
+        beside = read_beside(directory, model["vocab"], content)
+        tokens, types = listed(model["vocab"], beside.added)
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        first = bos_of(content.get("post_processor"), {token: i for i, token in enumerate(tokens)})
+        special = {name: beside.ids[name] for name in ("bos", "eos", "pad")}
+        special |= {"bos": first} if first is not None else {}
+        flags = {token: kind.flags for token, kind in beside.added.items() if kind.flags}
+        if not words.normalizer:  # nothing is done to a text before it is looked through again
+            flags = {token: [f for f in names if f != "normalized"] for token, names in flags.items()}
+        more = {"flags": {token: names for token, names in flags.items() if names}, "special": beside.special}
+        return BPETokenizer(
+            tokens, types, merges, named(words), **special, add_bos=first is not None,
+            chat_template=beside.chat_template, beside=spelled_more(more, tokens, special),
+        )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not a tokenizer.json as HF writes it: {error!r:.100}") from None
 
 
-def hf_vocabulary(content: dict) -> dict:
-    """tokens, types, merges and pre of a tokenizer.json."""
-    model = content["model"]
-    if model.get("byte_fallback"):
-        raise ValueError("it spells sentencepiece, whose tokenizer.model is needed beside it")
-    pre = hf_words(content["pre_tokenizer"], content.get("normalizer"))
-    plain = {"type": ("BPE",), "dropout": (None, 0), "continuing_subword_prefix": (None, "")}
-    plain |= {"end_of_word_suffix": (None, ""), "ignore_merges": (None, False, WORDS[pre].ignore_merges)}
-    for key, values in plain.items():
-        if model.get(key) not in values:
-            raise ValueError(f"{key} {model[key]!r:.60} is not supported for a {pre} vocabulary: byte-level BPE is")
-    if model.get("unk_token") is not None and not ALPHABET <= model["vocab"].keys():
-        raise ValueError(
-            f"unk_token {model['unk_token']!r:.60} is not supported: some bytes have no token of their own"
-        )
-    added = {token["id"]: token for token in content.get("added_tokens") or []}
-    ids = [*model["vocab"].values(), *added]
+def listed(vocabulary: dict[str, int], added: dict[str, Added]) -> tuple[list[str], list[int]]:
+    """Tokens and types in order of their ids. ValueError for ids that are none."""
+    ids = [*vocabulary.values(), *(token.id for token in added.values())]
     if not all(type(i) is int and 0 <= i < LARGEST_VOCABULARY for i in ids):
         raise ValueError(f"token ids must be whole numbers below {LARGEST_VOCABULARY}")
-    tokens = [f"[PAD{i}]" for i in range(max(ids) + 1)]  # what llama.cpp calls ids without a token
+    tokens = [f"[PAD{i}]" for i in range(max(ids, default=-1) + 1)]  # what llama.cpp calls ids without a token
     types = [UNUSED] * len(tokens)
-    for token, i in model["vocab"].items():
+    for token, i in vocabulary.items():
         tokens[i], types[i] = token, NORMAL
-    for i, token in added.items():
-        if token.get("lstrip") or token.get("rstrip") or token.get("single_word") or not token["content"]:
-            raise ValueError(f"added token {token['content']!r:.60} eats what is beside it, which is not supported")
-        tokens[i], types[i] = token["content"], CONTROL if token.get("special") else USER_DEFINED
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    return {"tokens": tokens, "types": types, "merges": merges, "pre": pre}
+    for token, kind in added.items():
+        tokens[kind.id], types[kind.id] = token, CONTROL if kind.special else USER_DEFINED
+    return tokens, types
 
 
-def hf_words(spec: dict, normalizer: dict | None) -> str:
-    """The key of WORDS that a tokenizer.json means."""
-    *before, last = spec["pretokenizers"] if spec["type"] == "Sequence" else [spec]
-    byte_level = last["type"] == "ByteLevel" and not last.get("add_prefix_space", True)
-    splits = last.get("use_regex", True)
-    pre = None
-    if byte_level and splits and not before:
-        pre = "gpt-2"
-    elif byte_level and splits and before == [{"type": "Digits", "individual_digits": True}]:
-        pre = "smollm"
-    elif byte_level and not splits and len(before) == 1 and before[0]["type"] == "Split":
-        if before[0]["behavior"] == "Isolated" and not before[0].get("invert"):
-            pattern = before[0]["pattern"].get("Regex")
-            pre = next((name for name, words in WORDS.items() if words.pattern == pattern), None)
-    if pre is None:
-        raise ValueError(f"pre-tokenizer {json.dumps(spec):.200} is not supported; known: {', '.join(WORDS)}")
-    if normalizer != ({"type": "NFC"} if WORDS[pre].nfc else None):
-        raise ValueError(f"normalizer {json.dumps(normalizer):.100} is not supported for a {pre} vocabulary")
-    return pre
-
-
-def hf_bos(post: dict | None, tokens: dict[str, int]) -> int | None:
-    """The token that HF puts before every text."""
-    for step in [post, *(post or {}).get("processors", [])]:
-        if step and step["type"] == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
-            return tokens[step["single"][0]["SpecialToken"]["id"]]
-    return None
+def spelled_more(more: dict, tokens: Sequence[str], special: dict[str, int | None]) -> str | None:
+    """The JSON beside a vocabulary, without what follows from its other parts; None where nothing is left."""
+    plain = {f"{name}_token": tokens[i] for name, i in special.items() if i is not None}
+    kept = {key: value for key, value in more.items() if value and not (key == "special" and value == plain)}
+    return dump(kept).decode() if kept else None
 
 
 def write_hf(tokenizer: BPETokenizer, directory: str | Path) -> list[Path]:
     """tokenizer.json and tokenizer_config.json, from which transformers 4 and 5 make a tokenizer with the same ids."""
-    words, byte_level = WORDS[tokenizer.pre], {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    before = {
-        "gpt-2": [],
-        "smollm": [{"type": "Digits", "individual_digits": True}],
-    }.get(
-        tokenizer.pre, [{"type": "Split", "pattern": {"Regex": words.pattern}, "behavior": "Isolated", "invert": False}]
-    )
-    splits = tokenizer.pre in ("gpt-2", "smollm")
+    words = words_of(tokenizer.pre)
     content = {
         "version": "1.0",
         "added_tokens": [
-            added_token(i, token, kind != USER_DEFINED)
-            for i, (token, kind) in enumerate(zip(tokenizer.tokens, tokenizer.types))
-            if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+            added_token(token.id, text, token.special, token.flags) for text, token in tokenizer.added.items()
         ],
-        "normalizer": {"type": "NFC"} if words.nfc else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*before, byte_level | {"use_regex": splits}]},
+        **hf_form(words),
         "post_processor": bos_first(tokenizer.tokens[tokenizer.bos], tokenizer.bos) if tokenizer.add_bos else None,
-        "decoder": byte_level | {"use_regex": True},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
         "model": {
             "type": "BPE",
             "vocab": {token: i for i, token in enumerate(tokenizer.tokens) if tokenizer.types[i] != UNUSED},
@@ -363,44 +458,5 @@ def write_hf(tokenizer: BPETokenizer, directory: str | Path) -> list[Path]:
             "ignore_merges": words.ignore_merges,
         },
     }
-    names = {name: tokenizer.tokens[getattr(tokenizer, name)] for name in ("bos", "eos", "pad")}
-    return write_hf_files(directory, content, names, tokenizer.chat_template)
-
-
-def write_hf_files(
-    directory: str | Path, content: dict, names: dict[str, str], chat_template: str | None
-) -> list[Path]:
-    config = {f"{name}_token": token for name, token in names.items()}
-    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    if chat_template:
-        config["chat_template"] = chat_template
-    files = {"tokenizer.json": content, "tokenizer_config.json": config}
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    for name, values in files.items():
-        (Path(directory) / name).write_text(json.dumps(values, ensure_ascii=False, indent=1), "utf-8")
-    return [Path(directory) / name for name in files]
-
-
-def added_token(i: int, token: str, special: bool = True) -> dict:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": i, "content": token, "special": special} | flags
-
-
-def bos_first(token: str, i: int) -> dict:
-    """The post-processor that puts bos before every text."""
-    start, one, two = (
-        {kind: {"id": name, "type_id": n}}
-        for kind, name, n in (("SpecialToken", token, 0), ("Sequence", "A", 0), ("Sequence", "B", 1))
-    )
-    special = {token: {"id": token, "ids": [i], "tokens": [token]}}
-    return {"type": "TemplateProcessing", "single": [start, one], "pair": [start, one, two], "special_tokens": special}
-
-
-def read_json(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {str(error):.100}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds {content!r:.60}; a JSON object was expected")
-    return content
+    names = {"bos_token": None, **tokenizer.special, "pad_token": tokenizer.tokens[tokenizer.pad]}
+    return write_files(directory, content, names, tokenizer.chat_template)

@@ -126,21 +126,25 @@ class Chat:
     def _rendered(self, messages: Sequence[dict], views: Sequence[tuple[int, bool]]) -> list[Rendered]:
         for message in messages:
             check_message(message)
-        names = {i: token for token, i in self.tokenizer.control.items()}
-        special = {f"{name}_token": names.get(getattr(self.tokenizer, name), "") for name in ("bos", "eos", "pad")}
-        return render(self.source, list(self.tokenizer.control), special, messages, views)
+        return render(self.source, list(self.tokenizer.control), self.tokenizer.special, messages, views)
 
     def _ids(self, rendered: Rendered, start: int, stop: int) -> list[int]:
         """Ids of the characters from start to stop, in which only the template's control tokens are some."""
-        ids = []
+        text, added = rendered.text, self.tokenizer.added
+        ids, after = [], "text" if start else "nothing"
         for first, last in rendered.control:
+            token = text[first:last]
+            eats = added[token] if token in added else None
             if start <= first and last <= stop:
-                ids += [
-                    *self.tokenizer.encode(rendered.text[start:first]),
-                    self.tokenizer.control[rendered.text[first:last]],
-                ]
-                start = last
-        return ids + self.tokenizer.encode(rendered.text[start:stop])
+                stretch = text[start:first]
+                ids += self.tokenizer.encode(stretch.rstrip() if eats and eats.lstrip else stretch, after)
+                ids.append(self.tokenizer.control[token])
+            elif last > start:
+                break
+            end = last + len(text[last:]) - len(text[last:].lstrip()) if eats and eats.rstrip else last
+            if end >= start:
+                start, after = min(end, stop), "token"
+        return ids + self.tokenizer.encode(text[start:stop], after)
 
 
 def begins(whole: Rendered, part: Rendered) -> bool:

@@ -67,6 +67,10 @@ TOKENIZER = {  # what data/tokenizer.py calls it -> GGUF's key
     "add_bos": "tokenizer.ggml.add_bos_token",
     "add_space_prefix": "tokenizer.ggml.add_space_prefix",
     "chat_template": "tokenizer.chat_template",
+    "eot": "tokenizer.ggml.eot_token_id",  # these two end a text too
+    "eom": "tokenizer.ggml.eom_token_id",
+    "stops": "plain_rlhf.stop_token_ids",  # ours: all that end a text
+    "beside": "plain_rlhf.tokenizer",  # ours: what llama.cpp has no key for
 }
 UNUSED_TOKEN = 5  # its token_type
 PLAIN = {  # settings that change what a model computes, and the values that mean what ours computes
@@ -427,6 +431,17 @@ def tokenizer_parts(metadata: dict) -> dict:
     if parts.get("model", "none") == "none":
         raise ValueError("the GGUF file holds no tokenizer: name the directory of one")
     return parts
+
+
+def stop_ids(metadata: dict) -> tuple[int, ...]:
+    """Ids beside eos that end a text, as the file names them. ValueError for what is no id."""
+    named = [metadata[TOKENIZER[name]] for name in ("eot", "eom") if TOKENIZER[name] in metadata]
+    found = [*named, *metadata.get(TOKENIZER["stops"], ())]
+    size = len(metadata.get(TOKENIZER["tokens"], ()))
+    for i in found:
+        if type(i) is not int or not 0 <= i < size:
+            raise ValueError(f"the tokenizer's end of text is {i!r:.60}; an id below {size} was expected")
+    return tuple(sorted(set(found)))
 
 
 # 4. writing

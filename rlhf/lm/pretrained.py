@@ -14,6 +14,7 @@ import torch
 from data.fetch import MODELS, fetch_model, sha256
 from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_parts
 from model.gguf import gguf_config, load_gguf, read_gguf, tokenizer_parts
+from model.gguf import stop_ids as gguf_stop_ids
 from model.hf import find_tensors, load_hf, read_config, show
 from model.lora import merge
 from model.peft import load_peft, read_peft_config
@@ -56,7 +57,11 @@ def open_pretrained(
     path = locate(spec)
     if path.is_file():
         model, metadata = load_gguf(path, dtype or torch.float32)
-        tokenizer, stop_ids, digest = tokenizer_from_parts(tokenizer_parts(metadata)), (), sha256(path)
+        tokenizer, stop_ids, digest = (
+            tokenizer_from_parts(tokenizer_parts(metadata)),
+            gguf_stop_ids(metadata),
+            sha256(path),
+        )
     elif is_peft(path):
         model, tokenizer, stop_ids, digest = open_adapter(path, device, dtype)
     elif is_hf(path):
