@@ -309,4 +309,5 @@ def continuations(pairs: list[dict[str, str]]) -> str:
 COMMANDS = {"rm": card, "overoptimisation": overoptimisation, "report": report}
 
 if __name__ == "__main__":
-    config.run(COMMANDS[sys.argv.pop(1)].main if sys.argv[1:2] and sys.argv[1] in COMMANDS else main)
+    command = COMMANDS[sys.argv.pop(1)].main if sys.argv[1:2] and sys.argv[1] in COMMANDS else main
+    config.run(command, stopped="stopped")

@@ -314,4 +314,4 @@ def size_of(path: str) -> int:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    config.run(main, stopped="stopped")

@@ -27,7 +27,7 @@ from data.tokenizer import check_fingerprint
 from evaluation.comparison import show
 from evaluation.held_out import sample_groups
 from rlhf.feedback.preferences import disagreement
-from rlhf.feedback.store import FeedbackStore
+from rlhf.feedback.store import Comparison, FeedbackStore
 from rlhf.infra import config, run
 from rlhf.infra.files import read_json, read_lines, write_json, write_lines, write_text
 from rlhf.lm.pretrained import digest_of, open_pretrained
@@ -256,20 +256,35 @@ def simulate(cfg: Config, store: FeedbackStore) -> None:
     The noise of Bradley and Terry's rater is by default the temperature that was fitted to the human pairs.
     """
     opened = open_pretrained(cfg.init)
-    tokenizer, name = opened.tokenizer, f"simulated by {cfg.rater}"
+    tokenizer, name = opened.tokenizer, rater_name(cfg.rater)
     rater = open_scorer(cfg.rater, tokenizer, base=opened)
     noise = rater.temperature if cfg.rater_noise is None else cfg.rater_noise
     store.add_rater(name, "model")
     while shown := store.next_comparison(name):
-        texts = [
-            [tokenizer.start, *tokenizer.encode(shown.prompt + text), tokenizer.eos]
-            for text in (shown.left, shown.right)
-        ]
-        tokens, lengths = pad([np.array(text) for text in texts], tokenizer.pad)
-        left, right = rater.score(tokens, lengths, torch.arange(tokens.shape[1]) < lengths[:, None]).double().tolist()
+        left, right = rater.score(*rows_to_rate(tokenizer, shown, rater.is_function)).double().tolist()
         draw = np.random.default_rng([cfg.seed, shown.id]).random()  # of the comparison alone: the same after a stop
         chance = float(left > right) if noise == 0 else 1 / (1 + np.exp(np.clip((right - left) / noise, -700, 700)))
         store.vote(shown.id, name, "left" if draw < chance else "right", nonce=f"simulated {shown.id}")
+
+
+def rater_name(spec: str) -> str:
+    """How the store calls a simulated rater: names there are printable, and have at most 100 characters."""
+    name = "".join(c if c.isprintable() else "?" for c in f"simulated by {spec}".strip())
+    return name if len(name) <= 100 else f"simulated by ...{name[-84:]}"
+
+
+def rows_to_rate(tokenizer, shown: Comparison, apart: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Both answers behind their prompt: tokens (2, T), lengths (2,), mask (2, T) of the answers.
+
+    apart: a function gets prompt and answer as texts of their own, as in PPO, so they are encoded apart; a reward model
+    reads whole texts, encoded together, as data.prepare encodes the pairs that it learns from.
+    """
+    before = [tokenizer.start, *(tokenizer.encode(shown.prompt) if apart else [])]
+    answers = [text if apart else shown.prompt + text for text in (shown.left, shown.right)]
+    rows = [[*before, *tokenizer.encode(answer), tokenizer.eos] for answer in answers]
+    tokens, lengths = pad([np.array(row) for row in rows], tokenizer.pad)
+    t = torch.arange(tokens.shape[1])
+    return tokens, lengths, (t >= len(before)) & (t < lengths[:, None])
 
 
 def how_to_vote(cfg: Config, k: int, waiting: int) -> str:

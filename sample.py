@@ -5,7 +5,9 @@ python sample.py --checkpoint=out/ppo --prompts=prompts.txt
 python sample.py --checkpoint=out/ppo                           # asks for prompts until an empty line
 """
 
+import importlib.util
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -88,6 +90,9 @@ def batches(cfg: Config, tokenizer, encode: Callable[[str], list[int]]) -> Itera
 
 
 def read_line() -> str:
+    """A line from the keyboard, where the arrow keys move in it and to those before; "" at the end of the input."""
+    if sys.stdin.isatty() and importlib.util.find_spec("readline"):
+        importlib.import_module("readline")  # input() uses it once it is there
     try:
         return input("> ")
     except EOFError:
@@ -96,4 +101,4 @@ def read_line() -> str:
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
-    config.run(main)
+    config.run(main, stopped="stopped")

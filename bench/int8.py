@@ -114,4 +114,4 @@ def llama_decoder(file: str, batch: int, vocab_size: int):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    config.run(main, stopped="stopped")

@@ -232,4 +232,4 @@ def they(sizes: Sizes, rounds: int, side: str) -> list[float]:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    config.run(main, stopped="stopped")

@@ -186,4 +186,4 @@ def they(cfg: Config, pairs: Pairs) -> tuple[list[float], list[int]]:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    config.run(main, stopped="stopped")

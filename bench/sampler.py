@@ -85,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    config.run(main, stopped="stopped")

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from tiny import ROOT
 
 from data.loader import pad
+from data.preferences import read_preferences
 from data.tokenizer import load_tokenizer
 from rlhf.feedback.__main__ import page
 from rlhf.feedback.preferences import disagreement, majority, preference_rows
@@ -387,6 +388,47 @@ def test_every_pair_is_exported_or_counted(pairs, rng):
     expected = [majority(v) for v in pairs]
     assert [row["chosen"].lower() for row in rows] == [v for v in expected if v in ("a", "b")]
     assert left_out == {name: expected.count(name) for name in ("tie", "both_bad", "skip", "split")}
+
+
+def test_blank_answers_are_left_out_and_counted(tmp_path):
+    """People saw that one of them has no text; a reward model could read neither, so data.prepare must not meet them."""
+    store = FeedbackStore(tmp_path / "s.sqlite", repeats=0)
+    model = store.add_model("m")
+    for i, answers in enumerate((("good", "bad"), ("good", " \n"), ("", "bad"))):
+        prompt = store.add_prompt(f"p{i}")
+        store.make_comparison(*(store.add_completion(prompt, model, text) for text in answers))
+    while shown := store.next_comparison("ana"):
+        store.vote(shown.id, "ana", "left", nonce=f"vote on {shown.id}")
+    assert store.export_jsonl(tmp_path / "out.jsonl")["blank"] == 2
+    (preference,), _ = read_preferences(tmp_path / "out.jsonl")
+    assert preference.prompt == "p0"
+    store.close()
+
+
+@pytest.mark.parametrize("strength", [None, 1, 2, 3, 2.5, 4 / 3])
+def test_strength_survives_import_and_export(tmp_path, strength):
+    """Also the mean of several votes, which an export has."""
+    row = {"prompt": "p", "chosen": "good", "rejected": "bad", "strength": strength}
+    (tmp_path / "in.jsonl").write_text(json.dumps(row))
+    for name, file in (("one", "in"), ("two", "one")):
+        store = FeedbackStore(tmp_path / f"{name}.sqlite")
+        assert store.import_jsonl(tmp_path / f"{file}.jsonl")["votes"] == 1
+        store.export_jsonl(tmp_path / f"{name}.jsonl")
+        store.close()
+        (again,) = read(tmp_path / f"{name}.jsonl")
+        assert again["strength"] == strength and (again["chosen"], again["rejected"]) == ("good", "bad")
+
+
+@pytest.mark.parametrize("strength", [0, 3.5, 200, "2", [1], float("nan")])
+def test_a_strength_of_another_scale_is_refused(tmp_path, strength):
+    (tmp_path / "in.jsonl").write_text(
+        json.dumps({"prompt": "p", "chosen": "a", "rejected": "b", "strength": strength})
+    )
+    store = FeedbackStore(tmp_path / "s.sqlite")
+    with pytest.raises(ValueError, match=r"in.jsonl, line 1: strength .* from 1 to 3"):
+        store.import_jsonl(tmp_path / "in.jsonl")
+    assert store.statistics()["votes"] == 0
+    store.close()
 
 
 @pytest.mark.parametrize(

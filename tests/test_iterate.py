@@ -1,5 +1,6 @@
 """The loop of rounds: with a simulated rater, with people, stopped at any point, refused promotions."""
 
+import ast
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from tiny import SMALL, lines
 import iterate
 from data.loader import pad
 from data.tokenizer import load_tokenizer
-from rlhf.feedback.store import FeedbackStore
+from rlhf.feedback.store import Comparison, FeedbackStore
 
 OURS = ("init", "data", "out", "reward", "base", "tuned", "response_tokens", "prompt_tokens", "judge")
 
@@ -224,6 +225,49 @@ def test_prompt_and_answer_join_to_the_sampled_text(world, name):
         mask = (torch.arange(tokens.shape[1]) >= cut) & (torch.arange(tokens.shape[1]) < lengths[:, None])
         prompt, *answers = iterate.as_texts(tokenizer, tokens, lengths, mask)
         assert [prompt + answer for answer in answers] == [tokenizer.decode(ids), tokenizer.decode(other)]
+
+
+def test_a_function_rates_prompt_and_answer_apart(world, tmp_path):
+    """As in PPO; and a rater whose path is longer than a name may be is called by the end of it."""
+    place = tmp_path / ("long " * 30) / "reward.py"
+    place.parent.mkdir()
+    place.write_text(
+        "def f(prompts, responses):\n"
+        f"    with open({str(tmp_path / 'seen')!r}, 'a') as file:\n"
+        "        file.writelines(repr(pair) + '\\n' for pair in zip(prompts, responses))\n"
+        "    return [len(response) for response in responses]\n"
+    )
+    cfg = iterate.Config(init=str(world.path / "lm"), rater=f"{place}:f", rater_noise=0, out=str(tmp_path))
+    store = FeedbackStore(tmp_path / "votes.sqlite", repeats=0)
+    model, asked = store.add_model("m"), set()
+    for prompt, *answers in (("The film", " was long", " bad"), ("caf\u00e9 ", "is\n 2\u00bd", "\u2603")):
+        store.make_comparison(*(store.add_completion(store.add_prompt(prompt), model, text) for text in answers))
+        asked |= {(prompt, answer) for answer in answers}
+    iterate.simulate(cfg, store)
+    assert {ast.literal_eval(line) for line in (tmp_path / "seen").read_text().split("\n")[:-1]} == asked
+    (rater,) = store.statistics()["by_rater"]
+    assert rater.endswith("reward.py:f") and len(rater) == 100 and store.missing_votes() == 0
+    assert {(row["wins"], row["of"]) for row in store.wins()} == set()  # one model
+    store.export_jsonl(tmp_path / "out.jsonl")
+    assert [row["chosen"] for row in lines(tmp_path / "out.jsonl")] == [" was long", "is\n 2\u00bd"]
+    store.close()
+
+
+def test_a_reward_model_rates_whole_texts(world):
+    """Encoded together, as the pairs that it learns from are."""
+    tokenizer = load_tokenizer(world.path / "data")
+    shown = Comparison(1, "The film", " was long", " bad")
+    tokens, lengths, mask = iterate.rows_to_rate(tokenizer, shown, apart=False)
+    for row, n, m, answer in zip(tokens, lengths, mask, (shown.left, shown.right)):
+        assert row[:n].tolist() == [tokenizer.start, *tokenizer.encode(shown.prompt + answer), tokenizer.eos]
+        assert m.tolist() == [0 < t < n for t in range(len(row))]
+
+
+@pytest.mark.parametrize("spec", ["out/rm", "x" * 500, "a\tb\x1b.py:f", " padded ", "x" * 86, "x" * 87])
+def test_every_rater_has_a_name_that_the_store_takes(tmp_path, spec):
+    store = FeedbackStore(tmp_path / "votes.sqlite")
+    store.add_rater(iterate.rater_name(spec), "model")
+    store.close()
 
 
 class Bytes:

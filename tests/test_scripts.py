@@ -1,15 +1,21 @@
 """The real scripts on a tiny world: they end well, leave the files and numbers that they promise, and explain themselves."""
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import math
+import os
+import pty
 import re
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import lines
+from tiny import ROOT, lines
 
 from rlhf.infra import checkpoint
 from rlhf.infra.config import show
@@ -289,6 +295,44 @@ def test_interactive(world):
     assert (done.code, done.err) == (0, "")
     assert "The film" in done.out and "The plot" in done.out and "never" not in done.out
     assert world.spawn(command, stdin="The film").code == 0
+
+
+def test_a_terminal_has_arrow_keys_and_ctrl_c_says_no_more_than_it_knows(world):
+    """The arrow up brings the line before back; what was stopped has no checkpoint to go on from."""
+    pytest.importorskip("readline")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, str(ROOT / "sample.py"), *world.command("sample.py", temperature=0, json=True)[1:]]
+    process = subprocess.Popen(
+        command, cwd=world.path, env=world.environment(TERM="dumb"), stdin=theirs, stdout=theirs, stderr=subprocess.PIPE,
+        text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    os.close(theirs)
+
+    seen = ""
+
+    def until(text: str) -> str:
+        """What it shows up to and with this text."""
+        nonlocal seen
+        while text not in seen:
+            seen += os.read(ours, 1024).decode(errors="replace")
+        shown, found, seen = seen.partition(text)
+        return shown + found
+
+    until("> ")
+    os.write(ours, b"The film\n")
+    first = until('"tokens"')
+    until("> ")
+    os.write(ours, b"\x1b[A\n")  # the arrow up
+    again = until('"tokens"')
+    prompt = '"prompt": "The film"'
+    assert prompt in first and prompt in again
+    until("> ")
+    while process.poll() is None:  # one that comes just before readline waits is seen with the next key alone
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
+    assert (process.returncode, process.stderr.read()) == (130, "stopped\n")
+    os.close(ours)
 
 
 # ---- --help

@@ -176,4 +176,4 @@ ACTIONS = {"vote": ask, "import": read_file, "export": write_file, "statistics":
 
 
 if __name__ == "__main__":
-    config.run(main)
+    config.run(main, stopped="stopped; every vote so far is stored")

@@ -71,6 +71,9 @@ def preference_rows(votes: Sequence[dict]) -> tuple[list[dict], dict[str, int]]:
         agree = [vote for vote in given if vote["verdict"] == verdict]
         one = agree[0]
         chosen, rejected = ("left", "right") if one["choice"] == "left" else ("right", "left")
+        if not (one["left"].strip() and one["right"].strip()):
+            left_out["blank"] = left_out.get("blank", 0) + 1
+            continue
         prompt = json.loads(one["prompt"])
         texts = [
             one[side] if isinstance(prompt, str) else [{"role": "assistant", "content": one[side]}]

@@ -177,20 +177,22 @@ class FeedbackStore:
         comparison: int,
         rater: str,
         choice: str,
-        strength: int | None = None,
+        strength: float | None = None,
         seconds: float | None = None,
         nonce: str = "",
     ) -> int:
         """Store a vote and return its id; when it returns, the vote is on disk.
 
-        choice: left, right (as shown), tie, both_bad or skip. strength: 1 to 3, of left and right alone. seconds: from
-        showing to choosing. nonce: a text of the client's, new for every vote; a retry with it returns the same id.
+        choice: left, right (as shown), tie, both_bad or skip. strength: 1 to 3, of left and right alone; what is imported
+        may be a mean of several. seconds: from showing to choosing. nonce: a text of the client's, new for every vote; a
+        retry with it returns the same id.
         Unknown: no such comparison of this rater. ValueError: it has a vote already (undo that), or a bad argument.
         """
         if choice not in CHOICES:
             raise ValueError(f"choice {choice!r} is none of {', '.join(CHOICES)}")
-        if strength is not None and (strength not in (1, 2, 3) or choice not in ("left", "right")):
-            raise ValueError(f"strength {strength!r} with choice {choice}: 1, 2 or 3, and only for left or right")
+        known = isinstance(strength, int | float) and 1 <= strength <= 3
+        if strength is not None and not (known and choice in ("left", "right")):
+            raise ValueError(f"strength {strength!r} with choice {choice}: from 1 to 3, and only for left or right")
         if seconds is not None and not (isinstance(seconds, int | float) and 0 <= seconds < 1e6):
             raise ValueError(f"seconds {seconds!r} must be between 0 and 1,000,000")
         if not (isinstance(nonce, str) and 8 <= len(nonce) <= 100):
@@ -274,7 +276,8 @@ class FeedbackStore:
 
         preference: TRL's {"prompt", "chosen", "rejected"}, one row a pair with the verdict of most raters, by their
             first votes; conversational where the prompt is a conversation. Beside it strength (mean, 1 to 3, or null),
-            votes, agreement, raters' kinds, models. Left out and counted: tie, both_bad, skip, split (no majority).
+            votes, agreement, raters' kinds, models. Left out and counted: tie, both_bad, skip,
+            split (no majority), blank (an answer without text, which no reward model can read).
         votes: every vote that counts, with its texts, models, rater, sides and seconds.
         ratings: {"prompt", "response", "score", "low", "high", "rater", "kind", "model"}.
         """
@@ -294,7 +297,8 @@ class FeedbackStore:
     ) -> dict[str, int]:
         """Read JSON lines, all or nothing, and return the counts of what is new; the same file again changes nothing.
 
-        {"prompt", "chosen", "rejected"}: a vote of `rater` (kind "import"), its sides drawn by the store.
+        {"prompt", "chosen", "rejected"}: a vote of `rater` (kind "import"), its sides drawn by the store; with its
+            strength, a number from 1 to 3, where the row has one.
         {"prompt", "responses": [{"text", "model", "scores"}, ...]}: to be compared, every two of a prompt, by `raters`
             people each, in the `order` given, random (by seed), or active: first where the members of a reward
             ensemble, whose scores every response then has, disagree most (see `disagreement`).
@@ -345,7 +349,7 @@ class FeedbackStore:
             left, right = self._sides(pair, a, b, rater_id)
             comparison = self._insert_comparison(db, pair, rater_id, left, right, None)
         choice = "left" if left == chosen else "right"
-        self.vote(comparison, rater, choice, nonce=f"import/{comparison}/{rater_id}")
+        self.vote(comparison, rater, choice, row.get("strength"), nonce=f"import/{comparison}/{rater_id}")
         counts["votes"] += 1
 
     def _answers(self, prompt: int, answers: list) -> list[tuple[int, str, list[float] | None]]:

@@ -209,10 +209,10 @@ def help_text(Config: type) -> str:
     return "\n".join(lines)
 
 
-def run(main) -> None:
+def run(main, stopped: str = "stopped; the same command goes on from the last checkpoint") -> None:
     """Call `main`; a ValueError or OSError becomes one line `error: ...` on stderr and exit code 2.
 
-    Bugs keep their traceback, and PLAIN_RLHF_TRACEBACK=1 shows it for every error. Ctrl-C exits with 130.
+    Bugs keep their traceback, and PLAIN_RLHF_TRACEBACK=1 shows it for every error. Ctrl-C says `stopped`, and exits with 130.
     """
     try:
         main()
@@ -221,7 +221,7 @@ def run(main) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except KeyboardInterrupt:
-        complain("stopped; the same command goes on from the last checkpoint")
+        complain(stopped)
         raise SystemExit(130) from None
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         line = one_line(error)
