@@ -470,6 +470,8 @@ ENDS = {  # where the last offset has to be
     "answer_offsets.bin": "answer_tokens",
     "record_offsets.bin": "record_bytes",
 }
+
+BOUNDS = {"p.bin": (0.5, 1.0), "gap.bin": (0.0, 1e308), "weight.bin": (0.0, 1e308)}
 NUMBERS_OF = {"answer_prompt.bin": "prompts", "winner.bin": "answers", "loser.bin": "answers"}
 
 
@@ -596,7 +598,11 @@ class Examples:
 
     def _tokens(self, name: str, offsets: str, shard: int, i: int) -> np.ndarray:
         offsets = self._map(shard, offsets)
-        return self._map(shard, name)[offsets[i] : offsets[i + 1]]
+        found = self._map(shard, name)[offsets[i] : offsets[i + 1]]
+        if name in ("prompts.bin", "answers.bin") and (most := found.max()) >= self.vocab_size:
+            file = Path(self._directory(shard), name)
+            raise broken(file, f"has token {most} in row {i}, the vocabulary has {self.vocab_size}")
+        return found
 
     # --- what belongs to what ---
 
@@ -770,6 +776,9 @@ class Examples:
                 raise broken(
                     Path(path), f"has {array.min()} to {array.max()}, but there are {count} {NUMBERS_OF[name]}"
                 )
+        if name in BOUNDS and len(array) and not (BOUNDS[name][0] <= array.min() <= array.max() <= BOUNDS[name][1]):
+            least, most = BOUNDS[name]
+            raise broken(Path(path), f"has {array.min()} to {array.max()}, and may have {least:g} to {most:g}")
         if name == "answer_prompt.bin" and (array[1:] < array[:-1]).any():
             raise broken(Path(path), "does not go through the prompts in order")
 

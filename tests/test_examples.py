@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from dataclasses import dataclass, replace
 from multiprocessing.reduction import ForkingPickler
 
@@ -224,6 +225,23 @@ def test_a_bit_that_flipped_is_seen_on_demand(split, name):
         except ValueError as e:
             assert str(split) in str(e) and "\n" not in str(e)
             break
+
+
+def test_numbers_that_cannot_be(split):
+    for name, bad, message in (
+        ("p.bin", [0.4], "has 0.4 to 1.0, and may have 0.5 to 1"),
+        ("gap.bin", [-1.0], "has -1.0 to 1.0, and may have 0 to 1e+308"),
+        ("weight.bin", [np.inf, 1.0], "has 1.0 to inf"),
+        ("weight.bin", [np.nan], "has nan to nan"),
+        ("answers.bin", np.array([50], np.uint16), "has token 50 in row 0, the vocabulary has 50"),
+    ):
+        path = split / "00001" / name
+        good = path.read_bytes()
+        path.write_bytes(np.array(bad).tobytes() + good[np.array(bad).nbytes :])
+        with pytest.raises(ValueError, match=re.escape(f"00001/{name} {message}")) as e:
+            Examples(split).pair(), Examples(split).rows([24])
+        one_line(e)
+        path.write_bytes(good)
 
 
 def test_offsets_that_lead_astray(split):
