@@ -9,44 +9,41 @@ python train_rm.py --preferences=out/data/votes --init=out/lm --data=out/data/va
 """
 
 import copy
-import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from data.baselines import GAPS, accuracy, baselines, pair_clusters
-from data.loader import (
-    PairBatch,
-    PairLoader,
-    PromptBatch,
-    PromptLoader,
-    RatingBatch,
-    RatingLoader,
-    TokenFile,
-    in_order,
-    prompts_from_rows,
-    shard,
-)
+from data.baselines import accuracy
+from data.loader import PairBatch, PairLoader, RatingBatch, RatingLoader, TokenFile, in_order, shard
 from data.pairs import SomeRows, spread_rows
-from data.tokenizer import check_fingerprint, load_tokenizer
-from data.vader import load_rules
-from model.generate import generate, row_uniforms
-from rlhf.calibration import fit_temperature, wilson_interval
+from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
 from rlhf.infra import checkpoint, config, distributed, optim
+from rlhf.infra.distributed import Dist
 from rlhf.infra.files import read_json, write_json
 from rlhf.infra.metrics import Metrics, say
-from rlhf.infra.run import Run, begin, peak_memory_gb, seconds_used, steps
+from rlhf.infra.run import Run, begin, seconds_used, steps
 from rlhf.lm.frozen import FrozenStates
 from rlhf.lm.pretrained import Pretrained, open_pretrained
 from rlhf.lm.trunks import LoRA
 from rlhf.reward.files import NORMALISATION, average, restored
-from rlhf.reward.model import Ensemble, RewardModel, adapted_trunk, text_features
+from rlhf.reward.finish import (
+    References,
+    accuracy_table,
+    agreement,
+    in_words,
+    normalise_and_calibrate,
+    pair_rows,
+    raw_scores,
+    references_from,
+    report_of,
+)
+from rlhf.reward.model import Ensemble, Feature, Normalised, RewardModel, adapted_trunk, text_features
 from rlhf.reward.objective import Objective, Texts, reward_loss, side_by_side
 from rlhf.reward.ridge import Fit, fit_heads, head_of, refitted
-from rlhf.statistics import pair_calibration
 
 Trunk = Literal["full", "frozen", "adapters"]
 Pooling = Literal["last", "mean", "attention"]
@@ -154,8 +151,16 @@ def main() -> None:
     dist.close()
 
 
-def open_inputs(cfg: Config, device):
-    """The language model, the tokenizer, the three splits in its tokens, and the checksums of model and data."""
+class Inputs(NamedTuple):
+    """What every way to train begins with."""
+
+    base: Pretrained
+    tokenizer: Tokenizer
+    files: list[TokenFile]  # train, validation, test, in the tokens of the base
+    checksums: dict[str, str]  # for run.json
+
+
+def open_inputs(cfg: Config, device: torch.device) -> Inputs:
     tokenizer = load_tokenizer(cfg.data)
     files = [TokenFile(f"{cfg.data}/{split}") for split in ("train", "validation", "test")]
     check_fingerprint(files[0].fingerprint, tokenizer.fingerprint, files[0].path)
@@ -168,7 +173,7 @@ def open_inputs(cfg: Config, device):
         votes = preference_files(cfg)[0]
         check_fingerprint(votes.fingerprint, tokenizer.fingerprint, votes.path)
         inputs["preferences_sha256"] = votes.manifest["sha256"]["tokens.bin"]
-    return base, tokenizer, files, inputs
+    return Inputs(base, tokenizer, files, inputs)
 
 
 def preference_files(cfg: Config) -> list[TokenFile]:
@@ -176,13 +181,30 @@ def preference_files(cfg: Config) -> list[TokenFile]:
     return [TokenFile(f"{cfg.preferences}/{split}") for split in ("train", "test")]
 
 
+def references_of(cfg: Config, train: TokenFile, trunk: str) -> References:
+    count = cfg.reference_samples or (512 if trunk == "full" else 64)
+    return references_from(train, count, cfg.prompt_tokens, cfg.domain, cfg.response_tokens, cfg.seed)
+
+
+def agreed(cfg: Config, reward_model: Normalised, base: Pretrained, dist: Dist) -> dict:
+    """Part of the report: `agreement` with the held-out pairs of --preferences, where there are any."""
+    return {"preferences": agreement(reward_model, base, *preference_files(cfg), dist)} if cfg.preferences else {}
+
+
+def write_report(cfg: Config, report: dict, seconds: float) -> None:
+    """report.json, and the same in words."""
+    write_json(f"{cfg.out}/report.json", report | {"seconds": seconds})
+    print(in_words(report, cfg.preferences))
+    print(f"{seconds:.0f} s -> {cfg.out}")
+
+
 # by gradient descent: the whole trunk, or an adapter on it
 
 
-def train(cfg: Config, dist) -> None:
+def train(cfg: Config, dist: Dist) -> None:
     precision = optim.amp(dist.device, cfg.precision)
     base, tokenizer, files, inputs = open_inputs(cfg, dist.device)
-    references = reference_prompts(cfg, files[0], cfg.trunk)
+    references = references_of(cfg, files[0], cfg.trunk)
     reward_model = BUILDERS[cfg.trunk](cfg, base).to(dist.device)
     if cfg.start:
         inputs["start_sha256"] = start_at(cfg, base, reward_model)
@@ -204,19 +226,15 @@ def train(cfg: Config, dist) -> None:
     if cfg.preferences:
         votes = PairLoader(preference_files(cfg)[0], cfg.preference_batch, cfg.seed, context=context)
     vote_counts, share = bootstrap_counts(len(votes), cfg), len(votes) / len(loader)  # so that a pair weighs as a row
-
-    def micro_batches(texts: Texts, kind: str, weight: float) -> list[tuple[Texts, str, float]]:
-        size = cfg.micro_batch or len(texts.lengths)
-        starts = range(0, len(texts.lengths), size)
-        return [(Texts(*(x[i : i + size].to(dist.device) for x in texts)), kind, weight) for i in starts]
+    cut = partial(micro_batches, cfg.micro_batch, dist.device)
 
     for step in run.steps(total, "rm"):
         rows = shard(loader.order.rows(step), dist.rank, dist.world)
-        parts = micro_batches(TEXTS[cfg.objective](loader.take(rows), counts[rows]), cfg.objective, 1 / cfg.batch)
+        parts = cut(TEXTS[cfg.objective](loader.take(rows), counts[rows]), cfg.objective, 1 / cfg.batch)
         if votes:
             rows = shard(votes.order.rows(step), dist.rank, dist.world)
             texts = paired(votes.take(rows), vote_counts[rows])
-            parts += micro_batches(texts, "pairs", cfg.preference_coef * share / cfg.preference_batch)
+            parts += cut(texts, "pairs", cfg.preference_coef * share / cfg.preference_batch)
         loss = 0.0
         for part, kind, weight in parts:
             with dist.grad_sync(learner, on=part is parts[-1][0]):
@@ -239,12 +257,21 @@ def train(cfg: Config, dist) -> None:
             run.save(done)
 
     raw = [raw_scores(reward_model, base, file, dist) for file in files[1:]]
-    problem = normalise_and_calibrate(cfg, dist, reward_model, base, references, raw[0], files[1])
+    problem = normalise_and_calibrate(reward_model, base, references, raw[0], files[1], dist)
     run.save(total)
-    agreed = agreement(cfg, reward_model, base, dist)
-    trained = sum(x.numel() for x in reward_model.parameters() if x.requires_grad)
+    extra = {"parameters": sum(x.numel() for x in reward_model.parameters() if x.requires_grad)}
+    extra |= agreed(cfg, reward_model, base, dist)
     if dist.is_main:
-        write_report(cfg, reward_model, raw, files, problem, {"parameters": trained} | agreed, run.seconds)
+        write_report(cfg, report_of(reward_model, raw, files, cfg.data, problem) | extra, run.seconds)
+
+
+def micro_batches(
+    size: int | None, device: torch.device, texts: Texts, kind: str, weight: float
+) -> list[tuple[Texts, str, float]]:
+    """The texts in parts of `size` rows, each with the kind of its loss and what a row weighs; None = all at once."""
+    size = size or len(texts.lengths)
+    starts = range(0, len(texts.lengths), size)
+    return [(Texts(*(x[i : i + size].to(device) for x in texts)), kind, weight) for i in starts]
 
 
 def whole_model(cfg: Config, base: Pretrained) -> RewardModel:
@@ -274,7 +301,7 @@ def ensemble_of(cfg: Config) -> Ensemble:
     return Ensemble(cfg.members, cfg.combine, cfg.uncertainty_coef)
 
 
-def description(cfg: Config, base: Pretrained, tokenizer) -> dict:
+def description(cfg: Config, base: Pretrained, tokenizer: Tokenizer) -> dict:
     """The config of a checkpoint: all that is needed to build the module that its tensors fill."""
     saved_as = {"kind": "reward", "trunk": cfg.trunk, "tokenizer": tokenizer.fingerprint} | asdict(ensemble_of(cfg))
     if cfg.trunk == "full":
@@ -342,27 +369,14 @@ def bootstrap_counts(rows: int, cfg: Config) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng([cfg.seed, rows]).poisson(1.0, (rows, cfg.members))).float()
 
 
-@torch.no_grad()
-def raw_scores(reward_model, base: Pretrained, data: TokenFile, dist, batch: int = 64) -> torch.Tensor:
-    """Raw scores of every row (N, M), shared out over the ranks and added up again."""
-    loader = RatingLoader(data, batch, seed=0, context=base.model.config.context)
-    scores = torch.zeros(len(data), reward_model.ensemble.members, device=dist.device)
-    by_length = data.lengths().argsort(kind="stable")  # rows of equal length share a batch: less padding
-    for places in list(in_order(len(data), batch))[dist.rank :: dist.world]:
-        rows = by_length[places]
-        tokens, lengths, _ = loader.take(rows)
-        scores[torch.from_numpy(rows)] = reward_model(tokens.to(dist.device), lengths.to(dist.device))
-    return dist.sum(scores)
-
-
 # a head on the frozen trunk, in closed form
 
 
-def fit_frozen(cfg: Config, dist) -> None:
+def fit_frozen(cfg: Config, dist: Dist) -> None:
     """Nothing is written before the head is complete: what is interrupted starts again."""
     base, tokenizer, files, inputs = open_inputs(cfg, dist.device)
     candidates = [(depth, pooling) for depth in depths_of(cfg, base) for pooling in dict.fromkeys(cfg.poolings)]
-    references = reference_prompts(cfg, files[0], cfg.trunk)
+    references = references_of(cfg, files[0], cfg.trunk)
     begin(cfg.out, asdict(cfg) | inputs, dist)
     if already_finished(cfg, dist):
         return
@@ -385,10 +399,10 @@ def fit_frozen(cfg: Config, dist) -> None:
 
     # 3. normalise and calibrate
     raw = [head_predictions(best, x[:, columns]).to(dist.device) for x in features[1:]]
-    problem = normalise_and_calibrate(cfg, dist, reward_model, base, references, raw[0], validation)
+    problem = normalise_and_calibrate(reward_model, base, references, raw[0], validation, dist)
 
     # 4. save and report
-    agreed = agreement(cfg, reward_model, base, dist)
+    extra = agreed(cfg, reward_model, base, dist)
     if dist.is_main:
         depths, poolings = zip(*best.features)
         saved_as = description(cfg, base, tokenizer) | {"depths": depths, "poolings": poolings}
@@ -399,9 +413,10 @@ def fit_frozen(cfg: Config, dist) -> None:
         for row in table[:8]:
             print(f"{row['features']:<28}{row['ridge']:8g}{row['error']:8.3f}{row['accuracy']['1']:8.3f}")
         print(f"{len(test)} test sentences; head fitted to {len(chosen[0])} sentences")
-        extra = {"parameters": sum(p.numel() for p in reward_model.parameters()), "chosen": table[0]} | agreed
+        extra |= {"parameters": sum(p.numel() for p in reward_model.parameters()), "chosen": table[0]}
         extra |= {"candidates": table, "sentences": dict(zip(("train", "validation", "test"), map(len, chosen)))}
-        write_report(cfg, reward_model, raw, [files[0], validation, test], problem, extra, seconds_used())
+        report = report_of(reward_model, raw, [files[0], validation, test], cfg.data, problem)
+        write_report(cfg, report | extra, seconds_used())
 
 
 def some_rows(file: TokenFile, count: int | None, seed: int) -> np.ndarray:
@@ -409,12 +424,12 @@ def some_rows(file: TokenFile, count: int | None, seed: int) -> np.ndarray:
     return np.arange(len(file)) if count is None or count >= len(file) else spread_rows(file, count, seed)
 
 
-def already_finished(cfg: Config, dist) -> bool:
+def already_finished(cfg: Config, dist: Dist) -> bool:
     """A finished run stays as it is, and prints its table again."""
     report = Path(cfg.out, "report.json")
     if not (checkpoint.latest(cfg.out) and report.exists()):
         return False
-    say(accuracy_table(rows_of(read_json(report))), dist.is_main)
+    say(accuracy_table(read_json(report)), dist.is_main)
     return True
 
 
@@ -430,7 +445,15 @@ def depths_of(cfg: Config, base: Pretrained) -> list[int]:
 
 
 @torch.no_grad()
-def read_rows(states, candidates, data: TokenFile, rows: np.ndarray, stop_ids, dist, batch: int = 16) -> torch.Tensor:
+def read_rows(
+    states: FrozenStates,
+    candidates: list[Feature],
+    data: TokenFile,
+    rows: np.ndarray,
+    stop_ids: tuple[int, ...],
+    dist: Dist,
+    batch: int = 16,
+) -> torch.Tensor:
     """Features of these rows (rows, F, D) in their order; the batches are shared out over the ranks.
 
     Which rows share a batch depends on their lengths alone, so the features are the same for any number of ranks.
@@ -448,7 +471,9 @@ def read_rows(states, candidates, data: TokenFile, rows: np.ndarray, stop_ids, d
     return dist.sum(features)
 
 
-def read_pairs(cfg: Config, states, features, stop_ids, dist) -> torch.Tensor:
+def read_pairs(
+    cfg: Config, states: FrozenStates, features: list[Feature], stop_ids: tuple[int, ...], dist: Dist
+) -> torch.Tensor:
     """Features of the chosen answer minus those of the rejected one, of every pair of --preferences: (P, F, D)."""
     file = preference_files(cfg)[0]
     read = read_rows(states, features, file, np.arange(len(file)), stop_ids, dist)
@@ -461,7 +486,7 @@ def head_predictions(fit: Fit, features: torch.Tensor) -> torch.Tensor:
     return (features.flatten(1).double() @ fit.weight.T + fit.constant).float()
 
 
-def describe(fit: Fit, validation) -> dict:
+def describe(fit: Fit, validation: TokenFile | SomeRows) -> dict:
     names = " + ".join(f"layer {depth} {pooling}" for depth, pooling in fit.features)
     scores = accuracy(fit.predictions[:, 0].numpy(), validation)
     return {"features": names, "ridge": fit.penalty, "error": fit.error, "accuracy": scores}
@@ -470,164 +495,27 @@ def describe(fit: Fit, validation) -> dict:
 # the mean of finished runs
 
 
-def average_runs(cfg: Config, dist) -> None:
+def average_runs(cfg: Config, dist: Dist) -> None:
     base, tokenizer, files, inputs = open_inputs(cfg, dist.device)
     saved_as, tensors = average(cfg.average)
     check_fingerprint(files[0].fingerprint, saved_as["tokenizer"], cfg.average[0])
-    references = reference_prompts(cfg, files[0], saved_as.get("trunk", "full"))
+    references = references_of(cfg, files[0], saved_as.get("trunk", "full"))
     inputs["average_sha256"] = [checkpoint.digest(path) for path in cfg.average]
     begin(cfg.out, asdict(cfg) | inputs, dist)
     if already_finished(cfg, dist):
         return
     reward_model = restored(saved_as, tensors, cfg.average[0], dist.device, base)
     raw = [raw_scores(reward_model, base, file, dist) for file in files[1:]]
-    problem = normalise_and_calibrate(cfg, dist, reward_model, base, references, raw[0], files[1])
+    problem = normalise_and_calibrate(reward_model, base, references, raw[0], files[1], dist)
     if dist.is_main:
         tensors |= {name: reward_model.get_buffer(name).cpu() for name in NORMALISATION}
         state = {"done": 1, "seconds": seconds_used()}
         checkpoint.save_step(cfg.out, 1, tensors, saved_as, state, files=[tokenizer.path])
-        write_report(cfg, reward_model, raw, files, problem, {"averaged": list(cfg.average)}, seconds_used())
+        report = report_of(reward_model, raw, files, cfg.data, problem) | {"averaged": list(cfg.average)}
+        write_report(cfg, report, seconds_used())
 
 
 JOBS = {"full": train, "adapters": train, "frozen": fit_frozen}
-
-
-# normalisation, calibration and report
-
-
-def reference_prompts(cfg: Config, train: TokenFile, trunk: str) -> PromptBatch:
-    """Prompts of the samples whose scores get mean 0 and deviation 1 (Ziegler et al. 2019)."""
-    starts = prompts_from_rows(train, cfg.prompt_tokens, [cfg.domain] if cfg.domain else ())
-    count = cfg.reference_samples or (512 if trunk == "full" else 64)
-    return PromptLoader(starts, train.pad, count, cfg.seed).batch(0)
-
-
-@torch.no_grad()
-def normalise_and_calibrate(
-    cfg: Config, dist, reward_model, base: Pretrained, references: PromptBatch, raw: torch.Tensor, validation
-) -> str | None:
-    """Gain and bias from the references, temperature from the pairs of the validation split, whose raw scores are given.
-
-    Returns why no temperature could be fitted, if so; it is 1 then.
-    """
-    scores = torch.zeros(len(references.rows), raw.shape[1], device=dist.device)
-    mine = slice(dist.rank, None, dist.world)
-    if len(references.rows[mine]):
-        scores[mine] = reference_scores(cfg, reward_model, base, PromptBatch(*(x[mine] for x in references)))
-    reward_model.normalise(dist.sum(scores))
-    margins = pair_margins(reward_model, raw, validation)
-    reward_model.temperature.fill_(1.0)
-    try:
-        reward_model.temperature.fill_(fit_temperature(margins, torch.ones_like(margins)))
-    except ValueError as problem:  # too good or too bad for one: a finding about the model, not a reason to lose it
-        return str(problem)
-    return None
-
-
-def reference_scores(cfg: Config, reward_model, base: Pretrained, references: PromptBatch) -> torch.Tensor:
-    """Raw scores of continuations sampled from the base model: (N, M)."""
-    prompts, lengths, rows = references
-    device = base.model.embed_tokens.weight.device
-    uniforms = row_uniforms(cfg.seed, 0, rows.tolist(), cfg.response_tokens).to(device)
-    samples = generate(
-        base.model,
-        prompts.to(device),
-        lengths.to(device),
-        cfg.response_tokens,
-        uniforms,
-        base.stop_ids,
-        base.tokenizer.pad,
-    )
-    return reward_model(samples.tokens, samples.lengths)
-
-
-def pair_margins(reward_model, raw: torch.Tensor, file) -> torch.Tensor:
-    """Score of the better rated text minus that of the other, for every pair of the split: (pairs,) float64."""
-    scores = reward_model.combined(raw).double().cpu()
-    chosen, rejected = pair_rows(file)
-    return scores[chosen] - scores[rejected]
-
-
-def pair_rows(file) -> list[torch.Tensor]:
-    """Which rows are the better and the other text of every pair: (pairs,) int64 each."""
-    return [torch.from_numpy(file.column(f"pair_{side}").astype(np.int64)) for side in ("chosen", "rejected")]
-
-
-def calibration(reward_model, raw: torch.Tensor, file, problem: str | None) -> dict:
-    """ECE and Brier score on the pairs of a split, at temperature 1 and at the fitted one, with 95% intervals.
-
-    See `pair_calibration`; the intervals are bootstrapped over sentences, which the pairs share.
-    """
-    margins, temperature = pair_margins(reward_model, raw, file), float(reward_model.temperature)
-    report = {"temperature": temperature, "pairs": len(margins), "problem": problem, "before": {}, "after": {}}
-    for when, t in (("before", 1.0), ("after", temperature)):
-        found = pair_calibration(margins.numpy(), t, pair_clusters(file))
-        for what in ("ece", "brier"):
-            value, low, high = map(float, found[what])
-            report[when] |= {what: value, f"{what}_interval": [low, high]}
-    return report
-
-
-def agreement(cfg: Config, reward_model, base: Pretrained, dist) -> dict:
-    """How often the reward model prefers what people chose, on the held-out pairs of --preferences."""
-    if not cfg.preferences:
-        return {}
-    train, test = preference_files(cfg)
-    margins = pair_margins(reward_model, raw_scores(reward_model, base, test, dist), test)
-    right = float((margins > 0).double().sum() + 0.5 * (margins == 0).double().sum())
-    low, high = wilson_interval(right, len(margins))
-    found = {"accuracy": right / len(margins), "low": low, "high": high, "pairs": len(margins)}
-    return {"preferences": found | {"trained_on": len(train.column("pair_gap"))}}
-
-
-def write_report(cfg: Config, reward_model, raw, files, problem: str | None, extra: dict, seconds: float) -> None:
-    """report.json, and the same as a table; raw are the scores (N, M) of the validation and of the test rows."""
-    train, validation, test = files
-    scores = [reward_model.combined(x).cpu().numpy() for x in raw]
-    members = [accuracy(x.cpu().numpy(), test) for x in raw[1].T]
-    report = {
-        "accuracy": accuracy(scores[1], test),
-        "validation": accuracy(scores[0], validation),
-        "members": members if len(members) > 1 else [],
-        "calibration": calibration(reward_model, raw[1], test, problem),
-        "baselines": baselines(train, test, load_rules(cfg.data) if Path(cfg.data, "rules").is_dir() else None),
-        "sentences": {"train": len(train), "validation": len(validation), "test": len(test)},
-        "pairs": {"validation": len(validation.column("pair_gap")), "test": len(test.column("pair_gap"))},
-        "peak_memory_gb": peak_memory_gb(raw[0].device),
-        **extra,
-        "seconds": seconds,
-    }
-    write_json(f"{cfg.out}/report.json", report)
-    print(accuracy_table(rows_of(report)))
-    print(calibration_line(report["calibration"]))
-    if found := report.get("preferences"):
-        interval = f"{found['accuracy']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
-        print(
-            f"held-out pairs of {cfg.preferences}: {interval} of {found['pairs']}, {found['trained_on']} to learn from"
-        )
-    print(f"{report['seconds']:.0f} s -> {cfg.out}")
-
-
-def rows_of(report: dict) -> dict[str, dict[str, float]]:
-    return {"reward model": report["accuracy"], **report["baselines"]}
-
-
-def accuracy_table(rows: dict[str, dict[str, float]]) -> str:
-    """Pairwise accuracy on the test split, one line per scorer, one column per rating gap."""
-    head = f"{'test accuracy, rating gap':<28}" + "".join(f"{gap:>8}" for gap in GAPS)
-    known = {name: {gap: math.nan if x is None else x for gap, x in row.items()} for name, row in rows.items()}
-    lines = [f"{name:<28}" + "".join(f"{row[gap]:8.3f}" for gap in GAPS) for name, row in known.items()]
-    return "\n".join([head, *lines])
-
-
-def calibration_line(report: dict) -> str:
-    def shown(what: str) -> str:
-        before, after = report["before"], report["after"]
-        low, high = after[f"{what}_interval"]
-        return f"{before[what]:.3f} -> {after[what]:.3f} [{low:.3f}, {high:.3f}]"
-
-    line = f"calibration on {report['pairs']} test pairs: ECE {shown('ece')}, Brier {shown('brier')}"
-    return f"{line}, temperature {report['temperature']:.3f}" + (f" ({report['problem']})" if report["problem"] else "")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,12 @@ INSIDE_FUNCTIONS = {
     "pyarrow",
     "datasketch",
 }
+OPEN = (
+    "rlhf.lm.pretrained",
+    "rlhf.reward.files",
+    "rlhf.reward.finish",
+    "rlhf.reward.scorer",
+)  # where data meets models
 SOURCES = sorted(ROOT.glob("*.py")) + sorted(
     file
     for room in ("model", "data", "rlhf", "evaluation", "rewards", "tests", "bench", "docs")
@@ -43,7 +49,7 @@ def room(module: str) -> str:
     """The room of the floor plan that a module of ours lives in."""
     if module in FORMULAS:
         return "formula"
-    if module in ("rlhf.lm.pretrained", "rlhf.reward.files", "rlhf.reward.scorer"):
+    if module in OPEN:
         return "open"
     for prefix in (
         *(f"rlhf.{folder}" for folder in FOLDERS),

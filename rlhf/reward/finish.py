@@ -1,0 +1,172 @@
+"""What every reward model gets after its training: a scale, a temperature, and a report of what it knows."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.baselines import GAPS, accuracy, baselines, pair_clusters
+from data.loader import PromptBatch, PromptLoader, RatingLoader, TokenFile, in_order, prompts_from_rows
+from data.pairs import SomeRows
+from data.vader import load_rules
+from model.generate import generate, row_uniforms
+from rlhf.calibration import fit_temperature, wilson_interval
+from rlhf.infra.distributed import Dist
+from rlhf.infra.run import peak_memory_gb
+from rlhf.lm.pretrained import Pretrained
+from rlhf.reward.model import Normalised
+from rlhf.statistics import pair_calibration
+
+Rows = TokenFile | SomeRows
+
+
+class References(NamedTuple):
+    """Prompts of the samples from the base whose scores get mean 0 and deviation 1 (Ziegler et al. 2019)."""
+
+    prompts: PromptBatch
+    response_tokens: int  # longest sample
+    seed: int
+
+
+def references_from(
+    train: TokenFile, count: int, prompt_tokens: int, domain: str | None, response_tokens: int, seed: int
+) -> References:
+    """The beginnings of `count` training sentences, bos and `prompt_tokens` each; ValueError where there are too few."""
+    starts = prompts_from_rows(train, prompt_tokens, [domain] if domain else ())
+    return References(PromptLoader(starts, train.pad, count, seed).batch(0), response_tokens, seed)
+
+
+@torch.no_grad()
+def raw_scores(reward_model: Normalised, base: Pretrained, data: Rows, dist: Dist, batch: int = 64) -> Tensor:
+    """Raw scores of every row (N, M), shared out over the ranks and added up again."""
+    loader = RatingLoader(data, batch, seed=0, context=base.model.config.context)
+    scores = torch.zeros(len(data), reward_model.ensemble.members, device=dist.device)
+    by_length = data.lengths().argsort(kind="stable")  # rows of equal length share a batch: less padding
+    for places in list(in_order(len(data), batch))[dist.rank :: dist.world]:
+        rows = by_length[places]
+        tokens, lengths, _ = loader.take(rows)
+        scores[torch.from_numpy(rows)] = reward_model(tokens.to(dist.device), lengths.to(dist.device))
+    return dist.sum(scores)
+
+
+@torch.no_grad()
+def normalise_and_calibrate(
+    reward_model: Normalised, base: Pretrained, references: References, raw: Tensor, validation: Rows, dist: Dist
+) -> str | None:
+    """Gain and bias from the references, temperature from the pairs of the validation split, whose raw scores are given.
+
+    Returns why no temperature could be fitted, if so; it is 1 then.
+    """
+    prompts = references.prompts
+    scores = torch.zeros(len(prompts.rows), raw.shape[1], device=dist.device)
+    mine = slice(dist.rank, None, dist.world)
+    if len(prompts.rows[mine]):
+        share = references._replace(prompts=PromptBatch(*(x[mine] for x in prompts)))
+        scores[mine] = reference_scores(reward_model, base, share)
+    reward_model.normalise(dist.sum(scores))
+    margins = pair_margins(reward_model, raw, validation)
+    reward_model.temperature.fill_(1.0)
+    try:
+        reward_model.temperature.fill_(fit_temperature(margins, torch.ones_like(margins)))
+    except ValueError as problem:  # too good or too bad for one: a finding about the model, not a reason to lose it
+        return str(problem)
+    return None
+
+
+def reference_scores(reward_model: Normalised, base: Pretrained, references: References) -> Tensor:
+    """Raw scores of continuations sampled from the base model: (N, M)."""
+    (prompts, lengths, rows), longest, seed = references
+    device = base.model.embed_tokens.weight.device
+    uniforms = row_uniforms(seed, 0, rows.tolist(), longest).to(device)
+    prompts, lengths = prompts.to(device), lengths.to(device)
+    samples = generate(base.model, prompts, lengths, longest, uniforms, base.stop_ids, base.tokenizer.pad)
+    return reward_model(samples.tokens, samples.lengths)
+
+
+def pair_margins(reward_model: Normalised, raw: Tensor, data: Rows) -> Tensor:
+    """Score of the better rated text minus that of the other, for every pair of the split: (pairs,) float64."""
+    scores = reward_model.combined(raw).double().cpu()
+    chosen, rejected = pair_rows(data)
+    return scores[chosen] - scores[rejected]
+
+
+def pair_rows(data: Rows) -> list[Tensor]:
+    """Which rows are the better and the other text of every pair: (pairs,) int64 each."""
+    return [torch.from_numpy(data.column(f"pair_{side}").astype(np.int64)) for side in ("chosen", "rejected")]
+
+
+# the report
+
+
+def agreement(reward_model: Normalised, base: Pretrained, train: Rows, test: Rows, dist: Dist) -> dict:
+    """How often the reward model prefers what people chose, on the held-out pairs of --preferences."""
+    margins = pair_margins(reward_model, raw_scores(reward_model, base, test, dist), test)
+    right = float((margins > 0).double().sum() + 0.5 * (margins == 0).double().sum())
+    low, high = wilson_interval(right, len(margins))
+    found = {"accuracy": right / len(margins), "low": low, "high": high, "pairs": len(margins)}
+    return found | {"trained_on": len(train.column("pair_gap"))}
+
+
+def calibration(reward_model: Normalised, raw: Tensor, data: Rows, problem: str | None) -> dict:
+    """ECE and Brier score on the pairs of a split, at temperature 1 and at the fitted one, with 95% intervals.
+
+    See `pair_calibration`; the intervals are bootstrapped over sentences, which the pairs share.
+    """
+    margins, temperature = pair_margins(reward_model, raw, data), float(reward_model.temperature)
+    report = {"temperature": temperature, "pairs": len(margins), "problem": problem, "before": {}, "after": {}}
+    for when, t in (("before", 1.0), ("after", temperature)):
+        found = pair_calibration(margins.numpy(), t, pair_clusters(data))
+        for what in ("ece", "brier"):
+            value, low, high = map(float, found[what])
+            report[when] |= {what: value, f"{what}_interval": [low, high]}
+    return report
+
+
+def report_of(
+    reward_model: Normalised, raw: Sequence[Tensor], files: Sequence[Rows], data: str, problem: str | None
+) -> dict:
+    """What report.json says of the model; raw are the scores (N, M) of the validation and of the test rows in `files`."""
+    train, validation, test = files
+    scores = [reward_model.combined(x).cpu().numpy() for x in raw]
+    members = [accuracy(x.cpu().numpy(), test) for x in raw[1].T]
+    return {
+        "accuracy": accuracy(scores[1], test),
+        "validation": accuracy(scores[0], validation),
+        "members": members if len(members) > 1 else [],
+        "calibration": calibration(reward_model, raw[1], test, problem),
+        "baselines": baselines(train, test, load_rules(data) if Path(data, "rules").is_dir() else None),
+        "sentences": {"train": len(train), "validation": len(validation), "test": len(test)},
+        "pairs": {"validation": len(validation.column("pair_gap")), "test": len(test.column("pair_gap"))},
+        "peak_memory_gb": peak_memory_gb(raw[0].device),
+    }
+
+
+def in_words(report: dict, preferences: str | None) -> str:
+    """The report as a table and two lines."""
+    lines = [accuracy_table(report), calibration_line(report["calibration"])]
+    if found := report.get("preferences"):
+        interval = f"{found['accuracy']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+        learned = f"{interval} of {found['pairs']}, {found['trained_on']} to learn from"
+        lines.append(f"held-out pairs of {preferences}: {learned}")
+    return "\n".join(lines)
+
+
+def accuracy_table(report: dict) -> str:
+    """Pairwise accuracy on the test split, one line per scorer, one column per rating gap."""
+    rows = {"reward model": report["accuracy"], **report["baselines"]}
+    head = f"{'test accuracy, rating gap':<28}" + "".join(f"{gap:>8}" for gap in GAPS)
+    lines = [f"{name:<28}" + "".join(f"{row[gap]:8.3f}" for gap in GAPS) for name, row in rows.items()]
+    return "\n".join([head, *lines])
+
+
+def calibration_line(report: dict) -> str:
+    def shown(what: str) -> str:
+        before, after = report["before"], report["after"]
+        low, high = after[f"{what}_interval"]
+        return f"{before[what]:.3f} -> {after[what]:.3f} [{low:.3f}, {high:.3f}]"
+
+    line = f"calibration on {report['pairs']} test pairs: ECE {shown('ece')}, Brier {shown('brier')}"
+    return f"{line}, temperature {report['temperature']:.3f}" + (f" ({report['problem']})" if report["problem"] else "")
