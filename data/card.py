@@ -31,20 +31,24 @@ class SplitCard:
     def add(self, encoded: Encoded) -> None:
         record, answers = encoded.record, encoded.answers
         lengths = [len(answer) for answer in answers]
-        count = self.counters
-        self.totals.update(records=1, answers=len(answers), pairs=len(record.pairs))
-        self.totals.update(tokens=len(encoded.prompt) * max(1, len(answers)) + sum(lengths))
+        count, totals = self.counters, self.totals
+        totals["answers"] += len(answers)
+        totals["pairs"] += len(record.pairs)
+        totals["tokens"] += len(encoded.prompt) * max(1, len(answers)) + sum(lengths)
         count["sources"][record.source] += 1
         count["prompt_tokens"][len(encoded.prompt)] += 1
-        count["answer_tokens"].update(lengths)
+        for length in lengths:
+            count["answer_tokens"][length] += 1
         for score in record.scores or ():
             name = round(score, 1)
             count["labels"][name if name in count["labels"] or len(count["labels"]) < MOST_KINDS else "more"] += 1
-            self.totals.update(scores=1, score_sum=score, score_squares=score * score)
+            totals["scores"] += 1
+            totals["score_sum"] += score
+            totals["score_squares"] += score * score
         for pair in record.pairs:
             count["longer"][lengths[pair.winner] - lengths[pair.loser]] += 1
             count["agreement"][round(pair.p, 2)] += 1
-            self.totals["ties"] += pair.p == 0.5
+            totals["ties"] += pair.p == 0.5
         if len(self.samples) < SAMPLES:
             self.samples.append(sample(record))
 

@@ -48,8 +48,8 @@ TIES = ("tie", "tie (bothbad)", "both_bad", "bothbad", "draw")
 class Columns:
     """A row, and which of its columns were used."""
 
-    def __init__(self, row: dict):
-        self.row, self.used = row, set()
+    def __init__(self, row: dict, source: str = ""):
+        self.row, self.used, self.source = row, set(), source
 
     def has(self, *names: str) -> bool:
         return any(self.row.get(name) is not None for name in names)
@@ -195,10 +195,10 @@ def is_list(value) -> bool:
 
 
 def record(columns: Columns, prompt, answers: Iterable[str], group: str = "", **more) -> Record:
-    """A Record with the rest of the row as extra, and its source where the row names one."""
+    """A Record with the rest of the row as extra, of the source that the row names, or its file's."""
     extra = columns.rest()
-    sources = [columns.row[name] for name in SOURCES if isinstance(columns.row.get(name), str)]
-    return Record(prompt, tuple(answers), extra=extra, source=(sources or [""])[0], group=group, **more)
+    named = [columns.row[name] for name in SOURCES if isinstance(columns.row.get(name), str)]
+    return Record(prompt, tuple(answers), extra=extra, source=(named or [columns.source])[0], group=group, **more)
 
 
 def task(columns: Columns) -> str | list[Message]:
@@ -312,7 +312,7 @@ def tasks_with_instances(columns: Columns) -> list[Record]:
     for i, instance in enumerate(instances):
         if not isinstance(instance, dict):
             raise ValueError(f"instances[{i}] is {shown(instance)} where an object was expected")
-        one = Columns({"instruction": instruction, **columns.rest(), **instance})
+        one = Columns({"instruction": instruction, **columns.rest(), **instance}, columns.source)
         found += [record(one, task(one), [answer_text(one.text("output"), f"instances[{i}].output")])]
     return found
 
@@ -596,13 +596,12 @@ class Reader:
             form = other
         if form is None:
             raise ValueError(f"no known form has the keys {', '.join(row)[:200] or '(none)'}; name them with --map")
-        columns = Columns(row)
-        found = form.read(columns)
+        found = form.read(Columns(row, self.source))
         if self.chat:
             found = [as_chat(one, form.name) for one in found]
         if self.system:
             found = [with_system(one, self.system) for one in found]
-        return form.name, [replace(one, source=one.source or self.source) for one in found]
+        return form.name, found
 
 
 def renamed(row: dict, rename: Iterable[tuple[str, str]]) -> dict:

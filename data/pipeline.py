@@ -222,7 +222,7 @@ def scan(job: Scan) -> dict:
     if file.with_suffix(".json").is_file():
         return json.loads(file.with_suffix(".json").read_text())
     hashes, groups, splits = array("Q"), array("Q"), array("B")
-    facts, numbers = Counter(records=0, conversations=0, texts=0, answered=0), Counter()
+    facts, numbers = dict.fromkeys(("conversations", "texts", "answered"), 0), Counter()
     for item in items(job.unit):
         record = item.record
         if not isinstance(record, Record):
@@ -232,16 +232,18 @@ def scan(job: Scan) -> dict:
         hashes.append(identity(record))
         groups.append(int(record.group, 16))
         splits.append(SPLITS.index(split_of(record, job.unit, job.has_test)))
-        talk = not isinstance(record.prompt, str)
-        facts.update(records=1, conversations=talk, texts=not record.prompt, answered=bool(record.answers))
-        numbers.update(numeric(record))
+        facts["conversations"] += not isinstance(record.prompt, str)
+        facts["texts"] += not record.prompt
+        facts["answered"] += bool(record.answers)
+        for name in numeric(record):
+            numbers[name] += 1
     hashes = np.array(hashes, np.uint64)
     order = np.argsort(hashes, kind="stable")
     found = {"hash": hashes[order], "place": order.astype(np.uint32), "group": np.array(groups, np.uint64)}
     for name, values in {**found, "split": np.array(splits, np.uint8)}.items():
         with written(file.with_suffix(f".{name}"), "wb") as f:
             f.write(values.tobytes())
-    facts = {**facts, "numbers": dict(sorted(numbers.most_common(1000)))}
+    facts = {**facts, "records": len(hashes), "numbers": dict(sorted(numbers.most_common(1000)))}
     with written(file.with_suffix(".json")) as f:
         f.write(json.dumps(facts))
     return facts
@@ -249,9 +251,11 @@ def scan(job: Scan) -> dict:
 
 def identity(record: Record) -> int:
     """64 bits of what a record says: two with the same are duplicates. Without answers its further columns count too."""
-    says = [record.prompt, record.answers, record.scores, [(pair.winner, pair.loser, pair.p) for pair in record.pairs]]
+    says = [record.scores, [(pair.winner, pair.loser, pair.p) for pair in record.pairs], [*map(len, record.answers)]]
+    says += [] if isinstance(record.prompt, str) else [record.prompt]
     says += [] if record.answers else [record.extra]
-    return hash_of(json.dumps(says, sort_keys=True))
+    texts = [record.prompt] * isinstance(record.prompt, str) + list(record.answers)
+    return hash_of("\n".join([json.dumps(says, sort_keys=True), *texts]))
 
 
 def hash_of(text: str) -> int:

@@ -10,6 +10,7 @@ import re
 import unicodedata
 
 SPLITS = ("train", "validation", "test")
+WORD_BYTES = bytes(ord(c.lower()) if (c := chr(i)).isalnum() and i < 128 or c == "_" else 32 for i in range(256))
 
 
 def clean(text: str) -> str:
@@ -52,8 +53,9 @@ def parse_json(text: str, where: str):
 
 def key(text: str) -> str:
     """What counts as the same text: case and punctuation aside (a text of nothing else, say ":)", is itself)."""
-    words = re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
-    return " ".join(words) or text
+    if text.isascii():  # the same, ten times as fast
+        return b" ".join(text.encode().translate(WORD_BYTES).split()).decode() or text
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())) or text
 
 
 def split_of(text: str) -> str:
