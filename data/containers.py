@@ -165,7 +165,7 @@ def sniff(path: Path, known: Collection[str] = (), unit: str = "paragraph", name
             raise ValueError(f"{container.shown} is {what}")
     if head.startswith(b"PAR1"):
         return replace(container, kind="parquet")
-    if zeros := head[:4096].count(0):
+    if (zeros := head[:4096].count(0)) * 100 > len(head[:4096]):  # a few are a bad line
         what = "UTF-16 or UTF-32, and UTF-8 was expected" if zeros * 8 > len(head[:4096]) else "binary"
         raise ValueError(
             f"{container.shown} is {what}; what is read here are {', '.join(ENDINGS)} files, gzipped or not"
@@ -228,7 +228,8 @@ def table_kind(text: str, ending: str, known: Collection[str]) -> dict:
             continue
         names, by_name = len({*columns} & {*known}), ending in TABLE_ENDINGS
         fits = widths.count(len(columns)) / len(widths)
-        if by_name or len(columns) > 1 and (names > 1 or names and fits == 1 and len(widths) > 1):
+        alone = len(columns) == 1 and '\n"' not in text[: len(columns[0]) + 5]  # a first line of one word, of a text
+        if by_name or not alone and (names > 1 or names and fits == 1 and len(widths) > 1):
             score = (names, fits, len(columns))
             if score > best:
                 best, choice = score, {"delimiter": delimiter, "quoting": quoting, "columns": columns}

@@ -152,12 +152,14 @@ def listed(value):
 
 def conversation_in(value):
     """The messages in a value, also where a table spells them as JSON; None for a text, which may look like a list."""
+    if not isinstance(value, str):
+        return value if isinstance(value, list | dict) else None
     found = listed(value)
-    if isinstance(value, str):
-        marks = [{"role", "content"}, {"from", "value"}]
-        is_one = isinstance(found, list) and found and all(isinstance(one, dict) for one in found)
-        return found if is_one and all(any(mark <= {*one} for mark in marks) for one in found) else None
-    return value if isinstance(value, list | dict) else None
+    messages = [found] if isinstance(found, dict) else found
+    marks = ({"role", "content"}, {"from", "value"})
+    if isinstance(messages, list) and messages and all(isinstance(one, dict) for one in messages):
+        return found if all(any(mark <= {*one} for mark in marks) for one in messages) else None
+    return None
 
 
 def messages_of(value, name: str) -> list[Message]:
@@ -304,7 +306,7 @@ def completion(columns: Columns) -> list[Record]:
 
 
 def tasks_with_instances(columns: Columns) -> list[Record]:
-    _, instances = columns.take("instances")
+    instances = listed(columns.take("instances")[1])
     instruction = columns.text("instruction")
     if not isinstance(instances, list) or not instances:
         raise ValueError(f"instances is {shown(instances)} where a list of input and output was expected")
@@ -384,7 +386,7 @@ def shp(columns: Columns) -> list[Record]:
 
 def tldr(columns: Columns) -> list[Record]:
     """OpenAI's comparisons of summaries; the prompt as their policy had it."""
-    info, summaries = columns.take("info")[1], columns.take("summaries")[1]
+    info, summaries = (listed(columns.take(name)[1]) for name in ("info", "summaries"))
     if not isinstance(info, dict) or not isinstance(summaries, list) or len(summaries) != 2:
         raise ValueError("info and two summaries were expected")
     if not all(isinstance(summary, dict) for summary in summaries):

@@ -276,20 +276,19 @@ BAD = [  # what a line may be, and how its reason begins
 
 def mixed_lines(n: int, seed: int) -> tuple[list[str], dict[int, str], int]:
     """n lines: (lines, reason of the bad ones by number, how many repeat an earlier one)."""
-    rng, lines, bad, again = random.Random(seed), [], {}, 0
-    good = [row for form in ("text", "preference", "messages", "rating") for row in rows_of(form, n // 4 + 1, seed)]
+    rng, lines, bad, again, recent = random.Random(seed), [], {}, 0, []
+    good = [row for form in ("text", "preference", "rating") for row in rows_of(form, n // 3 + 1, seed)]
+    good += rows_of("messages", n // 100, seed)  # a template takes its time
     rng.shuffle(good)
     for number in range(1, n + 1):
         kind = rng.random()
         if kind < 0.2:
             line, bad[number] = rng.choice(BAD)
-        elif kind < 0.3 and number > 100:
-            line = rng.choice([line for line in lines[-100:] if line and line[:8] in ('{"text":', '{"prompt') or line])
-            while lines.index(line) + 1 in bad:
-                line = rng.choice(lines[-100:])
-            again += 1
+        elif kind < 0.3 and recent:
+            line, again = rng.choice(recent), again + 1
         else:
             line = json.dumps(good.pop())
+            recent = [*recent[-99:], line]
         lines.append(line)
     return lines, bad, again
 
