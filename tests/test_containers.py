@@ -86,6 +86,15 @@ def test_tables_whose_quotation_marks_are_letters(tmp_path):
     ]
 
 
+def test_tables_of_one_column(tmp_path):
+    blob = table([{"text": "a, b"}, {"text": 'c "d"\ne'}], quoting=csv.QUOTE_ALL)
+    for ending in ("csv", "txt"):
+        (tmp_path / f"t.{ending}").write_bytes(blob)
+        assert values(tmp_path / f"t.{ending}") == [{"text": "a, b"}, {"text": 'c "d"\ne'}]
+    (tmp_path / "u.txt").write_text("text\nis what this is")  # one word at its beginning does not make a table of it
+    assert values(tmp_path / "u.txt") == [{"text": "text\nis what this is"}]
+
+
 def test_text(tmp_path):
     (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbfone,\r\ntwo\r\n\r\n \nthree\x0c\xe2\x80\xa8four\n\xff\n\nfive")
     paragraphs = sniff(tmp_path / "t.txt", KNOWN)
@@ -107,6 +116,7 @@ BAD_LINES = {
     b'"a text"': "a text where",
     b"17": "a number where",
     b"null": "null where",
+    b"\0\0 a hole \0": "no JSON",
     b'{"text": "a", "text": "b"}': "the key 'text' stands twice",
     b'{"text": "\\ud83d"}': "half a surrogate pair",
     b'{"a": {"\\uDC00": 1}}': "half a surrogate pair",

@@ -2,10 +2,12 @@
 
 import gzip
 import json
+import re
 from collections import Counter
 from itertools import islice
 
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -488,6 +490,16 @@ def test_what_our_own_store_exports_goes_in(tmp_path):
         if form == "preference":
             assert [record.pairs[0] for record in records] == [Pair(0, 1, p=1.0, gap=2.0)] * 2
     store.close()
+
+
+def test_the_examples_of_the_docs():
+    """Every form has a row in docs/your-data.md, and that row is of this form."""
+    text = (ROOT / "docs" / "your-data.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| .* \| `(\{.*\})` \|$", text, re.MULTILINE)
+    assert {form for form, _ in rows} == {*FORMS}
+    for form, row in rows:
+        row = json.loads(row)
+        assert recognise(row).name == form and len(reader_of([row]).records(row)[1]) == 1
 
 
 VALUES = st.recursive(
