@@ -9,7 +9,7 @@ python evaluate.py report --run=out/demo  # a run, or a directory of runs, as on
 
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +35,7 @@ from evaluation.held_out import (
     sample_groups,
     scores,
 )
+from model.generate import Sampling
 from model.transformer import Transformer
 from rlhf.infra import config, distributed, run
 from rlhf.infra.files import read_json, write_json, write_lines, write_text
@@ -105,7 +106,7 @@ def main() -> None:
     starts = held_out_prompts(cfg.data, cfg.split, cfg.prompt_tokens, cfg.domain)
     prompts, lengths, _ = PromptLoader(starts, test.pad, min(cfg.prompts, len(starts)), cfg.seed).batch(0)
     prompts, lengths = prompts.to(device), lengths.to(device)
-    sampling = (cfg.seed, cfg.response_tokens, opened.stop_ids, tokenizer.pad, cfg.temperature)
+    sampling = Sampling(cfg.response_tokens, opened.stop_ids, tokenizer.pad, cfg.temperature)
 
     context = min(model.model.config.context for model in models.values())
     sentences, probes = [], None
@@ -119,7 +120,7 @@ def main() -> None:
     results, new_distribution, known, answers = {}, {}, {}, {}
     for name, model in models.items():
         drawn = max(samples, cfg.best_of) if name == "base" else samples
-        pool = sample_groups(model.model, prompts, lengths, drawn, *sampling)
+        pool = sample_groups(model.model, prompts, lengths, drawn, sampling, cfg.seed)
         earned = {spec: scores(score, pool, drawn) for spec, score in rewards.items()}  # (P, n) each
         judged = scores(judge, pool, drawn)  # (P, n)
         firsts = nth_of(pool, drawn)
@@ -141,7 +142,7 @@ def main() -> None:
         if sentences:
             known[name] = minimal_pairs.known(logprobs_of(model.model), sentences, tokenizer.pad, device)
         if probes:
-            drawing = (cfg.safety_tokens, cfg.seed, cfg.temperature)
+            drawing = (replace(sampling, max_new_tokens=cfg.safety_tokens), cfg.seed)
             scorers = (rewards[cfg.reward], judge, (logprobs, reference))
             answers[name] = safety.answer(model.model, probes, tokenizer, *drawing, *scorers)
 

@@ -27,7 +27,7 @@ from data.loader import PromptLoader, SentenceLoader, in_order, pad, prompts_fro
 from data.tokenizer import Tokenizer, check_fingerprint, gguf_parts, load_tokenizer, write_hf
 from data.tokens import TokenFile
 from evaluation import receipt
-from model.generate import generate, row_uniforms
+from model.generate import Sampling, generate, row_uniforms
 from model.gguf import save_gguf
 from model.hf import complete_directory, reward_head, save_hf
 from model.lora import load_adapter
@@ -147,7 +147,9 @@ def prune(cfg: Config, original: Pretrained) -> tuple[Pretrained, dict]:
             return texts.batch(step // 2)[::2]  # tokens and mask
         starts, lengths, rows = prompts.batch(step // 2)
         uniforms = row_uniforms(1, step, rows, cfg.response_tokens)
-        own = generate(teacher, starts, lengths, cfg.response_tokens, uniforms, original.stop_ids, tokenizer.pad)
+        own = generate(
+            teacher, starts, lengths, Sampling(cfg.response_tokens, original.stop_ids, tokenizer.pad), uniforms
+        )
         return own.tokens, own.mask
 
     distances = layer_distances(teacher, cfg.drop_layers, [texts.batch(step)[::2] for step in range(4)])
@@ -242,9 +244,8 @@ def measure(cfg: Config, original: Pretrained, place: Path, rows: list[np.ndarra
         if not prompts:
             raise ValueError(f"no text of {cfg.data} is longer than {cfg.prompt_tokens} tokens; use shorter prompts")
         score = open_scorer(cfg.reward, tokenizer, base=original).score
-        measured["reward"] = receipt.reward_change(
-            models, score, list(batches(prompts, 64)), cfg.response_tokens, original.stop_ids, tokenizer.pad
-        )
+        sampling = Sampling(cfg.response_tokens, original.stop_ids, tokenizer.pad)
+        measured["reward"] = receipt.reward_change(models, score, list(batches(prompts, 64)), sampling)
     return measured | {"tokens_per_s": receipt.decoding_speed(models, torch.from_numpy(rows[0][:8].astype(np.int64)))}
 
 

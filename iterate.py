@@ -26,6 +26,7 @@ from data.loader import PromptLoader, TokenFile, pad, prompts_from_rows
 from data.tokenizer import check_fingerprint
 from evaluation.comparison import show
 from evaluation.held_out import sample_groups
+from model.generate import Sampling
 from rlhf.feedback.preferences import disagreement
 from rlhf.feedback.store import Comparison, FeedbackStore
 from rlhf.infra import config, run
@@ -195,8 +196,8 @@ def sample_pairs(cfg: Config, k: int, best: str) -> None:
     if count * k > len(starts):
         raise ValueError(f"round {k} needs {count * k} different prompts, {cfg.data} has {len(starts)}: lower --pairs")
     prompts, lengths, _ = PromptLoader(starts, sentences.pad, count, cfg.seed).batch(k - 1)
-    sampling = (cfg.seed + k, cfg.response_tokens, opened.stop_ids, tokenizer.pad, 1.0)
-    groups = sample_groups(opened.model.eval(), prompts, lengths, 2, *sampling)
+    sampling = Sampling(cfg.response_tokens, opened.stop_ids, tokenizer.pad)
+    groups = sample_groups(opened.model.eval(), prompts, lengths, 2, sampling, cfg.seed + k)
     heads = None
     if cfg.order == "active":
         rm, base = f"{cfg.out}/round_{k - 1}/rm", open_pretrained(cfg.init)

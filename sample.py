@@ -16,7 +16,7 @@ import torch
 
 from data.chat import Chat
 from data.loader import pad, prompts_from_text
-from model.generate import generate, row_uniforms
+from model.generate import Sampling, generate, row_uniforms
 from rlhf.infra import config, distributed
 from rlhf.lm.pretrained import open_pretrained
 
@@ -56,6 +56,8 @@ def main() -> None:
     chat = Chat(tokenizer) if cfg.chat else None
     stop_ids = sorted({*opened.stop_ids, *chat.stop_ids()}) if chat else opened.stop_ids
 
+    sampling = Sampling(cfg.tokens, stop_ids, tokenizer.pad, cfg.temperature, cfg.top_k, cfg.top_p)
+
     def encode(text: str) -> list[int]:
         if chat:
             return chat.render([{"role": "user", "content": text}], add_generation_prompt=True)
@@ -65,10 +67,7 @@ def main() -> None:
         tokens, lengths = pad(prompts, tokenizer.pad)
         rows = range(len(prompts) * cfg.samples)
         uniforms = row_uniforms(cfg.seed, turn, rows, cfg.tokens).to(device) if cfg.temperature else None
-        out = generate(
-            model, tokens.to(device), lengths.to(device), cfg.tokens, uniforms,
-            stop_ids, tokenizer.pad, cfg.temperature, cfg.top_k, cfg.top_p,
-        )  # fmt: skip
+        out = generate(model, tokens.to(device), lengths.to(device), sampling, uniforms)
         for row, start, end, logprob in zip(out.tokens, out.prompt_lengths, out.lengths, out.logprobs.sum(1)):
             text = tokenizer.decode(row[start if chat else 0 : end].tolist())
             prompt = tokenizer.decode(row[:start].tolist())

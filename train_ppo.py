@@ -15,7 +15,7 @@ from data.loader import PromptLoader, TokenFile, prompts_from_rows
 from data.tokenizer import Detokenizer, Tokenizer, check_fingerprint, load_tokenizer
 from evaluation.card import beats_length
 from evaluation.held_out import held_out_prompts
-from model.generate import Generated
+from model.generate import Generated, Sampling
 from rlhf import kl
 from rlhf.advantages import ESTIMATORS
 from rlhf.functional import whiten
@@ -264,8 +264,8 @@ def open_cast(cfg: Config, dist: Dist, precision: Precision) -> Cast:
     model, lora = base.model.eval(), lora_of(cfg)
     roles = LAYOUTS[cfg.layout](model, critic_of(cfg), cfg.temperature, lora, cfg.branch_layers)
     reward = open_scorer(cfg.reward, tokenizer, dist.device, base, roles.frozen)
-    sampling = (cfg.response_tokens, base.stop_ids, tokenizer.pad, cfg.temperature, cfg.seed, precision)
-    respond = partial(act, roles.sampler, *sampling)
+    sampling = Sampling(cfg.response_tokens, base.stop_ids, tokenizer.pad, cfg.temperature)
+    respond = partial(act, roles.sampler, sampling, cfg.seed, precision)
     held_out = open_judge(cfg, dist, tokenizer, base, respond)
     alone = None if reward.is_function else reward.score  # a function may rightly look at its whole batch
     check = partial(check_once, roles.policy, score=alone, eos=base.stop_ids, dist=dist, precision=cfg.precision)

@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.generate import generate  # noqa: E402
+from model.generate import Sampling, generate  # noqa: E402
 from model.gguf import save_gguf  # noqa: E402
 from model.quantize import quantize, stored_tensors  # noqa: E402
 from rlhf.infra import config  # noqa: E402
@@ -52,7 +52,7 @@ def main() -> None:
     lengths = torch.full((cfg.batch,), 8)
 
     def ours(model, tokens: int):
-        generate(model, prompts, lengths, tokens, None, [], 0, temperature=0.0)
+        generate(model, prompts, lengths, Sampling(tokens, [], 0, temperature=0.0))
 
     decoders = {"float32": lambda n: ours(original, n), "int8": lambda n: ours(int8, n)}
     with tempfile.TemporaryDirectory() as directory:

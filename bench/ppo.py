@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import peers  # noqa: E402
 import torch  # noqa: E402
 
-from model.generate import generate, row_uniforms  # noqa: E402
+from model.generate import Sampling, generate, row_uniforms  # noqa: E402
 from model.transformer import ModelConfig, Transformer  # noqa: E402
 from rlhf.advantages import gae  # noqa: E402
 from rlhf.functional import whiten  # noqa: E402
@@ -165,7 +165,7 @@ def we(sizes: Sizes, rounds: int, side: str) -> list[float]:
         prompts = torch.randint(3, sizes.model.vocab_size, (sizes.batch, sizes.prompt), generator=generator)
         start = time.process_time()
         uniforms = row_uniforms(1, iteration, range(sizes.batch), sizes.response)
-        samples = generate(roles.sampler, prompts, lengths, sizes.response, uniforms, [], 0)
+        samples = generate(roles.sampler, prompts, lengths, Sampling(sizes.response, [], 0), uniforms)
         rollout = judge(samples, roles.policy, roles.reference, score, micro_batch, width, roles.features)
         rewards = shape_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, 0.05)
         advantages, returns = gae(rewards, rollout.values, rollout.mask, 1.0, 0.95)

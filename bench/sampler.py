@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.generate import generate, row_uniforms  # noqa: E402
+from model.generate import Sampling, generate, row_uniforms  # noqa: E402
 from model.hf import save_hf  # noqa: E402
 from model.transformer import ModelConfig, Transformer  # noqa: E402
 from rlhf.infra import config  # noqa: E402
@@ -66,7 +66,7 @@ def main() -> None:
     kwargs |= {"max_new_tokens": cfg.response, "eos_token_id": list(stop_ids) or None}
 
     def we() -> int:
-        return int(generate(ours, prompts, lengths, cfg.response, uniforms, stop_ids, pad=0).mask.sum())
+        return int(generate(ours, prompts, lengths, Sampling(cfg.response, stop_ids, 0), uniforms).mask.sum())
 
     def they() -> int:
         response = theirs.generate(prompts, **kwargs)[:, cfg.prompt :]  # (B, T), padded behind EOS

@@ -1,14 +1,12 @@
 """What a policy is measured on and by: prompts that training never saw, and a judge that PPO never asked."""
 
-from collections.abc import Iterable
-
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from data.loader import TokenFile, in_order, prompts_from_rows
-from model.generate import Generated, generate, row_uniforms
+from model.generate import Generated, Sampling, generate, row_uniforms
 from model.transformer import Transformer
 from rlhf.kl import k1, k3
 from rlhf.reward.model import Score
@@ -35,11 +33,8 @@ def sample_groups(
     prompts: Tensor,
     lengths: Tensor,
     n: int,
+    sampling: Sampling,
     seed: int,
-    response_tokens: int,
-    stop_ids: Iterable[int],
-    pad: int,
-    temperature: float,
 ) -> list[Generated]:
     """n responses per prompt next to each other, in groups of whole prompts; the first of each is the same draw for any n.
 
@@ -49,9 +44,8 @@ def sample_groups(
     at_once = max(1, min(64, 1024 // n))  # prompts: the cache holds all their responses
     for rows in tqdm(list(in_order(len(prompts), at_once)), desc="sample", leave=False, disable=None):
         ids = [int(row) + k * len(prompts) for row in rows for k in range(n)]
-        uniforms = row_uniforms(seed, 0, ids, response_tokens).to(prompts.device)
-        chosen = (prompts[rows], lengths[rows])
-        groups.append(generate(model, *chosen, response_tokens, uniforms, stop_ids, pad, temperature))
+        uniforms = row_uniforms(seed, 0, ids, sampling.max_new_tokens).to(prompts.device)
+        groups.append(generate(model, prompts[rows], lengths[rows], sampling, uniforms))
     return groups
 
 

@@ -22,6 +22,7 @@ from data.loader import PromptLoader, TokenFile
 from data.tokenizer import check_fingerprint, load_tokenizer
 from evaluation.card import can_draw
 from evaluation.held_out import divergence, held_out_prompts, sample_groups, scores
+from model.generate import Sampling
 from rlhf.infra import checkpoint, config, distributed, run
 from rlhf.infra.files import read_json, write_json, write_text
 from rlhf.lm.pretrained import open_pretrained
@@ -68,12 +69,12 @@ def main() -> None:
     batch = PromptLoader(starts, pad, min(cfg.prompts, len(starts)), cfg.seed).batch(0)
     prompts = batch.prompts.to(device), batch.prompt_lengths.to(device)
     temperature = settings["temperature"]
-    sampling = (cfg.seed, settings["response_tokens"], opened.stop_ids, tokenizer.pad, temperature)
+    sampling = Sampling(settings["response_tokens"], opened.stop_ids, tokenizer.pad, temperature)
     base = opened.model.eval()
     reference = logprobs_of(base, temperature)
 
     # 2. best-of-n: one pool of samples of the base gives every n
-    pool = sample_groups(base, *prompts, cfg.best_of, *sampling)
+    pool = sample_groups(base, *prompts, cfg.best_of, sampling, cfg.seed)
     pool = {name: scores(score, pool, cfg.best_of) for name, score in (("proxy", proxy), ("gold", gold))}
     measured = []
     for n in powers_of_two(cfg.best_of):
@@ -85,7 +86,7 @@ def main() -> None:
     # 3. PPO: every checkpoint answers the same prompts, with the random numbers of the pool's first samples
     for path in tqdm(steps, desc="checkpoints", leave=False, disable=None):
         policy = open_pretrained(path, device).model.eval()
-        groups = sample_groups(policy, *prompts, 1, *sampling)
+        groups = sample_groups(policy, *prompts, 1, sampling, cfg.seed)
         means = {name: scores(score, groups)[:, 0] for name, score in (("proxy", proxy), ("gold", gold))}
         gains = {f"{name}_gain": x - pool[name][:, 0] for name, x in means.items()}
         kl = divergence(groups, logprobs_of(policy, temperature), reference)["kl"]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.generate import generate, row_uniforms
+from model.generate import Sampling, generate, row_uniforms
 from model.quantize import decoding_path
 from model.transformer import Transformer
 from rlhf.lm.language_model import predictions
@@ -46,9 +46,7 @@ def reward_change(
     models: dict[str, Transformer],
     score: Callable[[Tensor, Tensor, Tensor], Tensor],
     prompts: list[tuple[Tensor, Tensor]],
-    response_tokens: int,
-    stop_ids: Iterable[int],
-    pad: int,
+    sampling: Sampling,
     seed: int = 7,
 ) -> dict:
     """Mean reward of one response per prompt, "before" and "after", drawn with the same random numbers; the mean change
@@ -56,9 +54,9 @@ def reward_change(
     """
     scores = {name: [] for name in models}
     for nth, (tokens, lengths) in enumerate(prompts):
-        uniforms = row_uniforms(seed, nth, range(len(tokens)), response_tokens)
+        uniforms = row_uniforms(seed, nth, range(len(tokens)), sampling.max_new_tokens)
         for name, model in models.items():
-            out = generate(model, tokens, lengths, response_tokens, uniforms, stop_ids, pad)
+            out = generate(model, tokens, lengths, sampling, uniforms)
             scores[name].append(score(out.tokens, out.lengths, out.mask).double().cpu())
     before, after = (torch.cat(scores[name]).numpy() for name in ("before", "after"))
     change: np.ndarray = after - before
@@ -74,7 +72,7 @@ def decoding_speed(models: dict[str, Transformer], prompt: Tensor, tokens: int =
     for nth in range(1 + rounds):
         for name, model in models.items():
             start = time.perf_counter()
-            generate(model, prompt[None], torch.tensor([len(prompt)]), tokens, None, [], 0, temperature=0.0)
+            generate(model, prompt[None], torch.tensor([len(prompt)]), Sampling(tokens, temperature=0.0))
             if nth:
                 best[name] = max(best[name], tokens / (time.perf_counter() - start))
     return {**best, "threads": torch.get_num_threads()}

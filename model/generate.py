@@ -11,6 +11,18 @@ from model.transformer import KVCache, Transformer
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How a text is continued: what is drawn from, and where it ends."""
+
+    max_new_tokens: int
+    stop_ids: Iterable[int] = ()  # tokens that end a row, and are part of it
+    pad: int = 0  # what fills the rows behind their end
+    temperature: float = 1.0  # 0 = always the likeliest token
+    top_k: int = 0  # see `warp_logits`
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
 class Generated:
     tokens: Tensor  # (B, T) int64: prompt, response, padding
     lengths: Tensor  # (B,) prompt and response together
@@ -88,13 +100,8 @@ def generate(
     model: Transformer,
     prompts: Tensor,
     prompt_lengths: Tensor,
-    max_new_tokens: int,
-    uniforms: Tensor | None,
-    eos: int | Iterable[int],
-    pad: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    sampling: Sampling,
+    uniforms: Tensor | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Generated:
     """Continues right-padded prompts (B, P) until EOS, max_new_tokens or the end of the context; -> Generated.
@@ -104,6 +111,7 @@ def generate(
     progress, if given, is called with 1 after every step. ValueError when a prompt is empty or leaves no room.
     """
     device, context = prompts.device, model.config.context
+    max_new_tokens, temperature = sampling.max_new_tokens, sampling.temperature
     shortest, longest = int(prompt_lengths.min()), int(prompt_lengths.max())
     if shortest < 1:
         raise ValueError("a prompt is empty; give it at least one token, such as bos")
@@ -135,15 +143,16 @@ def generate(
 
     # 2. decode: finished rows leave the batch
     columns = torch.arange(width, device=device)
-    tokens = torch.full((len(prompts), width), pad, dtype=torch.int64, device=device)
-    tokens[:, :longest] = torch.where(columns[:longest] < prompt_lengths[:, None], prompts, pad)
+    tokens = torch.full((len(prompts), width), sampling.pad, dtype=torch.int64, device=device)
+    tokens[:, :longest] = torch.where(columns[:longest] < prompt_lengths[:, None], prompts, sampling.pad)
     logprobs = torch.zeros(tokens.shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
     lengths, finished = prompt_lengths.clone(), torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    stop_ids = torch.tensor([eos] if isinstance(eos, int) else sorted(eos), dtype=torch.int64, device=device)
+    stop_ids = torch.tensor(sorted(sampling.stop_ids), dtype=torch.int64, device=device)
     alive = torch.arange(len(prompts), device=device)  # the row of `tokens` that each row of the cache belongs to
     for step in range(max_new_tokens):
         draws = None if uniforms is None else uniforms[alive, step]
-        chosen, logprob = sample_step(model.unembed(hidden), draws, temperature, top_k, top_p)  # (alive,)
+        logits = model.unembed(hidden)  # (alive, V)
+        chosen, logprob = sample_step(logits, draws, temperature, sampling.top_k, sampling.top_p)  # (alive,)
         at = lengths[alive]
         tokens[alive, at], logprobs[alive, at] = chosen, logprob.to(logprobs.dtype)
         lengths[alive] = at + 1

@@ -7,7 +7,7 @@ import torch
 from reference_model import SMALL, random_ids, small_model
 from torch import Tensor, nn
 
-from model.generate import Generated, generate, row_uniforms
+from model.generate import Generated, Sampling, generate, row_uniforms
 from model.transformer import Transformer
 from rlhf.ppo.roles import ActorCritic, frozen_reference
 from rlhf.reward.model import RewardModel
@@ -62,4 +62,4 @@ def act(policy: ActorCritic, rows: Tensor, samples: int = 2, iteration: int = 0,
     """The responses with the global ids `rows`; neighbours share a prompt, `samples` of them."""
     ids, lengths = (x[rows // samples] for x in prompts(int(rows.max()) // samples + 1, iteration))
     uniforms = row_uniforms(1, iteration, rows.tolist(), RESPONSE)
-    return generate(policy.model, ids, lengths, RESPONSE, uniforms, EOS, PAD, temperature)
+    return generate(policy.model, ids, lengths, Sampling(RESPONSE, [EOS], PAD, temperature), uniforms)

@@ -10,7 +10,7 @@ from reference_model import FAMILIES, random_ids, small_model
 from test_export import export, refused, where_the_runs_are  # noqa: F401
 
 from evaluation import receipt
-from model.generate import generate
+from model.generate import Sampling, generate
 from rlhf.lm.distill import distill, distillation_loss, drop_layers, layer_distances
 from rlhf.lm.pretrained import open_pretrained
 
@@ -56,7 +56,9 @@ def test_the_right_layers_are_gone(family, first, count):
     hidden = model.blocks(model.embed(ids, span), span, 0, first)
     hidden = model.norm(model.blocks(hidden, span, first + count))
     assert torch.equal(smaller.trunk(ids), hidden) and smaller.config.layers == 4 - count
-    rows = generate(smaller, ids, torch.tensor([6, 4]), 4, None, [], 0, temperature=0.0)  # its cache has its own layers
+    rows = generate(
+        smaller, ids, torch.tensor([6, 4]), Sampling(4, [], 0, temperature=0.0)
+    )  # its cache has its own layers
     assert torch.equal(smaller(rows.tokens[:1])[0, 5:-1].argmax(-1), rows.tokens[0, 6:])
 
 

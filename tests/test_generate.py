@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_model import FAMILIES, random_ids, small_model
 
-from model.generate import generate, row_uniforms, sample_step, warp_logits
+from model.generate import Sampling, generate, row_uniforms, sample_step, warp_logits
 
 V, CONTEXT, PAD = 13, 32, 0  # of small_model
 SETTINGS = [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 4, 1.0), (1.0, 0, 0.8), (1.3, 6, 0.9)]  # temperature, top_k, top_p
@@ -231,7 +231,7 @@ def test_rows_equal_the_loop_without_a_cache(family, how, eos, batch, max_new_to
     model, prompts = small_model(family), random_prompts(seed, batch, longest=26)
     tokens, lengths = pad_rows(prompts, junk=V - 1)
     uniforms = row_uniforms(seed, 0, range(batch), max_new_tokens)
-    out = generate(model, tokens, lengths, max_new_tokens, uniforms, eos, PAD, *how)
+    out = generate(model, tokens, lengths, Sampling(max_new_tokens, eos, PAD, *how), uniforms)
     T = int(out.lengths.max())
     assert out.tokens.shape == out.mask.shape == out.logprobs.shape == (batch, T)
     for row, prompt in enumerate(prompts):
@@ -251,7 +251,7 @@ def test_logprobs_equal_the_full_forward(family, how):
     tokens, lengths = pad_rows(random_prompts(5, 8))
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
         model = small_model(family, dtype)
-        out = generate(model, tokens, lengths, 20, row_uniforms(5, 0, range(8), 20), {3}, PAD, *how)
+        out = generate(model, tokens, lengths, Sampling(20, {3}, PAD, *how), row_uniforms(5, 0, range(8), 20))
         with torch.no_grad():
             logprobs = warp_logits(model(out.tokens), *how).log_softmax(-1)
         chosen = logprobs[:, :-1].gather(-1, out.tokens[:, 1:, None])[..., 0]
@@ -263,10 +263,10 @@ def test_logprobs_equal_the_full_forward(family, how):
 def test_a_row_does_not_depend_on_its_company(family, order, count, seed):
     """Alone, in any order, beside any rows, with any padding: the same row id gives the same text."""
     model, prompts = small_model(family), random_prompts(seed, 6)
-    everybody = generate(model, *pad_rows(prompts), 10, row_uniforms(seed, 1, range(6), 10), {2, 6}, PAD)
+    everybody = generate(model, *pad_rows(prompts), Sampling(10, {2, 6}, PAD), row_uniforms(seed, 1, range(6), 10))
     some = order[:count]
     tokens, lengths = pad_rows([prompts[i] for i in some], width=12, junk=V - 1)
-    out = generate(model, tokens, lengths, 10, row_uniforms(seed, 1, some, 10), {2, 6}, PAD)
+    out = generate(model, tokens, lengths, Sampling(10, {2, 6}, PAD), row_uniforms(seed, 1, some, 10))
     for row, i in enumerate(some):
         assert response(out, row) == response(everybody, i)
         assert out.finished[row] == everybody.finished[i]
@@ -277,8 +277,10 @@ def test_a_row_does_not_depend_on_its_company(family, order, count, seed):
 def test_several_samples_share_a_prefill():
     model, (tokens, lengths) = small_model("llama"), pad_rows(random_prompts(7, 3))
     uniforms = row_uniforms(7, 0, range(12), 8)
-    out = generate(model, tokens, lengths, 8, uniforms, {4}, PAD)
-    repeated = generate(model, tokens.repeat_interleave(4, 0), lengths.repeat_interleave(4), 8, uniforms, {4}, PAD)
+    out = generate(model, tokens, lengths, Sampling(8, {4}, PAD), uniforms)
+    repeated = generate(
+        model, tokens.repeat_interleave(4, 0), lengths.repeat_interleave(4), Sampling(8, {4}, PAD), uniforms
+    )
     assert torch.equal(out.tokens, repeated.tokens) and torch.equal(out.mask, repeated.mask)
     assert torch.equal(out.prompt_lengths, lengths.repeat_interleave(4))
     assert torch.allclose(out.logprobs, repeated.logprobs, atol=1e-10)
@@ -287,7 +289,7 @@ def test_several_samples_share_a_prefill():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_temperature_zero_takes_the_argmax(family):
     model, (tokens, lengths) = small_model(family), pad_rows(random_prompts(8, 4))
-    out = generate(model, tokens, lengths, 12, None, set(), PAD, temperature=0.0)
+    out = generate(model, tokens, lengths, Sampling(12, set(), PAD, temperature=0.0))
     with torch.no_grad():
         best = model(out.tokens).argmax(-1)
     assert torch.equal(best[:, :-1][out.mask[:, 1:]], out.tokens[:, 1:][out.mask[:, 1:]])
@@ -298,10 +300,10 @@ def test_eos_ends_a_row_and_counts():
     """The first EOS is part of the response; nothing stands behind it; the others go on."""
     model, (tokens, lengths) = small_model("smollm2"), pad_rows(random_prompts(9, 6))
     uniforms = row_uniforms(9, 0, range(6), 15)
-    free = generate(model, tokens, lengths, 15, uniforms, set(), PAD)
+    free = generate(model, tokens, lengths, Sampling(15, set(), PAD), uniforms)
     assert not free.finished.any() and free.mask.sum(1).tolist() == [15] * 6
     for eos in range(V):
-        out = generate(model, tokens, lengths, 15, uniforms, eos, PAD)
+        out = generate(model, tokens, lengths, Sampling(15, [eos], PAD), uniforms)
         for row in range(6):
             full = response(free, row)
             expected = full[: full.index(eos) + 1] if eos in full else full
@@ -310,18 +312,22 @@ def test_eos_ends_a_row_and_counts():
             # an EOS on the very last slot is an EOS, not a truncation
             if eos in full:
                 n = full.index(eos) + 1
-                short = generate(model, tokens, lengths, n, uniforms[:, :n], eos, PAD)
+                short = generate(model, tokens, lengths, Sampling(n, [eos], PAD), uniforms[:, :n])
                 assert bool(short.finished[row]) and response(short, row) == expected
                 if n > 1:
-                    cut = generate(model, tokens, lengths, n - 1, uniforms[:, : n - 1], eos, PAD)
+                    cut = generate(model, tokens, lengths, Sampling(n - 1, [eos], PAD), uniforms[:, : n - 1])
                     assert not cut.finished[row] and response(cut, row) == expected[:-1]
 
 
 def test_an_eos_in_the_prompt_ends_nothing():
     model = small_model("llama")
-    out = generate(model, torch.tensor([[5, 5]]), torch.tensor([2]), 3, row_uniforms(0, 0, [0], 3), set(), PAD)
+    out = generate(
+        model, torch.tensor([[5, 5]]), torch.tensor([2]), Sampling(3, set(), PAD), row_uniforms(0, 0, [0], 3)
+    )
     first = response(out, 0)
-    again = generate(model, torch.tensor([[5, 5]]), torch.tensor([2]), 3, row_uniforms(0, 0, [0], 3), 5, PAD)
+    again = generate(
+        model, torch.tensor([[5, 5]]), torch.tensor([2]), Sampling(3, [5], PAD), row_uniforms(0, 0, [0], 3)
+    )
     assert response(again, 0) == (first[: first.index(5) + 1] if 5 in first else first)
 
 
@@ -330,7 +336,7 @@ def test_the_context_ends_a_row(family):
     """The long prompt stops at the end of the context, unfinished; the short one beside it goes on."""
     model = small_model(family)
     tokens, lengths = pad_rows([random_ids(1, CONTEXT - 3).tolist(), [3, 1], random_ids(2, CONTEXT - 1).tolist()])
-    out = generate(model, tokens, lengths, 10, row_uniforms(1, 0, range(3), 10), set(), PAD)
+    out = generate(model, tokens, lengths, Sampling(10, set(), PAD), row_uniforms(1, 0, range(3), 10))
     assert out.lengths.tolist() == [CONTEXT, 12, CONTEXT] and not out.finished.any()
     for row in range(3):
         expected, _, _ = slow_generate(
@@ -341,14 +347,16 @@ def test_the_context_ends_a_row(family):
 
 def test_progress_counts_steps():
     model, seen = small_model("llama"), []
-    generate(model, *pad_rows([[1], [2, 3]]), 7, row_uniforms(0, 0, range(2), 7), set(), PAD, progress=seen.append)
+    generate(
+        model, *pad_rows([[1], [2, 3]]), Sampling(7, set(), PAD), row_uniforms(0, 0, range(2), 7), progress=seen.append
+    )
     assert seen == [1] * 7
 
 
 def test_inputs_stay_and_outputs_can_be_trained_on():
     model, (tokens, lengths) = small_model("gpt2", torch.float32), pad_rows(random_prompts(3, 4), junk=V - 1)
     before = tokens.clone(), lengths.clone()
-    out = generate(model, tokens, lengths, 6, row_uniforms(0, 0, range(4), 6), {1}, PAD)
+    out = generate(model, tokens, lengths, Sampling(6, {1}, PAD), row_uniforms(0, 0, range(4), 6))
     assert torch.equal(tokens, before[0]) and torch.equal(lengths, before[1])
     assert not out.logprobs.requires_grad and not out.tokens.is_inference()
     model(out.tokens).sum().backward()
@@ -363,7 +371,7 @@ def test_half_precision_and_autocast():
         (small_model("qwen3", torch.float32), torch.autocast("cpu", torch.bfloat16)),
     ):
         with torch.no_grad(), context:
-            out = generate(model, tokens, lengths, 6, uniforms, {1}, PAD)
+            out = generate(model, tokens, lengths, Sampling(6, {1}, PAD), uniforms)
             logprobs = model(out.tokens).float().log_softmax(-1)[:, :-1].gather(-1, out.tokens[:, 1:, None])[..., 0]
         assert out.logprobs.dtype == torch.float32
         assert float((logprobs - out.logprobs[:, 1:])[out.mask[:, 1:]].abs().max()) < 0.5
@@ -384,5 +392,5 @@ def test_one_clear_line(prompts, uniforms, temperature, words):
     model, (tokens, lengths) = small_model("llama"), pad_rows(prompts)
     uniforms = None if uniforms is None else torch.rand(uniforms, dtype=torch.float64)
     with pytest.raises(ValueError, match=words) as error:
-        generate(model, tokens, lengths, 4, uniforms, {1}, PAD, temperature=temperature)
+        generate(model, tokens, lengths, Sampling(4, {1}, PAD, temperature=temperature), uniforms)
     assert "\n" not in str(error.value)

@@ -20,7 +20,7 @@ from reference_model import FAMILIES, SMALL, random_ids, small_model
 from data.fetch import MODELS, fetch_model
 from data.tokenizer import tokenizer_from_parts
 from model import gguf
-from model.generate import generate
+from model.generate import Sampling, generate
 from model.gguf import load_gguf, read_gguf, save_gguf, tokenizer_parts
 from model.lora import add_lora
 from model.transformer import ModelConfig, Transformer, rope_type
@@ -453,16 +453,8 @@ def test_smollm2_against_transformers(smollm2, golden_dir):
         torch.testing.assert_close(logprobs, torch.tensor(case["token_logprobs"]), rtol=0, atol=1e-3)
         assert math.exp(-logprobs.mean()) == pytest.approx(math.exp(-case["mean_logprob"]), rel=1e-4)
     case = golden[1]  # a conversation: it ends with <|im_end|>
-    made = generate(
-        model,
-        torch.tensor([case["ids"]]),
-        torch.tensor([len(case["ids"])]),
-        32,
-        None,
-        tokenizer.eos,
-        tokenizer.pad,
-        0.0,
-    )
+    ids, greedily = torch.tensor([case["ids"]]), Sampling(32, [tokenizer.eos], tokenizer.pad, 0.0)
+    made = generate(model, ids, torch.tensor([ids.shape[1]]), greedily)
     greedy = made.tokens[0, len(case["ids"]) :].tolist()
     assert greedy == case["greedy_ids_32"][: len(greedy)] and made.finished.all()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from golden import load
 
-from model.generate import generate
+from model.generate import Sampling, generate
 from model.transformer import ModelConfig, Transformer
 from rlhf.reward.model import last_token
 
@@ -27,7 +27,9 @@ class Scripted(Transformer):
 def sampled(responses, eos, pad):
     """What `generate` makes of a policy that would say these responses: tokens, mask (B, T), finished (B,)."""
     prompt, length = torch.tensor([[2]]), torch.tensor([1])
-    rows = [generate(Scripted(r), prompt, length, len(r), None, eos, pad, temperature=0) for r in responses.tolist()]
+    rows = [
+        generate(Scripted(r), prompt, length, Sampling(len(r), [eos], pad, temperature=0)) for r in responses.tolist()
+    ]
     width = responses.shape[1]
     tokens = [
         torch.nn.functional.pad(row.tokens[0, 1:], (0, width + 1 - row.tokens.shape[1]), value=pad) for row in rows

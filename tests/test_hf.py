@@ -684,13 +684,13 @@ def test_the_old_dialect_means_the_same_to_transformers(transformers, tmp_path):
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_cached_decoding_equals_transformers_generate(transformers, kind, tmp_path):
-    from model.generate import generate
+    from model.generate import Sampling, generate
 
     theirs = their_model(transformers, kind)
     theirs.save_pretrained(tmp_path / "hf")
     model, info = load_hf(tmp_path / "hf")
     tokens, lengths = padded()
-    ours = generate(model, tokens, lengths, 12, None, info.eos_ids, 0, temperature=0)
+    ours = generate(model, tokens, lengths, Sampling(12, info.eos_ids, 0, temperature=0))
     for row, length in enumerate(lengths.tolist()):
         expected = theirs.generate(tokens[row : row + 1, :length], max_new_tokens=12, do_sample=False, pad_token_id=0)[
             0

@@ -26,7 +26,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.generate import generate, row_uniforms
+from model.generate import Sampling, generate, row_uniforms
 from model.transformer import ModelConfig, Transformer
 from rlhf.advantages import ESTIMATORS
 from rlhf.functional import whiten
@@ -142,8 +142,8 @@ def train(
     for iteration in range(iterations):
         # 1. act
         uniforms = row_uniforms(seed, iteration, ids.tolist(), LONGEST)
-        sampling = {"eos": EOS, "pad": PAD, "temperature": TEMPERATURE}
-        samples = cut(generate(base, PROMPTS[group], PROMPT_LENGTHS[group], LONGEST, uniforms, **sampling))
+        sampling = Sampling(LONGEST, [EOS], PAD, TEMPERATURE)
+        samples = cut(generate(base, PROMPTS[group], PROMPT_LENGTHS[group], sampling, uniforms))
         # 2. judge
         rollout = gather(judge(samples, policy, reference, task.score, batch, WIDTH), dist)
         # 3. credit

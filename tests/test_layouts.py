@@ -19,7 +19,7 @@ from conftest import ROOT
 from reference_model import random_ids, small_model
 from small_rollout import EOS, PAD, RESPONSE, TEMPERATURE, WIDTH, prompts, reward_model
 
-from model.generate import generate, row_uniforms
+from model.generate import Sampling, generate, row_uniforms
 from rlhf.functional import whiten
 from rlhf.infra import checkpoint, distributed, optim
 from rlhf.lm.trunks import LoRA, policy_adapter, tuned_model
@@ -49,7 +49,7 @@ def build(layout, critic=None, base=None, branch_layers=TOP, **kwargs) -> Roles:
 def act(roles: Roles, mine=EVERYBODY, iteration=0):
     ids, lengths = (x[mine] for x in prompts(ROWS, iteration))
     uniforms = row_uniforms(1, iteration, mine.tolist(), RESPONSE)
-    return generate(roles.sampler, ids, lengths, RESPONSE, uniforms, EOS, PAD, TEMPERATURE)
+    return generate(roles.sampler, ids, lengths, Sampling(RESPONSE, [EOS], PAD, TEMPERATURE), uniforms)
 
 
 def act_and_judge(roles: Roles, dist=ALONE, iteration=0, micro_batch=4) -> Rollout:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from reference_model import FAMILIES, random_ids, small_model
 from torch import nn
 
-from model.generate import generate
+from model.generate import Sampling, generate
 from model.hf import load_hf, save_hf
 from model.lora import LoRALinear, activate, adapter_names, adapter_scale, add_lora, load_adapter, lora_layers, merge
 from model.transformer import ModelConfig, Transformer
@@ -207,8 +207,8 @@ def test_generation_with_an_adapter_is_that_of_the_merged_model():
     model = trained(small_model("llama3"))
     prompts, lengths = random_ids(1, 3, 6), torch.tensor([6, 2, 4])
     activate(model, "default")
-    ours = generate(model, prompts, lengths, 8, None, 0, 0, temperature=0)
-    plain = generate(merge(model, "default"), prompts, lengths, 8, None, 0, 0, temperature=0)
+    ours = generate(model, prompts, lengths, Sampling(8, [0], 0, temperature=0))
+    plain = generate(merge(model, "default"), prompts, lengths, Sampling(8, [0], 0, temperature=0))
     assert torch.equal(ours.tokens, plain.tokens)
 
 

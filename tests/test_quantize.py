@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference_model import FAMILIES, random_ids, slow_logits, small_model
 
-from model.generate import generate, row_uniforms
+from model.generate import Sampling, generate, row_uniforms
 from model.quantize import (
     FBGEMM,
     FEW_ROWS,
@@ -235,10 +235,10 @@ def test_a_text_is_the_same_alone_and_in_company(embedding):
     model = quantize(small_model("llama", torch.float32, **WHOLE_STEPS), embedding)
     prompts, lengths, draws = random_ids(5, 6, 4), torch.tensor([4, 1, 3, 2, 4, 4]), row_uniforms(1, 0, range(6), 8)
     with decoding_path(model):
-        together = generate(model, prompts, lengths, 8, draws, eos=[], pad=0)
+        together = generate(model, prompts, lengths, Sampling(8, [], 0), draws)
         for row in range(6):
             own, length = slice(row, row + 1), lengths[row]
-            alone = generate(model, prompts[own, :length], lengths[own], 8, draws[own], [], 0)
+            alone = generate(model, prompts[own, :length], lengths[own], Sampling(8, [], 0), draws[own])
             assert torch.equal(alone.tokens[0], together.tokens[row, : length + 8])
 
 

@@ -12,6 +12,7 @@ from test_export import export, refused, where_the_runs_are  # noqa: F401
 
 from data.tokenizer import load_tokenizer
 from evaluation import receipt
+from model.generate import Sampling
 from model.quantize import Int8Linear
 from rlhf.infra import checkpoint
 from rlhf.lm.pretrained import digest_of, open_pretrained
@@ -50,7 +51,7 @@ def test_a_model_costs_nothing_beside_itself():
     assert measured["perplexity"]["before"] == measured["perplexity"]["after"]
     score = lambda tokens, lengths, mask: (tokens * mask).sum(1).float()  # noqa: E731
     prompts = [(random_ids(2, 4, 3), torch.tensor([3, 1, 2, 3])), (random_ids(4, 1, 2), torch.tensor([2]))]
-    change = receipt.reward_change({"before": model, "after": model}, score, prompts, 5, [0], 0)
+    change = receipt.reward_change({"before": model, "after": model}, score, prompts, Sampling(5, [0]))
     assert change["change"] == change["low"] == change["high"] == 0 and change["prompts"] == 5
     assert change["before"] == change["after"] > 0
 
@@ -64,7 +65,7 @@ def test_the_change_is_per_prompt():
         return torch.arange(len(tokens)) + float(len(calls) % 2 == 0)  # before, after, before, after
 
     prompts = [(random_ids(2, 4, 3), torch.tensor([3, 1, 2, 3])), (random_ids(4, 2, 2), torch.tensor([2, 2]))]
-    change = receipt.reward_change({"before": model, "after": model}, score, prompts, 2, [0], 0)
+    change = receipt.reward_change({"before": model, "after": model}, score, prompts, Sampling(2, [0]))
     assert change["change"] == change["low"] == change["high"] == 1 and calls == [4, 4, 2, 2]
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from reference_model import FAMILIES, random_ids, small_model
 
 from data.tokenizer import SentencePieceTokenizer, train_sentencepiece
+from model import generate as sampler
 from model.generate import generate, row_uniforms
 from model.quantize import FBGEMM, FEW_ROWS, decoding_path, quantize
 from rlhf.serve.scheduler import Full, Request, Sampling, Scheduler, TextStream, Token, overlap
@@ -94,7 +95,13 @@ def test_a_text_is_that_of_generate(family):
         s.submit([request])
         run(s)
         uniforms = row_uniforms(seed, 0, [seed % 3], 9)
-        out = generate(model, torch.tensor([prompt]), torch.tensor([len(prompt)]), 9, uniforms, 3, 0, 0.9, 6, 0.9)
+        out = generate(
+            model,
+            torch.tensor([prompt]),
+            torch.tensor([len(prompt)]),
+            sampler.Sampling(9, [3], 0, 0.9, 6, 0.9),
+            uniforms,
+        )
         expected = out.tokens[0, len(prompt) : out.lengths[0]].tolist()
         ended = expected[-1] == 3
         assert log.ids(request) == (expected[:-1] if ended else expected)
@@ -152,7 +159,7 @@ def test_long_prompts_are_read_in_chunks_while_others_decode(monkeypatch):
         s.step()
         counts.append(short.count - before)
     assert counts[:4] == [1, 1, 1, 1]  # nobody waited for the 25 tokens
-    out = generate(model, torch.tensor([long.prompt]), torch.tensor([25]), 3, None, [], 0, temperature=0)
+    out = generate(model, torch.tensor([long.prompt]), torch.tensor([25]), sampler.Sampling(3, temperature=0))
     assert log.ids(long) == out.tokens[0, 25:].tolist()
     MODELS["smollm2"].float()
 

@@ -20,7 +20,7 @@ from tiny_server import ROOT, serving
 
 import serve
 from data.tokenizer import load_tokenizer
-from model.generate import generate, row_uniforms
+from model.generate import Sampling, generate, row_uniforms
 from rlhf.feedback.store import FeedbackStore
 from rlhf.lm.pretrained import open_pretrained
 from rlhf.serve.api import Bounded, Service, policy
@@ -111,10 +111,10 @@ def test_completions_are_those_of_the_sampler(client, home):
     answer = client.completions.create(
         model="lm", prompt="a good", max_tokens=8, seed=5, n=4, temperature=0.8, top_p=0.9, extra_body={"top_k": 20}
     )
+    sampling = Sampling(8, opened.stop_ids, opened.tokenizer.pad, 0.8, 20, 0.9)
     out = generate(
-        opened.model, torch.tensor([ids]), torch.tensor([len(ids)]), 8, row_uniforms(5, 0, range(4), 8),
-        opened.stop_ids, opened.tokenizer.pad, 0.8, 20, 0.9,
-    )  # fmt: skip
+        opened.model, torch.tensor([ids]), torch.tensor([len(ids)]), sampling, row_uniforms(5, 0, range(4), 8)
+    )
     for row, length, choice in zip(out.tokens, out.lengths, answer.choices):
         expected = opened.tokenizer.decode(row[:length].tolist())
         assert one_mark("a good" + choice.text) == one_mark(expected)

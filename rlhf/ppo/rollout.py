@@ -1,13 +1,13 @@
 """Act and judge: prompts -> Rollout (facts) -> Experience (+ credit) -> minibatches -> micro-batches."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.generate import Generated, generate, row_uniforms
+from model.generate import Generated, Sampling, generate, row_uniforms
 from model.transformer import Transformer
 from rlhf.infra.distributed import Dist
 from rlhf.infra.optim import Precision
@@ -82,10 +82,7 @@ class Experience(Rollout):
 
 def act(
     model: Transformer,
-    response_tokens: int,
-    stop_ids: Iterable[int],
-    pad: int,
-    temperature: float,
+    sampling: Sampling,
     seed: int,
     precision: Precision,
     prompts: Tensor,
@@ -98,11 +95,9 @@ def act(
     What a row draws depends on (seed, iteration, its global id) alone: neither batch nor number of ranks changes it.
     """
     device = model.embed_tokens.weight.device
-    uniforms = row_uniforms(seed, iteration, ids.tolist(), response_tokens).to(device)
+    uniforms = row_uniforms(seed, iteration, ids.tolist(), sampling.max_new_tokens).to(device)
     with precision.autocast():
-        return generate(
-            model, prompts.to(device), lengths.to(device), response_tokens, uniforms, stop_ids, pad, temperature
-        )
+        return generate(model, prompts.to(device), lengths.to(device), sampling, uniforms)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What every reward model gets after its training: a scale, a temperature, and a report of what it knows."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from data.baselines import GAPS, accuracy, baselines, pair_clusters
 from data.loader import PromptBatch, PromptLoader, RatingLoader, TokenFile, in_order, prompts_from_rows
 from data.pairs import SomeRows
 from data.vader import load_rules
-from model.generate import generate, row_uniforms
+from model.generate import Sampling, generate, row_uniforms
 from rlhf.calibration import fit_temperature, wilson_interval
 from rlhf.infra.distributed import Dist
 from rlhf.infra.run import peak_memory_gb
@@ -82,7 +83,7 @@ def reference_scores(reward_model: Normalised, base: Pretrained, references: Ref
     device = base.model.embed_tokens.weight.device
     uniforms = row_uniforms(seed, 0, rows.tolist(), longest).to(device)
     prompts, lengths = prompts.to(device), lengths.to(device)
-    samples = generate(base.model, prompts, lengths, longest, uniforms, base.stop_ids, base.tokenizer.pad)
+    samples = generate(base.model, prompts, lengths, Sampling(longest, base.stop_ids, base.tokenizer.pad), uniforms)
     return reward_model(samples.tokens, samples.lengths)
 
 
@@ -158,7 +159,8 @@ def accuracy_table(report: dict) -> str:
     """Pairwise accuracy on the test split, one line per scorer, one column per rating gap."""
     rows = {"reward model": report["accuracy"], **report["baselines"]}
     head = f"{'test accuracy, rating gap':<28}" + "".join(f"{gap:>8}" for gap in GAPS)
-    lines = [f"{name:<28}" + "".join(f"{row[gap]:8.3f}" for gap in GAPS) for name, row in rows.items()]
+    known = {name: [math.nan if row[gap] is None else row[gap] for gap in GAPS] for name, row in rows.items()}
+    lines = [f"{name:<28}" + "".join(f"{x:8.3f}" for x in row) for name, row in known.items()]
     return "\n".join([head, *lines])
 
 
