@@ -13,7 +13,7 @@ PY = $(VENV)/bin/python
 TORCHRUN = OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc_per_node=2
 READY = $(VENV)/ready-$(EXTRAS)
 
-.PHONY: demo smollm2 scratch test test-slow lint bench clean
+.PHONY: demo smollm2 scratch test test-slow test-bits lint bench clean
 
 demo: $(READY)
 	$(PY) export.py --init=smollm2-135m-instruct --out=$(OUT)/base
@@ -38,6 +38,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(PY) -m pytest -m slow
+
+test-bits: $(READY)  # what is promised to the bit; with ATEN_CPU_CAPABILITY=avx2 as a smaller CPU does it
+	$(PY) -m pytest -m bits
 
 lint: $(READY)
 	$(PY) -m ruff check .

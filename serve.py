@@ -184,16 +184,24 @@ async def serve(
     listener.listen(2048)  # from here on connections wait, and are not refused
     if rank == 0:
         host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
-        same = "the same text for a seed, alone or in company" if scheduler.exact else "a seed's text up to rounding"
         print(
             f"serving {service.name} at http://{host}:{listener.getsockname()[1]} ({cfg.workers} x {cfg.max_batch} "
-            f"texts of {scheduler.width} tokens; {same})",
+            f"texts of {scheduler.width} tokens; {promise(scheduler.exact, scheduler.rounding)})",
             flush=True,
         )
     try:
         await server.serve(sockets=[listener])
     finally:
         await asyncio.to_thread(scheduler.stop)
+
+
+def promise(exact: bool, rounding: float) -> str:
+    """What a seed gives, as `exact_shape` found it; in company the differences of several steps come together."""
+    if exact:
+        return "the same text and log-probs for a seed, alone or in company"
+    if rounding < 3e-6:
+        return "the same text for a seed, alone or in company, and its log-probs to 1e-5"
+    return f"a seed's text up to rounding: log-probs of one token differ by {rounding:.0e}"
 
 
 def chat_of(opened: Pretrained) -> Chat | None:

@@ -60,14 +60,25 @@ def warp_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p:
     return logits
 
 
+def check_finite(numbers: Tensor) -> None:
+    """ValueError where a number that came of logits is none."""
+    if not bool(numbers.isfinite().all()):
+        raise ValueError(
+            "the model's logits are not finite: it has diverged; use an earlier checkpoint or a smaller lr"
+        )
+
+
 def sample_step(
     logits: Tensor, uniforms: Tensor | None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """One token per row by inverse CDF: the first whose cumulative probability exceeds the row's uniform.
 
     logits (B, V), uniforms (B,) in [0, 1), or None at temperature 0 -> tokens (B,), logprobs (B,) under the sampling
-    distribution, which at temperature 0 is certain: 0.
+    distribution, which at temperature 0 is certain: 0. ValueError for logits that give no distribution: a NaN or an
+    infinity among them (-inf alone is a probability of zero).
     """
+    if temperature == 0:
+        check_finite(logits.amax(dim=-1))  # a NaN is the largest; the warped ones hold none
     logits = warp_logits(logits, temperature, top_k, top_p)
     if temperature == 0:
         return logits.argmax(dim=-1), logits.new_zeros(len(logits))
@@ -75,10 +86,7 @@ def sample_step(
     # a CPU adds up in float64 by itself; on a GPU a float32 scan could step onto a token of probability zero
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64 if probs.is_cuda else probs.dtype)
     total = cumulative[:, -1]
-    if not bool(total.isfinite().all()):
-        raise ValueError(
-            "the model's logits are not finite: it has diverged; use an earlier checkpoint or a smaller lr"
-        )
+    check_finite(total)
     # strictly below the total, so that rounding never reaches past the last token with a probability
     target = torch.minimum((uniforms * total).to(total.dtype), total.nextafter(torch.zeros_like(total)))
     tokens = torch.searchsorted(cumulative, target[:, None], right=True)  # (B, 1)

@@ -24,6 +24,8 @@ from rlhf.reward.model import FrozenReward, text_features
 from rlhf.reward.ridge import fit_heads, head_of, ridge
 from rlhf.reward.scorer import open_scorer
 
+pytestmark = pytest.mark.bits
+
 STOPS = (1, 2)
 ROWS, LONGEST = 8, 9
 LENGTHS = [2, 9, 4, 3, 7, 5, 9, 6]

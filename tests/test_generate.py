@@ -11,6 +11,8 @@ from reference_model import FAMILIES, random_ids, small_model
 
 from model.generate import Sampling, generate, row_uniforms, sample_step, warp_logits
 
+pytestmark = pytest.mark.bits
+
 V, CONTEXT, PAD = 13, 32, 0  # of small_model
 SETTINGS = [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 4, 1.0), (1.0, 0, 0.8), (1.3, 6, 0.9)]  # temperature, top_k, top_p
 every_setting = pytest.mark.parametrize("how", SETTINGS, ids=str)
@@ -132,6 +134,23 @@ def test_the_ends_of_the_unit_interval(dtype):
     logits[:, 1000:2000] = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=dtype)
     tokens, logprobs = sample_step(logits, torch.tensor([0.0, math.nextafter(1.0, 0.0)], dtype=torch.float64))
     assert tokens.tolist() == [1000, 1999] and bool(logprobs.isfinite().all())
+
+
+@pytest.mark.parametrize("how", [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 1, 1.0), (0.7, 3, 0.9), (0.0, 2, 0.5)])
+@pytest.mark.parametrize("sick", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_refused_at_every_temperature(how, sick):
+    """One of them in one row is enough; -inf is a probability of zero, unless it is all there is."""
+    draws = None if how[0] == 0 else torch.tensor([0.3, 0.3])
+    for at in range(8):
+        logits = torch.zeros(2, 8)
+        logits[1, at] = sick
+        with pytest.raises(ValueError, match="not finite"):
+            sample_step(logits, draws, *how)
+    with pytest.raises(ValueError, match="not finite"):
+        sample_step(torch.full((2, 8), -math.inf), draws, *how)
+    logits = torch.full((2, 8), -math.inf)
+    logits[:, 5] = 1.0
+    assert sample_step(logits, draws, *how)[0].tolist() == [5, 5]
 
 
 @every_setting

@@ -28,6 +28,8 @@ from rlhf.ppo.roles import CRITICS, LAYOUTS, Roles
 from rlhf.ppo.rollout import Experience, Rollout, gather, judge, minibatches
 from rlhf.rewards import shape_rewards
 
+pytestmark = pytest.mark.bits
+
 ROWS, LAYERS, TOP = 16, 3, 2
 ALONE, EVERYBODY = distributed.Dist(), torch.arange(ROWS)
 SETTINGS = LoRA(rank=3, alpha=6.0, seed=5)

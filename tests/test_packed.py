@@ -13,6 +13,8 @@ from model.packed import common_beginnings, last_states, text_states
 from rlhf.losses import preference_loss
 from rlhf.reward.model import POOLING, RewardModel, last_token
 
+pytestmark = pytest.mark.bits
+
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
 VOCABULARY = small_model("llama").config.vocab_size
 text = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=14)

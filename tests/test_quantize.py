@@ -25,8 +25,10 @@ from model.quantize import (
 )
 from model.transformer import KVCache
 
+pytestmark = pytest.mark.bits
+
 EMBEDDINGS = ("bf16", "int8")
-WHOLE_STEPS = dict(width=32, heads=4, kv_heads=2, head_dim=8, ffn=48)  # what torch's kernel takes
+WHOLE_STEPS = dict(width=32, heads=4, kv_heads=2, head_dim=8, ffn=64)  # what torch's kernel takes
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,8 @@ from tiny import TIMEOUT, lines
 
 from rlhf.infra import checkpoint
 
+pytestmark = pytest.mark.bits
+
 PPO = {"iterations": 12, "checkpoint_every": 2, "sample_every": 3, "minibatches": 2, "batch": 32, "decay": "cosine"}
 LM = {"epochs": 2, "log_every": 1, "checkpoint_every": 3, "eval_every": 4}
 RM = {"epochs": 2, "log_every": 1, "checkpoint_every": 3, "eval_every": 4}

@@ -17,6 +17,8 @@ from rlhf.reward.files import load_reward_model
 from rlhf.reward.model import POOLINGS, RewardModel, last_token, mean_token
 from rlhf.reward.scorer import open_scorer, response_starts, scorer_of
 
+pytestmark = pytest.mark.bits
+
 ROWS, LONGEST = 8, 9
 LENGTHS = torch.tensor([1, 9, 4, 2, 7, 3, 9, 5])
 TEXTS = [row[:n].tolist() for row, n in zip(random_ids(3, ROWS, LONGEST), LENGTHS)]

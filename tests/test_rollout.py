@@ -13,6 +13,8 @@ from rlhf.infra import distributed, optim
 from rlhf.ppo import update as ppo
 from rlhf.ppo.rollout import Experience, Rollout, concatenate, gather, judge, minibatches
 
+pytestmark = pytest.mark.bits
+
 ROWS = 16
 
 

@@ -12,8 +12,10 @@ from model.generate import generate, row_uniforms
 from model.quantize import FBGEMM, FEW_ROWS, decoding_path, quantize
 from rlhf.serve.scheduler import Full, Request, Sampling, Scheduler, TextStream, Token, overlap
 
+pytestmark = pytest.mark.bits
+
 V, CONTEXT = 16, 32
-SHAPE = dict(vocab_size=V, width=32, ffn=48)  # as real ones: multiples of the vectors of a CPU
+SHAPE = dict(vocab_size=V, width=32, ffn=64)  # as real ones: multiples of 32, the floats that a CPU works on at once
 
 
 class Letters:
@@ -140,9 +142,32 @@ def test_company_changes_nothing_and_no_row_is_lost(family, data):
 
 def test_the_shape_that_is_exact_is_found():
     s, _ = scheduler(MODELS["smollm2"], rows=16)
-    rows, columns = s.exact
-    assert 1 <= rows <= 16 and columns in (1, s.width)
-    assert scheduler(MODELS["smollm2"], rows=1)[0].exact == (1, 1)
+    rows, columns = s.shape
+    assert s.exact and 1 <= rows <= 16 and columns in (1, s.width)
+    assert scheduler(MODELS["smollm2"], rows=1)[0].shape == (1, 1)
+
+
+@pytest.mark.parametrize("family, ffn", [("gpt2", 43), ("smollm2", 43), ("smollm2", 48), ("qwen3", 40), ("qwen3", 96)])
+def test_where_a_rows_place_decides_texts_are_equal_and_logprobs_to_1e_5(family, ffn):
+    """43 leaves a rest behind the blocks of any CPU, 48 behind those of AVX-512. The scheduler finds it, and says how much."""
+    model = small_model(family, torch.float32, head_dim=8, **SHAPE | {"ffn": ffn})
+    s, log = scheduler(model, rows=5)
+    ids = random_ids(0, 200, 1, 5, vocab_size=V)
+    with torch.no_grad():
+        places = [model(row.expand(5, 5).contiguous())[:, -1] for row in ids]
+    alike = all(torch.equal(x, x[:1].expand_as(x)) for x in places)
+    assert s.exact == alike and (s.rounding == 0) == alike and s.rounding < 3e-6
+    sent = [Request([1 + k % 5] * (1 + k % 9), Sampling(12, 1.0, seed=k, logprobs=2)) for k in range(40)]
+    s.submit(sent)
+    run(s)
+    for request in sent:
+        alone = copy_of(request)
+        s.submit([alone])
+        run(s)
+        assert log[alone][::2] == log[request][::2] and log.ids(alone) == log.ids(request)
+        pairs = list(zip(log[alone][1], log[request][1]))
+        assert all(a.logprob == pytest.approx(b.logprob, abs=1e-5) for a, b in pairs)
+        assert not alike or log[alone] == log[request]
 
 
 def test_long_prompts_are_read_in_chunks_while_others_decode(monkeypatch):
@@ -260,9 +285,9 @@ def test_a_step_that_fails_leaves_nobody_waiting(capsys):
 def test_int8_texts_are_those_they_get_alone():
     """Integers give a row the same in any company. Without FBGEMM the kernel depends on the number of rows, so seeded
     requests are decoded by one of the two kernels, whoever else is there."""
-    model = quantize(small_model("smollm2", torch.float32, head_dim=8, **SHAPE | {"ffn": 64}))
+    model = quantize(small_model("smollm2", torch.float32, head_dim=8, **SHAPE))
     s, log = scheduler(model, rows=20)
-    assert s.exact[0] == 1 if FBGEMM else s.exact[0] > FEW_ROWS
+    assert s.exact and (s.shape[0] == 1 if FBGEMM else s.shape[0] > FEW_ROWS)
     many = [Request([1 + k % 5] * (1 + k), Sampling(8, 1.0, seed=k, logprobs=1)) for k in range(20)]
     s.submit(many)
     run(s)

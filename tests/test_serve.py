@@ -27,6 +27,8 @@ from rlhf.serve.api import Bounded, Service, policy
 from rlhf.serve.protocol import ApiError, Limits, Writer, parse_completion, token_texts
 from rlhf.serve.scheduler import Token
 
+pytestmark = pytest.mark.bits
+
 HELLO = [{"role": "user", "content": "a good film"}]
 
 
@@ -258,7 +260,9 @@ def mixed(seed: int, longest: int) -> dict:
 @pytest.mark.parametrize("longest", [8, pytest.param(90, marks=pytest.mark.slow)])
 def test_64_mixed_requests_get_what_they_get_alone(server, longest):
     """To the bit: the log-probs too."""
-    assert "the same text for a seed" in server.first_line and server.request("/health")[2]["exact"] is True
+    assert (
+        "the same text and log-probs for a seed" in server.first_line and server.request("/health")[2]["exact"] is True
+    )
 
     def ask(body):
         status, _, answer = server.request("/v1/completions", body)
@@ -270,6 +274,26 @@ def test_64_mixed_requests_get_what_they_get_alone(server, longest):
         together = list(pool.map(ask, bodies))
     assert together == [ask(body) for body in bodies]
     assert (server.metric("running"), server.metric("waiting")) == (0, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ffn", [43, 48])
+def test_what_is_promised_of_a_model_whose_width_fits_no_block(tmp_path, ffn):
+    """A row's place decides the last bits: equal texts, log-probs to 1e-5; and where it does not, as always."""
+    with serving(tiny_server.build(tmp_path, ffn=ffn), "--max_batch=8", "--cache_tokens=1024") as server:
+        exact = server.request("/health")[2]["exact"]
+        says = " alone or in company)" if exact else " alone or in company, and its log-probs to 1e-5)"
+        assert server.first_line.endswith(says + "\n") and (ffn != 43 or not exact)
+        bodies = [mixed(seed, 40) | {"logprobs": 2} for seed in range(24)]
+        with concurrent.futures.ThreadPoolExecutor(24) as pool:
+            together = list(pool.map(lambda body: server.request("/v1/completions", body)[2], bodies))
+        for body, answer in zip(bodies, together):
+            alone = server.request("/v1/completions", body)[2]
+            assert alone["usage"] == answer["usage"]
+            (a,), (b,) = alone["choices"], answer["choices"]
+            assert (a["text"], a["logprobs"]["tokens"]) == (b["text"], b["logprobs"]["tokens"])
+            for one, other in zip(a["logprobs"]["token_logprobs"], b["logprobs"]["token_logprobs"]):
+                assert one == (other if exact or other is None else pytest.approx(other, abs=1e-5))
 
 
 def test_more_requests_than_a_server_reads_are_turned_away():

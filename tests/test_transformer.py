@@ -13,6 +13,8 @@ from reference_model import FAMILIES, SMALL, random_ids, slow_logits, small_mode
 from model import transformer
 from model.transformer import KVCache, ModelConfig, Transformer
 
+pytestmark = pytest.mark.bits
+
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 

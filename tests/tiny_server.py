@@ -23,11 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 REWARD = "def length(prompts, responses):\n    return [float(len(response)) for response in responses]\n"
 
 
-def build(path: Path, control=("<|im_start|>", "<|im_end|>"), seed: int = 1) -> Path:
+def build(path: Path, control=("<|im_start|>", "<|im_end|>"), seed: int = 1, **shape) -> Path:
     """A directory with `lm`, a checkpoint of random weights, and `reward.py`."""
     texts = ["a good film", "a bad film that nobody likes", "user assistant system", "the story is good or bad"] * 20
     tokenizer = train_sentencepiece(texts, path / "tokenizer.model", 320, control)
-    model = Transformer(ModelConfig(320, width=32, layers=2, heads=2, context=128, tied=False))
+    model = Transformer(ModelConfig(320, width=32, layers=2, heads=2, context=128, tied=False, **shape))
     model.init_weights(torch.Generator().manual_seed(seed))
     with torch.no_grad():
         model.embed_tokens.weight.mul_(30)

@@ -199,7 +199,8 @@ class Service:
             "waiting": len(s.waiting),
             "rows": s.rows,
             "max_length": self.limits.width,
-            "exact": s.exact is not None,
+            "exact": s.exact,
+            "rounding": s.rounding,
         }
         return reply(state | {"has": [name for name, there in features.items() if there is not None]})
 
