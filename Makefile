@@ -40,7 +40,7 @@ test-slow: $(READY)
 	$(PY) -m pytest -m slow
 
 test-bits: $(READY)  # what is promised to the bit; with ATEN_CPU_CAPABILITY=avx2 as a smaller CPU does it
-	$(PY) -m pytest -m bits
+	$(PY) -m pytest -m "bits and not slow"
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -9,7 +9,7 @@ share of the cores. A request with a seed gets the same text alone or in company
 """
 
 import asyncio
-import contextlib
+import logging
 import multiprocessing.connection
 import os
 import signal
@@ -53,14 +53,16 @@ class Config:
     max_tokens: int = 1024  # longest answer
     queue: int = 128  # texts that may wait; more are turned away with status 503
     timeout: float = 300.0  # seconds that a request may take; then it ends with what there is
+    patience: float = 30.0  # seconds that a client may take to send a request's headers, or its body, or to read on
     max_body: int = 262144  # bytes of a request
     grace: float = 10.0  # seconds for running requests after SIGTERM or Ctrl-C
 
     def __post_init__(self):
         config.at_least(self, port=0, workers=1, threads=1, max_batch=1, max_tokens=1, queue=0, max_body=1024, grace=0)
         config.at_most(self, port=65535)
-        if not self.timeout > 0:
-            raise ValueError(f"--timeout={self.timeout} must be above 0")
+        for name in ("timeout", "patience"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name}={getattr(self, name)} must be above 0")
         if self.cache_tokens < 8 * self.max_batch:
             raise ValueError(
                 f"--cache_tokens={self.cache_tokens} leaves each of {self.max_batch} texts less than 8 tokens; "
@@ -136,7 +138,7 @@ def work(cfg: Config, key: str | None, listener: socket.socket, rank: int, ready
         raise ValueError(f"{cfg.reference} reads other tokens than {cfg.init}: the KL between them means nothing")
     reward = None
     if cfg.reward:
-        reward = open_scorer(cfg.reward, opened.tokenizer, device, base=reference or opened).score
+        reward = open_scorer(cfg.reward, opened.tokenizer, device, base=reference or opened)
     asyncio.run(serve(cfg, key, listener, rank, ready, opened, reference, reward))
 
 
@@ -145,34 +147,38 @@ async def serve(
     reference: Pretrained | None, reward,
 ) -> None:  # fmt: skip
     """Listens until SIGTERM or Ctrl-C, then lets running requests finish for a while."""
-    import uvicorn
-
     from rlhf.feedback.store import FeedbackStore
+    from rlhf.serve import connections
     from rlhf.serve.api import Bounded, Service, application, deliver_to
     from rlhf.serve.protocol import Limits
     from rlhf.serve.scheduler import Scheduler
     from rlhf.serve.scorer import Scorer, load_values
 
+    log = logging.StreamHandler()
+    log.addFilter(connections.OncePerSecond())
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[log])
     loop, model, tokenizer = asyncio.get_running_loop(), opened.model, opened.tokenizer
     chat = chat_of(opened)
     stop_ids = {*opened.stop_ids, *(chat.stop_ids() if chat else ())}
     scheduler = Scheduler(
         model, tokenizer, stop_ids, cfg.max_batch, cfg.cache_tokens // cfg.max_batch, cfg.queue, deliver_to(loop)
     )
-    scorer = Scorer(model, reference.model.eval() if reference else None, reward, load_values(cfg.init, model))
+    scorer = Scorer(
+        model, reference.model.eval() if reference else None, reward, load_values(cfg.init, model), tokenizer.eos
+    )
     service = Service(
         scheduler, scorer, tokenizer, chat, cfg.name or Path(cfg.init).name, opened.digest[:16],
         Limits(scheduler.width, min(cfg.max_tokens, scheduler.width), cfg.max_batch + cfg.queue),
-        cfg.timeout, cfg.max_body, key, FeedbackStore(cfg.feedback) if cfg.feedback else None,
+        cfg.timeout, cfg.patience, cfg.max_body, key, FeedbackStore(cfg.feedback) if cfg.feedback else None,
     )  # fmt: skip
-    most = cfg.max_batch + 2 * cfg.queue + 16  # texts, as many jobs as may wait, and the page's own requests
-    server = uvicorn.Server(
-        uvicorn.Config(
-            Bounded(application(service), most), log_level="warning", lifespan="off", access_log=False, server_header=False,
-            timeout_graceful_shutdown=max(1, round(cfg.grace)), http="h11",  # which bounds headers; httptools does not
+    wanted = cfg.max_batch + 2 * cfg.queue + 16  # texts, as many jobs as may wait, and the page's own requests
+    room, most = connections.room(wanted)
+    if most < wanted and rank == 0:
+        print(
+            f"note: {most} requests at a time, not {wanted}: a process may open too few files (ulimit -n)",
+            file=sys.stderr,
         )
-    )  # fmt: skip
-    server.capture_signals = contextlib.nullcontext  # ours do the same, and the exit code stays 0
+    server = connections.server(Bounded(application(service), most), connections.Waiting(room, cfg.patience), cfg.grace)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: setattr(server, "should_exit", True))
     if ready is not None:

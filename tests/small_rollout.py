@@ -19,7 +19,7 @@ WIDTH = PROMPT + RESPONSE
 
 def actor_critic(critic: str = "shared", family: str = "llama", dtype=torch.float64, **changes) -> ActorCritic:
     """A policy whose critic has an opinion: the value head starts at random, not at zero."""
-    policy = ActorCritic(small_model(family, dtype, seed=1, **changes), critic, TEMPERATURE).to(dtype)
+    policy = ActorCritic(small_model(family, dtype, seed=15, **changes), critic, TEMPERATURE).to(dtype)
     if policy.value_head is not None:
         noise = torch.randn(SMALL["width"] + 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
         with torch.no_grad():
@@ -40,7 +40,7 @@ def moved(module: nn.Module, by: float, seed: int = 3) -> nn.Module:
 
 def base_model(family: str = "llama", dtype=torch.float64) -> Transformer:
     """Where the policy came from: near it, and not equal to it."""
-    return moved(small_model(family, dtype, seed=1), 0.03)
+    return moved(small_model(family, dtype, seed=15), 0.03)
 
 
 def reference(family: str = "llama", dtype=torch.float64):

@@ -42,7 +42,7 @@ def test_every_token_against_a_forward_of_its_own(family, critic):
 def test_logprobs_against_the_textbook_transformer(family):
     """Nothing of ours on the other side: floats, loops, the softmax of tests/reference_model.py's logits."""
     logprobs = actor_critic("none", family)(TOKENS, MASK).logprobs.detach()
-    model = small_model(family, seed=1)
+    model = small_model(family, seed=15)
     for b, (start, end) in enumerate(zip(STARTS, LENGTHS)):
         logits = slow_logits(model, TOKENS[b, :end].tolist())
         for t in range(start, end):
@@ -51,7 +51,7 @@ def test_logprobs_against_the_textbook_transformer(family):
 
 
 def test_language_model_loss_is_minus_the_logprob():
-    model = small_model("llama", seed=1)
+    model = small_model("llama", seed=15)
     expected = -ActorCritic(model, "none")(TOKENS, MASK).logprobs[MASK]
     torch.testing.assert_close(LanguageModel(model)(TOKENS, MASK), expected, rtol=1e-12, atol=1e-12)
 

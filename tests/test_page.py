@@ -121,6 +121,9 @@ def test_chat_streams_and_shows_its_tokens(page, server):
     assert "token 2 of" in page.text_content(".microscope [role=status]")
     page.select_option(".microscope select", "reward")
     assert spans[-1].evaluate("span => getComputedStyle(span).getPropertyValue('--part')") == "60%"
+    assert (
+        spans[-1].evaluate("span => span.style.getPropertyValue('--hue')") == "var(--warm)"
+    )  # above 0, as in the report
     assert len(page.query_selector_all(".microscope tbody tr")) == len(spans)
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     assert accessible(page) == []

@@ -4,11 +4,15 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
+from evaluation.card import encoder, score_rows
 from rlhf.infra import checkpoint
 from rlhf.lm.checkpoints import new_transformer
 from rlhf.lm.pretrained import open_pretrained
 from rlhf.lm.trunks import LoRA
 from rlhf.ppo.roles import LAYOUTS, ActorCritic
+from rlhf.reward.files import load_reward_model
+from rlhf.reward.scorer import open_scorer
+from rlhf.serve.protocol import continuation, prompt_of
 from rlhf.serve.scorer import Scorer, load_values
 
 pytestmark = pytest.mark.slow
@@ -25,7 +29,7 @@ def test_values_kl_and_logprobs_of_a_ppo_run(world, layout, critic):
     policy.load_state_dict(saved.tensors)
     opened, reference = (open_pretrained(world.path / name) for name in (out, "lm"))
     model = opened.model.eval()
-    scorer = Scorer(model, reference.model.eval(), None, load_values(world.path / out, model))
+    scorer = Scorer(model, reference.model.eval(), None, load_values(world.path / out, model), 2)
     found = scorer.tokens(PROMPT, RESPONSE)
 
     tokens, response = torch.tensor([PROMPT + RESPONSE]), slice(len(PROMPT), None)
@@ -60,7 +64,7 @@ def test_values_of_a_separate_critic_on_the_base(world, layout, monkeypatch):
     with torch.no_grad():
         expected = roles.policy.eval()(tokens, mask).values[0, len(PROMPT) :].tolist()
     model = open_pretrained(world.path / out).model.eval()
-    found = Scorer(model, None, None, load_values(world.path / out, model)).tokens(PROMPT, RESPONSE)
+    found = Scorer(model, None, None, load_values(world.path / out, model), 2).tokens(PROMPT, RESPONSE)
     assert [token["value"] for token in found] == pytest.approx(expected, abs=1e-5)
     assert any(abs(token["value"]) > 1e-4 for token in found)
 
@@ -68,3 +72,32 @@ def test_values_of_a_separate_critic_on_the_base(world, layout, monkeypatch):
 def test_a_model_without_a_critic_has_no_values(world):
     model = open_pretrained(world.path / "lm").model
     assert load_values(world.path / "lm", model) is None
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "attention"])
+def test_a_score_is_that_of_training_and_of_the_report_card(world, pooling):
+    """With eos behind the answer; a model that pools the last token reads something else at the last word."""
+    out = f"rm-{pooling}"
+    world.ok("train_rm.py", out=out, pooling=pooling)
+    opened = open_pretrained(world.path / "lm")
+    tokenizer = opened.tokenizer
+    model = load_reward_model(str(world.path / out), tokenizer.fingerprint)
+    scorer = Scorer(opened.model, None, open_scorer(str(world.path / out), tokenizer), None, tokenizer.eos)
+    encode, rows, ours, at_the_word = encoder(tokenizer, None, opened.model.config.context), [], [], []
+    for prompt, answer in (
+        ("the film is", " a joy"),
+        ("the film", " is a mess that nobody likes"),
+        ("a", " good story."),
+    ):
+        asked = {"prompt": prompt, "response": answer}
+        ids = prompt_of(asked, tokenizer, None), continuation(asked, tokenizer)
+        rows.append(encode(prompt, answer))
+        assert rows[-1].tokens.tolist() == [*ids[0], *ids[1], tokenizer.eos]
+        ours.append(scorer.score(*ids))
+        cut = torch.tensor([[*ids[0], *ids[1]]])
+        at_the_word.append(
+            float(model.score(cut, torch.tensor([cut.shape[1]]), torch.ones_like(cut, dtype=torch.bool)))
+        )
+    theirs = score_rows(model, rows, tokenizer.pad, "cpu")[0].tolist()
+    assert ours == pytest.approx(theirs, abs=1e-5) and ours != pytest.approx(at_the_word, abs=1e-3)
+    assert scorer.context == opened.model.config.context - 1

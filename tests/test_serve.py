@@ -399,14 +399,14 @@ def test_votes(server):
     assert server.request("/v1/comparison")[0] == 400
 
 
-def test_a_store_that_cannot_be_written_is_503_and_names_no_path(tmp_path, capsys):
+def test_a_store_that_cannot_be_written_is_503_and_names_no_path(tmp_path, caplog):
     """The page sends a vote again after a 503; after a 4xx it would give it up."""
     store = FeedbackStore(tmp_path / "full.sqlite")
     store._db.execute("PRAGMA max_page_count = 1")  # no page more: a full disk
     with pytest.raises(ApiError) as caught:
         asyncio.run(Service.ask(store.add_prompt, "long " * 10_000))
     assert caught.value.status == 503 and "Retry-After" in caught.value.headers
-    assert "full" not in caught.value.message and "full.sqlite: database or disk is full" in capsys.readouterr().err
+    assert "full" not in caught.value.message and "full.sqlite: database or disk is full" in caplog.text
 
 
 def test_a_body_that_does_not_come_is_408():
@@ -414,7 +414,7 @@ def test_a_body_that_does_not_come_is_408():
         await asyncio.Event().wait()
 
     async def body():
-        service = SimpleNamespace(timeout=0.01, max_body=100)
+        service = SimpleNamespace(patience=0.01, max_body=100)
         service.read = Service.read.__get__(service)
         request = Request({"type": "http", "method": "POST", "headers": []}, receive)
         await Service.body(service, request)
@@ -433,6 +433,34 @@ def test_health_metrics_and_page(server):
     status, headers, text = server.request("/")
     assert status == 200 and headers["Content-Type"].startswith("text/html")
     assert headers["Content-Security-Policy"] == policy(text) and "'none'" in policy("")
+
+
+HOSTILE = {  # what a template does once a conversation has three messages
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "doubling": "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "power": "{{ 10 ** (10 ** 8) }}",
+    "two lines": "{{ raise_exception('a\nb') }}",
+    "nothing": None,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_template_is_400_and_holds_nobody_up(tmp_path, kind):
+    every = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    template = "{% if messages|length == 3 %}" + (HOSTILE[kind] or "") + "{% else %}" + every + "{% endif %}"
+    home = tiny_server.build(tmp_path, template=template)
+    with serving(home, "--max_batch=4", "--cache_tokens=512", "--reward=reward.py:length") as server:
+        three = {"messages": HELLO * 3, "max_tokens": 3, "response": "x"}
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            paths = ("/v1/chat/completions", "/v1/score")
+            answers = [pool.submit(server.request, path, three) for path in paths]
+            assert server.request("/health")[0] == 200
+            assert server.request("/v1/completions", {"prompt": "a", "max_tokens": 3})[0] == 200
+            assert kind not in ("loops",) or not any(answer.done() for answer in answers)
+        for status, _, body in (answer.result() for answer in answers):
+            assert status == 400 and body["error"]["param"] == "messages" and "\n" not in body["error"]["message"], body
+        assert server.request("/v1/chat/completions", three | {"messages": HELLO})[0] == 200
 
 
 def test_other_origins_and_names_are_refused(server):

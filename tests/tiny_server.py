@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.bpe import CONTROL, LETTERS, NORMAL, BPETokenizer
 from data.tokenizer import train_sentencepiece
 from model.transformer import ModelConfig, Transformer
 from rlhf.infra import checkpoint
@@ -23,10 +24,15 @@ ROOT = Path(__file__).resolve().parent.parent
 REWARD = "def length(prompts, responses):\n    return [float(len(response)) for response in responses]\n"
 
 
-def build(path: Path, control=("<|im_start|>", "<|im_end|>"), seed: int = 1, **shape) -> Path:
-    """A directory with `lm`, a checkpoint of random weights, and `reward.py`."""
+def build(path: Path, control=("<|im_start|>", "<|im_end|>"), seed: int = 1, template=None, **shape) -> Path:
+    """A directory with `lm`, a checkpoint of random weights, and `reward.py`. template: of chats, on a tokenizer of bytes."""
     texts = ["a good film", "a bad film that nobody likes", "user assistant system", "the story is good or bad"] * 20
-    tokenizer = train_sentencepiece(texts, path / "tokenizer.model", 320, control)
+    if template is None:
+        tokenizer = train_sentencepiece(texts, path / "tokenizer.model", 320, control)
+    else:
+        tokens, types = [*LETTERS, "<|endoftext|>"], [NORMAL] * 256 + [CONTROL]
+        tokenizer = BPETokenizer(tokens, types, [], "gpt-2", eos=256, chat_template=template)
+        tokenizer.save(path)
     model = Transformer(ModelConfig(320, width=32, layers=2, heads=2, context=128, tied=False, **shape))
     model.init_weights(torch.Generator().manual_seed(seed))
     with torch.no_grad():
@@ -77,7 +83,7 @@ class Server:
         )
 
 
-def start(*options: str, cwd: Path, env: dict | None = None) -> subprocess.Popen:
+def start(*options: str, cwd: Path, env: dict | None = None, preexec_fn=None) -> subprocess.Popen:
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -87,7 +93,7 @@ def start(*options: str, cwd: Path, env: dict | None = None) -> subprocess.Popen
     }
     return subprocess.Popen(
         [sys.executable, str(ROOT / "serve.py"), *options], cwd=cwd, env=environment, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE, text=True, preexec_fn=preexec_fn,
     )  # fmt: skip
 
 

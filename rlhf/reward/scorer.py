@@ -19,7 +19,7 @@ from rlhf.lm.checkpoints import open_stored, stored_config, trunk_parameters, we
 from rlhf.lm.frozen import FrozenStates
 from rlhf.lm.pretrained import Pretrained
 from rlhf.reward.files import load_reward_model
-from rlhf.reward.model import Score
+from rlhf.reward.model import FrozenReward, Score
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Scorer:
     score: Score | None = (
         None  # score(tokens (B, T), lengths (B,), mask (B, T) of the response) -> (B,); by open_scorer
     )
+    context: int | None = None  # longest row that a model reads; None: any
 
     @property
     def is_function(self) -> bool:
@@ -95,7 +96,8 @@ def open_scorer(
     if scorer.kind == "vader":
         return replace(scorer, score=vader_rules(data, tokenizer))
     model = load_reward_model(spec, tokenizer.fingerprint, device, base, frozen)
-    return replace(scorer, score=torch.no_grad()(model.score))
+    trunk = model.states.model if isinstance(model, FrozenReward) else model.model
+    return replace(scorer, score=torch.no_grad()(model.score), context=trunk.config.context)
 
 
 def vader_rules(data: str, tokenizer: Tokenizer) -> Score:

@@ -9,11 +9,10 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import logging
 import re
 import secrets
-import sys
 import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,9 @@ from rlhf.serve.scheduler import Event, Full, Scheduler
 from rlhf.serve.scorer import Scorer
 
 PAGE = Path(__file__).with_name("page.html")
-SMALL_BODY = 16_384  # bytes; taking a larger one apart happens in a thread, so that streams go on
+LOG = logging.getLogger(__name__)
+MOST_HEADERS = 100
+SMALL_BODY = 16_384  # bytes; a larger one is taken apart in a thread, so that streams go on
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Service:
     fingerprint: str  # of the weights
     limits: Limits
     timeout: float  # seconds a request may take
+    patience: float  # seconds its body may take to arrive
     max_body: int  # bytes
     key: str | None = None
     feedback: object | None = None  # a FeedbackStore
@@ -71,23 +73,28 @@ class Service:
     async def body(self, request) -> dict:
         """The JSON object of a request. ApiError for one that is too large, too slow or none."""
         try:
-            raw = await asyncio.wait_for(self.read(request), self.timeout)
+            raw = await asyncio.wait_for(self.read(request), self.patience)
         except asyncio.TimeoutError:
-            raise ApiError(408, "the body did not arrive in time", None, None, Connection="close") from None
-        return protocol.parse_body(raw)
+            raise too_slow() from None
+        body = protocol.parse_body(raw)
+        request.state.slow = len(raw) > SMALL_BODY or "messages" in body
+        return body
 
     async def read(self, request) -> bytes:
-        raw = bytearray()
-        async for part in request.stream():
-            raw += part
-            if len(raw) > self.max_body:
-                raise ApiError(413, f"the body has more than {self.max_body} bytes", None, None, Connection="close")
-        request.state.large = len(raw) > SMALL_BODY
+        raw, most = bytearray(), self.max_body
+        length = int(request.headers.get("content-length", 0))  # h11 has checked it
+        if length <= most:
+            async for part in request.stream():
+                raw += part
+                if len(raw) > most:
+                    break
+        if max(length, len(raw)) > most:  # the connection stays open: who still sends would not read the answer before
+            raise ApiError(413, f"the body has more than {most} bytes")
         return bytes(raw)
 
     async def aside(self, request, function, *args):
-        """function(*args), in a thread where the body is large."""
-        return await asyncio.to_thread(function, *args) if request.state.large else function(*args)
+        """function(*args), in a thread where the body is large or waits for its template to be rendered."""
+        return await asyncio.to_thread(function, *args) if request.state.slow else function(*args)
 
     # ---- OpenAI
 
@@ -160,13 +167,16 @@ class Service:
             return await asyncio.wait_for(asyncio.wrap_future(future), self.timeout)
         except (asyncio.TimeoutError, asyncio.CancelledError):
             raise overloaded() from None
+        except ValueError as error:  # a number that is none, a reward function that gives none
+            LOG.error("%s", error)
+            raise ApiError(500, str(error)) from None
 
     def parts(self, body: dict) -> tuple[list[int], list[int]]:
         """Ids of the prompt and the response of a body. ApiError where they do not fit."""
         protocol.check_model(body, self.name)
         prompt = protocol.prompt_of(body, self.tokenizer, self.chat)
         response = protocol.continuation(body, self.tokenizer)
-        longest = self.scheduler.model.config.context
+        longest = self.scorer.context
         if len(prompt) + len(response) > longest:
             message = f"{len(prompt)} tokens of prompt and {len(response)} of response exceed the context of {longest}"
             raise ApiError(400, message, "response", "context_length_exceeded")
@@ -263,7 +273,7 @@ class Service:
         except Unknown as error:
             raise ApiError(404, str(error)) from None
         except Unavailable as error:  # locked, or the disk is full; the path is for the log alone
-            print(f"error: {error}", file=sys.stderr)
+            LOG.error("%s", error)
             raise ApiError(503, "the votes cannot be stored now; try again later", Retry_After="1") from None
         except ValueError as error:
             raise ApiError(400, str(error)) from None
@@ -324,24 +334,58 @@ class Stream:
 class Bounded:
     """An ASGI application that works on at most `most` requests at a time and turns more away before it reads them.
 
-    The scheduler's queue bounds texts; this bounds the bodies that are still coming in and the jobs beside them. Whether the
+    The scheduler's queue bounds texts; this bounds the bodies that are still coming in and the jobs beside them. Where all
+    places are taken, the body that has been coming for the longest time is given up: half bodies keep nobody out. Whether the
     server is alive can always be asked.
     """
 
     def __init__(self, app, most: int):
         self.app, self.most, self.open = app, most, 0
+        self.coming: dict[asyncio.Event, None] = {}  # bodies that still come in, oldest first: set one to give it up
 
     async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] != "http" or scope["path"] == "/health":
-            return await self.app(scope, receive, send)
+        waits = any(name == b"expect" for name, _ in scope["headers"])  # to be asked for the body, with status 100
+        given_up, asked, whole = asyncio.Event(), False, False
+
+        async def answer(message):
+            if waits and not asked and message["type"] == "http.response.start":  # is what comes next the body?
+                message = message | {"headers": [*message["headers"], (b"connection", b"close")]}
+            await send(message)
+
+        async def part():
+            nonlocal asked, whole
+            asked = True
+            if whole:
+                return await receive()
+            self.coming.setdefault(given_up)
+            arrived, ended_early = asyncio.ensure_future(receive()), asyncio.ensure_future(given_up.wait())
+            try:
+                await asyncio.wait((arrived, ended_early), return_when=asyncio.FIRST_COMPLETED)
+                if given_up.is_set():
+                    raise too_slow()
+                whole = not arrived.result().get("more_body", False)
+                return arrived.result()
+            finally:
+                await ended(arrived, ended_early)
+                if whole:
+                    self.coming.pop(given_up, None)
+
+        if len(scope["headers"]) > MOST_HEADERS:
+            return await error_reply(ApiError(431, f"more than {MOST_HEADERS} headers"))(scope, receive, answer)
+        if scope["path"] == "/health":
+            return await self.app(scope, receive, answer)
         if self.open >= self.most:
-            problem = overloaded()
-            return await reply(problem.body(), problem.status, problem.headers)(scope, receive, send)
+            if not self.coming:
+                return await error_reply(overloaded())(scope, receive, answer)
+            oldest = next(iter(self.coming))
+            del self.coming[oldest]
+            oldest.set()
         self.open += 1
         try:
-            await self.app(scope, receive, send)
+            await self.app(scope, part, answer)
         finally:
             self.open -= 1
+            self.coming.pop(given_up, None)
 
 
 async def disconnected(receive) -> None:
@@ -357,6 +401,10 @@ async def ended(*tasks) -> None:
 
 def overloaded() -> ApiError:
     return ApiError(503, "the server is busy; try again later", None, "overloaded", Retry_After="1")
+
+
+def too_slow() -> ApiError:
+    return ApiError(408, "the body did not arrive in time", None, None, Connection="close")
 
 
 def failed(event: Event) -> ApiError:
@@ -390,6 +438,10 @@ def reply(value: dict, status: int = 200, headers: dict | None = None):
     from starlette.responses import Response
 
     return Response(dumps(value), status, headers, "application/json")
+
+
+def error_reply(error: ApiError):
+    return reply(error.body(), error.status, error.headers)
 
 
 def policy(page: str) -> str:
@@ -437,26 +489,23 @@ def application(service: Service):
     from starlette.responses import Response
     from starlette.routing import Route
 
-    def error(error: ApiError):
-        return reply(error.body(), error.status, error.headers)
-
     def route(path: str, endpoint, method: str = "GET", public: bool = False) -> Route:
         async def guarded(request):
             try:
                 service.guard(request, public)
                 return await endpoint(request)
             except ApiError as problem:
-                return error(problem)
+                return error_reply(problem)
             except ClientDisconnect:
                 return Response(status_code=499)
             except Exception:  # a bug: its traceback is for the log, not for the client
-                traceback.print_exc()
-                return error(ApiError(500, "the server failed"))
+                LOG.exception("%s failed", path)
+                return error_reply(ApiError(500, "the server failed"))
 
         return Route(path, guarded, methods=[method])
 
     async def http_error(request, problem):
-        return error(ApiError(problem.status_code, problem.detail, **dict(problem.headers or {})))
+        return error_reply(ApiError(problem.status_code, problem.detail, **dict(problem.headers or {})))
 
     routes = [
         route("/", service.page, public=True),

@@ -1,7 +1,7 @@
 """OpenAI's bodies: requests checked and taken apart, answers put together. Nothing here touches a model or a socket.
 
-platform.openai.com/docs/api-reference: chat, completions, models. Fields that we do not know are ignored, as clients
-expect; fields that we know and cannot honour are an error, never silently without effect.
+platform.openai.com/docs/api-reference: chat, completions, models. Fields that nobody knows are ignored, as clients
+expect; fields that we or other servers know and that we cannot honour are an error, never silently without effect.
 """
 
 import json
@@ -16,17 +16,46 @@ from rlhf.serve.scheduler import Request, Sampling, TextStream, Token
 MOST_STOPS, MOST_ALTERNATIVES = 4, 20
 MOST_LOGPROBS = 2**20  # that one request may ask for, some hundred bytes each
 COLDEST, HOTTEST = 0.01, 100.0  # temperatures beside 0: a colder one would overflow the logits
-UNSUPPORTED = {  # known fields that would change the answer, and the values at which they do not
-    "presence_penalty": (0, None),
-    "frequency_penalty": (0, None),
-    "repetition_penalty": (1, None),
-    "min_p": (0, None),
-    "logit_bias": ({}, None),
-    "suffix": ("", None),
-    "tools": ([], None),
-    "functions": ([], None),
-    "response_format": ({"type": "text"}, None),
+UNSUPPORTED = {  # known fields that would change the answer, and the values at which they do not; null never does
+    # OpenAI's
+    **dict.fromkeys(("presence_penalty", "frequency_penalty"), (0,)),
+    **dict.fromkeys(("logit_bias", "audio", "web_search_options"), ({},)),
+    **dict.fromkeys(("tools", "functions"), ([],)),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    **dict.fromkeys(("reasoning_effort", "reasoning", "thinking"), ()),
+    "suffix": ("",),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "verbosity": ("medium",),
+    # vLLM's
+    **dict.fromkeys(("min_p", "min_tokens", "priority"), (0,)),
+    **dict.fromkeys(("repetition_penalty", "length_penalty"), (1,)),
+    **dict.fromkeys(("stop_token_ids", "allowed_token_ids", "bad_words", "logits_processors", "documents"), ([],)),
+    **dict.fromkeys(
+        ("ignore_eos", "include_stop_str_in_output", "use_beam_search", "continue_final_message"), (False,)
+    ),
+    **dict.fromkeys(("return_tokens_as_token_ids", "return_token_ids"), (False,)),
+    **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens", "add_generation_prompt"), (True,)),
+    **dict.fromkeys(("truncate_prompt_tokens", "prompt_logprobs", "structured_outputs", "structural_tag"), ()),
+    **dict.fromkeys(("chat_template_kwargs", "mm_processor_kwargs"), ({},)),
+    "chat_template": ("",),
+    # of llama.cpp, SGLang, TGI and others
+    **dict.fromkeys(("repeat_penalty", "typical_p", "tfs_z"), (1,)),
+    **dict.fromkeys(
+        ("top_a", "mirostat", "mirostat_mode", "dynatemp_range", "xtc_probability", "dry_multiplier"), (0,)
+    ),
+    **dict.fromkeys(("no_repeat_ngram_size", "penalty_alpha", "epsilon_cutoff", "eta_cutoff", "n_keep"), (0,)),
+    **dict.fromkeys(("grammar", "regex", "ebnf", "json_schema", "negative_prompt"), ("", {})),
+    **dict.fromkeys(("n_predict", "max_new_tokens", "num_predict", "lora_path", "lora", "adapter_id"), ()),
+    **dict.fromkeys(("watermark", "ban_eos_token"), (False,)),
+    "do_sample": (True,),
+    "num_beams": (1,),
 }
+GUIDED = "guided_"  # and all that begin so: guided_json, guided_regex, guided_choice, guided_grammar ...
+OF_TOOLS = ("tool_calls", "function_call", "tool_call_id", "audio")  # of a message
+OF_COMPLETIONS = {"echo": (False,), "best_of": (1,), "add_special_tokens": (False,)}  # that a chat has not
+OF_CHATS = {"max_completion_tokens": (), "top_logprobs": (0,)}  # that a completion has not
+OF_TEXTS = {"add_special_tokens": (True,)}  # whose scores and log-probs are those of training, with the start token
 
 
 class ApiError(Exception):
@@ -91,18 +120,25 @@ def take(body: dict, name: str, kind: type, default=None, low: float | None = No
     if kind is float and not math.isfinite(value):
         raise ApiError(400, f"{name} must be a finite number", name)
     if low is not None and value < low or high is not None and value > high:
-        raise ApiError(400, f"{name} must be between {low} and {high}", name)
+        bounds = (
+            f"between {low} and {high}"
+            if None not in (low, high)
+            else f"at least {low}"
+            if high is None
+            else f"at most {high}"
+        )
+        raise ApiError(400, f"{name} must be {bounds}, not {value!r:.40}", name)
     return text(value, name) if kind is str else value
 
 
-def text(value, name: str) -> str:
-    """ApiError unless it is a text that has bytes (a lone surrogate has none)."""
+def text(value, name: str, param: str | None = None) -> str:
+    """ApiError unless it is a text that has bytes (a lone surrogate has none). param: the field, where name is longer."""
+    if not isinstance(value, str):
+        raise ApiError(400, f"{name} must be a text", param or name)
     try:
         value.encode()
-    except AttributeError:
-        raise ApiError(400, f"{name} must be a text", name) from None
     except UnicodeEncodeError:
-        raise ApiError(400, f"{name} holds half a surrogate pair", name) from None
+        raise ApiError(400, f"{name} holds half a surrogate pair", param or name) from None
     return value
 
 
@@ -121,10 +157,12 @@ def check_model(body: dict, name: str) -> None:
         raise ApiError(404, f"no model {model!r:.100} here; it is {name!r}", "model", "model_not_found")
 
 
-def check_unsupported(body: dict) -> None:
-    for name, harmless in UNSUPPORTED.items():
-        if body.get(name) not in harmless:
-            raise ApiError(400, f"{name} is not supported", name, "unsupported_parameter")
+def check_unsupported(body: dict, others: dict[str, tuple]) -> None:
+    """ApiError for a known field that cannot be honoured. others: fields of other endpoints, at what values harmless."""
+    known = UNSUPPORTED | others
+    for name, value in body.items():
+        if name.startswith(GUIDED) and value is not None or name in known and value not in (None, *known[name]):
+            raise ApiError(400, f"{name} is not supported here", name, "unsupported_parameter")
 
 
 # ---- prompts
@@ -136,15 +174,23 @@ def messages_of(body: dict) -> list[dict]:
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, "messages must be a list of at least one message", "messages")
     plain = []
-    for message in messages:
+    for at, message in enumerate(messages):
+        where = f"messages[{at}]"
         if not isinstance(message, dict):
-            raise ApiError(400, "a message must be an object with role and content", "messages")
-        role, content = text(message.get("role"), "messages"), message.get("content")
+            raise ApiError(400, f"{where} must be an object with role and content", "messages")
+        for name in OF_TOOLS:
+            if message.get(name) not in (None, [], {}):
+                raise ApiError(
+                    400, f"{where} has {name}, which are not supported; its content must be a text", "messages",
+                    "unsupported_parameter",
+                )  # fmt: skip
+        content = message.get("content")
         if isinstance(content, list):
             if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-                raise ApiError(400, "content parts other than text are not supported", "messages")
-            content = "".join(text(part.get("text"), "messages") for part in content)
-        plain.append({"role": role, "content": text(content, "messages")})
+                raise ApiError(400, f"{where}.content has parts other than text, which are not supported", "messages")
+            content = "".join(text(part.get("text"), f"{where}.content", "messages") for part in content)
+        role = text(message.get("role"), f"{where}.role", "messages")
+        plain.append({"role": role, "content": text(content, f"{where}.content", "messages")})
     return plain
 
 
@@ -152,9 +198,12 @@ def render(chat: Chat | None, messages: list[dict]) -> list[int]:
     if chat is None:
         raise ApiError(400, "the model has no chat template; use /v1/completions", "messages")
     try:
-        return chat.render(messages, add_generation_prompt=True)
+        ids = chat.render(messages, add_generation_prompt=True)
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from None
+    if not ids:
+        raise ApiError(400, "the chat template makes no tokens of these messages", "messages")
+    return ids
 
 
 def prompts_of(body: dict, tokenizer: Tokenizer, rows: int) -> tuple[list[list[int]], list[str] | None, int]:
@@ -169,7 +218,8 @@ def prompts_of(body: dict, tokenizer: Tokenizer, rows: int) -> tuple[list[list[i
     if len(prompt) > rows:
         raise ApiError(400, f"{len(prompt)} prompts; at most {rows} are taken at once", "prompt")
     if all(isinstance(one, str) for one in prompt):
-        return [[tokenizer.start, *tokenizer.encode(text(one, "prompt"))] for one in prompt], prompt, 1
+        start = [tokenizer.start] if take(body, "add_special_tokens", bool, True) else []
+        return [[*start, *tokenizer.encode(text(one, "prompt"))] for one in prompt], prompt, len(start)
     for one in prompt:
         if not isinstance(one, list) or not one or not all(type(i) is int for i in one):
             raise ApiError(400, "a prompt of token ids must be a list of at least one integer", "prompt")
@@ -180,6 +230,7 @@ def prompts_of(body: dict, tokenizer: Tokenizer, rows: int) -> tuple[list[list[i
 
 def prompt_of(body: dict, tokenizer: Tokenizer, chat: Chat | None) -> list[int]:
     """The one prompt of /v1/score and /v1/tokens: a text or a conversation."""
+    check_unsupported(body, OF_TEXTS)
     if ("prompt" in body) == ("messages" in body):
         raise ApiError(400, "give prompt or messages, one of them")
     if "messages" in body:
@@ -201,7 +252,7 @@ def continuation(body: dict, tokenizer: Tokenizer) -> list[int]:
 
 def parse_chat(body: dict, tokenizer: Tokenizer, chat: Chat | None, name: str, limits: Limits) -> Call:
     check_model(body, name)
-    check_unsupported(body)
+    check_unsupported(body, OF_COMPLETIONS)
     prompts = [render(chat, messages_of(body))]
     wants = take(body, "logprobs", bool, False)
     alternatives = take(body, "top_logprobs", int, 0, 0, MOST_ALTERNATIVES)
@@ -215,7 +266,7 @@ def parse_chat(body: dict, tokenizer: Tokenizer, chat: Chat | None, name: str, l
 
 def parse_completion(body: dict, tokenizer: Tokenizer, name: str, limits: Limits) -> Call:
     check_model(body, name)
-    check_unsupported(body)
+    check_unsupported(body, OF_CHATS)
     prompts, texts, skip = prompts_of(body, tokenizer, limits.choices)
     alternatives = take(body, "logprobs", int, None, 0, MOST_ALTERNATIVES)
     longest = take(body, "max_tokens", int, 16, 0, limits.max_tokens)
@@ -240,11 +291,15 @@ def call(
     top_p = take(body, "top_p", float, 1.0, 0, 1)
     if top_p == 0:
         raise ApiError(400, "top_p must be above 0", "top_p")
-    top_k, seed = take(body, "top_k", int, 0, 0), take(body, "seed", int, None, -(2**63), 2**64)
-    options = take(body, "stream_options", dict, {})
+    top_k, seed = max(0, take(body, "top_k", int, 0, -1)), take(body, "seed", int, None, -(2**63), 2**64)  # -1: off
     stop, stream = stops(body), take(body, "stream", bool, False)
+    options = take(body, "stream_options", dict, {})
+    if options and not stream:
+        raise ApiError(400, "stream_options have no effect without stream", "stream_options")
     requests, reported = [], 0
     for ids in prompts:
+        if not ids:
+            raise ApiError(400, "the prompt has no tokens", "prompt")
         room = limits.width - len(ids)
         most = min(limits.max_tokens, room) if longest is None else longest
         if not (0 if longest == 0 else 1) <= most <= room:

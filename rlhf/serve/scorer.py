@@ -1,5 +1,6 @@
 """What the models say about a response that is already there: its score, and every token's log-prob, KL, value and reward."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -9,25 +10,32 @@ from model.transformer import Transformer
 from rlhf.infra import checkpoint
 from rlhf.kl import full_kl
 from rlhf.lm.pretrained import critic_trunk
-from rlhf.reward.model import Score
+from rlhf.reward.scorer import Scorer as Reward
 
 PART = 256  # positions unembedded at once
 
 
 class Scorer:
-    """Calls of the thread that owns the models. reference, reward and values may be None."""
+    """Calls of the thread that owns the models. reference, reward and values may be None.
 
-    def __init__(self, model: Transformer, reference: Transformer | None, reward: Score | None, values):
-        self.model, self.reference, self.reward, self.values = model, reference, reward, values
+    eos: what ends a response in the reward's training, in `evaluate.py rm` and in PPO, and where some read the score.
+    """
+
+    def __init__(self, model: Transformer, reference: Transformer | None, reward: Reward | None, values, eos: int):
+        self.model, self.reference, self.reward, self.values, self.eos = model, reference, reward, values, eos
         self.device = model.embed_tokens.weight.device
+        contexts = [x.config.context for x in (model, reference) if x is not None]
+        if reward is not None:
+            contexts.append((reward.context or min(contexts)) - 1)  # eos follows
+        self.context = min(contexts)  # tokens of prompt and response
 
     @torch.no_grad()
     def score(self, prompt: list[int], response: list[int]) -> float:
-        """The reward model's score of the response."""
-        tokens = torch.tensor([prompt + response], device=self.device)  # (1, T)
+        """The reward model's score of the response, which ends here."""
+        tokens = torch.tensor([[*prompt, *response, self.eos]], device=self.device)  # (1, T)
         lengths = torch.tensor([tokens.shape[1]], device=self.device)
         mask = torch.arange(tokens.shape[1], device=self.device)[None] >= len(prompt)
-        return float(self.reward(tokens, lengths, mask))
+        return number(float(self.reward.score(tokens, lengths, mask)), "the score")
 
     @torch.no_grad()
     def tokens(self, prompt: list[int], response: list[int]) -> list[dict]:
@@ -43,6 +51,9 @@ class Scorer:
             logprobs += logp.gather(-1, torch.tensor(ids, device=self.device)[:, None])[:, 0].tolist()
             if other is not None:
                 kls += full_kl(logits, self.reference.unembed(other[at : at + PART])).clamp(min=0).tolist()
+        for what, some in (("a log-prob", logprobs), ("a KL", kls), ("a value", values)):
+            for value in some:
+                number(value, what)
         rewards = [None] * len(response)
         if self.reward is not None and response:
             rewards[-1] = self.score(prompt, response)
@@ -50,6 +61,13 @@ class Scorer:
             {"id": i, "logprob": p, "kl": kl, "value": value, "reward": reward}
             for i, p, kl, value, reward in zip(response, logprobs, kls or [None] * len(response), values, rewards)
         ]
+
+
+def number(value: float | None, what: str) -> float | None:
+    """ValueError where the models gave none, which JSON could not say either."""
+    if value is not None and not math.isfinite(value):
+        raise ValueError(f"{what} is {value}: the model has diverged; serve an earlier checkpoint")
+    return value
 
 
 def load_values(path: str | Path, model: Transformer):

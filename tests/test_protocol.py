@@ -1,0 +1,205 @@
+"""Fields that other servers know are honoured or refused, never ignored; what is refused is named; and numbers are numbers."""
+
+import json
+import math
+
+import pytest
+import tiny_server
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.chat import Chat
+from data.tokenizer import load_tokenizer
+from rlhf.serve import protocol
+from rlhf.serve.protocol import ApiError, Limits, messages_of, parse_chat, parse_completion, prompt_of, take
+
+LIMITS = Limits(128, 100, 40)
+HELLO = [{"role": "user", "content": "a good film"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(tiny_server.build(tmp_path_factory.mktemp("protocol")) / "lm")
+
+
+@pytest.fixture(scope="module")
+def calls(tokenizer):
+    """name -> a call of the endpoint with these fields added to a good body."""
+    chat = Chat(tokenizer)
+    return {
+        "chat": lambda **more: parse_chat({"messages": HELLO} | more, tokenizer, chat, "lm", LIMITS),
+        "completions": lambda **more: parse_completion({"prompt": "a good"} | more, tokenizer, "lm", LIMITS),
+        "score": lambda **more: prompt_of({"prompt": "a good"} | more, tokenizer, chat),
+    }
+
+
+# ---- known fields
+
+OTHER_SERVERS = {
+    "stop_token_ids": [2], "min_tokens": 5, "ignore_eos": True, "guided_json": {"type": "object"}, "guided_regex": "a+",
+    "guided_choice": ["a", "b"], "guided_grammar": "root ::= 'a'", "guided_decoding_backend": "outlines",
+    "structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}, "tools": [{"type": "function"}],
+    "tool_choice": "required", "functions": [{"name": "f"}], "function_call": {"name": "f"}, "logit_bias": {"5": 1},
+    "presence_penalty": 0.1, "frequency_penalty": -1, "repetition_penalty": 1.1, "length_penalty": 0.5, "min_p": 0.05,
+    "use_beam_search": True, "bad_words": ["x"], "allowed_token_ids": [1], "truncate_prompt_tokens": 4, "prompt_logprobs": 1,
+    "skip_special_tokens": False, "include_stop_str_in_output": True, "continue_final_message": True, "suffix": "x",
+    "add_generation_prompt": False, "chat_template": "{{ x }}", "chat_template_kwargs": {"thinking": True}, "documents": [{}],
+    "reasoning_effort": "high", "modalities": ["text", "audio"], "audio": {"voice": "x"}, "verbosity": "low", "mirostat": 2,
+    "repeat_penalty": 1.1, "typical_p": 0.9, "grammar": "root ::= 'a'", "json_schema": {"type": "object"}, "n_predict": 5,
+    "regex": "a+", "no_repeat_ngram_size": 3, "lora_path": "x", "max_new_tokens": 5, "do_sample": False, "num_beams": 2,
+}  # fmt: skip
+HARMLESS = {
+    "stop_token_ids": [], "min_tokens": 0, "ignore_eos": False, "guided_json": None, "repetition_penalty": 1.0, "min_p": 0.0,
+    "presence_penalty": 0, "logit_bias": {}, "tools": [], "tool_choice": "auto", "response_format": {"type": "text"},
+    "skip_special_tokens": True, "modalities": ["text"], "user": "me", "metadata": {"a": "b"}, "store": False, "top_k": -1,
+    "service_tier": "auto", "parallel_tool_calls": True, "nobody_knows": 3, "do_sample": True, "num_beams": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "completions", "score"])
+def test_known_fields_are_refused_by_name_unless_they_change_nothing(calls, endpoint):
+    for name, value in OTHER_SERVERS.items():
+        with pytest.raises(ApiError, match="not supported") as caught:
+            calls[endpoint](**{name: value})
+        assert (caught.value.status, caught.value.param) == (400, name) and name in caught.value.message
+        calls[endpoint](**{name: None})
+    for name, value in HARMLESS.items():
+        calls[endpoint](**{name: value})
+
+
+def test_fields_of_the_other_endpoint_are_refused(calls):
+    for endpoint, name, value in (
+        ("completions", "max_completion_tokens", 5),
+        ("completions", "top_logprobs", 2),
+        ("chat", "echo", True),
+        ("chat", "best_of", 2),
+        ("chat", "add_special_tokens", True),
+        ("score", "add_special_tokens", False),
+    ):
+        with pytest.raises(ApiError, match=name):
+            calls[endpoint](**{name: value})
+    for endpoint in ("chat", "completions"):
+        with pytest.raises(ApiError, match="without stream"):
+            calls[endpoint](stream_options={"include_usage": True})
+        assert calls[endpoint](stream_options={"include_usage": True}, stream=True).include_usage
+    with pytest.raises(ApiError, match="without logprobs"):
+        calls["chat"](top_logprobs=2)
+
+
+def test_the_start_token_can_be_left_out(calls, tokenizer):
+    """Greedy then continues what transformers' tokenizer gives for the text."""
+    ids = tokenizer.encode("a good")
+    whole, bare = (calls["completions"](add_special_tokens=given, echo=True) for given in (True, False))
+    assert whole.prompts == [[tokenizer.start, *ids]] and bare.prompts == [ids] and (whole.skip, bare.skip) == (1, 0)
+    assert whole.echo == bare.echo == ["a good"]
+    with pytest.raises(ApiError, match="no tokens"):
+        calls["completions"](prompt="", add_special_tokens=False)
+    assert calls["completions"](prompt=[7, 8], add_special_tokens=False).prompts == [[7, 8]]
+
+
+# ---- numbers
+
+
+def test_minus_one_turns_top_k_off_as_zero_does(calls):
+    for endpoint in ("chat", "completions"):
+        assert [calls[endpoint](top_k=k).requests[0].sampling.top_k for k in (-1, 0, 5, None)] == [0, 0, 5, 0]
+        with pytest.raises(ApiError, match="top_k must be at least -1, not -2"):
+            calls[endpoint](top_k=-2)
+
+
+@given(
+    st.sampled_from([int, float]),
+    st.none() | st.integers(-5, 5),
+    st.none() | st.integers(6, 9),
+    st.integers() | st.floats() | st.booleans() | st.text(max_size=3) | st.lists(st.none(), max_size=1),
+)
+def test_a_number_is_taken_or_the_message_says_why_not(kind, low, high, value):
+    """Never the word None, always both numbers; true is no number, and an integer may stand for a float."""
+    fits = type(value) is kind or kind is float and type(value) is int and abs(value) < 2**63
+    if fits and math.isfinite(value) and (low is None or low <= value) and (high is None or value <= high):
+        assert take({"x": value}, "x", kind, None, low, high) == value
+        return
+    with pytest.raises(ApiError) as caught:
+        take({"x": value}, "x", kind, None, low, high)
+    assert (
+        caught.value.status == 400
+        and "None" not in caught.value.message
+        and caught.value.message.startswith("x must be")
+    )
+    if fits and math.isfinite(value):
+        assert str(low if low is not None and value < low else high) in caught.value.message
+
+
+# ---- messages
+
+
+@pytest.mark.parametrize(
+    "message, says",
+    [
+        ({"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, "tool_calls.*content must be a text"),
+        ({"role": "assistant", "content": "", "function_call": {"name": "f"}}, "function_call"),
+        ({"role": "tool", "content": "4", "tool_call_id": "1"}, "tool_call_id"),
+        ({"role": "assistant", "content": "x", "audio": {"id": "a"}}, "audio"),
+        ({"role": "assistant", "content": None}, r"messages\[1\].content must be a text"),
+        ({"role": "assistant"}, r"messages\[1\].content must be a text"),
+        ({"role": "user", "content": {"text": "x"}}, r"messages\[1\].content must be a text"),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            r"messages\[1\].content has parts",
+        ),
+        ({"role": "user", "content": [{"type": "text", "text": None}]}, r"messages\[1\].content must be a text"),
+        ({"role": "user", "content": ["x"]}, r"messages\[1\].content has parts"),
+        ({"role": "user", "content": "\ud83d"}, r"messages\[1\].content holds half a surrogate pair"),
+        ({"role": None, "content": "x"}, r"messages\[1\].role must be a text"),
+        ({"content": "x"}, r"messages\[1\].role must be a text"),
+        ("x", r"messages\[1\] must be an object"),
+    ],
+)
+def test_the_message_at_fault_is_named(message, says):
+    with pytest.raises(ApiError, match=says) as caught:
+        messages_of({"messages": [*HELLO, message]})
+    assert (caught.value.status, caught.value.param) == (400, "messages")
+
+
+def test_null_fields_of_a_message_are_none():
+    nothing = {
+        "role": "assistant",
+        "content": "x",
+        "tool_calls": None,
+        "function_call": None,
+        "refusal": None,
+        "audio": None,
+    }
+    assert (
+        messages_of({"messages": [nothing, nothing | {"tool_calls": []}]})
+        == [{"role": "assistant", "content": "x"}] * 2
+    )
+
+
+# ---- bodies
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"[" * 250_000, b'{"a":' * 40_000, b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", b"9" * 250_000,
+        b'{"seed": ' + b"9" * 10_000 + b"}", b"\xff\xfe", b'{"a": 1', b"null", b'"x"', b"", b"{}}",
+    ],
+)  # fmt: skip
+def test_a_body_that_is_no_object_is_400(raw):
+    with pytest.raises(ApiError, match="JSON") as caught:
+        protocol.parse_body(raw)
+    assert caught.value.status == 400
+
+
+def test_deep_and_huge_values_inside_a_body_are_refused_by_name(calls):
+    deep = json.loads("[" * 900 + "]" * 900)
+    for name, value in (
+        ("seed", 2**70), ("max_tokens", 10**300), ("temperature", 10**300), ("n", 2**64), ("top_k", -(10**40)), ("stop", deep),
+        ("temperature", math.inf), ("logprobs", 10**30),
+    ):  # fmt: skip
+        with pytest.raises(ApiError, match=name):
+            calls["completions"](**{name: value})
+    for prompt in (deep, [[deep]], [10**300], [[1, -(2**70)]], [[1.0]], [True], [None], {}, 3, [[]], []):
+        with pytest.raises(ApiError, match="prompt|token ids"):
+            calls["completions"](prompt=prompt)
