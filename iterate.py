@@ -8,13 +8,10 @@ at any point, and the same command goes on. Where people vote it ends when votes
 the same command goes on from there. OUT/rounds.md is the table of rounds; OUT/feedback.sqlite holds every vote.
 """
 
-import fcntl
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,7 +26,7 @@ from evaluation.held_out import sample_groups
 from model.generate import Sampling
 from rlhf.feedback.preferences import disagreement
 from rlhf.feedback.store import Comparison, FeedbackStore
-from rlhf.infra import config, run
+from rlhf.infra import config, run, signals
 from rlhf.infra.files import read_json, read_lines, write_json, write_lines, write_text
 from rlhf.lm.pretrained import digest_of, open_pretrained
 from rlhf.reward.files import load_reward_model
@@ -95,52 +92,40 @@ def main() -> None:
     cfg = config.parse(Config)
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    with alone(out / "lock"):
-        begin(cfg)
-        store = FeedbackStore(out / "feedback.sqlite", cfg.seed)
-        stage("round 0, reward model", out / "round_0/rm", reward_model_command(cfg, 0))
-        rounds = []
-        for k in range(1, cfg.rounds + 1):
-            here, best = out / f"round_{k}", best_policy(cfg, rounds)
-            clock = run.Clock()
-            if not (here / "round.json").exists():
-                # 1. sample    pairs of answers by the best policy so far
-                sample_pairs(cfg, k, best)
-                clock.lap("sample")
-                # 2. collect   a vote on every pair, by people or by the simulated rater
-                if waiting := collect(cfg, k, store):
-                    print(how_to_vote(cfg, k, waiting))
-                    return
-                clock.lap("collect")
-                # 3. refine    the reward model on the ratings and on all votes so far
-                stage(f"round {k}, votes", here / "data", votes_command(cfg, here))
-                stage(f"round {k}, reward model", here / "rm", reward_model_command(cfg, k))
-                clock.lap("refine")
-                # 4. improve   PPO against it
-                stage(f"round {k}, PPO", here / "ppo", ppo_command(cfg, k, best))
-                clock.lap("ppo")
-                # 5. promote   only if the judge's interval says better than the best policy so far
-                stage(f"round {k}, evaluation", here / "evaluation", evaluate_command(cfg, k, best))
-                clock.lap("evaluate")
-                write_json(here / "round.json", verdict(cfg, k, best, clock.laps))
-            rounds.append(read_json(here / "round.json"))
-            write_page(cfg, rounds)
-        print((out / "rounds.md").read_text())
+    run.hold(out, inherit=True)
+    begin(cfg)
+    store = FeedbackStore(out / "feedback.sqlite", cfg.seed)
+    stage("round 0, reward model", out / "round_0/rm", reward_model_command(cfg, 0))
+    rounds = []
+    for k in range(1, cfg.rounds + 1):
+        here, best = out / f"round_{k}", best_policy(cfg, rounds)
+        clock = run.Clock()
+        if not (here / "round.json").exists():
+            # 1. sample    pairs of answers by the best policy so far
+            sample_pairs(cfg, k, best)
+            clock.lap("sample")
+            # 2. collect   a vote on every pair, by people or by the simulated rater
+            if waiting := collect(cfg, k, store):
+                print(how_to_vote(cfg, k, waiting))
+                return
+            clock.lap("collect")
+            # 3. refine    the reward model on the ratings and on all votes so far
+            stage(f"round {k}, votes", here / "data", votes_command(cfg, here))
+            stage(f"round {k}, reward model", here / "rm", reward_model_command(cfg, k))
+            clock.lap("refine")
+            # 4. improve   PPO against it
+            stage(f"round {k}, PPO", here / "ppo", ppo_command(cfg, k, best))
+            clock.lap("ppo")
+            # 5. promote   only if the judge's interval says better than the best policy so far
+            stage(f"round {k}, evaluation", here / "evaluation", evaluate_command(cfg, k, best))
+            clock.lap("evaluate")
+            write_json(here / "round.json", verdict(cfg, k, best, clock.laps))
+        rounds.append(read_json(here / "round.json"))
+        write_page(cfg, rounds)
+    print((out / "rounds.md").read_text())
 
 
 # state
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Hold the lock file, and let the commands started here hold it too: one that outlives a killed loop is not run twice."""
-    with open(path, "w", encoding="utf-8") as file:
-        os.set_inheritable(file.fileno(), True)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{path} is held: this loop, or a command that it started, is still running") from None
-        yield
 
 
 def begin(cfg: Config) -> None:
@@ -151,13 +136,12 @@ def begin(cfg: Config) -> None:
     ours["rater_sha256"] = None if cfg.rater == "people" else scorer_of(cfg.rater).digest
     if not path.exists():
         write_json(path, ours)
-    theirs = read_json(path)
-    for name in ours:
-        if ours[name] != theirs.get(name):
-            raise ValueError(
-                f"{cfg.out} was begun with {name}={theirs.get(name)}, this command says {name}={ours[name]}: repeat its "
-                "options to go on, or choose another --out"
-            )
+    theirs = {name: value for name, value in read_json(path).items() if name in ours}
+    if changed := run.differences(theirs, ours):
+        begun, says = (", ".join(f"{name}={pair[i]}" for name, pair in changed.items()) for i in (0, 1))
+        raise ValueError(
+            f"{cfg.out} was begun with {begun}, this command says {says}: repeat its options to go on, or choose another --out"
+        )
 
 
 def stage(name: str, done: Path, command: list[str]) -> None:
@@ -167,9 +151,16 @@ def stage(name: str, done: Path, command: list[str]) -> None:
         return
     print(f"{name}: {shlex.join(command[1:])}", flush=True)
     env = {**os.environ, "OMP_NUM_THREADS": "1"} if "torch.distributed.run" in command else None
-    code = subprocess.run(command, env=env, close_fds=False, check=False).returncode
-    if code == 130:
-        raise KeyboardInterrupt
+    process, passed = subprocess.Popen(command, env=env, close_fds=False), []
+
+    def pass_on(number: int, frame) -> None:
+        passed.append(number)
+        process.send_signal(number)
+
+    with signals.handled(pass_on):  # it finishes its step and saves
+        code = process.wait()
+    if code - 128 in signals.NUMBERS or code and passed:
+        raise signals.Interrupted(passed[0] if passed else code - 128)
     if code:
         raise ValueError(f"{name} ended with {code}; what it said stands above. The same command goes on from here")
 

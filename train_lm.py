@@ -48,6 +48,7 @@ class Config:
     log_every: int = 50  # steps between lines of metrics.jsonl
     eval_every: int = 500  # steps between validation losses, a multiple of log_every
     checkpoint_every: int = 250  # steps between checkpoints
+    override: tuple[str, ...] = ()  # options that may differ from those that the run in out was started with
 
     def __post_init__(self):
         config.at_least(self, width=1, layers=1, heads=1, kv_heads=1, ffn=1, context=2, batch=1, micro_batch=1, seed=0)
@@ -113,7 +114,7 @@ def main() -> None:
             if done % cfg.eval_every == 0 and done < total:
                 record |= validate(language_model, held_out, dist)
             log.log(step, record)
-        if done % cfg.checkpoint_every == 0 or done == total:
+        if run.due(done, cfg.checkpoint_every, total):
             run.save(done)
 
     report = {"steps": total, **validate(language_model, held_out, dist), "seconds": run.seconds}

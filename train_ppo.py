@@ -99,6 +99,7 @@ class Config:
     sample_every: int = 10  # iterations between tables of sample texts
     checkpoint_every: int = 10  # iterations between checkpoints
     keep_checkpoints: int | None = 2  # newest checkpoints that stay; none = all, to measure over-optimisation
+    override: tuple[str, ...] = ()  # options that may differ from those that the run in out was started with
     # stop early
     judge: str | None = None  # held-out judge: a reward model, vader (rules in the data), or file.py:function
     judge_every: int = 10  # iterations between its judgements; the policy it likes best is kept in out/best [judge]
@@ -180,7 +181,7 @@ def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch
     run = Run(cfg.out, options, policy, optimizer, precision.scaler, dist, cast.saved_as, files, cfg.keep_checkpoints)
     kl_control.load_state_dict(run.state.get("kl_control", kl_control.state_dict()))
     held_out.verdicts = run.state.get("verdicts", [])
-    last = run.done if run.state.get("stopped") else cfg.iterations
+    last = run.done if run.state.get("stopped") and not run.changed else cfg.iterations
     log = Metrics(cfg.out, dist.is_main, run.done, CONSOLE)
     width = 1 + cfg.prompt_tokens + cfg.response_tokens  # bos, prompt, response
     mine = torch.arange(dist.rank, cfg.batch, dist.world)  # global ids of this rank's responses
@@ -237,7 +238,7 @@ def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch
         log.log(iteration, record | {"lr": lr, "episode": done * cfg.batch, "iteration": iteration})
         if done % cfg.sample_every == 0 or done == last:
             log.samples(iteration, texts(experience, cast.tokenizer))
-        if done % cfg.checkpoint_every == 0 or done == last:
+        if run.due(done, cfg.checkpoint_every, last):
             run.save(done, stopped=False, kl_control=kl_control.state_dict(), verdicts=held_out.verdicts)
 
     if why:

@@ -112,6 +112,7 @@ class Config:
     log_every: int = 50  # steps between lines of metrics.jsonl [trunk=full|adapters]
     eval_every: int = 500  # steps between validation accuracies, a multiple of log_every [trunk=full|adapters]
     checkpoint_every: int = 500  # steps between checkpoints [trunk=full|adapters]
+    override: tuple[str, ...] = ()  # options that may differ from those that the run in out was started with
 
     def __post_init__(self):
         config.at_least(self, epochs=0, batch=1, micro_batch=1, lr=0, warmup=0, weight_decay=0, grad_clip=0, seed=0)
@@ -253,7 +254,7 @@ def train(cfg: Config, dist: Dist) -> None:
                 scores = reward_model.combined(raw_scores(reward_model, base, files[1], dist))
                 record["validation/accuracy"] = accuracy(scores.cpu().numpy(), files[1])["all"]
             log.log(step, record)
-        if done % cfg.checkpoint_every == 0 and done < total:
+        if run.due(done, cfg.checkpoint_every, total) and (done < total or run.wanted):
             run.save(done)
 
     raw = [raw_scores(reward_model, base, file, dist) for file in files[1:]]

@@ -193,7 +193,7 @@ def test_one_loop_at_a_time(world):
     while not (world.path / "twice/round_0/rm/run.json").exists():
         assert process.poll() is None
         time.sleep(0.05)
-    refused(world.start(loop(out="twice")).wait(), "twice/lock", "still running")
+    refused(world.start(loop(out="twice")).wait(), "twice is held", "still running")
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 

@@ -152,7 +152,7 @@ def test_a_checkpoint_of_ours_is_never_taken_for_one_of_another_kind(tmp_path):
     """Its config.json cut or changed: the line says what is damaged, not that some key of HF's is missing."""
     path = language_model(tmp_path / "run")
     whole = (path / "config.json").read_text()
-    for text, word in ((whole[:50], "not JSON"), (whole.replace('"lm"', '"ln"'), "it was changed after")):
+    for text, word in ((whole[:50], "it is not JSON"), (whole.replace('"lm"', '"ln"'), "it was changed after")):
         (path / "config.json").write_text(text)
         assert f"{path}/config.json is damaged ({word}" in refusal(path)
 

@@ -19,7 +19,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -29,6 +28,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from rlhf.infra.files import check_regular, parse_json
 
 FORMAT = 2
 LARGEST_JSON = 16 * 2**20  # bytes of a config.json or state.json; ours have a few thousand
@@ -238,16 +239,10 @@ def read_json(file: Path):
     if (size := file.stat().st_size) > LARGEST_JSON:
         raise ValueError(f"{file} has {size} bytes; at most {LARGEST_JSON} are read")
     try:
-        return json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise ValueError(f"{file} is damaged (not JSON: {reason}); use another checkpoint") from None
-
-
-def check_regular(file: Path) -> None:
-    """ValueError for a pipe or a device, which could be read for ever; OSError where there is nothing."""
-    if not stat.S_ISREG(file.stat().st_mode):
-        raise ValueError(f"{file} is not a regular file")
+        return parse_json(file.read_bytes(), str(file))
+    except ValueError as error:
+        reason = " ".join(str(error).removeprefix(str(file)).split())[:100]
+        raise ValueError(f"{file} is damaged (it {reason}); use another checkpoint") from None
 
 
 def sha256(file: Path) -> str:
@@ -337,9 +332,7 @@ def newest_intact(run_dir: str | Path) -> tuple[Path | None, list[str]]:
     for path in candidates(run_dir):
         if (reason := defect(path, every_byte=True)) is None:
             return path, lines
-        if is_aside(path):
-            continue  # the next save() of that step removes it
-        place = path.with_name(f".damaged-{path.name}")
+        place = path.with_name(f".damaged-{path.name.lstrip('.')}")
         remove([place])
         path.rename(place)
         lines.append(f"{path} is damaged ({reason}): set aside as {place.name}")
@@ -349,9 +342,15 @@ def newest_intact(run_dir: str | Path) -> tuple[Path | None, list[str]]:
 def save_step(run_dir: str | Path, step: int, *args, keep: int | None = 2, **kwargs) -> Path:
     """save() to run_dir/step_000123, then remove all but the newest `keep`; None keeps all."""
     path = save(Path(run_dir) / f"step_{step:06d}", *args, **kwargs)
-    kept = [*steps(run_dir)[-(keep or 0) :], path]  # [-0:] is all of them
-    remove(old for old in candidates(run_dir) if not is_aside(old) and old not in kept)
+    prune(run_dir, keep)
     return path
+
+
+def prune(run_dir: str | Path, keep: int | None, also: Iterable[Path] = ()) -> None:
+    """Remove all but the newest `keep` checkpoints of a run, None keeps all, and those in `also`."""
+    remove(also)
+    kept = steps(run_dir)[-(keep or 0) :]  # [-0:] is all of them
+    remove(old for old in candidates(run_dir) if not is_aside(old) and old not in kept)
 
 
 def steps(run_dir: str | Path) -> list[Path]:

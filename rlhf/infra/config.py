@@ -22,6 +22,9 @@ import time
 import tokenize
 import types
 import typing
+from pathlib import Path
+
+from rlhf.infra import signals
 
 
 def parse(Config: type, argv: list[str] | None = None):
@@ -115,7 +118,7 @@ def convert(text: str, kind):
         case builtins.bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         case builtins.float:
-            if math.isnan(value := float(text)):  # compares false with everything, so it would pass every check
+            if not math.isfinite(value := float(text)):  # NaN would pass every check; what is unbounded is called none
                 raise ValueError
             return value
         case builtins.int | builtins.str as plain:
@@ -212,17 +215,20 @@ def help_text(Config: type) -> str:
 def run(main, stopped: str = "stopped; the same command goes on from the last checkpoint") -> None:
     """Call `main`; a ValueError or OSError becomes one line `error: ...` on stderr and exit code 2.
 
-    Bugs keep their traceback, and PLAIN_RLHF_TRACEBACK=1 shows it for every error. Ctrl-C says `stopped`, and exits with 130.
+    Bugs keep their traceback, and PLAIN_RLHF_TRACEBACK=1 shows it for every error. Signal n says `stopped`, and exits with
+    128 + n.
     """
     try:
-        main()
+        with signals.handled(signals.raise_interrupted):
+            main()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output (head, less) has gone: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
-    except KeyboardInterrupt:
-        complain(stopped)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:  # ours knows its signal; another library may have set Python's own handler
+        number = getattr(stop, "number", signals.SIGINT)
+        complain(stopped if number == signals.SIGINT else f"{signals.name_of(number)}: {stopped}")
+        raise SystemExit(128 + number) from None
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         line = one_line(error)
         if os.environ.get("PLAIN_RLHF_TRACEBACK") == "1" or not line:
@@ -237,8 +243,7 @@ def one_line(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return "out of memory; use smaller micro-batches"
     if isinstance(error, RuntimeError):
-        lost_peer = "RANK" in os.environ and ("closed by peer" in text or "reset by peer" in text)
-        return "another process of this run has ended" if lost_peer else None
+        return lost_rank(error) if "RANK" in os.environ else None
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         if error.errno == errno.ENOSPC:
@@ -246,9 +251,64 @@ def one_line(error: Exception) -> str | None:
     return " ".join(text.split()) or type(error).__name__
 
 
+LOST = "lost another rank of this run: "  # how the line of one begins that only noticed
+CONNECTION = (
+    "closed by peer",
+    "reset by peer",
+    "Broken pipe",
+    "Connection refused",
+    "failed to recv",
+    "unhandled system error",
+)
+
+
+def lost_rank(error: RuntimeError) -> str | None:
+    """The line of a process whose peer is gone or silent; None for another error. gloo and nccl say it in many words."""
+    text = str(error)
+    if "imed out" in text or "imeout" in text and type(error).__name__.startswith("Dist"):
+        return f"{LOST}it has not answered in time: it hangs, or its machine is gone"
+    if any(words in text for words in CONNECTION):
+        return f"{LOST}it has ended, and torchrun says below how; killed by signal 9 it was perhaps out of memory"
+    return None
+
+
 def complain(line: str) -> None:
-    """Print to stderr, once: under torchrun the others usually meet the same error, or lose the one that met it."""
-    if os.environ.get("RANK", "0") != "0" or "another process" in line:
-        time.sleep(3)  # in that case torchrun stops this process before it speaks
-        line = f"[rank {os.environ['RANK']}] {line}"
-    print(line, file=sys.stderr, flush=True)
+    """Print to stderr, once for all ranks: most meet the same error, or lose the one that met it.
+
+    Rank 0 speaks for an error that all meet, so the others wait for it a moment. Who only lost another rank speaks at once,
+    before torchrun ends it, unless the error itself was told.
+    """
+    rank = os.environ.get("RANK", "0")
+    noticed = line.removeprefix("error: ").startswith(LOST)
+    end = time.monotonic() + (0 if rank == "0" or noticed else 1)
+    while time.monotonic() < end and not was_told():
+        time.sleep(0.05)
+    if "RANK" in os.environ and not claim():
+        return
+    prefix = f"[rank {rank}] " if rank != "0" or noticed else ""
+    print(f"{prefix}{line.removeprefix('error: ') if noticed else line}", file=sys.stderr, flush=True)
+
+
+def told_file() -> Path | None:
+    """A file that the ranks on this machine share, in a directory that torchrun makes for each attempt and removes."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(error_file).parent.parent / "told" if error_file else None
+
+
+def was_told() -> bool:
+    file = told_file()
+    return file is not None and file.exists()
+
+
+def claim() -> bool:
+    """Is this process the first on its machine to say why the run ends?"""
+    file = told_file()
+    if file is None:
+        return True
+    try:
+        file.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # the directory has gone already
+        return True
+    return True

@@ -8,11 +8,14 @@ import signal
 import sys
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+TIMEOUT = 900.0  # seconds that a rank waits for the others: rank 0 writes checkpoints, a reward may ask a server
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,8 @@ class Dist:
         if self.world > 1:
             self.sum(torch.zeros(1)).item()
 
-    def close(self) -> None:
-        """Leave the group, and the process: the last call of a script.
+    def close(self, code: int = 0) -> None:
+        """Leave the group, and the process with this exit code: the last call of a script.
 
         With gloo (torch 2.13) the interpreter's own shutdown now and then dies with "terminate called without an active
         exception" when all work is done, and torchrun then reports a failure that was none.
@@ -108,11 +111,15 @@ class Dist:
             self.barrier()
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(0)
+            os._exit(code)
+        if code:
+            raise SystemExit(code)
 
 
 def setup() -> Dist:
     """Join the group that torchrun started (nccl on GPUs, gloo on CPUs), or be alone.
+
+    A rank that has not answered for PLAIN_RLHF_TIMEOUT seconds (900) ends the others.
 
     Raises ValueError where torchrun started more processes on this machine than it has GPUs.
     """
@@ -133,5 +140,6 @@ def setup() -> Dist:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
         if device.type == "cpu" and os.environ.get("LOCAL_WORLD_SIZE") == str(world):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: no need that its host name resolves
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    patience = timedelta(seconds=float(os.environ.get("PLAIN_RLHF_TIMEOUT", TIMEOUT)))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     return Dist(int(os.environ["RANK"]), world, device)

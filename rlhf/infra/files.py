@@ -7,6 +7,7 @@ strict: a value that is not finite is written as null, which every reader unders
 import json
 import math
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -25,7 +26,14 @@ def parse_json(text: str | bytes, where: str):
 
 def read_json(file: str | Path) -> dict:
     """The object of a .json file. FileNotFoundError, or ValueError where it holds anything else."""
+    check_regular(file)
     return as_object(parse_json(Path(file).read_bytes(), str(file)), str(file))
+
+
+def check_regular(file: str | Path) -> None:
+    """ValueError for a pipe, a device or a directory, of which some can be read for ever; OSError where there is nothing."""
+    if not stat.S_ISREG(os.stat(file).st_mode):
+        raise ValueError(f"{file} is not a regular file")
 
 
 def as_object(value, where: str) -> dict:
@@ -36,6 +44,7 @@ def as_object(value, where: str) -> dict:
 
 def lines_of(file: str | Path) -> Iterator[tuple[str, bytes]]:
     """(where, line) of every line that is not blank; lines end at \\n alone, and bring it."""
+    check_regular(file)
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():

@@ -12,6 +12,15 @@ from tqdm import tqdm
 from rlhf.infra.files import json_line, read_lines, write_lines
 
 
+def read_rows(file: str | Path) -> list[dict]:
+    """The lines of metrics.jsonl or samples.jsonl; ValueError where one is none, as in a damaged file."""
+    rows = read_lines(file)
+    for number, row in enumerate(rows, 1):
+        if type(row.get("step")) is not int:
+            raise ValueError(f"{file}, line {number} has no step: delete that line")
+    return rows
+
+
 class Metrics:
     """Appends to the files of a run directory, on rank 0 alone; elsewhere every call does nothing.
 
@@ -53,7 +62,7 @@ class Metrics:
 
 def open_at(file: Path, step: int):
     """The file opened to append, without its lines of `step` and later."""
-    write_lines(file, [row for row in read_lines(file) if row["step"] < step])
+    write_lines(file, [row for row in read_rows(file) if row["step"] < step])
     return open(file, "a", encoding="utf-8")
 
 

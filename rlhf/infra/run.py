@@ -1,9 +1,11 @@
 """A run directory: the options it was started with, its checkpoints, and the seconds that it has used."""
 
+import fcntl
 import json
 import os
 import resource
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,7 +14,9 @@ from tqdm import tqdm
 
 from rlhf.infra import checkpoint
 from rlhf.infra.distributed import Dist
-from rlhf.infra.files import read_json, strict, write_json
+from rlhf.infra.files import strict, write_json
+from rlhf.infra.metrics import read_rows, say
+from rlhf.infra.signals import Stop, name_of
 
 
 def process_age() -> float:
@@ -27,31 +31,138 @@ def process_age() -> float:
 STARTED = time.perf_counter() - process_age()
 
 
-def begin(out: str, options: dict, dist: Dist) -> None:
-    """Start the run in `out`, or find that it was started with the same options.
+# the options of a run
 
-    Raises ValueError if `out` holds a run with other options: going on would mix two experiments.
+REPORT = (
+    "sample_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "eval_every",
+    "micro_batch",
+    "weak_reward",
+)
+FREE = (*REPORT, "out", "plan", "override")  # change no number of a run; a run may be moved
+
+
+def begin(out: str, options: dict, dist: Dist) -> dict[str, list]:
+    """Start the run in `out`, or find that it was started with the same options; -> those that changed, {name: [old, new]},
+    which options["override"] has to name.
+
+    Rank 0 holds the directory for this process, sets damaged checkpoints aside, and says so. A path may change where what
+    lies there has the same sha256 ("init" and "init_sha256"). ValueError if another process holds `out`, or if it holds a
+    run with other options: going on would mix two experiments.
     """
-    path = Path(out) / "run.json"
-    # a command that failed before its first step must not hold the directory against the corrected one
-    if dist.is_main and not (path.exists() and has_begun(out)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, options)
+    path, override = Path(out) / "run.json", options.get("override") or ()
+    if dist.is_main:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        hold(out)
+        remove_halves(out)
+        newest, damaged = checkpoint.newest_intact(out)
+        for line in damaged:
+            say(line)
+        if damaged:
+            say(f"going on from {newest}" if newest else f"no checkpoint of {out} is whole: it starts again, at step 0")
+        if newest is None and not has_lines(out):
+            write_json(path, options)  # a command that failed before its first step must not hold the directory
     dist.barrier()
-    started_with = read_json(path)
-    for name in sorted({*options, *started_with} - {"out"}):  # a run may be moved
-        ours, theirs = options.get(name), started_with.get(name)
-        if json.dumps(strict(ours)) != json.dumps(theirs):
+    started_with = options_of(out, options)
+    changed = differences(started_with, options)
+    refused = {name: pair for name, pair in changed.items() if name.removesuffix("_sha256") not in override}
+    if refused:
+        theirs, ours = (", ".join(f"{name}={pair[i]}" for name, pair in refused.items()) for i in (0, 1))
+        names = ",".join(dict.fromkeys(name.removesuffix("_sha256") for name in refused))
+        raise ValueError(
+            f"{out} holds a run started with {theirs}; this command says {ours}: repeat its options to resume it, accept the "
+            f"change with --override={names}, choose another --out, or delete the directory"
+        )
+    dist.barrier()  # before rank 0 writes what the others compare with
+    if dist.is_main:
+        newest = checkpoint.latest(out)
+        record = {"step": checkpoint.step_number(newest) if newest else 0, "changed": changed}
+        overrides = started_with.get("overrides", []) + [record] * bool(changed)
+        write_json(path, options | ({"overrides": overrides} if overrides else {}))
+    return changed
+
+
+def options_of(out: str, options: dict) -> dict:
+    """What the run in `out` was started with: run.json, which must agree with the newest checkpoint, or that alone."""
+    path, newest = Path(out) / "run.json", checkpoint.latest(out)
+    stored = checkpoint.load(newest).state.get("options") if newest else None
+    try:
+        started_with = checkpoint.read_json(path)
+        if not isinstance(started_with, dict):
+            raise ValueError(f"{path} holds no options")
+    except (FileNotFoundError, ValueError) as error:
+        if newest is None:
+            return options  # nothing is left of it
+        if stored is None:
             raise ValueError(
-                f"{out} holds a run started with {name}={theirs}, this command says {name}={ours}: "
-                "repeat its options to resume it, choose another --out, or delete the directory"
-            )
+                f"{error}, and {newest} does not say its options: put it back, or choose another --out"
+            ) from None
+        return stored
+    replayed = dict(stored or started_with)
+    for record in started_with.get("overrides", []):
+        replayed |= {name: pair[1] for name, pair in record["changed"].items()}
+    if strange := differences(replayed, started_with):
+        name, (theirs, ours) = next(iter(strange.items()))
+        raise ValueError(
+            f"{path} says {name}={ours}, {newest.name} was made with {name}={theirs}: put the old run.json back"
+        )
+    return started_with
 
 
-def has_begun(out: str) -> bool:
-    """Has a run left anything in `out` that other options would spoil?"""
+def differences(theirs: dict, ours: dict) -> dict[str, list]:
+    """{name: [theirs, ours]} of the options that differ and matter."""
+    found = {}
+    for name in sorted({*theirs, *ours} - {*FREE, "overrides"}):
+        pair = [theirs.get(name), ours.get(name)]
+        if json.dumps(strict(pair[0])) != json.dumps(strict(pair[1])) and not moved(name, pair, theirs, ours):
+            found[name] = pair
+    return found
+
+
+def moved(name: str, pair: list, theirs: dict, ours: dict) -> bool:
+    """Are these two paths of what is byte for byte the same, and of the same function where it is a file of Python?"""
+    digests = [side.get(f"{name}_sha256") for side in (theirs, ours)]
+    function = [str(path).rpartition(".py:")[2] if ".py:" in str(path) else "" for path in pair]
+    return digests[0] is not None and digests[0] == digests[1] and function[0] == function[1]
+
+
+HELD = []  # the directories that this process holds, until it ends
+
+
+def hold(out: str | Path, inherit: bool = False) -> None:
+    """Be the only run in this directory until the process ends, with the commands that it starts where they `inherit` it.
+
+    The kernel lets go when the last of them ends, however it ends. ValueError where somebody else holds it.
+    """
+    place = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+    os.set_inheritable(place, inherit)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(place)
+        raise ValueError(f"{out} is held: a run in it, or a command that it started, is still running") from None
+    except OSError as error:  # a network file system without locks
+        say(f"{out} cannot be locked ({error.strerror}): see to it that no second run writes there")
+    HELD.append(place)
+
+
+def remove_halves(out: str | Path) -> None:
+    """What a killed write_text() left."""
+    for half in Path(out).glob(".*.tmp-*"):
+        if half.is_file():
+            half.unlink()
+
+
+def has_lines(out: str | Path) -> bool:
+    """Has a run without a checkpoint left lines that other options would spoil?"""
     metrics = Path(out) / "metrics.jsonl"
-    return checkpoint.latest(out) is not None or metrics.exists() and metrics.stat().st_size > 0
+    return metrics.exists() and metrics.stat().st_size > 0
+
+
+# the run itself
 
 
 class Run:
@@ -59,6 +170,7 @@ class Run:
 
     Opening it is `begin`, and loads the newest checkpoint, if there is one, into module, optimizer and scaler. `done` steps
     were behind it then; `state` is what `save` was told, {} in a new run. `config` and `files` go into every checkpoint.
+    `changed` is what `override` let change since.
     """
 
     def __init__(
@@ -73,20 +185,57 @@ class Run:
         files: list[str | Path],
         keep: int | None = 2,
     ):
-        begin(out, options, dist)
+        self.changed = begin(out, options, dist)
         self.out, self.module, self.optimizer, self.scaler, self.dist = out, module, optimizer, scaler, dist
         self.config, self.files, self.keep = config, files, keep
+        self.options = {name: value for name, value in options.items() if name not in FREE}
         self.done, self.seconds_before, self.state = 0, 0.0, {}
+        self.stop, self.wanted, self.scheduled = Stop(), 0, True
+        self.extra: Path | None = None  # a checkpoint that the schedule does not know: it goes when the next is written
         if newest := checkpoint.latest(out):
             saved = checkpoint.load(newest)
             checkpoint.load_weights(module, saved.tensors, newest)
             checkpoint.load_optimizer(optimizer, module, saved.optimizer)
-            scaler.load_state_dict(saved.state["scaler"])
-            self.state, self.done, self.seconds_before = saved.state, saved.state["done"], saved.state["seconds"]
+            try:
+                scaler.load_state_dict(saved.state["scaler"])
+                self.state, self.done, self.seconds_before = (
+                    saved.state,
+                    saved.state["done"],
+                    float(saved.state["seconds"]),
+                )
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{newest}/state.json is damaged ({error!r}); delete {newest.name}") from None
+            self.extra = newest if saved.state.get("off_schedule") else None
+            self.miss_lines()
 
-    def steps(self, total: int, name: str) -> tqdm:
-        """The steps that are left of `total`."""
-        return steps(self.done, total, name, self.dist)
+    def miss_lines(self) -> None:
+        """Say where metrics.jsonl has lost lines since the checkpoint was written."""
+        lost = self.state.get("lines", 0) - self.lines(self.done)
+        if lost > 0 and self.dist.is_main:
+            say(f"{self.out}/metrics.jsonl has lost {lost} of {self.state['lines']} lines: curves and report lack them")
+
+    def lines(self, done: int) -> int:
+        """How many lines metrics.jsonl has of the first `done` steps."""
+        return sum(row["step"] < done for row in read_rows(f"{self.out}/metrics.jsonl"))
+
+    def steps(self, total: int, name: str) -> Iterator[int]:
+        """The steps that are left of `total`. After a signal no further one: the run ends with 128 + its number."""
+        with self.stop:
+            for step in steps(self.done, total, name, self.dist):
+                yield step
+                if self.wanted:
+                    stopped = f"stopped by {name_of(self.wanted)} after step {step + 1}"
+                    say(f"{stopped}: the same command goes on from there", self.dist.is_main)
+                    self.dist.close(128 + self.wanted)
+
+    def due(self, done: int, every: int, total: int) -> bool:
+        """Is it time for a checkpoint after `done` steps: by the schedule, at the end, or since a signal came to some rank?
+
+        Every rank has to ask after every step, and all get the same answer.
+        """
+        self.wanted = int(self.dist.max(torch.tensor(self.stop.number)))
+        self.scheduled = done % every == 0 or done == total
+        return self.scheduled or self.wanted > 0
 
     @property
     def seconds(self) -> float:
@@ -96,16 +245,21 @@ class Run:
     def save(self, done: int, **state) -> None:
         """Rank 0 writes the checkpoint after `done` steps and keeps the newest; everybody waits for it."""
         if self.dist.is_main:
-            checkpoint.save_step(
+            extra = {} if self.scheduled else {"off_schedule": True}
+            path = checkpoint.save_step(
                 self.out,
                 done,
                 tensors=checkpoint.trained_state(self.module),
                 config=self.config,
-                state={"done": done, "seconds": self.seconds, **state, "scaler": self.scaler.state_dict()},
+                state={"done": done, "seconds": self.seconds, **state, "scaler": self.scaler.state_dict()}
+                | {"options": self.options, "lines": self.lines(done)}
+                | extra,
                 optimizer=checkpoint.optimizer_tensors(self.optimizer, self.module),
                 files=self.files,
-                keep=self.keep,
+                keep=None,
             )
+            checkpoint.prune(self.out, self.keep, [self.extra] if self.extra and self.extra != path else [])
+            self.extra, self.scheduled = None if self.scheduled else path, True
         self.dist.barrier()
 
     def save_best(self, state: dict) -> None:
