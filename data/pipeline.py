@@ -950,7 +950,7 @@ def options_of(argv: Sequence[str] | None) -> Options:
         help="drop rows this similar to an earlier one, e.g. 0.8",
     )
     add("--strict", type=boolean, default=False, metavar="true", help="the first bad row ends the run")
-    add("--workers", type=at_least_one, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)")
+    add("--workers", type=at_least_one, default=os.cpu_count() or 1, help="processes (%(default)s)")
     args = parser.parse_args(argv)
     if args.tokenizer and args.vocab_size:
         raise ValueError("--vocab_size has no effect with --tokenizer: that one is trained already")
