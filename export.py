@@ -15,7 +15,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -200,7 +200,7 @@ def write_gguf(place: Path, original: Pretrained, cfg: Config) -> None:
 
 def write_int8(place: Path, original: Pretrained, cfg: Config) -> None:
     model = quantize(copy.deepcopy(original.model), cfg.embedding)
-    about = {"kind": "int8", "model": asdict(model.config), "tokenizer": original.tokenizer.fingerprint}
+    about = {"kind": "int8", "model": model.config.stored(), "tokenizer": original.tokenizer.fingerprint}
     about |= {"stop_ids": original.stop_ids, "of": original.digest}
     with tempfile.TemporaryDirectory() as files:
         checkpoint.save(place, stored_tensors(model), about, files=[original.tokenizer.save(files)])

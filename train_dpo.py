@@ -200,7 +200,7 @@ def open_pairs(cfg: Config, base: Pretrained) -> tuple[Tokenizer, PairLoader, Pa
 
 def description(cfg: Config, base: Pretrained) -> dict:
     """The config of a checkpoint, a policy's as train_ppo.py saves it."""
-    saved_as = {"kind": "policy", "layout": cfg.layout, "model": asdict(base.model.config)}
+    saved_as = {"kind": "policy", "layout": cfg.layout, "model": base.model.config.stored()}
     saved_as |= {"tokenizer": base.tokenizer.fingerprint, "stop_ids": base.stop_ids}
     if cfg.layout in STORED:
         saved_as |= {"base": cfg.init, "base_digest": base.digest}

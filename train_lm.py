@@ -73,7 +73,7 @@ def main() -> None:
 
     inputs = {"data_sha256": train.manifest["sha256"]["tokens.bin"]}
     inputs |= {"init_sha256": digest_of(cfg.init)} if cfg.init else {}
-    saved_as = {"kind": "lm", "model": asdict(model.config), "tokenizer": tokenizer.fingerprint, "stop_ids": stop_ids}
+    saved_as = {"kind": "lm", "model": model.config.stored(), "tokenizer": tokenizer.fingerprint, "stop_ids": stop_ids}
     options, files = asdict(cfg) | inputs, [tokenizer.path]
     run = Run(cfg.out, options, model, optimizer, precision.scaler, dist, saved_as, files)
 

@@ -300,7 +300,7 @@ def open_judge(cfg: Config, dist: Dist, tokenizer: Tokenizer, base: Pretrained, 
 
 def description(cfg: Config, base: Pretrained) -> dict:
     """The config of a checkpoint: all that is needed to build the model that its tensors fill."""
-    saved_as = {"kind": "policy", "layout": cfg.layout, "model": asdict(base.model.config)}
+    saved_as = {"kind": "policy", "layout": cfg.layout, "model": base.model.config.stored()}
     saved_as |= {"tokenizer": base.tokenizer.fingerprint, "stop_ids": base.stop_ids}
     if cfg.layout in STORED:  # only what was trained is stored: the rest is in the base
         saved_as |= {"base": cfg.init, "base_digest": base.digest}

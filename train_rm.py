@@ -306,7 +306,7 @@ def description(cfg: Config, base: Pretrained, tokenizer: Tokenizer) -> dict:
     """The config of a checkpoint: all that is needed to build the module that its tensors fill."""
     saved_as = {"kind": "reward", "trunk": cfg.trunk, "tokenizer": tokenizer.fingerprint} | asdict(ensemble_of(cfg))
     if cfg.trunk == "full":
-        return saved_as | {"model": asdict(base.model.config), "pooling": cfg.pooling, "language": cfg.lm_coef > 0}
+        return saved_as | {"model": base.model.config.stored(), "pooling": cfg.pooling, "language": cfg.lm_coef > 0}
     saved_as |= {"base": cfg.init, "base_digest": base.digest, "stop_ids": base.stop_ids}
     if cfg.trunk == "adapters":
         names = ("pooling", "lora_rank", "lora_alpha", "lora_targets", "depth")

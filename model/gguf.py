@@ -9,7 +9,8 @@ Everything is little-endian; shapes stand innermost first. Weights may be stored
     Q8_0   f16 d, 32 int8           x = d q          d = max|x| / 127
 
 Architecture "llama" stores the rows of q and k so that the two halves of a RoPE pair are neighbours; ours, like HF's,
-stand half a head apart (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+stand half a head apart (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Gemma's norms are stored as what they
+multiply by, 1 + weight.
 """
 
 import math
@@ -24,10 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.hf import MOST_LAYERS, family_of, flush_to_disk, real, show, show_names, size
-from model.transformer import ModelConfig, Transformer, rope_frequencies, rope_type
+from model.config import MOST_LAYERS, ModelConfig, rope_type
+from model.families import family_of, real, show, show_names, size
+from model.hf import empty_model, flush_to_disk
+from model.transformer import Transformer, rope_frequencies
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2", "smollm3", "olmo2", "granite", "gemma2", "gemma3")
+NEIGHBOURS = ("llama", "smollm3", "granite")  # whose rows of q and k stand so that the halves of a pair are neighbours
 SCALARS = dict(zip((*range(8), 10, 11, 12), "<u1 <i1 <u2 <i2 <u4 <i4 <f4 ? <u8 <i8 <f8".split()))  # of metadata
 STRING, ARRAY = 8, 9
 KINDS = {"F32": (0, 1, 4), "F16": (1, 1, 2), "BF16": (30, 1, 2)}  # name -> id, numbers in a block, bytes of a block
@@ -47,7 +51,9 @@ NAMES = {  # our module -> GGUF's
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
+    "attention_output_norm": "post_attention_norm",
     "post_attention_layernorm": "ffn_norm",
+    "mlp_output_norm": "post_ffw_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -75,10 +81,17 @@ TOKENIZER = {  # what data/tokenizer.py calls it -> GGUF's key
 UNUSED_TOKEN = 5  # its token_type
 PLAIN = {  # settings that change what a model computes, and the values that mean what ours computes
     "expert_count": (None, 0),
-    "attention.sliding_window": (None, 0),
     "rope.scaling.type": (None, "none", "linear"),
     "rope.scale_linear": (None, 1.0),
 }
+SCALES = {  # of Granite: GGUF's key -> ours
+    "embedding_scale": "embedding_scale",
+    "attention.scale": "attention_scale",
+    "residual_scale": "residual_scale",
+    "logit_scale": "logit_divisor",
+}
+CAPS = {"attn_logit_softcapping": "attention_softcap", "final_logit_softcapping": "logit_softcap"}
+GEMMA2_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}  # of a file that does not say
 LONGEST_STRING = 2**24  # bytes; a chat template has 10,000
 LONGEST_ARRAY = 2**24  # items; merges of a large vocabulary are 2**19
 MOST_ENTRIES = 2**16  # metadata and tensors; a model of 100 layers has 1,000
@@ -293,10 +306,55 @@ def gguf_layout(names: Iterator[str], architecture: str) -> dict[str, list[str]]
 def neighbours(name: str, config: ModelConfig, architecture: str) -> Tensor | None:
     """Our row of each row of a GGUF tensor; None: the same. Row 2i + j of a head is our row j K/2 + i."""
     heads = {"attn_q": config.heads, "attn_k": config.kv_heads}.get(name.split(".")[-2])
-    if architecture != "llama" or heads is None:
+    if architecture not in NEIGHBOURS or heads is None:
         return None
     rows = torch.arange(heads * config.head_dim).view(heads, 2, config.head_dim // 2)
     return rows.transpose(1, 2).flatten()
+
+
+def norm_offset(name: str, config: ModelConfig) -> float:
+    """What the numbers of a GGUF tensor are larger by than ours."""
+    return 1.0 if config.norm == "offset_rms" and name.endswith("norm.weight") else 0.0
+
+
+def every(n: int, layers: int) -> tuple[int, ...]:
+    """Layers n - 1, 2n - 1 ...: llama.cpp has SmolLM3's without RoPE, and Gemma 3's global ones, in its code."""
+    return tuple(range(n - 1, layers, n))
+
+
+def others(chosen: tuple[int, ...], layers: int) -> tuple[int, ...]:
+    return tuple(i for i in range(layers) if i not in chosen)
+
+
+def rounded(value: float) -> float:
+    """A float32 as the decimal that was meant: 1e-5 comes back as 9.99999975e-06."""
+    return float(f"{value:.7g}")
+
+
+def own_fields(raw: dict, architecture: str, width: int, layers: int, head_dim: int) -> dict:
+    """What an architecture says beside the sizes."""
+    if architecture == "gpt2":
+        return dict(norm="layer", activation="gelu", positions="learned")
+    fields = {"rope_theta": rounded(real(raw, "rope.freq_base", 10000.0))}
+    if architecture == "smollm3":
+        return fields | {"no_rope": every(4, layers)}
+    if architecture == "olmo2":
+        return fields | {"norm_place": "after", "qk_norm": True, "qk_norm_over": "width"}
+    if architecture == "granite":
+        return fields | {ours: rounded(real(raw, key)) for key, ours in SCALES.items() if raw.get(key)}
+    if architecture == "qwen3":
+        return fields | {"qk_norm": True}
+    if architecture == "llama" or architecture == "qwen2":
+        return fields
+    caps = (GEMMA2_CAPS if architecture == "gemma2" else {}) | raw
+    fields |= {ours: rounded(real(caps, key)) for key, ours in CAPS.items() if caps.get(key)}
+    fields |= {"norm": "offset_rms", "norm_place": "both", "activation": "geglu"}
+    fields |= {"embedding_scale": width**0.5, "attention_scale": head_dim**-0.5}
+    if architecture == "gemma2":
+        return fields
+    local = {"local_rope": others(every(6, layers), layers)}
+    local |= {"local_theta": rounded(real(raw, "rope.freq_base_swa", 10000.0))}
+    return fields | local | {"qk_norm": True}
 
 
 def gguf_config(file: GGUF) -> ModelConfig:
@@ -304,43 +362,44 @@ def gguf_config(file: GGUF) -> ModelConfig:
     architecture = file.metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture {show(architecture)} is not supported; known: {', '.join(ARCHITECTURES)}")
-    prefix = architecture + "."
+    prefix, gpt2 = architecture + ".", architecture == "gpt2"
     raw = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
-    for key, plain in PLAIN.items():
-        if raw.get(key) not in plain:
+    plain = PLAIN | ({} if architecture == "granite" else dict.fromkeys(SCALES, (None,)))
+    plain |= {} if architecture.startswith("gemma") else dict.fromkeys(CAPS, (None,))
+    for key, values in plain.items():
+        if raw.get(key) not in values:
             raise ValueError(f"{prefix}{key} {show(raw[key])} is not supported")
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ValueError("there is no matrix token_embd.weight: not the weights of a language model")
-    gpt2 = architecture == "gpt2"
     width, heads = size(raw, "embedding_length"), size(raw, "attention.head_count")
+    layers, context = size(raw, "block_count", most=MOST_LAYERS), size(raw, "context_length")
     head_dim = size(raw, "attention.key_length", max(1, width // heads))
     for key in ("attention.value_length", "rope.dimension_count"):
         if not gpt2 and size(raw, key, head_dim) != head_dim:
             raise ValueError(f"{prefix}{key} {raw[key]} is not the head size {head_dim}, which is not supported")
-    eps = real(raw, "attention.layer_norm_epsilon" if gpt2 else "attention.layer_norm_rms_epsilon")
+    if raw.get("attention.sliding_window"):  # up to there a window hides nothing
+        context = min(context, size(raw, "attention.sliding_window"))
+    if layers == {"gemma2": 46, "gemma3": 62}.get(architecture):
+        raise ValueError(f"{prefix}block_count {layers}: the 27B models scale their scores in a way of their own")
     config = ModelConfig(
         vocab_size=embedding.shape[0],
         width=width,
-        layers=size(raw, "block_count", most=MOST_LAYERS),
+        layers=layers,
         heads=heads,
         kv_heads=size(raw, "attention.head_count_kv", heads),
         head_dim=head_dim,
         ffn=size(raw, "feed_forward_length"),
-        context=size(raw, "context_length"),
-        norm="layer" if gpt2 else "rms",
-        norm_eps=float(f"{eps:.7g}"),  # float32: 1e-5 comes back as 9.99999975e-06
-        activation="gelu" if gpt2 else "silu",
-        positions="learned" if gpt2 else "rope",
-        rope_theta=float(f"{real(raw, 'rope.freq_base', 10000.0):.7g}"),
+        context=context,
+        norm_eps=rounded(real(raw, "attention.layer_norm_epsilon" if gpt2 else "attention.layer_norm_rms_epsilon")),
         qkv_bias="blk.0.attn_q.bias" in file.tensors or gpt2,
         out_bias="blk.0.attn_output.bias" in file.tensors or gpt2,
         mlp_bias="blk.0.ffn_up.bias" in file.tensors or gpt2,
-        qk_norm=architecture == "qwen3",
         tied=is_tied(file),
+        **own_fields(raw, architecture, width, layers, head_dim),
     )
     if raw.get("rope.scaling.type") == "linear":
-        scaling = {"rope_type": "linear", "factor": float(f"{real(raw, 'rope.scaling.factor'):.7g}")}
+        scaling = {"rope_type": "linear", "factor": rounded(real(raw, "rope.scaling.factor"))}
         return replace(config, rope_scaling=scaling)
     if "rope_freqs.weight" in file.tensors:
         original = real(raw, "rope.scaling.original_context_length", 8192)
@@ -363,7 +422,7 @@ def llama3_scaling(file: GGUF, config: ModelConfig, original: float) -> dict:
     ((_, divisors),) = file.rows("rope_freqs.weight")  # (K/2,)
     scaling = {
         "rope_type": "llama3",
-        "factor": float(f"{divisors.max():.7g}"),
+        "factor": rounded(divisors.max()),
         "low_freq_factor": 1.0,  # all published models have 1 and 4
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": original,
@@ -399,8 +458,7 @@ def load_gguf(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Tra
 
 def build_model(file: GGUF, dtype: torch.dtype) -> Transformer:
     config, architecture = gguf_config(file), file.metadata["general.architecture"]
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = empty_model(config)
     ours = {name: parameter.shape for name, parameter in model.state_dict().items()}
     layout = gguf_layout(ours, architecture)
     unused = {"rope_freqs.weight"} if rope_type(config.rope_scaling) == "llama3" else set()
@@ -418,6 +476,8 @@ def build_model(file: GGUF, dtype: torch.dtype) -> Transformer:
         whole = torch.empty(file.tensors[name].shape, dtype=dtype)
         order = neighbours(name, config, architecture)
         for rows, values in file.rows(name):
+            if shift := norm_offset(name, config):
+                values = values - np.float32(shift)
             whole[rows if order is None else order[rows]] = torch.from_numpy(values).to(dtype)
         pieces = whole.split([ours[part][0] for part in parts])
         state |= {part: piece if len(parts) == 1 else piece.clone() for part, piece in zip(parts, pieces)}
@@ -456,7 +516,7 @@ def save_gguf(path: str | Path, model: Transformer, dtype: str = "F16", tokenize
     if dtype not in FILE_TYPES:
         raise ValueError(f"GGUF dtype {dtype!r} cannot be written; known: {', '.join(FILE_TYPES)}")
     path, config, state = Path(path), model.config, model.state_dict()
-    architecture = family_of(config)
+    architecture = gguf_architecture(config)
     layout = gguf_layout(state, architecture)
     stored = {name: stored_as(name, [state[part] for part in parts], dtype) for name, parts in layout.items()}
     if rope_type(config.rope_scaling) == "llama3":
@@ -482,7 +542,13 @@ def save_gguf(path: str | Path, model: Transformer, dtype: str = "F16", tokenize
                     write_padded(file, [quantise(rope_divisors(config), "F32", key)])
                 else:
                     order = neighbours(key, config, architecture)
-                    write_padded(file, packed_rows([state[part] for part in layout[key]], order, x.kind, key))
+                    parts = [state[part] for part in layout[key]]
+                    parts = (
+                        [part.float() + norm_offset(key, config) for part in parts]
+                        if norm_offset(key, config)
+                        else parts
+                    )
+                    write_padded(file, packed_rows(parts, order, x.kind, key))
         flush_to_disk(temporary)
         temporary.rename(path)
     except OSError as error:
@@ -491,6 +557,30 @@ def save_gguf(path: str | Path, model: Transformer, dtype: str = "F16", tokenize
         if temporary.exists():  # only after an error
             temporary.unlink()
     return path
+
+
+def gguf_architecture(config: ModelConfig) -> str:
+    """The architecture that computes what the config says; ValueError where llama.cpp's has no place for something."""
+    family = family_of(config)
+    architecture = "gemma3" if family == "gemma3_text" else family
+    scale, layers = config.attention_scale, config.layers
+    lacks = {
+        "smollm3": {"another RoPE-free layer than every fourth": config.no_rope != every(4, layers)},
+        "gemma2": {
+            "untied embeddings": not config.tied,
+            "a model without both softcaps": not (config.attention_softcap and config.logit_softcap),
+        },
+        "gemma3": {"other global layers than every sixth": config.local_rope != others(every(6, layers), layers)},
+    }.get(architecture, {})
+    if architecture in ("smollm3", "olmo2", "granite", "gemma2", "gemma3"):
+        lacks["biases"] = config.qkv_bias or config.out_bias or config.mlp_bias
+    if architecture in ("gemma2", "gemma3"):
+        lacks["another scale of scores than 1 / sqrt(head_dim)"] = scale != config.head_dim**-0.5 or layers in (46, 62)
+    if architecture != "llama":
+        lacks["llama3 RoPE scaling"] = rope_type(config.rope_scaling) == "llama3"
+    if found := [what for what, there in lacks.items() if there]:
+        raise ValueError(f"GGUF's architecture {architecture} has no place for {' and '.join(found)}")
+    return architecture
 
 
 def stored_as(name: str, parts: list[Tensor], dtype: str) -> Stored:
@@ -527,6 +617,15 @@ def gguf_header(config: ModelConfig, architecture: str, dtype: str, name: str) -
     if architecture != "gpt2":
         shape |= {"rope.freq_base": config.rope_theta, "rope.dimension_count": config.head_dim}
         shape |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
+    if architecture == "granite":
+        shape |= {
+            key: float(getattr(config, ours)) for key, ours in SCALES.items() if getattr(config, ours) is not None
+        }
+    if architecture in ("gemma2", "gemma3"):
+        shape |= {"attention.sliding_window": config.context}
+        shape |= {key: float(getattr(config, ours)) for key, ours in CAPS.items() if getattr(config, ours) is not None}
+    if architecture == "gemma3":
+        shape["rope.freq_base_swa"] = config.local_theta
     scaling = config.rope_scaling or {}
     if rope_type(scaling) == "linear":
         shape |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])}

@@ -1,9 +1,8 @@
 """HF-format directories in and out: config.json, generation_config.json and safetensors, in one file or in shards.
 
-Our parameters already carry the names of HF's Llama, so for Llama, Mistral and Qwen import is a prefix. GPT-2 has names
-of its own, keeps q, k and v in one matrix and stores its linear layers transposed ("Conv1D", [in, out]). A reward model
-is HF's sequence classifier: the same trunk, no output matrix, and `score.weight`. What is not understood is refused by
-name: a model that loads computes what its authors' code computes.
+Which config.json means which model, and what its tensors are called, is in model/families.py. A reward model is HF's sequence
+classifier: the same trunk, no output matrix, and `score.weight`. What is not understood is refused by name: a model that
+loads computes what its authors' code computes.
 """
 
 import errno
@@ -23,41 +22,28 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from model.transformer import ROPE_KEYS, ModelConfig, Transformer, rope_type
+from model.config import LARGEST_REAL, ModelConfig
+from model.families import (
+    CONV1D,
+    FAMILIES,
+    family_of,
+    hf_config,
+    hf_layout,
+    hf_prefix,
+    hf_shape,
+    model_config,
+    model_kind,
+    real,
+    show,
+    show_names,
+    size,
+)
+from model.transformer import Transformer
 
-CLASSES = {"gpt2": "GPT2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-HEADS = {"LMHeadModel": "causal", "ForCausalLM": "causal", "Model": "causal", "ForSequenceClassification": "classifier"}
-GPT2 = {  # our module -> GPT-2's
-    "embed_tokens": "wte",
-    "embed_positions": "wpe",
-    "norm": "ln_f",
-    "input_layernorm": "ln_1",
-    "self_attn.q_proj": "attn.c_attn",  # three thirds of one matrix
-    "self_attn.k_proj": "attn.c_attn",
-    "self_attn.v_proj": "attn.c_attn",
-    "self_attn.o_proj": "attn.c_proj",
-    "post_attention_layernorm": "ln_2",
-    "mlp.up_proj": "mlp.c_fc",
-    "mlp.down_proj": "mlp.c_proj",
-}
-CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 BUFFERS = re.compile(r"(h\.\d+\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")  # of old files: masks, frequencies
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-PLAIN = {  # settings that change what a model computes, and the values that mean what ours computes
-    "quantization_config": (None,),
-    "hidden_act": (None, "silu", "swish"),
-    "activation_function": (None, "gelu_new", "gelu_pytorch_tanh"),
-    "use_sliding_window": (None, False),
-    "partial_rotary_factor": (None, 1),
-    "no_rope_layers": (None, []),
-    "pruned_heads": (None, {}),
-    "scale_attn_weights": (None, True),
-    "scale_attn_by_inverse_layer_idx": (None, False),
-    "add_cross_attention": (None, False),
-}
-LARGEST_SIZE = 2**24  # of anything that config.json counts; a vocabulary has 2**18, the longest contexts 10 million
-LARGEST_REAL = 1e30
-MOST_LAYERS = 1024  # the deepest published models have 130; a module is built for each before any tensor is looked for
+NO_CLASSIFIER = ("granite",)  # transformers has no such class
+OUTPUT = "lm_head.weight"
 LARGEST_JSON = 32 * 2**20  # bytes; the index of a model with 100,000 tensors has 8 MB
 
 
@@ -71,25 +57,12 @@ class HFInfo:
     bos_id: int | None
     eos_ids: tuple[int, ...]  # each of them ends a text
     pad_id: int | None
-    generation: dict  # generation_config.json
-    raw: dict  # config.json
     num_labels: int | None = None  # of a classifier; None: as many as score.weight has rows
     reward_bias: float = 0.0  # a key of ours: HF's head has no bias, so the constant part of a reward stands here
     score: Tensor | None = None  # (labels, D), the head of a classifier, once the weights are loaded
 
 
 # 1. config.json
-
-
-def show(value, length: int = 60) -> str:
-    """A stranger's value in one short line."""
-    text = repr(value)
-    return text if len(text) <= length else text[: length - 3] + "..."
-
-
-def show_names(names: Iterable[str]) -> str:
-    first, *others = sorted(names)
-    return show(first, 100) + (f" and {len(others)} more" if others else "")
 
 
 def read_json(file: Path) -> dict:
@@ -107,31 +80,6 @@ def read_json(file: Path) -> dict:
     return content
 
 
-def size(raw: dict, key: str, default: int | None = None, most: int = LARGEST_SIZE) -> int:
-    value = default if raw.get(key) is None else raw[key]
-    if value is None:
-        raise ValueError(f"{key} is missing")
-    if type(value) is not int or not 1 <= value <= most:
-        raise ValueError(f"{key} is {show(value)}; a whole number from 1 to {most} was expected")
-    return value
-
-
-def real(raw: dict, key: str, default: float | None = None, least: float = 0.0) -> float:
-    value = default if raw.get(key) is None else raw[key]
-    if value is None:
-        raise ValueError(f"{key} is missing")
-    if type(value) not in (int, float) or not least < value < LARGEST_REAL:
-        raise ValueError(f"{key} is {show(value)}; a number above {least} was expected")
-    return value
-
-
-def flag(raw: dict, key: str, default: bool) -> bool:
-    value = default if raw.get(key) is None else raw[key]
-    if type(value) is not bool:
-        raise ValueError(f"{key} is {show(value)}; true or false was expected")
-    return value
-
-
 def ids(raw: dict, key: str) -> tuple[int, ...]:
     """Token ids: one, a list of them, or none; old files say -1 for none."""
     value = raw.get(key)
@@ -139,89 +87,6 @@ def ids(raw: dict, key: str) -> tuple[int, ...]:
     if not all(type(i) is int for i in values):
         raise ValueError(f"{key} is {show(value)}; token ids were expected")
     return tuple(i for i in values if i >= 0)
-
-
-def rope(raw: dict) -> dict:
-    """rope_theta and rope_scaling of both dialects: `rope_parameters` holds both (transformers 5), or each has a key."""
-    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
-        raise ValueError(f"the rope parameters are {show(scaling)}; one set for all layers was expected")
-    kind = rope_type(scaling)
-    if kind not in list(ROPE_KEYS):
-        raise ValueError(f"rope_type {show(kind)} is not one of {', '.join(ROPE_KEYS)}")
-    if scaling.get("partial_rotary_factor") not in (None, 1):
-        raise ValueError(f"partial_rotary_factor is {show(scaling['partial_rotary_factor'])}; only 1 is understood")
-    values = {key: real(scaling, key) for key in ROPE_KEYS[kind]}
-    if kind == "llama3" and not values["high_freq_factor"] > values["low_freq_factor"]:
-        raise ValueError(f"high_freq_factor {values['high_freq_factor']} must exceed low_freq_factor")
-    theta = float(real(scaling, "rope_theta", real(raw, "rope_theta", 10000.0)))
-    return {"rope_theta": theta, "rope_scaling": {"rope_type": kind, **values} if values else None}
-
-
-def model_config(raw: dict) -> ModelConfig:
-    """Our shape of a config.json; a missing key has the default of its model_type. ValueError for what is not ours."""
-    family = raw.get("model_type")
-    if family is None:
-        raise ValueError("there is no model_type: not the config.json of an HF-format model")
-    if family not in list(CLASSES):
-        raise ValueError(f"model_type {show(family)} is not one of {', '.join(CLASSES)}")
-    for key, plain in PLAIN.items():
-        if raw.get(key) not in plain:
-            raise ValueError(f"{key} is {show(raw[key])}; only {' or '.join(map(repr, plain))} is understood")
-    layer_types = raw.get("layer_types") or []
-    if layer_types != ["full_attention"] * len(layer_types):
-        raise ValueError(f"layer_types are {show(layer_types)}; only full_attention is understood")
-    window = raw.get("sliding_window", 4096) if family == "mistral" else None  # its class has one unless it says null
-    if window is not None:
-        raise ValueError(f"sliding_window is {show(window)}; only null is understood")
-
-    if family == "gpt2":
-        width = size(raw, "n_embd")
-        return ModelConfig(
-            vocab_size=size(raw, "vocab_size"),
-            width=width,
-            layers=size(raw, "n_layer", most=MOST_LAYERS),
-            heads=size(raw, "n_head"),
-            ffn=size(raw, "n_inner", 4 * width),
-            context=size(raw, "n_positions"),
-            norm="layer",
-            norm_eps=real(raw, "layer_norm_epsilon", 1e-5),
-            activation="gelu",
-            positions="learned",
-            qkv_bias=True,
-            out_bias=True,
-            mlp_bias=True,
-            tied=flag(raw, "tie_word_embeddings", True),
-        )
-    heads = size(raw, "num_attention_heads")
-    bias = flag(raw, "attention_bias", False) if family in ("llama", "qwen3") else False
-    head_dim = raw.get("head_dim", 128 if family == "qwen3" else None)
-    return ModelConfig(
-        vocab_size=size(raw, "vocab_size"),
-        width=size(raw, "hidden_size"),
-        layers=size(raw, "num_hidden_layers", most=MOST_LAYERS),
-        heads=heads,
-        kv_heads=size(raw, "num_key_value_heads", heads),
-        head_dim=None if head_dim is None else size(raw, "head_dim", 128),
-        ffn=size(raw, "intermediate_size"),
-        context=size(raw, "max_position_embeddings"),
-        norm_eps=real(raw, "rms_norm_eps", 1e-6),
-        qkv_bias=bias or family == "qwen2",  # Qwen2's q, k and v always have one, and no key says so
-        out_bias=bias,
-        mlp_bias=flag(raw, "mlp_bias", False) if family == "llama" else False,
-        qk_norm=family == "qwen3",
-        tied=flag(raw, "tie_word_embeddings", False),
-        **rope(raw),
-    )
-
-
-def model_kind(raw: dict) -> str:
-    """causal | classifier, by the class that the directory was saved from."""
-    named = raw.get("architectures") or [CLASSES[raw["model_type"]] + "Model"]
-    suffix = str(named[0]).removeprefix(CLASSES[raw["model_type"]]) if isinstance(named, list) else ""
-    if suffix not in HEADS:
-        raise ValueError(f"architectures is {show(named)}; a causal LM or a sequence classifier was expected")
-    return HEADS[suffix]
 
 
 def read_config(directory: str | Path) -> HFInfo:
@@ -248,8 +113,6 @@ def read_config(directory: str | Path) -> HFInfo:
             bos_id=next(iter(special["bos_token_id"]), None),
             eos_ids=special["eos_token_id"],
             pad_id=next(iter(special["pad_token_id"]), None),
-            generation=generation,
-            raw=raw,
             num_labels=size({"num_labels": labels}, "num_labels", 1) if kind == "classifier" and labels else None,
             reward_bias=float(real(raw, "reward_bias", 0.0, least=-LARGEST_REAL)),
         )
@@ -257,58 +120,7 @@ def read_config(directory: str | Path) -> HFInfo:
         raise ValueError(f"the config of {directory} is not supported: {error}") from None
 
 
-# 2. names
-
-
-def family_of(config: ModelConfig) -> str:
-    """The model_type that computes what `config` does; ValueError where no family of HF does."""
-    rms = config.norm == "rms" and config.activation == "silu" and config.positions == "rope"
-    whole = config.heads * config.head_dim == config.width
-    biases = (config.qkv_bias, config.out_bias, config.mlp_bias)
-    if (config.norm, config.activation, config.positions) == ("layer", "gelu", "learned"):
-        if all(biases) and whole and config.kv_heads == config.heads and not config.qk_norm:
-            return "gpt2"
-    elif rms and config.qk_norm and config.qkv_bias == config.out_bias and not config.mlp_bias:
-        return "qwen3"
-    elif rms and not config.qk_norm and biases == (True, False, False) and whole:
-        return "qwen2"
-    elif rms and not config.qk_norm and config.qkv_bias == config.out_bias and config.width % config.heads == 0:
-        return "llama"
-    raise ValueError(
-        f"no HF family ({', '.join(name for name in CLASSES if name != 'mistral')}) has norm={config.norm}, "
-        f"activation={config.activation}, positions={config.positions}, heads={config.heads}/{config.kv_heads} of "
-        f"{config.head_dim} in width {config.width}, qk_norm={config.qk_norm}, biases qkv, out, mlp={biases}"
-    )
-
-
-def hf_module(module: str, family: str) -> str:
-    """The HF path of one of our modules: layers.0.self_attn.q_proj -> model.layers.0... or transformer.h.0.attn.c_attn"""
-    if module == "lm_head":
-        return module
-    if family != "gpt2":
-        return f"model.{module}"
-    if module.startswith("layers."):
-        _, layer, part = module.split(".", 2)
-        return f"transformer.h.{layer}.{GPT2[part]}"
-    return f"transformer.{GPT2[module]}"
-
-
-def hf_layout(names: Iterable[str], family: str) -> dict[str, list[str]]:
-    """HF tensor -> those of our parameters whose rows, in this order, it is made of."""
-    layout: dict[str, list[str]] = {}
-    for name in names:  # a state_dict lists q, k and v in this order, which is that of c_attn
-        module, _, parameter = name.rpartition(".")
-        layout.setdefault(f"{hf_module(module, family)}.{parameter}", []).append(name)
-    return layout
-
-
-def hf_shape(name: str, parts: list[torch.Size]) -> tuple[int, ...]:
-    """Shape in the file of the tensor that is made of these parts."""
-    shape = (sum(part[0] for part in parts), *parts[0][1:])
-    return shape[::-1] if name.endswith(CONV1D) else shape
-
-
-# 3. reading
+# 2. reading
 
 
 class NoInit(TorchFunctionMode):
@@ -336,6 +148,11 @@ class Stored:
     name: str  # in that file
     shape: tuple[int, ...]
     dtype: str  # as safetensors spells it: F32, BF16 ...
+
+    def read(self) -> Tensor:
+        """The tensor, through a mapping of its own: what was read leaves the memory with it."""
+        with open_tensors(self.file) as tensors:
+            return tensors.get_tensor(self.name)
 
 
 def open_tensors(file: Path) -> safe_open:
@@ -402,18 +219,35 @@ def find_tensors(directory: Path) -> dict[str, Stored]:
 
 
 def hf_names(found: dict[str, Stored], info: HFInfo, where: Path) -> dict[str, Stored]:
-    """The same tensors under their full names, without the masks of old files and the output matrix that is not used."""
-    prefix = "transformer." if info.family == "gpt2" else "model."
+    """The same tensors under their full names, without the masks of old files."""
+    prefix = hf_prefix(info.family)
     named: dict[str, Stored] = {}
     for name, stored in found.items():
-        if BUFFERS.search(name) or name == "lm_head.weight" and info.model.tied:
+        if BUFFERS.search(name) or name == OUTPUT and info.kind == "classifier":
             continue
         # files of a bare trunk, such as the first GPT-2's, lack the prefix
-        full = name if name in ("lm_head.weight", "score.weight") or name.startswith(prefix) else prefix + name
+        full = name if name in (OUTPUT, "score.weight") or name.startswith(prefix) else prefix + name
         if full in named:
             raise ValueError(f"{where} holds {show(full)} twice, with and without its prefix")
         named[full] = stored
     return named
+
+
+def settle_output(info: HFInfo, found: dict[str, Stored]) -> tuple[HFInfo, dict[str, Stored]]:
+    """What of embedding and output matrix a model that calls them tied uses, as transformers 5 decides it.
+
+    Only one stored: it is both. Both, and they differ: the flag is wrong, and each is used.
+    """
+    embedding, output = f"{hf_prefix(info.family)}{'wte' if info.family == 'gpt2' else 'embed_tokens'}.weight", OUTPUT
+    if not info.model.tied or output not in found:
+        return info, found
+    if embedding not in found:
+        return info, {embedding if name == output else name: stored for name, stored in found.items()}
+    pair = found[embedding], found[output]
+    same = len({(x.shape, x.dtype) for x in pair}) == 1 and torch.equal(*(x.read() for x in pair))
+    if same:
+        return info, {name: stored for name, stored in found.items() if name != output}
+    return replace(info, model=replace(info.model, tied=False)), found
 
 
 def check_shapes(shapes: dict[str, tuple[int, ...]], found: dict[str, Stored], where: Path, what: str) -> None:
@@ -435,13 +269,13 @@ def load_hf(
     """The model of an HF directory and what the directory says about it; `info.score` is the head of a classifier.
 
     dtype None keeps what is stored (the widest, where several are). The model is built without memory, then takes the
-    files' tensors one by one: on the CPU and unconverted they stay memory-mapped, private to this process, so nothing
-    is read before it is used and no second copy exists. A file that is overwritten in place while it is used takes the
-    process down; `save_hf` replaces directories whole, which is safe. ValueError and OSError say what does not fit.
+    files' tensors one by one: on the CPU and unconverted they stay memory-mapped, private to this process, so no second
+    copy exists. Each is read once, to see that its numbers are finite. A file that is overwritten in place while it is used
+    takes the process down; `save_hf` replaces directories whole, which is safe. ValueError and OSError say what does not fit.
     """
     directory = Path(directory)
     info = read_config(directory)
-    found = hf_names(find_tensors(directory), info, directory)
+    info, found = settle_output(info, hf_names(find_tensors(directory), info, directory))
     model = empty_model(info.model)
     ours = {name: parameter.shape for name, parameter in model.state_dict().items()}
     layout = hf_layout(ours, info.family)
@@ -473,14 +307,24 @@ def fetch(
     if DTYPES[stored.dtype] == dtype and torch.device(device).type == "cpu" and not transposed:
         if stored.file not in mapped:
             mapped[stored.file] = open_tensors(stored.file)
-        return mapped[stored.file].get_tensor(stored.name)
-    # a mapping for this tensor alone: what was read through it leaves the memory once it is copied
-    with open_tensors(stored.file) as tensors:
-        tensor = tensors.get_tensor(stored.name).to(device=device, dtype=dtype)
-        return tensor.T.contiguous() if transposed else tensor
+        return check_finite(mapped[stored.file].get_tensor(stored.name), stored)
+    tensor = check_finite(stored.read(), stored).to(device=device, dtype=dtype)
+    return tensor.T.contiguous() if transposed else tensor
 
 
-# 4. writing
+def check_finite(tensor: Tensor, stored: Stored) -> Tensor:
+    """The tensor; ValueError where a number of it is infinite or none. One pass over it, which fills no memory."""
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    if not total.isfinite() and not tensor.isfinite().all():  # a sum of finite numbers may overflow
+        where = (~tensor.isfinite()).nonzero()[0].tolist()
+        raise ValueError(
+            f"{stored.file} is damaged: {show(stored.name, 100)} holds {float(tensor[tuple(where)])} at {where}, a finite "
+            "number was expected"
+        )
+    return tensor
+
+
+# 3. writing
 
 
 @contextmanager
@@ -546,56 +390,6 @@ def hf_tensors(state: dict[str, Tensor], family: str, dtype: torch.dtype | None 
     return tensors
 
 
-def hf_config(config: ModelConfig) -> dict:
-    """config.json in the dialect that transformers 4 and 5, vLLM and llama.cpp read: rope_theta beside rope_scaling."""
-    family = family_of(config)
-    if family == "gpt2":
-        return {
-            "model_type": family,
-            "vocab_size": config.vocab_size,
-            "n_embd": config.width,
-            "n_layer": config.layers,
-            "n_head": config.heads,
-            "n_inner": None if config.ffn == 4 * config.width else config.ffn,
-            "n_positions": config.context,
-            "n_ctx": config.context,  # llama.cpp reads this one
-            "layer_norm_epsilon": config.norm_eps,
-            "activation_function": "gelu_new",
-            "tie_word_embeddings": config.tied,
-            "attn_pdrop": 0.0,  # the class would say 0.1: nobody trained with dropout here
-            "embd_pdrop": 0.0,
-            "resid_pdrop": 0.0,
-        }
-    scaling = config.rope_scaling and {"rope_type": rope_type(config.rope_scaling)}
-    scaling = scaling and {**scaling, **{key: config.rope_scaling[key] for key in ROPE_KEYS[scaling["rope_type"]]}}
-    content = {
-        "model_type": family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "intermediate_size": config.ffn,
-        "max_position_embeddings": config.context,
-        "rms_norm_eps": config.norm_eps,
-        "hidden_act": "silu",
-        "rope_theta": config.rope_theta,
-        "rope_scaling": scaling,
-        "tie_word_embeddings": config.tied,
-    }
-    own = {
-        "llama": {"head_dim": config.head_dim, "attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias},
-        "qwen2": {"use_sliding_window": False, "sliding_window": None},
-        "qwen3": {
-            "head_dim": config.head_dim,
-            "attention_bias": config.qkv_bias,
-            "use_sliding_window": False,
-            "sliding_window": None,
-        },
-    }
-    return content | own[family]
-
-
 def reward_head(head: nn.Linear, gain: float = 1.0, bias: float = 0.0, pooling: str = "last") -> tuple[Tensor, float]:
     """gain (W h + b) + bias as HF's head knows it: score.weight = gain W, (1, D), and the constant gain b + bias.
 
@@ -636,9 +430,13 @@ def save_hf(
     if lora := [name for name in state if ".lora_" in name]:
         raise ValueError(f"the model carries adapters ({show(lora[0])}): merge one first")
     causal = score is None
-    name = CLASSES[family] + (
-        "ForSequenceClassification" if not causal else "LMHeadModel" if family == "gpt2" else "ForCausalLM"
-    )
+    name = FAMILIES[family].name + ("LMHeadModel" if family == "gpt2" else "ForCausalLM")
+    if not causal:
+        if family in NO_CLASSIFIER:
+            raise ValueError(
+                f"HF has no sequence classifier of the {family} family: such a reward model stays in our format"
+            )
+        name = FAMILIES[family].name + ("Text" if family == "gemma3_text" else "") + "ForSequenceClassification"
     special = {"bos_token_id": bos_id, "eos_token_id": eos[0] if len(eos) == 1 else eos or None, "pad_token_id": pad_id}
     tensors = hf_tensors(state, family, dtype)
     if not causal:
@@ -647,7 +445,7 @@ def save_hf(
                 f"a reward model needs a pad_id inside its vocabulary of {config.vocab_size} that is no eos id, not "
                 f"{pad_id} with eos {eos}: HF reads the score at the last token that is not padding"
             )
-        tensors.pop("lm_head.weight", None)
+        tensors.pop(OUTPUT, None)
         tensors["score.weight"] = score.detach().to("cpu", dtype or score.dtype).contiguous()
     content = {"architectures": [name], **hf_config(config), **special}
     content["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.hf import NoInit, show_names
+from model.families import show_names
+from model.hf import NoInit
 
 
 class LoRALinear(nn.Linear):

@@ -7,10 +7,12 @@ Linear layers and norms then see real tokens only, and what rows 2i and 2i + 1 (
 computed once. On a GPU many small attentions cost more than padding does: there the rows stay padded.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from model.transformer import Packed, Span, Transformer
+from model.transformer import Block, Span, Transformer, attend
 
 LEAST_SHARED = 16  # tokens of a common beginning from which on it pays
 
@@ -19,7 +21,7 @@ def text_states(model: Transformer, tokens: Tensor, lengths: Tensor) -> Tensor:
     """Hidden states after the final norm: tokens (B, T) right-padded, lengths (B,) -> (B, T, D), anything on padding."""
     if not tokens.is_cpu:
         return model.trunk(tokens)
-    ids, span, columns = pack(model, tokens, lengths)
+    ids, span, columns, _ = pack(model, tokens, lengths)
     hidden = model.norm(model.blocks(model.embed(ids, span), span))[0]  # (N, D)
     return hidden.index_select(0, columns.flatten()).view(*tokens.shape, -1)
 
@@ -31,14 +33,54 @@ def last_states(model: Transformer, tokens: Tensor, lengths: Tensor) -> Tensor:
     """
     if not tokens.is_cpu:
         return model.trunk(tokens)[torch.arange(len(tokens), device=tokens.device), lengths - 1]
-    ids, span, _ = pack(model, tokens, lengths)
+    ids, span, _, ends = pack(model, tokens, lengths)
     hidden = model.blocks(model.embed(ids, span), span, 0, len(model.layers) - 1)  # (1, N, D)
-    span.packed.ends = torch.tensor(span.packed.sizes).cumsum(0) - 1
-    return model.norm(model.blocks(hidden, span, len(model.layers) - 1))[0]
+    return model.norm(states_at(ends, model.layers[-1], hidden, span))[0]
 
 
-def pack(model: Transformer, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Span, Tensor]:
-    """ids (1, N) of all texts, their span, and the column (B, T) of every token in it; column 0 for padding."""
+def states_at(columns: Tensor, block: Block, hidden: Tensor, span: Span) -> Tensor:
+    """What a layer makes of the last token of every text: columns (B,), hidden (1, N, D) -> (1, B, D)."""
+    attention, x = block.self_attn, block.input_layernorm(hidden)
+    ropes = {kind: (cos[:, columns], sin[:, columns]) for kind, (cos, sin) in span.ropes.items()}
+    q = attention.split(attention.q_proj(x[:, columns]), attention.q_norm, ropes)  # (1, B, H, K)
+    k = attention.split(attention.k_proj(x), attention.k_norm, span.ropes)  # (1, N, G, K)
+    v = attention.v_proj(x).unflatten(-1, (-1, attention.head_dim))
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    y = span.attend(q, k, v, None, attention.scale, attention.softcap, last=True)  # (1, H, B, K)
+    return block.add(hidden[:, columns], attention.o_proj(y.transpose(1, 2).flatten(2)))
+
+
+def attend_apart(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: None,
+    scale: float | None,
+    softcap: float | None,
+    sizes: list[int],
+    shared: list[int],
+    last: bool = False,
+) -> Tensor:
+    """`attend` of every text to itself: k and v (1, G, N, K), q (1, H, N, K), or (1, H, B, K) of the last tokens.
+
+    sizes: tokens of every text that stand in the row; shared: those that come before them, and stand at the beginning of
+    the text before.
+    """
+    out, before = [], None
+    texts = zip(q.split(1 if last else sizes, 2), k.split(sizes, 2), v.split(sizes, 2))
+    for (own_q, own_k, own_v), size, common in zip(texts, sizes, shared):
+        mask, keys, values = None, own_k, own_v
+        if common:
+            keys, values = (torch.cat((x[:, :, :common], y), 2) for x, y in zip(before, (own_k, own_v)))
+            if not last:
+                mask = torch.ones(size, common + size, dtype=torch.bool, device=q.device).tril(common)
+        out.append(attend(own_q, keys, values, mask, scale, softcap, causal=not last))
+        before = own_k, own_v
+    return torch.cat(out, 2)
+
+
+def pack(model: Transformer, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Span, Tensor, Tensor]:
+    """ids (1, N) of all texts, their span, the column (B, T) of every token in it, 0 for padding, and (B,) of the last."""
     if int(lengths.max()) > model.config.context:
         raise ValueError(
             f"a sequence of {int(lengths.max())} tokens exceeds the model's context of {model.config.context}"
@@ -50,9 +92,10 @@ def pack(model: Transformer, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, S
     start = sizes.cumsum(0) - lengths  # (B,) column of a row's first token, were it not shared
     columns = torch.where(t < shared[:, None], start.roll(1)[:, None], start[:, None]) + t  # (B, T)
     columns = torch.where(t < lengths[:, None], columns, 0)
-    packed = Packed(sizes.tolist(), shared.tolist())
     positions = t.expand_as(tokens)[own][None]  # (1, N)
-    return tokens[own][None], Span(positions, model.rotations(positions), packed=packed), columns
+    apart = partial(attend_apart, sizes=sizes.tolist(), shared=shared.tolist())
+    span = Span(positions, model.rotations(positions), attend=apart)
+    return tokens[own][None], span, columns, sizes.cumsum(0) - 1
 
 
 def common_beginnings(tokens: Tensor, lengths: Tensor) -> Tensor:

@@ -1,92 +1,48 @@
-"""One transformer for the GPT-2, Llama, Qwen2 and Qwen3 families: ids -> hidden -> logits, with or without a KV cache.
+"""One transformer for GPT-2, Llama, Qwen, SmolLM3, OLMo 2, Granite and Gemma: ids -> hidden -> logits, with or without a cache.
 
 Sizes in the shape comments: B rows, T tokens, D width, H heads, G key/value heads, K head size, V vocabulary.
 """
 
 import copy
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
-ROPE_KEYS = {  # what each kind of rope scaling must say about itself
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+from model.config import ModelConfig, rope_type
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """Shape of a transformer; the defaults make a small Llama. ValueError when the numbers do not fit together."""
+class OffsetRMSNorm(nn.RMSNorm):
+    """x / rms(x) (1 + weight), computed in float32 at least: Gemma's."""
 
-    vocab_size: int = 2048
-    width: int = 128
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int | None = None  # None: as many as heads
-    head_dim: int | None = None  # None: width / heads
-    ffn: int | None = None  # None: 8/3 of the width, rounded up to a multiple of 64
-    context: int = 256
-    norm: str = "rms"  # rms | layer (with bias)
-    norm_eps: float = 1e-5
-    activation: str = "silu"  # silu: gated (SwiGLU) | gelu: tanh approximation, not gated
-    positions: str = "rope"  # rope | learned
-    rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # {"rope_type": "linear" | "llama3", "factor": ...}
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False  # RMSNorm over each head's query and key, before RoPE
-    tied: bool = True  # the embedding is the output matrix too
+    def reset_parameters(self):
+        nn.init.zeros_(self.weight)
 
-    def __post_init__(self):
-        if self.head_dim is None and self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}; set head_dim")
-        resolved = {
-            "kv_heads": self.heads if self.kv_heads is None else self.kv_heads,
-            "head_dim": self.width // self.heads if self.head_dim is None else self.head_dim,
-            "ffn": math.ceil(self.width * 8 / 3 / 64) * 64 if self.ffn is None else self.ffn,
-        }
-        for name, value in resolved.items():
-            object.__setattr__(self, name, value)
-        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "ffn", "context"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
-        for name, known in (("norm", NORMS), ("activation", ("silu", "gelu")), ("positions", ("rope", "learned"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r} is not supported; known: {', '.join(known)}")
-        if self.positions == "rope":
-            if self.head_dim % 2:
-                raise ValueError(f"head_dim {self.head_dim} is odd; RoPE turns pairs")
-            scaling = self.rope_scaling or {}
-            kind = rope_type(scaling)
-            if kind not in ROPE_KEYS:
-                raise ValueError(f"rope type {kind!r} is not supported; known: {', '.join(ROPE_KEYS)}")
-            missing = [key for key in ROPE_KEYS[kind] if key not in scaling]
-            if missing:
-                raise ValueError(f"rope scaling {kind!r} lacks {', '.join(missing)}")
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), self.normalized_shape, 1 + self.weight.to(wide), self.eps).type_as(x)
 
 
-def rope_type(scaling: dict | None) -> str:
-    """Kind of rope scaling; old config files call the key "type"."""
-    return (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
+def tanh_gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
 
 
-def rope_frequencies(config: ModelConfig, dtype: torch.dtype, device=None) -> Tensor:
+NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm, "offset_rms": OffsetRMSNorm}
+ACTIVATIONS = {"silu": F.silu, "geglu": tanh_gelu, "gelu": tanh_gelu}
+
+
+def rope_frequencies(config: ModelConfig, dtype: torch.dtype, device=None, local: bool = False) -> Tensor:
     """Radians per position of each pair, theta^(-2i/K) (arXiv:2104.09864), scaled for long contexts. (K/2,)
 
-    linear: divided by factor. llama3: wavelengths shorter than original/high stay, those longer than original/low are
-    divided by factor, and between them the two are mixed.
+    local: those of the layers in local_rope, which are not scaled. linear: divided by factor. llama3: wavelengths shorter
+    than original/high stay, those longer than original/low are divided by factor, and between them the two are mixed.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=dtype, device=device) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    scaling = config.rope_scaling or {}
+    frequencies = 1.0 / (config.local_theta if local else config.rope_theta) ** exponents
+    scaling = {} if local else config.rope_scaling or {}
     kind = rope_type(scaling)
     if kind == "linear":
         frequencies = frequencies / scaling["factor"]
@@ -158,13 +114,32 @@ class KVCache:
             x[target, :length] = x[source, :length]
 
 
-@dataclass
-class Packed:
-    """Texts one after the other in a single row, see model/packed.py."""
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    causal: bool = True,
+) -> Tensor:
+    """softmax(scale q k) v, and scores s as cap tanh(s / cap) first: q (B, H, T, K), k and v (B, G, S, K) -> (B, H, T, K).
 
-    sizes: list[int]  # tokens of every text that stand in the row
-    shared: list[int]  # tokens that come before them, and stand at the beginning of the text before
-    ends: Tensor | None = None  # (B,) columns of the texts' last tokens, where nobody reads the other states
+    mask (..., T, S), True = visible; where it is None, a query sees what stands up to its own column, or all with causal
+    False. scale None: 1 / sqrt(K).
+    """
+    causal = causal and mask is None
+    if softcap is None:
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=gqa)
+    q = q.unflatten(1, (k.shape[1], -1))  # (B, G, H/G, T, K)
+    scores = q @ k.unsqueeze(2).mT * (q.shape[-1] ** -0.5 if scale is None else scale)  # (B, G, H/G, T, S)
+    scores = softcap * torch.tanh(scores / softcap)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask.unsqueeze(-3), -torch.inf)
+    return (scores.softmax(-1) @ v.unsqueeze(2)).flatten(1, 2)
 
 
 @dataclass
@@ -172,86 +147,68 @@ class Span:
     """Where the T new tokens of a call stand, worked out once for all layers."""
 
     positions: Tensor  # (1, T), or (B, T) with a cache
-    rope: tuple[Tensor, Tensor] | None = None  # cos and signed sin, (., T, 1, K)
+    ropes: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # cos and signed sin of a kind, (., T, 1, K)
     mask: Tensor | None = None  # (B, 1, T, end), True = visible; None: plain causal among the new tokens
     cache: KVCache | None = None
     rows: Tensor | None = None  # (B, 1) and
     columns: Tensor | None = None  # (B, T): where to write in the cache; None: from column 0
     end: int = 0  # columns of the cache that are attended to
-    packed: Packed | None = None  # of a packed row, B = 1 and T = all tokens
-
-
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, gqa: bool) -> Tensor:
-    """Causal attention of every text to itself: k and v (1, G, N, K), q (1, H, N, K), or (1, H, B, K) of the last tokens."""
-    last, out = packed.ends is not None, []
-    texts = zip(q.split(1 if last else packed.sizes, 2), k.split(packed.sizes, 2), v.split(packed.sizes, 2))
-    before = None
-    for (own_q, own_k, own_v), size, shared in zip(texts, packed.sizes, packed.shared):
-        mask, keys, values = None, own_k, own_v
-        if shared:
-            keys, values = (torch.cat((x[:, :, :shared], y), 2) for x, y in zip(before, (own_k, own_v)))
-            if not last:
-                mask = torch.ones(size, shared + size, dtype=torch.bool, device=q.device).tril(shared)
-        causal = mask is None and not last
-        out.append(
-            F.scaled_dot_product_attention(own_q, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
-        )
-        before = own_k, own_v
-    return torch.cat(out, 2)
+    attend: Callable[..., Tensor] = attend  # a packed row has its own, see model/packed.py
 
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        self.gqa = config.kv_heads != config.heads
+        self.scale, self.softcap = config.attention_scale, config.attention_softcap
+        self.rope = "none" if layer in config.no_rope else "local" if layer in config.local_rope else "global"
         self.q_proj = nn.Linear(config.width, config.heads * config.head_dim, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.heads * config.head_dim, config.width, bias=config.out_bias)
-        self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+
+        def norm(heads: int) -> nn.Module | None:
+            kind = OffsetRMSNorm if config.norm == "offset_rms" else nn.RMSNorm
+            size = config.head_dim * (heads if config.qk_norm_over == "width" else 1)
+            return kind(size, config.norm_eps) if config.qk_norm else None
+
+        self.q_norm, self.k_norm = norm(config.heads), norm(config.kv_heads)
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
+    def split(self, x: Tensor, norm: nn.Module | None, ropes: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+        """Queries or keys of all heads, normalised and turned. (B, T, H K) -> (B, T, H, K)"""
+        if norm is not None:
+            x = x.to(norm.weight.dtype)  # under autocast x is half, the norm's weights are not
+            x = norm(x.unflatten(-1, (-1, *norm.normalized_shape))).flatten(-2)
+        x = x.unflatten(-1, (-1, self.head_dim))
+        return rotate(x, *ropes[self.rope]) if self.rope in ropes else x
+
     def forward(self, x: Tensor, span: Span) -> Tensor:
-        heads = (*x.shape[:2], -1, self.head_dim)
-        ends = None if span.packed is None else span.packed.ends
-        q, k, v = self.qkv(x) if ends is None else (self.q_proj(x[:, ends]), self.k_proj(x), self.v_proj(x))
-        q = q.unflatten(-1, heads[2:])  # (B, T, H, K)
-        k, v = k.view(heads), v.view(heads)  # (B, T, G, K)
-        if self.q_norm is not None:
-            dtype = self.q_norm.weight.dtype  # under autocast q and k are half, the norm's weights are not
-            q, k = self.q_norm(q.to(dtype)), self.k_norm(k.to(dtype))
-        if span.rope is not None:
-            rope = span.rope if ends is None else [x[:, ends] for x in span.rope]
-            q, k = rotate(q, *rope), rotate(k, *span.rope)
+        q, k, v = self.qkv(x)  # (B, T, H K), and twice (B, T, G K)
+        q, k = self.split(q, self.q_norm, span.ropes), self.split(k, self.k_norm, span.ropes)
+        v = v.unflatten(-1, (-1, self.head_dim))  # (B, T, G, K)
         if span.cache is not None:
             k, v = span.cache.write(self.layer, k, v, span)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, ., K)
-        if span.packed is not None:
-            y = packed_attention(q, k, v, span.packed, self.gqa)  # (1, H, N, K)
-        else:
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=span.mask, is_causal=span.mask is None, enable_gqa=self.gqa
-            )  # (B, H, T, K)
+        y = span.attend(q, k, v, span.mask, self.scale, self.softcap)  # (B, H, T, K)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        gated = config.activation == "silu"
-        self.gate_proj = nn.Linear(config.width, config.ffn, bias=config.mlp_bias) if gated else None
+        self.activation = ACTIVATIONS[config.activation]
+        self.gate_proj = nn.Linear(config.width, config.ffn, bias=config.mlp_bias) if config.gated else None
         self.up_proj = nn.Linear(config.width, config.ffn, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.ffn, config.width, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
-            return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+            return self.down_proj(self.activation(self.up_proj(x)))
         gate, up = self.gate_up(x)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(self.activation(gate) * up)
 
     def gate_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.gate_proj(x), self.up_proj(x)
@@ -260,17 +217,27 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.input_layernorm = NORMS[config.norm](config.width, config.norm_eps)
+
+        def norm(*places: str) -> nn.Module:
+            here = config.norm_place in places
+            return NORMS[config.norm](config.width, config.norm_eps) if here else nn.Identity()
+
+        self.residual_scale = config.residual_scale
+        self.input_layernorm = norm("before", "both")
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = NORMS[config.norm](config.width, config.norm_eps)  # before the MLP; HF's name
+        self.attention_output_norm = norm("after", "both")
+        self.post_attention_layernorm = norm("before", "both")  # before the MLP; the name that Llama has for it
         self.mlp = MLP(config)
+        self.mlp_output_norm = norm("after", "both")
 
     def forward(self, hidden: Tensor, span: Span) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(hidden), span)
-        if span.packed is not None and span.packed.ends is not None:
-            hidden = hidden[:, span.packed.ends]
-        hidden = hidden + attended
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return self.add(hidden, self.self_attn(self.input_layernorm(hidden), span))
+
+    def add(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """The residual stream with what attention and then the MLP add. Twice (B, T, D) -> (B, T, D)"""
+        hidden = torch.add(hidden, self.attention_output_norm(attended), alpha=self.residual_scale)
+        y = self.mlp(self.post_attention_layernorm(hidden))
+        return torch.add(hidden, self.mlp_output_norm(y), alpha=self.residual_scale)
 
 
 VOCABULARY_PART = 1024  # rows of the output matrix that a CPU multiplies at a time
@@ -315,9 +282,10 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
         """Normal with deviation 0.02; what writes to the residual stream, 0.02 / sqrt(2 layers), as in GPT-2."""
+        one = 0.0 if self.config.norm == "offset_rms" else 1.0  # a norm that changes nothing
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
-                parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+                parameter.fill_(one if name.endswith("norm.weight") else 0.0)
                 continue
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             std = 0.02 / math.sqrt(2 * self.config.layers) if residual else 0.02
@@ -342,23 +310,27 @@ class Transformer(nn.Module):
             if new_lengths is not None:  # padding goes to the spare column
                 span.columns = torch.where(steps < new_lengths[:, None], span.positions, cache.max_length)
             span.mask = torch.arange(longest, device=ids.device) <= span.positions[:, None, :, None]  # (B, 1, T, end)
-        span.rope = self.rotations(span.positions)
+        span.ropes = self.rotations(span.positions)
         return span
 
-    def rotations(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Cosine and signed sine of RoPE at these positions, (., T) -> two of (., T, 1, K); None without RoPE."""
-        if self.config.positions != "rope":
-            return None
+    def rotations(self, positions: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Cosine and signed sine of every kind of RoPE at these positions: (., T) -> pairs of (., T, 1, K); {} without."""
+        kinds = ["global", *(["local"] if self.config.local_rope else [])] if self.config.positions == "rope" else []
         # float32 at least: the angle of a late position does not fit a half
-        dtype = torch.promote_types(self.layers[0].input_layernorm.weight.dtype, torch.float32)
-        frequencies = rope_frequencies(self.config, dtype, positions.device)  # (K/2,)
-        angles = positions[..., None, None] * frequencies  # (., T, 1, K/2)
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        dtype = torch.promote_types(next(self.layers[0].parameters()).dtype, torch.float32)
+        ropes = {}
+        for kind in kinds:
+            frequencies = rope_frequencies(self.config, dtype, positions.device, local=kind == "local")  # (K/2,)
+            angles = positions[..., None, None] * frequencies  # (., T, 1, K/2)
+            cos, sin = angles.cos(), angles.sin()
+            ropes[kind] = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        return ropes
 
     def embed(self, ids: Tensor, span: Span) -> Tensor:
         """(B, T) -> (B, T, D)"""
         hidden = self.embed_tokens(ids)
+        if (scale := self.config.embedding_scale) != 1:  # rounded to the embedding's type first, as in Gemma's own code
+            hidden = hidden * torch.full((), scale, dtype=hidden.dtype, device=hidden.device)
         if self.embed_positions is not None:  # padding may stand beyond the table
             hidden = hidden + self.embed_positions(span.positions.clamp(max=self.config.context - 1))
         return hidden
@@ -385,6 +357,12 @@ class Transformer(nn.Module):
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """(..., D) -> logits (..., V)"""
+        logits, cap = self.project(hidden), self.config.logit_softcap
+        if self.config.logit_divisor != 1:
+            logits = logits / self.config.logit_divisor
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def project(self, hidden: Tensor) -> Tensor:
         if self.lm_head is not None:
             return self.lm_head(hidden)
         weight = self.embed_tokens.weight

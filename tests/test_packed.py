@@ -15,7 +15,7 @@ from rlhf.reward.model import POOLING, RewardModel, last_token
 
 pytestmark = pytest.mark.bits
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
+FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "smollm3", "olmo2", "granite", "gemma2", "gemma3_text")
 VOCABULARY = small_model("llama").config.vocab_size
 text = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=14)
 # a prompt of any length, which a side may begin with or not; nothing, one token or more after it

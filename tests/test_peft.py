@@ -182,7 +182,9 @@ def their_base(directory, kind="CausalLM"):
     return getattr(transformers, f"AutoModelFor{kind}").from_pretrained(directory, dtype=torch.float64).eval()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", "llama", "qwen2", "qwen3", "smollm3", "olmo2", "granite", "gemma2", "gemma3_text"]
+)
 @pytest.mark.parametrize("targets", TARGETS)
 def test_peft_loads_ours(peft, family, targets, tmp_path):
     model = trained(soft_model(family), targets=TARGETS[targets])
@@ -201,6 +203,8 @@ THEIR_TARGETS = {
     "llama": ["q_proj", "v_proj", "gate_proj"],
     "qwen2": "all-linear",
     "qwen3": ["k_proj", "o_proj"],
+    "gemma2": ["q_proj", "down_proj"],
+    "olmo2": ["q_proj", "up_proj"],
 }
 
 
@@ -227,3 +231,24 @@ def test_we_load_what_peft_makes(peft, family, options, tmp_path):
     back = peft.PeftModel.from_pretrained(their_base(base), save_peft(tmp_path / "back", model)).eval()
     with torch.no_grad():
         assert max_diff(theirs(ids).logits, back(ids).logits) < 1e-5
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj", "up_proj"], ["o_proj"]])
+def test_phi3_keeps_its_fused_names_in_adapters(peft, targets, tmp_path):
+    """Its q, k, v and gate, up are one matrix each in the base that the adapter belongs to."""
+    import transformers
+
+    sizes = dict(vocab_size=13, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=20)
+    config = transformers.Phi3Config(**sizes, num_key_value_heads=2, pad_token_id=0, max_position_embeddings=64)
+    torch.manual_seed(0)
+    transformers.Phi3ForCausalLM(config).save_pretrained(tmp_path / "base")
+    model, info = load_hf(tmp_path / "base", torch.float64)
+    directory = save_peft(
+        tmp_path / "adapter", trained(model, targets=targets), base=str(tmp_path / "base"), family="phi3"
+    )
+    ids = random_ids(3, 2, 11)
+    theirs = peft.PeftModel.from_pretrained(their_base(tmp_path / "base"), directory)
+    with torch.no_grad():
+        assert info.family == "phi3" and max_diff(theirs(ids).logits, logits(model, "default", ids)) < 1e-5
+    other = load_peft(directory, load_hf(tmp_path / "base", torch.float64)[0], family="phi3")
+    assert max_diff(logits(other, "default", ids), logits(model, "default", ids)) < 1e-10

@@ -16,7 +16,9 @@ from rlhf.ppo.roles import CRITICS, LAYOUTS
 
 LORA = LoRA(rank=3)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
-every_family = pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+every_family = pytest.mark.parametrize(
+    "family", ["gpt2", "llama", "qwen3", "olmo2", "granite", "gemma2", "gemma3_text"]
+)
 
 
 def config(family="llama", **changes):

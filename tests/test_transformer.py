@@ -148,7 +148,7 @@ def test_positions_are_exact_in_half_precision():
     config = dict(context=2048, vocab_size=13, width=32, layers=1, heads=1)
     exact, half = Transformer(ModelConfig(**config)), Transformer(ModelConfig(**config)).bfloat16()
     ids = torch.zeros(1, 1001, dtype=torch.int64)
-    for a, b in zip(exact.span(ids).rope, half.span(ids).rope):
+    for a, b in zip(exact.span(ids).ropes["global"], half.span(ids).ropes["global"]):
         assert b.dtype == torch.float32 and torch.equal(a, b)
 
 
@@ -220,7 +220,9 @@ def test_init_deviations():
 def test_config_round_trip_and_defaults():
     for family in FAMILIES:
         config = ModelConfig(**{**SMALL, **FAMILIES[family]})
-        assert ModelConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+        for fields in (dataclasses.asdict(config), config.stored()):
+            assert ModelConfig(**json.loads(json.dumps(fields))) == config
+    assert len(ModelConfig().stored()) == 19 and ModelConfig(logit_divisor=2.0).stored()["logit_divisor"] == 2
     config = ModelConfig(width=576, heads=9)
     assert (config.kv_heads, config.head_dim, config.ffn) == (9, 64, 1536)
 

@@ -1,20 +1,17 @@
 """Transformers of our own checkpoints: what their config may say, the shape that it describes, and the weights in it."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from model.transformer import ModelConfig, Transformer
+from model.config import LARGEST_REAL, LARGEST_SIZE, MOST_LAYERS, ModelConfig
+from model.transformer import Transformer
 from rlhf.infra import checkpoint
 
-LARGEST_SIZE = 2**24  # of anything that a config counts, as in model/hf.py
-MOST_LAYERS = 1024
 MOST_NAMES = 1024  # stop ids, targets of adapters, depths
-LARGEST_REAL = 1e30
 LARGEST_WEIGHT = 1e8  # a thousand times what the gains of norms reach; float32 ends at 3e38
 
 
@@ -118,14 +115,6 @@ FIELDS |= {
     "poolings": ("a list of names", each(is_text)),
     "language": ("true or false", lambda value: isinstance(value, bool)),
 }
-SHAPE = {  # of ModelConfig, by the type of the field
-    int: COUNT,
-    int | None: (f"{COUNT[0]}, or null", or_none(is_count)),
-    float: (f"a number above 0, at most {LARGEST_REAL:g}", lambda value: is_real(value) and value > 0),
-    str: TEXT,
-    bool: ("true or false", lambda value: isinstance(value, bool)),
-    dict | None: ("an object of numbers, or null", or_none(lambda value: isinstance(value, dict))),
-}
 
 
 def shortened(value, length: int = 60) -> str:
@@ -136,24 +125,13 @@ def shortened(value, length: int = 60) -> str:
 
 def stored_config(config: dict, where: str | Path) -> ModelConfig:
     """The shape that the checkpoint `where` describes; ValueError if that is none of ours, or absurdly large."""
-    for problem in shape_problems(config):
-        raise ValueError(f"{where}: {problem}")
     try:
         return ModelConfig(**config)
-    except (TypeError, ValueError) as error:  # a field that we do not know; numbers that do not fit together
+    except (
+        TypeError,
+        ValueError,
+    ) as error:  # a field that we do not know; values that are absurd or do not fit together
         raise ValueError(f"{where} is a checkpoint of another architecture: {error}") from None
-
-
-def shape_problems(config: dict) -> Iterator[str]:
-    for field in fields(ModelConfig):
-        meaning, accepts = SHAPE[field.type]
-        if field.name in config and not accepts(config[field.name]):
-            yield f"{field.name} is {shortened(config[field.name])}; {meaning} was expected"
-    if (layers := config.get("layers", 1)) > MOST_LAYERS:
-        yield f"layers is {layers}; at most {MOST_LAYERS} are built"
-    for name, value in (config.get("rope_scaling") or {}).items():
-        if not (is_text(value) if "type" in name else is_real(value)):
-            yield f"rope_scaling: {name} is {shortened(value)}; a number was expected"
 
 
 def new_transformer(config: dict, where: str | Path) -> Transformer:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from model.config import PER_LAYER
 from model.transformer import Transformer
 from rlhf.infra import optim
 from rlhf.lm.language_model import predictions
@@ -51,7 +52,9 @@ def drop_layers(model: Transformer, first: int, count: int) -> Transformer:
         left = int(match[1]) - count
         return None if left < first else f"layers.{left}.{name[match.end() :]}"
 
-    smaller = Transformer(replace(model.config, layers=layers - count)).to(model.norm.weight.dtype)
+    kept = [*range(first), *range(first + count, layers)]
+    places = {name: tuple(kept.index(i) for i in getattr(model.config, name) if i in kept) for name in PER_LAYER}
+    smaller = Transformer(replace(model.config, layers=len(kept), **places)).to(model.norm.weight.dtype)
     names = {name: renumbered(name) for name in model.state_dict()}
     smaller.load_state_dict({names[n]: x for n, x in model.state_dict().items() if names[n]})
     return smaller

@@ -13,9 +13,10 @@ import torch
 
 from data.fetch import MODELS, fetch_model, sha256
 from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_parts
+from model.families import show
 from model.gguf import gguf_config, load_gguf, read_gguf, tokenizer_parts
 from model.gguf import stop_ids as gguf_stop_ids
-from model.hf import find_tensors, load_hf, read_config, show
+from model.hf import find_tensors, load_hf, read_config
 from model.lora import merge
 from model.peft import load_peft, read_peft_config
 from model.quantize import load_quantized

@@ -43,7 +43,9 @@ def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
     # the gradient of a tied embedding comes in two parts as large as itself, which are added up
     twice = sum(2 * model.embed_tokens.weight.numel() for model in models if trains_embedding(model))
     tokens = s.micro_batch * (s.prompt + s.response - 1)
-    kept = sum(kept_per_token(config) for model in models for block in model.layers if learns(block))
+    kept = sum(
+        kept_per_token(config, s.prompt + s.response - 1) for model in models for block in model.layers if learns(block)
+    )
     kept += sum(2 * config.width for _ in models)  # the final norm
     logits = (
         max(2 * s.micro_batch * s.response, 4 * s.batch) * config.vocab_size
@@ -68,11 +70,17 @@ def learns(module: torch.nn.Module) -> bool:
     return any(x.requires_grad for x in module.parameters())
 
 
-def kept_per_token(c: ModelConfig) -> int:
-    """Numbers that a block keeps for its backward pass: inputs of norms, matrices, attention and activation."""
+def kept_per_token(c: ModelConfig, length: int) -> int:
+    """Numbers that a block keeps for its backward pass: inputs of norms, matrices, attention and activation.
+
+    length: tokens of a row, whose scores are kept where they are capped.
+    """
     attention = 3 * c.heads * c.head_dim + 2 * c.kv_heads * c.head_dim  # q, what comes out, again for o_proj; k, v
-    mlp = (4 if c.activation == "silu" else 2) * c.ffn  # gate, its SiLU, up, their product; or up and its GELU
-    return 6 * c.width + attention + mlp  # two norms: x, x normalised, and the input of the matrices
+    if c.attention_softcap is not None:  # two steps of the scores; k and v once for every head
+        attention += c.heads * (2 * length + 2 * c.head_dim)
+    mlp = (4 if c.gated else 2) * c.ffn  # gate, its activation, up, their product; or up and its GELU
+    norms = (10 if c.norm_place == "both" else 6) * c.width  # x, x normalised, and the input of the matrices
+    return norms + attention + mlp
 
 
 def table(config: ModelConfig, sizes: Sizes, layout: str) -> str:
