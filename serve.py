@@ -178,9 +178,15 @@ async def serve(
             f"note: {most} requests at a time, not {wanted}: a process may open too few files (ulimit -n)",
             file=sys.stderr,
         )
-    server = connections.server(Bounded(application(service), most), connections.Waiting(room, cfg.patience), cfg.grace)
+    bounded = Bounded(application(service), most)
+    server = connections.server(bounded, connections.Waiting(room, cfg.patience), cfg.grace)
+
+    def stop() -> None:
+        server.should_exit = True
+        bounded.stop()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, lambda: setattr(server, "should_exit", True))
+        loop.add_signal_handler(number, stop)
     if ready is not None:
         try:
             await asyncio.to_thread(ready.wait)

@@ -30,7 +30,7 @@ def build(path: Path, control=("<|im_start|>", "<|im_end|>"), seed: int = 1, tem
     if template is None:
         tokenizer = train_sentencepiece(texts, path / "tokenizer.model", 320, control)
     else:
-        tokens, types = [*LETTERS, "<|endoftext|>"], [NORMAL] * 256 + [CONTROL]
+        tokens, types = [*map(LETTERS.get, range(256)), "<|endoftext|>"], [NORMAL] * 256 + [CONTROL]
         tokenizer = BPETokenizer(tokens, types, [], "gpt-2", eos=256, chat_template=template)
         tokenizer.save(path)
     model = Transformer(ModelConfig(320, width=32, layers=2, heads=2, context=128, tied=False, **shape))

@@ -343,6 +343,11 @@ class Bounded:
         self.app, self.most, self.open = app, most, 0
         self.coming: dict[asyncio.Event, None] = {}  # bodies that still come in, oldest first: set one to give it up
 
+    def stop(self) -> None:
+        """Waits for no half body any more."""
+        for body in self.coming:
+            body.set()
+
     async def __call__(self, scope, receive, send) -> None:
         waits = any(name == b"expect" for name, _ in scope["headers"])  # to be asked for the body, with status 100
         given_up, asked, whole = asyncio.Event(), False, False

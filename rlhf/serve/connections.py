@@ -4,6 +4,7 @@ uvicorn speaks HTTP. It bounds the bytes of headers and ends connections that ar
 leaves open: clients that never finish their headers, that read nothing, or that are more than there are descriptors for.
 """
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -136,6 +137,8 @@ class OncePerSecond(logging.Filter):
         self.said: dict[tuple, tuple[float, int]] = {}  # when, and how many since
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and record.exc_info[0] is asyncio.CancelledError:
+            record.exc_info = None  # the server stops: where it was then says nothing
         kind = (record.name, record.msg, record.exc_info and record.exc_info[0])
         last, more = self.said.get(kind, (-1.0, 0))
         if record.created < last + 1:
