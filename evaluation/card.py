@@ -542,6 +542,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
+UNSEEN_TEMPLATE = (
+    "**The prompts stand in a chat template, and nothing in the checkpoint says that this model was trained with one**: "
+    "where it was not (data.prepare joins plain texts), these numbers say little of it; compare them without --chat."
+)
+
+
 NAMES = {
     "vader": "VADER rules",
     "bow": "bag of words, trained on all labels",
@@ -565,6 +571,7 @@ def markdown(card: dict, plots: Sequence[str] = ()) -> str:
         + ("sentences" if "spearman" in card else "prompts, or pairs where no prompt is known")
         + (f"; {card['dropped']} pairs of equal texts dropped" if card["dropped"] else "")
         + (f"; {card['shortened']} texts shortened to the model's context" if card["shortened"] else ""),
+        *([UNSEEN_TEMPLATE] if card.get("options", {}).get("chat") else []),
         "\n".join(
             [
                 f"- It {better} length alone: accuracy {show(over, signed=True)} beside it.",

@@ -18,6 +18,7 @@ from rlhf.calibration import (
     reliability_bins,
     wilson_interval,
 )
+from rlhf.reward.finish import FEWEST_PAIRS, temperature_or_one
 
 
 def pairs(seed, n=50, temperature=2.0, dtype=torch.float64):
@@ -172,3 +173,13 @@ def test_against_statsmodels(golden_dir):
     for record, intervals in golden["outputs"].items():
         wins, n = map(int, record.split("/"))
         assert wilson_interval(wins, n) == pytest.approx(intervals["wilson"], abs=1e-12)
+
+
+def test_too_few_pairs_fit_no_temperature():
+    """Below the floor it is 1, with a reason that names both numbers; from there on it is the fitted one."""
+    margins = torch.randn(FEWEST_PAIRS, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
+    few, problem = temperature_or_one(margins[:-1])
+    assert few == 1 and f"{FEWEST_PAIRS - 1} validation pairs" in problem and f"at least {FEWEST_PAIRS}" in problem
+    assert temperature_or_one(margins) == (fit_temperature(margins, torch.ones_like(margins)), None)
+    perfect, problem = temperature_or_one(margins.abs())
+    assert perfect == 1 and "rank every pair right" in problem

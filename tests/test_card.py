@@ -374,3 +374,9 @@ def test_ppo_refuses_a_weak_reward(world, tmp_path):
     )
     assert not (tmp_path / "ppo").exists()
     world.ok("train_ppo.py", reward=path, out=tmp_path / "ppo", weak_reward="true", iterations=1)
+
+
+def test_a_template_that_no_training_saw_is_said(made):
+    facts = {"model": "m", "data": "d", "texts": 120, "pairs": 600, "dropped": 0, "shortened": 0, "probes": []}
+    said = [card.markdown(made.report | facts | {"options": {"chat": chat}}) for chat in (True, False)]
+    assert card.UNSEEN_TEMPLATE in said[0] and card.UNSEEN_TEMPLATE not in said[1]
