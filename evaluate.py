@@ -35,6 +35,7 @@ from evaluation.held_out import (
     sample_groups,
     scores,
 )
+from evaluation.words import show
 from model.generate import Sampling
 from model.transformer import Transformer
 from rlhf.infra import config, distributed, run
@@ -271,7 +272,7 @@ def results_table(summary: dict) -> str:
     columns = ("judge", "reward", "KL, nats", "distinct-3", "length", "ends", "ppl of human text", "ppl for base")
     lines = ["| model | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, row in summary["rows"].items():
-        cells = [f"{row[k]['mean']:.3f} [{row[k]['low']:.3f}, {row[k]['high']:.3f}]" for k in ("judge", "reward")]
+        cells = [show(row[k]) for k in ("judge", "reward")]
         cells.append(f"{row['kl']:.2f}" if "distinct_3" in row else f"<= {row['kl']:.2f}")
         if "distinct_3" in row:
             cells += [f"{row['distinct_3']:.3f}", f"{row['length']:.1f}", f"{row['eos_rate']:.2f}"]
@@ -283,7 +284,7 @@ def results_table(summary: dict) -> str:
 
 def comparison_lines(summary: dict) -> str:
     def line(text: str, x: dict[str, float]) -> str:
-        return f"{text} {x['mean']:.3f}, 95% interval [{x['low']:.3f}, {x['high']:.3f}]"
+        return f"{text} {show(x)}, 95% interval"
 
     if len(summary["pairwise"]) > 1:
         return f"{pairs_table(summary['pairwise'])}\n\n{elo_line(summary['elo'])}"

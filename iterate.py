@@ -21,8 +21,8 @@ import torch
 
 from data.loader import PromptLoader, TokenFile, pad, prompts_from_rows
 from data.tokenizer import check_fingerprint
-from evaluation.comparison import show
 from evaluation.held_out import sample_groups
+from evaluation.words import number, show
 from model.generate import Sampling
 from rlhf.feedback.preferences import disagreement
 from rlhf.feedback.store import Comparison, FeedbackStore
@@ -389,12 +389,12 @@ def write_page(cfg: Config, rounds: list[dict]) -> None:
     lines += ["| round | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     if rounds:
         first = rounds[0]
-        accuracy = f"{first['rm']['accuracy_gap1_round_0']:.3f}"
+        accuracy = number(first["rm"]["accuracy_gap1_round_0"])
         lines.append(f"| 0 | 0 | {show(first['judge_base'])} | - | 0 | - | {accuracy} | - | - |")
     for row in rounds:
         rm = row["rm"]
         cells = [str(row["votes"]), show(row["judge"]), show(row["gain_over_previous"]), f"{row['kl']:.2f}"]
-        cells += ["yes" if row["promoted"] else "refused", f"{rm['accuracy_gap1']:.3f}"]
+        cells += ["yes" if row["promoted"] else "refused", number(rm["accuracy_gap1"])]
         cells += [show(rm["on_own_samples"]["accuracy"]), show(rm["gain_on_own_samples"])]
         lines.append(f"| {row['round']} | " + " | ".join(cells) + " |")
     write_text(Path(cfg.out) / "rounds.md", "\n".join(lines) + "\n")

@@ -25,12 +25,22 @@ from data.preferences import read_preferences
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
 from data.vader import load_rules
 from evaluation import probes
+from evaluation.words import as_json, markdown_table, show
 from rlhf.calibration import reliability_bins
 from rlhf.infra import checkpoint, config, distributed, run
 from rlhf.infra.files import read_json, write_json, write_text
 from rlhf.reward.files import load_reward_model
 from rlhf.reward.model import FrozenReward
-from rlhf.statistics import auc, cluster_bootstrap, pair_calibration, partial_spearman, roc, spearman, win_rate
+from rlhf.statistics import (
+    Estimate,
+    auc,
+    cluster_bootstrap,
+    pair_calibration,
+    partial_spearman,
+    roc,
+    spearman,
+    win_rate,
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,7 @@ def beats_length(reward: str) -> None:
         if found["sha256"] != checkpoint.digest(reward):
             raise ValueError(f"{card} is about other weights than {reward}: make it again with evaluate.py rm")
         over = found["over_length"]
-        good, margin = over["low"] > 0, f"{over['value']:+.3f} [{over['low']:+.3f}, {over['high']:+.3f}]"
+        good, margin = over["low"] > 0, show(over, "+.3f")
         source = f"{card}, {found['pairs']} pairs"
     elif report.exists() and "accuracy" in (found := read_json(report)):
         both = found["accuracy"]["all"], found["baselines"]["length"]["all"]
@@ -337,9 +347,8 @@ def report(material: Material, scores: np.ndarray, members: np.ndarray, temperat
 
 
 def estimate(value: float, interval: Sequence[float], n: int) -> dict:
-    """A number, its 95% interval and what it was counted on; null where it does not exist."""
-    value, low, high = (None if math.isnan(x) else float(x) for x in (value, *interval))
-    return {"value": value, "low": low, "high": high, "n": int(n)}
+    """With its 95% interval and what it was counted on."""
+    return as_json(value, *interval, "value", n=int(n))
 
 
 def accuracies(right: dict[str, np.ndarray], groups: dict, clusters: np.ndarray) -> dict[str, dict]:
@@ -529,19 +538,6 @@ def can_draw(wanted: bool | None) -> bool:
     return installed if wanted is None else wanted
 
 
-def show(x: dict | None, signed: bool = False) -> str:
-    """0.763 [0.741, 0.785]"""
-    if x is None or x["value"] is None:
-        return "-"
-    form = "{:+.3f}" if signed else "{:.3f}"
-    interval = "" if x["low"] is None else f" [{form.format(x['low'])}, {form.format(x['high'])}]"
-    return form.format(x["value"]) + interval
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
-
-
 UNSEEN_TEMPLATE = (
     "**The prompts stand in a chat template, and nothing in the checkpoint says that this model was trained with one**: "
     "where it was not (data.prepare joins plain texts), these numbers say little of it; compare them without --chat."
@@ -574,7 +570,7 @@ def markdown(card: dict, plots: Sequence[str] = ()) -> str:
         *([UNSEEN_TEMPLATE] if card.get("options", {}).get("chat") else []),
         "\n".join(
             [
-                f"- It {better} length alone: accuracy {show(over, signed=True)} beside it.",
+                f"- It {better} length alone: accuracy {show(over, '+.3f')} beside it.",
                 f"- Calibration: ECE {show(after['ece'])} with the stored temperature "
                 f"{card['calibration']['temperature']:.2f} ({show(before['ece'])} without).",
                 f"- It {knows} when it is wrong: AUC {show(doubt['auc']['difference'])}, where 0.5 is chance.",
@@ -583,7 +579,7 @@ def markdown(card: dict, plots: Sequence[str] = ()) -> str:
             ]
         ),
         "## Accuracy",
-        table(
+        markdown_table(
             ["pairs ranked right", *columns],
             [
                 [NAMES.get(name, name), *(show(row.get(gap)) for gap in gaps)]
@@ -599,7 +595,7 @@ def markdown(card: dict, plots: Sequence[str] = ()) -> str:
         some = [key for key in ("all", "1", "spearman") if any(key in row for row in card["groups"].values())]
         head = {"all": "accuracy", "1": "gap > 1", "spearman": "Spearman"}
         lines.append(
-            table(
+            markdown_table(
                 ["", *(head[key] for key in some), "pairs"],
                 [
                     [name, *(show(row.get(key)) for key in some), str(row["all"]["n"]) if "all" in row else "0"]
@@ -609,26 +605,26 @@ def markdown(card: dict, plots: Sequence[str] = ()) -> str:
         )
     lines += [
         "## Length",
-        table(
+        markdown_table(
             ["characters, better minus worse text", "accuracy", "pairs"],
             [[name, show(x), str(x["n"])] for name, x in card["length"].items()],
         ),
         f"Rank correlation of score and length, {card['length_correlation']['of']}: "
-        f"{show(card['length_correlation'], signed=True)}: {card['length_correlation']['verdict']}",
+        f"{show(card['length_correlation'], '+.3f')}: {card['length_correlation']['verdict']}",
         "## Calibration",
-        table(
+        markdown_table(
             ["", "ECE", "Brier"],
             [
                 [name, show(x["ece"]), show(x["brier"])]
                 for name, x in (("without temperature", before), ("with", after))
             ],
         ),
-        table(
+        markdown_table(
             ["probability of the side it prefers, with temperature", "share where people do", "pairs"],
             [[f"{x['predicted']:.3f}", show(x["observed"]), str(x["observed"]["n"])] for x in after["reliability"]],
         ),
         "## Does it know when it is wrong?",
-        table(
+        markdown_table(
             ["doubt", "AUC against error"],
             [
                 [
@@ -640,7 +636,7 @@ def markdown(card: dict, plots: Sequence[str] = ()) -> str:
                 for name, x in doubt["auc"].items()
             ],
         ),
-        table(
+        markdown_table(
             ["surest pairs", *doubt["coverage"]],
             [["accuracy", *(f"{x:.3f}" for x in doubt["coverage"].values())]],
         ),
@@ -648,7 +644,7 @@ def markdown(card: dict, plots: Sequence[str] = ()) -> str:
     if "disagreement" in doubt:
         quarters = doubt["disagreement"]
         lines.append(
-            table(
+            markdown_table(
                 ["quarter by disagreement", *(f"{x['mean']:.3f}" for x in quarters)],
                 [["share ranked wrong", *(f"{x['errors']:.3f}" for x in quarters)]],
             )
@@ -657,7 +653,7 @@ def markdown(card: dict, plots: Sequence[str] = ()) -> str:
         "## What moves the score",
         "Shift of the score in its deviations between texts; the last two numbers are accuracies where the worse text of "
         "a pair is left as it is, and where it alone is changed.",
-        table(
+        markdown_table(
             ["change", "mean shift", "mean size", "texts", "verdict", "accuracy", "gamed"],
             [probe_row(probe) for probe in card["probes"]],
         ),
@@ -666,7 +662,7 @@ def markdown(card: dict, plots: Sequence[str] = ()) -> str:
 
 
 def probe_row(probe: dict) -> list[str]:
-    shift = show({"value": probe["mean_shift"], "low": probe["low"], "high": probe["high"]}, signed=True)
+    shift = f"{Estimate(probe['mean_shift'], probe['low'], probe['high']):+.3f}"
     gamed = [f"{probe[key]:.3f}" if key in probe else "-" for key in ("accuracy", "accuracy_gamed")]
     mark = "**" if probe["passed"] is False else ""
     size = f"{probe['mean_absolute_shift']:.3f}"

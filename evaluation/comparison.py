@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evaluation.card import table
+from evaluation.words import as_json, markdown_table, show
 from rlhf.statistics import (
     ELO,
     bootstrap_weights,
@@ -21,14 +21,9 @@ from rlhf.statistics import (
 )
 
 
-def interval(value: float, low: float, high: float) -> dict[str, float | None]:
-    """A number and its 95% interval; null where there is nothing to count."""
-    return {name: float(x) if np.isfinite(x) else None for name, x in (("mean", value), ("low", low), ("high", high))}
-
-
 def mean_and_interval(x: np.ndarray) -> dict[str, float]:
     """Mean over prompts and its 95% bootstrap interval."""
-    return interval(x.mean(), *paired_bootstrap(x))
+    return as_json(x.mean(), *paired_bootstrap(x))
 
 
 def compare(ours: dict, theirs: dict) -> dict:
@@ -38,7 +33,7 @@ def compare(ours: dict, theirs: dict) -> dict:
     return {
         **{f"{k}_gain": mean_and_interval(ours[k] - theirs[k]) for k in ("judge", "reward")},
         **{f"win_rate_{k}": mean_and_interval(win_rate(ours[k], theirs[k])) for k in ("judge", "reward")},
-        "win_rate_judge_length_controlled": interval(controlled, *np.quantile(resampled, [0.025, 0.975])),
+        "win_rate_judge_length_controlled": as_json(controlled, *np.quantile(resampled, [0.025, 0.975])),
     }
 
 
@@ -57,10 +52,7 @@ def elo(results: dict[str, dict]) -> dict[str, dict[str, float]]:
     weights = bootstrap_weights(len(wins))  # (1 + B, P); all pairings of a prompt are drawn together
     points = ELO * bradley_terry(first, second, weights @ wins, len(wins))  # (1 + B, models)
     low, high = np.quantile(points[1:], [0.025, 0.975], axis=0)
-    return {
-        name: {"value": float(x), "low": float(a), "high": float(b)}
-        for name, x, a, b in zip(names, points[0], low, high)
-    }
+    return {name: as_json(x, a, b, "value") for name, x, a, b in zip(names, points[0], low, high)}
 
 
 def ranking_of_own_samples(
@@ -76,7 +68,7 @@ def ranking_of_own_samples(
     better = np.sign(judge[:, i] - judge[:, j])  # (P, pairs of a prompt)
     prompt, pair = np.nonzero(better)
     if not len(prompt):
-        nothing = dict.fromkeys(("accuracy", "ece", "brier"), interval(*[np.nan] * 3))
+        nothing = dict.fromkeys(("accuracy", "ece", "brier"), as_json(*[np.nan] * 3))
         found = {name: {"pairs": 0, **nothing, "temperature": temperatures[name]} for name in rewards}
         return found | {"gain": {name: nothing["accuracy"] for name in [*rewards][1:]}}
     clusters, found, right = prompt[:, None], {}, {}
@@ -87,7 +79,7 @@ def ranking_of_own_samples(
         found[name] = {
             "pairs": len(margins),
             "accuracy": clustered_mean(right[name], clusters, resamples),
-            **{measure: interval(*calibration[measure]) for measure in ("ece", "brier")},
+            **{measure: as_json(*calibration[measure]) for measure in ("ece", "brier")},
             "temperature": temperatures[name],
         }
     first, *others = right
@@ -97,7 +89,7 @@ def ranking_of_own_samples(
 
 def clustered_mean(x: np.ndarray, clusters: np.ndarray, resamples: int) -> dict[str, float]:
     ((low, high),) = cluster_bootstrap(lambda w: w @ x / w.sum(), clusters, resamples)
-    return interval(x.mean(), low, high)
+    return as_json(x.mean(), low, high)
 
 
 def pairs_table(pairs: Sequence[dict]) -> str:
@@ -108,11 +100,11 @@ def pairs_table(pairs: Sequence[dict]) -> str:
         "win_rate_reward": "wins, reward",
     }
     rows = [[x["a"], x["b"], *(show(x[key]) for key in columns)] for x in pairs]
-    return table(["model", "against", *columns.values()], rows)
+    return markdown_table(["model", "against", *columns.values()], rows)
 
 
 def elo_line(points: dict[str, dict]) -> str:
-    shown = [f"{name} {x['value']:+.0f} [{x['low']:+.0f}, {x['high']:+.0f}]" for name, x in points.items()]
+    shown = [f"{name} {show(x, '+.0f')}" for name, x in points.items()]
     return "Elo points above the base, by the judge's wins (Bradley-Terry): " + ", ".join(shown[1:])
 
 
@@ -123,16 +115,7 @@ def own_samples_table(found: dict[str, dict]) -> str:
         for model, rewards in found.items()
         for name, x in rewards.items()
         if name != "gain"
-        for gain in [show(rewards["gain"][name], signed=True) if name in rewards["gain"] else "-"]
+        for gain in [show(rewards["gain"][name], "+.3f") if name in rewards["gain"] else "-"]
     ]
     what = "Pairs of samples of one model for one prompt: how often a reward prefers what the judge prefers."
-    return f"{what}\n\n{table(head, rows)}"
-
-
-def show(x: dict, signed: bool = False) -> str:
-    """0.412 [0.380, 0.455]"""
-    if x["mean"] is None:
-        return "-"
-    form = "{:+.3f}" if signed else "{:.3f}"
-    value, low, high = (form.format(x[key]) for key in ("mean", "low", "high"))
-    return f"{value} [{low}, {high}]"
+    return f"{what}\n\n{markdown_table(head, rows)}"

@@ -13,8 +13,8 @@ import torch
 
 from data.loader import in_order, pad
 from data.preferences import text_rows
-from evaluation.card import table
-from evaluation.comparison import mean_and_interval, show
+from evaluation.comparison import mean_and_interval
+from evaluation.words import markdown_table, show
 from rlhf.statistics import win_rate
 
 
@@ -76,7 +76,7 @@ def report(pairs: Sequence[MinimalPair], known: dict[str, np.ndarray]) -> dict[s
 
 
 def markdown(found: dict[str, dict]) -> str:
-    rows = [[name, str(x["pairs"]), show(x["accuracy"]), show(x["gain"], signed=True)] for name, x in found.items()]
-    return "Minimal pairs: how often the right sentence is the likelier one.\n\n" + table(
+    rows = [[name, str(x["pairs"]), show(x["accuracy"]), show(x["gain"], "+.3f")] for name, x in found.items()]
+    return "Minimal pairs: how often the right sentence is the likelier one.\n\n" + markdown_table(
         ["model", "pairs", "accuracy", "gain over the base"], rows
     )

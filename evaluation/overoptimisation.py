@@ -22,6 +22,7 @@ from data.loader import PromptLoader, TokenFile
 from data.tokenizer import check_fingerprint, load_tokenizer
 from evaluation.card import can_draw
 from evaluation.held_out import divergence, held_out_prompts, sample_groups, scores
+from evaluation.words import as_json, show
 from model.generate import Sampling
 from rlhf.infra import checkpoint, config, distributed, run
 from rlhf.infra.files import read_json, write_json, write_text
@@ -155,10 +156,7 @@ def point(row: dict) -> dict:
     names = [name for name in ("kl", "proxy", "gold", "proxy_gain", "gold_gain") if name in row]
     means = resampled_means(np.stack([row[name] for name in names]))
     low, high = np.quantile(means, [0.025, 0.975], axis=0)
-    cells = {
-        name: {"value": float(row[name].mean()), "low": float(a), "high": float(b)}
-        for name, a, b in zip(names, low, high)
-    }
+    cells = {name: as_json(row[name].mean(), a, b, "value") for name, a, b in zip(names, low, high)}
     return {"curve": row["curve"], "name": row["name"], "d": float(distance(row["kl"].mean())), **cells}
 
 
@@ -193,7 +191,7 @@ def fit(name: str, measured: list[dict]) -> dict | None:
 def with_interval(value: np.ndarray, resampled: np.ndarray) -> dict:
     """Quantiles that are some resample's value: infinity has no mean with its neighbour."""
     low, high = np.quantile(resampled, [0.025, 0.975], method="inverted_cdf")
-    return {"value": finite(value), "low": finite(low), "high": finite(high)}
+    return as_json(value, low, high, "value")
 
 
 def finite(x: float) -> float | None:
@@ -235,16 +233,10 @@ def fits_table(result: dict) -> str:
         beyond = (
             "" if peak is None or peak <= x["largest_d"] else f", beyond the largest measured, {x['largest_d']:.2f}"
         )
-        cells = [show(x["alpha"]), show(x["beta"]), show(x["peak_d"]) + beyond]
+        cells = [*(show(x[key], null=math.inf) for key in ("alpha", "beta")), show(x["peak_d"], null=math.inf) + beyond]
         cells += ["-" if x[key] is None else f"{x[key]:.2f}" for key in ("peak_kl", "peak_gain")]
         lines.append(f"| {formulas[name]} | " + " | ".join([*cells, f"{x['rms_error']:.3f}"]) + " |")
     return "\n".join(lines)
-
-
-def show(x: dict) -> str:
-    """0.412 [0.380, 0.455]; inf where there is no end."""
-    value, low, high = ("inf" if x[key] is None else f"{x[key]:.3f}" for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
 
 
 def draw(result: dict, file: Path) -> None:

@@ -12,7 +12,7 @@ from model.generate import Sampling, generate, row_uniforms
 from model.quantize import decoding_path
 from model.transformer import Transformer
 from rlhf.lm.language_model import predictions
-from rlhf.statistics import paired_bootstrap
+from rlhf.statistics import Estimate, paired_bootstrap
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def lines(receipt: dict) -> str:
     ]
     if reward := receipt.get("reward"):
         rows.append(
-            f"reward       {reward['before']:.3f} -> {reward['after']:.3f}, change {reward['change']:+.3f} "
-            f"[{reward['low']:+.3f}, {reward['high']:+.3f}], {reward['prompts']} prompts"
+            f"reward       {reward['before']:.3f} -> {reward['after']:.3f}, change "
+            f"{Estimate(reward['change'], reward['low'], reward['high']):+.3f}, {reward['prompts']} prompts"
         )
     return "\n".join(rows)

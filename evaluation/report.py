@@ -20,8 +20,8 @@ import numpy as np
 
 from evaluation import plots
 from evaluation.card import GAPS, NAMES, probe_row
-from evaluation.card import show as show_estimate
 from evaluation.page import Block, Microscope, Plots, Sample, Shade, Table, Text, plain, write
+from evaluation.words import number, show
 from rlhf.infra import config
 from rlhf.infra.files import read_json, read_lines, write_text
 from rlhf.overoptimisation import CURVES
@@ -150,13 +150,6 @@ def each(sources: list[Source], file: str, make: Callable[[Source], list[Block]]
     return blocks
 
 
-def show(x: dict | None, form: str = ".3f") -> str:
-    """0.391 [0.302, 0.473]"""
-    if x is None:
-        return "-"
-    return f"{x['mean']:{form}} [{x['low']:{form}}, {x['high']:{form}}]"
-
-
 def short(x) -> str:
     """A metric, an option."""
     if isinstance(x, float):
@@ -255,7 +248,7 @@ def summary_tables(summary: dict) -> list[Block]:
         head = ["a against b", "judge, a - b", "a wins, judge", "at equal length", "a wins, reward"]
         blocks.append(Table(head, [[f"{x['a']} / {x['b']}", *(show(x.get(key)) for key in keys)] for x in pairs]))
     if elo := summary.get("elo"):
-        rows = [[name, f"{x['value']:.0f} [{x['low']:.0f}, {x['high']:.0f}]"] for name, x in elo.items()]
+        rows = [[name, show(x, ".0f")] for name, x in elo.items()]
         blocks.append(Table(["model", "Elo by the judge, base = 0"], rows))
     if found := summary.get("minimal_pairs"):
         rows = [[name, show(x["accuracy"]), str(x["pairs"])] for name, x in found.items()]
@@ -305,7 +298,7 @@ def rounds_of(name: str, content: dict) -> list[Block]:
     for x in found:
         rm, own, first = x["rm"], x["rm"]["on_own_samples"], x["rm"]["on_own_samples_round_0"]
         cells = [str(x["round"]), GATE[x["promoted"]], str(x["votes"]), show(x["judge"]), show(x["gain_over_previous"])]
-        cells += [f"{x['kl']:.2f}", f"{rm['accuracy_gap1']:.3f} ({rm['accuracy_gap1_round_0']:.3f})"]
+        cells += [f"{x['kl']:.2f}", f"{number(rm['accuracy_gap1'])} ({number(rm['accuracy_gap1_round_0'])})"]
         cells += [f"{show(own['accuracy'])} ({first['accuracy']['mean']:.3f})", show(rm["gain_on_own_samples"], "+.3f")]
         rows.append([*cells, f"{sum(x['seconds'].values()):.0f}"])
     head = ["round", "gate", "pairs decided", "judge", "gain over the best before", "KL, nats"]
@@ -479,11 +472,11 @@ def study(name: str, result: dict) -> list[Block]:
         panel = plots.points(gains, f"{title}: gain over the base", "sqrt(KL), KL in nats", "gain", fitted)
         svgs.append(plots.svg(f"study {name} {curve}", plain(alt), [panel], (4.6, 3.0)))
     table = [
-        [x["name"], f"{x['kl']['value']:.2f}", *(show_estimate(x.get(k)) for k in ("proxy", "gold", "gold_gain"))]
+        [x["name"], f"{x['kl']['value']:.2f}", *(show(x.get(k)) for k in ("proxy", "gold", "gold_gain"))]
         for x in result["rows"]
     ]
     fits = [
-        [title, *(show_estimate(result["fits"][k][x]) for x in ("alpha", "beta")), peak(result["fits"][k])]
+        [title, *(show(result["fits"][k][x]) for x in ("alpha", "beta")), peak(result["fits"][k])]
         for k, title in (("best_of_n", "best of n: d (alpha - beta d)"), ("ppo", "PPO: d (alpha - beta log d)"))
         if result["fits"][k]
     ]
@@ -519,10 +512,7 @@ def accuracy_table(report: dict) -> list[Block]:
         return []
     gaps = [gap for gap in GAPS if gap in report["accuracy"]]
     rows = {"reward model": report["accuracy"], **report["baselines"]}
-    cells = [
-        [NAMES.get(name, name), *("-" if x.get(gap) is None else f"{x[gap]:.3f}" for gap in gaps)]
-        for name, x in rows.items()
-    ]
+    cells = [[NAMES.get(name, name), *(number(x.get(gap)) for gap in gaps)] for name, x in rows.items()]
     return [Table(["pairs ranked right, test split", *map(gap_name, gaps)], cells)]
 
 
@@ -537,10 +527,10 @@ def card_blocks(source: Source) -> list[Block]:
     accuracy = {"reward model": card["accuracy"], **card["baselines"]}
     blocks = [
         Text(f"Report card of {card['model']} on {card['texts']} texts, {card['pairs']} pairs of {card['data']}."),
-        Text(f"Accuracy beside length alone: {show_estimate(card['over_length'], signed=True)}."),
+        Text(f"Accuracy beside length alone: {show(card['over_length'], '+.3f')}."),
         Table(
             ["pairs ranked right", *map(gap_name, gaps)],
-            [[NAMES.get(name, name), *(show_estimate(x.get(gap)) for gap in gaps)] for name, x in accuracy.items()],
+            [[NAMES.get(name, name), *(show(x.get(gap)) for gap in gaps)] for name, x in accuracy.items()],
         ),
         Plots(
             [reliability(source.name, calibration)], ["without temperature", "with the fitted temperature"], wide=True
@@ -548,7 +538,7 @@ def card_blocks(source: Source) -> list[Block]:
         Table(
             ["calibration", "temperature", "ECE", "Brier"],
             [
-                [name, t, *(show_estimate(calibration[when][k]) for k in ("ece", "brier"))]
+                [name, t, *(show(calibration[when][k]) for k in ("ece", "brier"))]
                 for name, t, when in (
                     ("without", "1", "before"),
                     ("with", f"{calibration['temperature']:.2f}", "after"),
@@ -559,7 +549,7 @@ def card_blocks(source: Source) -> list[Block]:
     ]
     if card.get("groups"):
         head = {"all": "accuracy", "1": "gap > 1", "spearman": "Spearman"}
-        rows = [[name, *(show_estimate(x.get(k)) for k in head)] for name, x in card["groups"].items()]
+        rows = [[name, *(show(x.get(k)) for k in head)] for name, x in card["groups"].items()]
         blocks.append(Table(["domain", *head.values()], rows))
     columns = ["change of the text", "mean shift of the score", "mean size", "texts", "verdict", "accuracy", "gamed"]
     rows = [[cell.strip("*") for cell in probe_row(probe)] for probe in card["probes"]]

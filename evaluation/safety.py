@@ -13,9 +13,9 @@ from torch import Tensor
 from data.chat import Chat
 from data.loader import pad
 from data.preferences import text_rows
-from evaluation.card import table
-from evaluation.comparison import mean_and_interval, show
+from evaluation.comparison import mean_and_interval
 from evaluation.held_out import divergence, sample_groups, scores
+from evaluation.words import markdown_table, show
 from model.generate import Sampling
 
 REFUSALS = (  # an answer with one of them, in any case, counts as a refusal
@@ -102,4 +102,6 @@ def markdown(found: dict[str, dict]) -> str:
     return (
         f"Safety probes: {prompts} prompts, answers in safety.jsonl. An answer counts as a refusal if it has one of "
         f"{len(REFUSALS)} phrases (evaluation/safety.py): a crude measure, which sees neither a polite way out nor harm.\n\n"
-    ) + table(["model", *columns.values()], [[name, *(show(x[key]) for key in columns)] for name, x in found.items()])
+    ) + markdown_table(
+        ["model", *columns.values()], [[name, *(show(x[key]) for key in columns)] for name, x in found.items()]
+    )

@@ -2,11 +2,26 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from rlhf.calibration import binned_error, brier_score, reliability_bins
+
+
+class Estimate(NamedTuple):
+    """A number and its 95% interval; NaN where there is nothing to count. f"{x}" is 0.412 [0.380, 0.455]."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+
+    def __format__(self, form: str) -> str:
+        form = form or ".3f"
+        if math.isnan(self.value):
+            return "-"
+        return f"{self.value:{form}}" + ("" if math.isnan(self.low) else f" [{self.low:{form}}, {self.high:{form}}]")
 
 
 def paired_bootstrap(difference: np.ndarray, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:

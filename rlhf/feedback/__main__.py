@@ -150,12 +150,14 @@ def write_file(cfg: Config, store: FeedbackStore) -> None:
 
 
 def print_statistics(cfg: Config, store: FeedbackStore) -> None:
+    from rlhf.statistics import Estimate  # brings torch, and seconds; who only votes needs neither
+
     statistics = store.statistics()
-    print(f"{'rater':<20}{'votes':>7}{'left':>7}{'  95% interval':<16}{'same again':>11}{'of':>5}{'seconds':>9}")
+    print(f"{'rater':<20}{'votes':>7}{'left, 95% interval':>21}{'same again':>11}{'of':>5}{'seconds':>9}")
     for name, row in [*statistics["by_rater"].items(), ("all", statistics)]:
         left, again = row["left"], row["self_consistency"]
-        interval = f"  [{left['low']:.2f}, {left['high']:.2f}]" if left["n"] else "  -"
-        cells = [f"{row['votes']:>7}", cell(left["share"], 7), f"{interval:<16}", cell(again["share"], 11)]
+        side = f"{Estimate(left['share'], left['low'], left['high']):.2f}" if left["n"] else "-"
+        cells = [f"{row['votes']:>7}", f"{side:>21}", cell(again["share"], 11)]
         print(f"{name:<20}" + "".join(cells) + f"{again['n']:>5}" + cell(row["median_seconds"], 9))
     two = statistics["pairs_with_two_raters"]
     print(f"\n{two} of {statistics['queued_pairs']} pairs have two raters or more; agreement", end=" ")
@@ -164,7 +166,7 @@ def print_statistics(cfg: Config, store: FeedbackStore) -> None:
         print(f"Cohen's kappa of {' and '.join(row['raters'])}: {cell(row['kappa'])} on {row['pairs']} pairs")
     for row in store.wins():
         won = rate(row["wins"], row["of"])
-        share = f"{won['share']:.2f} [{won['low']:.2f}, {won['high']:.2f}]"
+        share = f"{Estimate(won['share'], won['low'], won['high']):.2f}"
         print(f"{spelled(row['model'])} against {spelled(row['against'])}: {share} of {row['of']} votes for a side")
 
 

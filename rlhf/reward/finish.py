@@ -19,7 +19,7 @@ from rlhf.infra.distributed import Dist
 from rlhf.infra.run import peak_memory_gb
 from rlhf.lm.pretrained import Pretrained
 from rlhf.reward.model import Normalised
-from rlhf.statistics import pair_calibration
+from rlhf.statistics import Estimate, pair_calibration
 
 Rows = TokenFile | SomeRows
 FEWEST_PAIRS = 64  # that a temperature is fitted on
@@ -156,7 +156,7 @@ def in_words(report: dict, preferences: str | None) -> str:
     """The report as a table and two lines."""
     lines = [accuracy_table(report), calibration_line(report["calibration"])]
     if found := report.get("preferences"):
-        interval = f"{found['accuracy']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+        interval = Estimate(found["accuracy"], found["low"], found["high"])
         learned = f"{interval} of {found['pairs']}, {found['trained_on']} to learn from"
         lines.append(f"held-out pairs of {preferences}: {learned}")
     return "\n".join(lines)
@@ -174,8 +174,7 @@ def accuracy_table(report: dict) -> str:
 def calibration_line(report: dict) -> str:
     def shown(what: str) -> str:
         before, after = report["before"], report["after"]
-        low, high = after[f"{what}_interval"]
-        return f"{before[what]:.3f} -> {after[what]:.3f} [{low:.3f}, {high:.3f}]"
+        return f"{before[what]:.3f} -> {Estimate(after[what], *after[f'{what}_interval'])}"
 
     line = f"calibration on {report['pairs']} test pairs: ECE {shown('ece')}, Brier {shown('brier')}"
     return f"{line}, temperature {report['temperature']:.3f}" + (f" ({report['problem']})" if report["problem"] else "")
