@@ -18,10 +18,11 @@ from evaluation.held_out import held_out_prompts
 from model.generate import Generated, Sampling
 from rlhf import kl
 from rlhf.advantages import ESTIMATORS
+from rlhf.doctor.diagnosis import diagnose, in_words
 from rlhf.functional import whiten
 from rlhf.infra import checkpoint, config, distributed, optim
 from rlhf.infra.distributed import Dist
-from rlhf.infra.files import read_lines, write_json
+from rlhf.infra.files import read_json, read_lines, write_json
 from rlhf.infra.metrics import Metrics, say
 from rlhf.infra.optim import Precision
 from rlhf.infra.run import Clock, Run, peak_memory_gb, resident_bytes
@@ -365,8 +366,9 @@ PER_TOKEN = ("logprobs", "ref_logprobs", "values", "rewards", "advantages")  # f
 
 
 def write_report(out: str, judge_every: int) -> None:
-    """report.json: the means of the last five iterations, the held-out judge's best, and the seconds used."""
-    rows, state = read_lines(f"{out}/metrics.jsonl")[-5:], checkpoint.load(out).state
+    """report.json: the means of the last five iterations, the held-out judge's best, the seconds used; and the doctor."""
+    all_rows, state = read_lines(f"{out}/metrics.jsonl"), checkpoint.load(out).state
+    rows = all_rows[-5:]
     names = ("objective/scores", "objective/kl", "response/length", "response/distinct_2", "time/total")
     report = {name: sum(row[name] for row in rows) / len(rows) for name in names}
     report |= {"iterations": state["done"], "stopped": state["stopped"], "seconds": state["seconds"]}
@@ -378,6 +380,7 @@ def write_report(out: str, judge_every: int) -> None:
     print(
         f"score {report['objective/scores']:.2f} at {report['objective/kl']:.1f} nats, {report['seconds']:.0f} s -> {out}"
     )
+    print(in_words(diagnose(all_rows, read_json(f"{out}/run.json"), read_lines(f"{out}/samples.jsonl")), len(all_rows)))
 
 
 if __name__ == "__main__":

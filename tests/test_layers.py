@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 FORMULAS = {f"rlhf.{file.stem}" for file in (ROOT / "rlhf").glob("*.py") if file.stem != "__init__"}  # rlhf/ itself
-FOLDERS = ("infra", "lm", "reward", "ppo", "feedback", "check", "serve")
+FOLDERS = ("infra", "lm", "reward", "ppo", "feedback", "check", "doctor", "serve")
 PACKAGES = ("model", "data", "evaluation", "rewards", "rlhf", *(f"rlhf.{folder}" for folder in FOLDERS))
 ALWAYS = {"torch", "numpy", "sentencepiece", "tiktoken", "regex", "safetensors", "tqdm", "pytest", "hypothesis"}
 INSIDE_FUNCTIONS = {
@@ -75,6 +75,7 @@ MAY_IMPORT = {  # room -> the rooms of ours that it may import
     "rlhf.infra": {"rlhf.infra"},
     "formula": {"formula"},
     "rlhf.check": {"formula", "rlhf.infra", "rlhf.check"},
+    "rlhf.doctor": {"rlhf.infra", "rlhf.doctor"},
     "rlhf.feedback": {"formula", "rlhf.infra", "rlhf.feedback"},
     "rlhf.lm": BELOW | {"rlhf.lm"},
     "rlhf.reward": BELOW | {"rlhf.lm", "rlhf.reward"},
@@ -85,8 +86,8 @@ MAY_IMPORT = {  # room -> the rooms of ours that it may import
 JOINS = BELOW | {"data", "open", "rlhf.lm", "rlhf.reward", "rlhf.ppo", "rlhf.feedback"}
 MAY_IMPORT |= {
     "rlhf.serve": JOINS | {"rlhf.serve"},
-    "evaluation": JOINS | {"evaluation"},
-    "script": JOINS | {"rlhf.check", "evaluation", "script"},
+    "evaluation": JOINS | {"evaluation", "rlhf.doctor"},
+    "script": JOINS | {"rlhf.check", "rlhf.doctor", "evaluation", "script"},
 }
 MAY_IMPORT |= dict.fromkeys(("tests", "bench", "docs"), MAY_IMPORT["script"] | {"tests", "rlhf.serve", "rewards"})
 
