@@ -18,20 +18,23 @@ READY = $(VENV)/ready-$(EXTRAS)
 demo: $(READY)
 	$(PY) export.py --init=smollm2-135m-instruct --out=$(OUT)/base
 	$(PY) -m data.prepare vader --tokenizer=$(OUT)/base --out=$(OUT)/data
-	$(TORCHRUN) train_rm.py --init=$(OUT)/base --data=$(OUT)/data --trunk=frozen --sentences=2000 --out=$(OUT)/rm
+	$(TORCHRUN) train_rm.py --init=$(OUT)/base --data=$(OUT)/data --trunk=frozen --sentences=2000 \
+	    --sources=film --out=$(OUT)/rm
 	$(TORCHRUN) train_ppo.py --init=$(OUT)/base --data=$(OUT)/data --reward=$(OUT)/rm --out=$(OUT)/ppo \
-	    --layout=branch --batch=32 --minibatches=4 --iterations=21 --kl_coef=0.05
+	    --sources=film --layout=branch --batch=32 --minibatches=4 --iterations=21 --kl_coef=0.05
 	$(PY) evaluate.py --base=$(OUT)/base --data=$(OUT)/data --reward=$(OUT)/rm --tuned=$(OUT)/ppo --out=$(OUT) \
-	    --prompts=128 --best_of=2 --human_texts=64
+	    --sources=film --prompts=128 --best_of=2 --human_texts=64
 
 smollm2: demo
 
 scratch: $(READY)
 	$(PY) -m data.prepare vader --out=$(SCRATCH)/data
 	$(TORCHRUN) train_lm.py --data=$(SCRATCH)/data --out=$(SCRATCH)/lm --epochs=2
-	$(TORCHRUN) train_rm.py --data=$(SCRATCH)/data --init=$(SCRATCH)/lm --out=$(SCRATCH)/rm
-	$(TORCHRUN) train_ppo.py --data=$(SCRATCH)/data --init=$(SCRATCH)/lm --reward=$(SCRATCH)/rm --out=$(SCRATCH)/ppo --critic=separate
-	$(PY) evaluate.py --data=$(SCRATCH)/data --base=$(SCRATCH)/lm --reward=$(SCRATCH)/rm --tuned=$(SCRATCH)/ppo --out=$(SCRATCH)
+	$(TORCHRUN) train_rm.py --data=$(SCRATCH)/data --init=$(SCRATCH)/lm --sources=film --out=$(SCRATCH)/rm
+	$(TORCHRUN) train_ppo.py --data=$(SCRATCH)/data --init=$(SCRATCH)/lm --reward=$(SCRATCH)/rm --out=$(SCRATCH)/ppo --critic=separate \
+	    --sources=film
+	$(PY) evaluate.py --data=$(SCRATCH)/data --base=$(SCRATCH)/lm --reward=$(SCRATCH)/rm --tuned=$(SCRATCH)/ppo --out=$(SCRATCH) \
+	    --sources=film
 
 test: $(READY)
 	$(PY) -m pytest -m "not slow"

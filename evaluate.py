@@ -16,7 +16,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from data.loader import PromptLoader, SentenceLoader, TokenFile, in_order
+from data.batches import TextLoader
+from data.loader import PromptLoader, TokenFile, in_order
 from data.tokenizer import check_fingerprint, load_tokenizer
 from evaluation import card, minimal_pairs, overoptimisation, report, safety
 from evaluation.comparison import (
@@ -54,11 +55,11 @@ class Config:
     tuned: tuple[str, ...] = ("out/ppo",)  # language model after PPO, or several, each compared with all before it
     reward: str = "out/rm"  # the reward that PPO maximised: a directory, or file.py:function
     other_rewards: tuple[str, ...] = ()  # beside reward on every model's own samples: which agrees with the judge
-    judge: str = "vader"  # score that PPO never saw: "vader" = rules in the data, a reward model, or file.py:function
+    judge: str = "data"  # score that PPO never saw: data = what they bring, a reward model, or file.py:function
     data: str = "out/data/vader"  # directory made by data.prepare
     split: Literal["validation", "test"] = "test"  # where prompts and human text come from; tune on validation
     out: str = "out/evaluation"  # directory for summary.json, results.md and samples.jsonl
-    domain: str | None = "film"  # prompts from this domain alone; none = all
+    sources: tuple[str, ...] = ()  # prompts from these sources of the data alone; none given = all
     prompts: int = 512  # held-out prompts
     prompt_tokens: int = 4  # text tokens of a prompt, after bos
     response_tokens: int = 24  # longest response, tokens
@@ -104,7 +105,7 @@ def main() -> None:
     rewards = {spec: scorer.score for spec, scorer in scorers.items()}
     temperatures = {spec: scorer.temperature for spec, scorer in scorers.items()}
     judge = open_scorer(cfg.judge, tokenizer, device, opened, data=cfg.data).score
-    starts = held_out_prompts(cfg.data, cfg.split, cfg.prompt_tokens, cfg.domain)
+    starts = held_out_prompts(cfg.data, cfg.split, cfg.prompt_tokens, cfg.sources)
     prompts, lengths, _ = PromptLoader(starts, test.pad, min(cfg.prompts, len(starts)), cfg.seed).batch(0)
     prompts, lengths = prompts.to(device), lengths.to(device)
     sampling = Sampling(cfg.response_tokens, opened.stop_ids, tokenizer.pad, cfg.temperature)
@@ -192,10 +193,13 @@ WHEN = {"base": "before", "tuned": "after"}  # of samples.jsonl
 
 
 def perplexity(model: Transformer, test: TokenFile, count: int | None, device) -> float:
-    """Of the human sentences of the split, or of `count` that are spread over it."""
-    loader, language_model = SentenceLoader(test, 32, seed=0, context=model.config.context), LanguageModel(model)
+    """Of the human texts of the split, or of `count` that are spread over it: of all their tokens but the first."""
+    loader, language_model = (
+        TextLoader(test.data, 32, 0, context=model.config.context, loss="all"),
+        LanguageModel(model),
+    )
     chosen = np.linspace(0, len(loader) - 1, min(count or len(loader), len(loader))).astype(np.int64)
-    chosen = chosen[np.argsort(np.diff(loader.windows[chosen])[:, 0], kind="stable")]  # neighbours need little padding
+    chosen = chosen[np.argsort(loader.lengths(chosen), kind="stable")]  # neighbours need little padding
     losses = []
     for places in in_order(len(chosen), loader.batch_size):
         batch = loader.take(chosen[places])
@@ -238,10 +242,8 @@ def reward_model_summary(directory: str) -> dict:
 
 def stage_seconds(cfg: Config) -> dict[str, float]:
     """Wall seconds of every stage that left a report, and of this one."""
-    manifest = Path(cfg.data) / "manifest.json"
     tuned = ["ppo"] if len(cfg.tuned) == 1 else [f"ppo {spec}" for spec in cfg.tuned]
-    seconds = {"prepare": read_json(manifest).get("seconds")}
-    seconds |= {
+    seconds = {
         name: read_report(path).get("seconds")
         for name, path in (("lm", cfg.base), ("rm", cfg.reward), *zip(tuned, cfg.tuned))
     }

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.loader import PromptLoader, SentenceLoader, in_order, pad, prompts_from_rows, prompts_from_text
+from data.batches import TextLoader
+from data.loader import PromptLoader, in_order, pad, prompts_from_rows, prompts_from_text
 from data.tokenizer import Tokenizer, check_fingerprint, gguf_parts, load_tokenizer, write_hf
 from data.tokens import TokenFile
 from evaluation import receipt
@@ -139,12 +140,12 @@ def prune(cfg: Config, original: Pretrained) -> tuple[Pretrained, dict]:
     if cfg.drop_layers >= teacher.config.layers:
         raise ValueError(f"--drop_layers={cfg.drop_layers} leaves none of the model's {teacher.config.layers} layers")
     size = min(cfg.distill_batch, len(train))
-    texts = SentenceLoader(train, size, seed=1, context=teacher.config.context)
+    texts = TextLoader(train.data, size, seed=1, context=teacher.config.context, loss="all")
     prompts = PromptLoader(prompts_from_rows(train, cfg.prompt_tokens), tokenizer.pad, size, seed=1)
 
     def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
         if step % 2 == 0:
-            return texts.batch(step // 2)[::2]  # tokens and mask
+            return texts.batch(step // 2)[:3:2]  # tokens and mask
         starts, lengths, rows = prompts.batch(step // 2)
         uniforms = row_uniforms(1, step, rows, cfg.response_tokens)
         own = generate(
@@ -152,7 +153,7 @@ def prune(cfg: Config, original: Pretrained) -> tuple[Pretrained, dict]:
         )
         return own.tokens, own.mask
 
-    distances = layer_distances(teacher, cfg.drop_layers, [texts.batch(step)[::2] for step in range(4)])
+    distances = layer_distances(teacher, cfg.drop_layers, [texts.batch(step)[:3:2] for step in range(4)])
     first = int(distances.argmin())
     student = drop_layers(teacher, first, cfg.drop_layers)
     print(f"without layers {first} to {first + cfg.drop_layers - 1}, which turn the hidden states least")

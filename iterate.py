@@ -48,7 +48,7 @@ class Config:
     pool: int = 1  # times as many pairs are sampled as voted on
     order: Literal["random", "active"] = "random"  # which of them; active: where the reward model's heads disagree most
     raters: int = 1  # people per pair
-    domain: str | None = "film"  # prompts from this domain alone; none = all
+    sources: tuple[str, ...] = ()  # prompts from these sources of the data alone; none given = all
     prompt_tokens: int = 4  # text tokens of a prompt, after bos
     response_tokens: int = 24  # longest answer, tokens
     # learn
@@ -58,7 +58,7 @@ class Config:
     ppo: str = ""  # further options of train_ppo.py
     processes: int = 1  # of training, by torchrun
     # judge
-    judge: str = "vader"  # held-out judge: a new policy is promoted only if its 95% interval says better
+    judge: str = "data"  # held-out judge: a new policy is promoted only if its 95% interval says better
     evaluate: str = ""  # further options of evaluate.py
     seed: int = 1  # of prompts, samples, votes and training
 
@@ -80,9 +80,9 @@ class Config:
 
 
 TAKEN = {
-    "rm": ("init", "data", "out", "preferences", "seed", "domain", "prompt_tokens", "response_tokens"),
-    "ppo": ("init", "reward", "data", "out", "seed", "domain", "prompt_tokens", "response_tokens"),
-    "evaluate": ("base", "tuned", "reward", "other_rewards", "judge", "data", "out", "domain", "prompt_tokens",
+    "rm": ("init", "data", "out", "preferences", "seed", "sources", "prompt_tokens", "response_tokens"),
+    "ppo": ("init", "reward", "data", "out", "seed", "sources", "prompt_tokens", "response_tokens"),
+    "evaluate": ("base", "tuned", "reward", "other_rewards", "judge", "data", "out", "sources", "prompt_tokens",
                  "response_tokens"),
 }  # fmt: skip
 TAKEN["refine"] = TAKEN["rm"]
@@ -181,7 +181,7 @@ def sample_pairs(cfg: Config, k: int, best: str) -> None:
     opened, sentences = open_pretrained(best), TokenFile(f"{cfg.data}/train")
     tokenizer = opened.tokenizer
     check_fingerprint(sentences.fingerprint, tokenizer.fingerprint, best)
-    starts = prompts_from_rows(sentences, cfg.prompt_tokens, [cfg.domain] if cfg.domain else ())
+    starts = prompts_from_rows(sentences, cfg.prompt_tokens, cfg.sources)
     starts = list({tuple(start): start for start in starts}.values())  # two pairs of one prompt would share their split
     count = cfg.pool * cfg.pairs
     if count * k > len(starts):
@@ -299,11 +299,11 @@ def script(name: str, options: dict, further: str = "", processes: int = 1) -> l
 
 
 def prompt_options(cfg: Config) -> dict:
-    return {name: getattr(cfg, name) for name in ("domain", "prompt_tokens", "response_tokens")}
+    return {name: getattr(cfg, name) for name in ("sources", "prompt_tokens", "response_tokens")}
 
 
 def votes_command(cfg: Config, here: Path) -> list[str]:
-    prepare = ["-m", "data.prepare", "preferences", str(here / "preferences.jsonl")]
+    prepare = ["-m", "data.prepare", str(here / "preferences.jsonl")]
     return [sys.executable, *prepare, f"--tokenizer={cfg.data}", f"--out={here / 'data'}"]
 
 

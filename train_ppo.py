@@ -7,14 +7,16 @@ torchrun --nproc_per_node=2 train_ppo.py --init=out/lm --reward=out/rm --data=ou
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
 
-from data.loader import PromptLoader, TokenFile, prompts_from_rows
+from data.batches import PromptLoader, open_data, prompts_of, unseen
+from data.chat import check_template
+from data.loader import PromptLoader as ListLoader
 from data.tokenizer import Detokenizer, Tokenizer, check_fingerprint, load_tokenizer
 from evaluation.card import beats_length
-from evaluation.held_out import held_out_prompts
 from model.generate import Generated, Sampling
 from rlhf import kl
 from rlhf.advantages import ESTIMATORS
@@ -59,8 +61,10 @@ class Config:
     lora_targets: Names = None  # last names of linear layers that get one; none = all in the blocks [layout=adapters]
     branch_layers: int = 4  # top layers that are copied and trained [layout=branch]
     # act
-    domain: str | None = "film"  # prompts from this domain alone; none = all
-    prompt_tokens: int = 4  # text tokens of a prompt, after bos
+    sources: tuple[str, ...] = ()  # prompts from these sources of the data alone; none given = all
+    prompt_tokens: int | None = None  # first tokens of a text as its prompt; none = the data's prompts, or 4 of a text
+    max_prompt: int | None = None  # longest prompt of the data, tokens; none = what leaves room for the response
+    long_prompts: Literal["drop", "left"] = "drop"  # leave longer ones out, or cut them from the left
     response_tokens: int = 24  # longest response, tokens
     batch: int = 64  # responses per iteration, over all ranks
     samples_per_prompt: int = 1  # responses to the same prompt, in neighbouring rows
@@ -102,13 +106,15 @@ class Config:
     keep_checkpoints: int | None = 2  # newest checkpoints that stay; none = all, to measure over-optimisation
     override: tuple[str, ...] = ()  # options that may differ from those that the run in out was started with
     # stop early
-    judge: str | None = None  # held-out judge: a reward model, vader (rules in the data), or file.py:function
+    judge: str | None = None  # held-out judge: a reward model, data (what they bring), or file.py:function
     judge_every: int = 10  # iterations between its judgements; the policy it likes best is kept in out/best [judge]
     judge_patience: int = 3  # judgements in a row without a new best that end the run [judge]
     judge_prompts: int = 128  # prompts from validation sentences, always the same with the same random numbers [judge]
 
     def __post_init__(self):
-        config.at_least(self, prompt_tokens=1, response_tokens=1, batch=1, samples_per_prompt=1, temperature=1e-3)
+        config.at_least(
+            self, prompt_tokens=1, max_prompt=1, response_tokens=1, batch=1, samples_per_prompt=1, temperature=1e-3
+        )
         config.at_least(self, kl_coef=0, kl_target=0, kl_horizon=1, gamma=0, lam=0, value_coef=0, entropy_coef=0)
         config.at_least(self, iterations=1, epochs=1, minibatches=1, micro_batch=1, sample_every=1, checkpoint_every=1)
         config.at_least(self, clip=0, clip_high=0, dual_clip=1, value_clip=0, target_approxkl=0, max_kl=0)
@@ -184,7 +190,6 @@ def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch
     held_out.verdicts = run.state.get("verdicts", [])
     last = run.done if run.state.get("stopped") and not run.changed else cfg.iterations
     log = Metrics(cfg.out, dist.is_main, run.done, CONSOLE)
-    width = 1 + cfg.prompt_tokens + cfg.response_tokens  # bos, prompt, response
     mine = torch.arange(dist.rank, cfg.batch, dist.world)  # global ids of this rank's responses
     group = torch.arange(cfg.batch, device=dist.device) // cfg.samples_per_prompt
     why = ""
@@ -200,7 +205,8 @@ def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch
 
         # 2. judge: policy, reference and value of every token; one score per response
         with precision.autocast():
-            judged = judge(samples, policy, reference, cast.reward.score, micro_batch, width, cast.roles.features)
+            sizes = (micro_batch, cast.prompts.width(iteration))
+            judged = judge(samples, policy, reference, cast.reward.score, *sizes, cast.roles.features, batch.rows[rows])
             if iteration == run.done:
                 cast.check_once(judged[:micro_batch].trim(), fresh=run.done == 0)
         rollout = gather(judged, dist)
@@ -256,24 +262,37 @@ def kl_control_of(cfg: Config) -> kl.FixedKL | kl.AdaptiveKL:
 
 def open_cast(cfg: Config, dist: Dist, precision: Precision) -> Cast:
     """Open what the options name; ValueError or FileNotFoundError for what does not fit together."""
-    tokenizer = load_tokenizer(cfg.data)
-    sentences = TokenFile(f"{cfg.data}/train")
-    check_fingerprint(sentences.fingerprint, tokenizer.fingerprint, sentences.path)
-    starts = prompts_from_rows(sentences, cfg.prompt_tokens, [cfg.domain] if cfg.domain else ())
-    prompts = PromptLoader(starts, sentences.pad, cfg.batch // cfg.samples_per_prompt, cfg.seed)
+    train = open_data(cfg.data, "train")
+    tokenizer = load_tokenizer(train.paths[0].parent)
+    check_fingerprint(train.fingerprint, tokenizer.fingerprint, str(train))
     base = open_pretrained(cfg.init, dist.device)
     check_fingerprint(tokenizer.fingerprint, base.tokenizer.fingerprint, cfg.init)
+    stop_ids = tuple(sorted({*base.stop_ids, *check_template(base.tokenizer, train.template, cfg.init)}))
+    prompts = prompts_of(train, cfg.batch // cfg.samples_per_prompt, cfg.seed, **prompt_options(cfg, base))
+    say(f"prompts: {prompts.summary}", dist.is_main)
     model, lora = base.model.eval(), lora_of(cfg)
     roles = LAYOUTS[cfg.layout](model, critic_of(cfg), cfg.temperature, lora, cfg.branch_layers)
-    reward = open_scorer(cfg.reward, tokenizer, dist.device, base, roles.frozen)
-    sampling = Sampling(cfg.response_tokens, base.stop_ids, tokenizer.pad, cfg.temperature)
+    reward = open_scorer(cfg.reward, tokenizer, dist.device, base, roles.frozen, records=prompts.records)
+    sampling = Sampling(cfg.response_tokens, stop_ids, tokenizer.pad, cfg.temperature)
     respond = partial(act, roles.sampler, sampling, cfg.seed, precision)
-    held_out = open_judge(cfg, dist, tokenizer, base, respond)
+    held_out = open_judge(cfg, dist, tokenizer, base, respond, prompts)
     alone = None if reward.is_function else reward.score  # a function may rightly look at its whole batch
-    check = partial(check_once, roles.policy, score=alone, eos=base.stop_ids, dist=dist, precision=cfg.precision)
-    inputs = {"init_sha256": base.digest, "data_sha256": sentences.manifest["sha256"]["tokens.bin"]}
+    check = partial(check_once, roles.policy, score=alone, eos=stop_ids, dist=dist, precision=cfg.precision)
+    inputs = {"init_sha256": base.digest, "data_sha256": train.digest}
     inputs |= {"reward_sha256": reward.digest, "judge_sha256": cfg.judge and scorer_of(cfg.judge, rules=True).digest}
-    return Cast(roles, reward, prompts, respond, held_out, check, tokenizer, inputs, description(cfg, base))
+    return Cast(roles, reward, prompts, respond, held_out, check, tokenizer, inputs, description(cfg, base, stop_ids))
+
+
+def prompt_options(cfg: Config, base: Pretrained) -> dict:
+    """Which prompts, and how long they may be."""
+    return dict(
+        starts=cfg.prompt_tokens,
+        context=base.model.config.context,
+        response_tokens=cfg.response_tokens,
+        max_prompt=cfg.max_prompt,
+        long_prompts=cfg.long_prompts,
+        sources=cfg.sources,
+    )
 
 
 def critic_of(cfg: Config) -> str:
@@ -284,25 +303,29 @@ def lora_of(cfg: Config) -> LoRA:
     return LoRA(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
 
 
-def open_judge(cfg: Config, dist: Dist, tokenizer: Tokenizer, base: Pretrained, respond) -> HeldOutJudge | NoJudge:
-    """The held-out judge and its prompts: from validation sentences, none of which begins a training sentence."""
+def open_judge(
+    cfg: Config, dist: Dist, tokenizer: Tokenizer, base: Pretrained, respond, prompts: PromptLoader
+) -> HeldOutJudge | NoJudge:
+    """The held-out judge and its prompts: of the validation split, none of which is a training prompt."""
     if cfg.judge is None:
         return NoJudge()
-    starts = held_out_prompts(cfg.data, "validation", cfg.prompt_tokens, cfg.domain)
+    validation = open_data(cfg.data, "validation")
+    loader = prompts_of(validation, 1, cfg.seed, **prompt_options(cfg, base))
+    starts = unseen(loader, prompts)
     if cfg.judge_prompts > len(starts):
         raise ValueError(
             f"--judge_prompts={cfg.judge_prompts}: the validation split has {len(starts)}; use at most those"
         )
-    batch = PromptLoader(starts, tokenizer.pad, cfg.judge_prompts, cfg.seed).batch(0)
+    batch = ListLoader(starts, tokenizer.pad, cfg.judge_prompts, cfg.seed).batch(0)
     score = open_scorer(cfg.judge, tokenizer, dist.device, base, data=cfg.data).score
     prompts = (batch.prompts, batch.prompt_lengths)
     return HeldOutJudge(score, respond, *prompts, cfg.judge_every, cfg.judge_patience, cfg.batch, dist)
 
 
-def description(cfg: Config, base: Pretrained) -> dict:
+def description(cfg: Config, base: Pretrained, stop_ids: tuple[int, ...]) -> dict:
     """The config of a checkpoint: all that is needed to build the model that its tensors fill."""
     saved_as = {"kind": "policy", "layout": cfg.layout, "model": base.model.config.stored()}
-    saved_as |= {"tokenizer": base.tokenizer.fingerprint, "stop_ids": base.stop_ids}
+    saved_as |= {"tokenizer": base.tokenizer.fingerprint, "stop_ids": stop_ids}
     if cfg.layout in STORED:  # only what was trained is stored: the rest is in the base
         saved_as |= {"base": cfg.init, "base_digest": base.digest}
         saved_as |= {name: getattr(cfg, name) for name in STORED[cfg.layout]}
@@ -315,7 +338,7 @@ def memory_plan(cfg: Config, dist: Dist, micro_batch: int) -> float:
     sizes = Sizes(
         batch=cfg.batch // dist.world,
         micro_batch=micro_batch,
-        prompt=1 + cfg.prompt_tokens,
+        prompt=longest_prompt(cfg, model.context),
         response=cfg.response_tokens,
         critic=cfg.critic if critic != "none" else critic,
         lora=lora_of(cfg),
@@ -326,6 +349,15 @@ def memory_plan(cfg: Config, dist: Dist, micro_batch: int) -> float:
     if cfg.plan and dist.is_main:
         print(table(model, sizes, cfg.layout))
     return sum(plan(model, sizes, cfg.layout).values()) / 1e9
+
+
+def longest_prompt(cfg: Config, context: int) -> int:
+    """Tokens of the longest prompt; where the data are not there yet, --plan takes what the options say."""
+    if cfg.prompt_tokens is None and Path(cfg.data, "train").is_dir():
+        longest = int(open_data(cfg.data, "train").prompt_lengths().max(initial=0))
+        if longest > 1:
+            return min(longest, cfg.max_prompt or context - cfg.response_tokens)
+    return cfg.max_prompt or 1 + (cfg.prompt_tokens or 4)
 
 
 def row_counts(cfg: Config, world: int) -> int:

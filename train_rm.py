@@ -86,7 +86,7 @@ class Config:
     center_coef: float = 0.0  # weight of (chosen + rejected)^2, which keeps scores near 0 [objective=pairs|joint]
     lm_coef: float = 0.0  # weight of the next-token loss on the same texts, nats per token [trunk=full|adapters]
     # frozen trunk: ridge regression of the ratings, what to read chosen by the validation split
-    sentences: int | None = 1600  # most training sentences, every domain with its share; none = all [trunk=frozen]
+    sentences: int | None = 1600  # most training sentences, every source with its share; none = all [trunk=frozen]
     eval_sentences: int | None = 500  # most of the validation and of the test split, each; none = all [trunk=frozen]
     depths: Depths = None  # candidates: states above so many layers; none = 2/5 and 1/2 of them [trunk=frozen]
     poolings: Poolings = ("mean",)  # candidates; last suffers when a text is cut off [trunk=frozen]
@@ -105,7 +105,7 @@ class Config:
     seed: int = 1  # of the heads, the adapter, the order of the data, the bootstrap and the reference samples
     # normalisation: continuations by init, whose scores get mean 0 and deviation 1
     reference_samples: int | None = None  # texts; none = 512, with a frozen trunk or adapters 64
-    domain: str | None = "film"  # prompts from this domain alone; none = all
+    sources: tuple[str, ...] = ()  # prompts from these sources of the data alone; none given = all
     prompt_tokens: int = 4  # text tokens of a prompt, after bos
     response_tokens: int = 24  # longest response, tokens
     # report
@@ -167,13 +167,13 @@ def open_inputs(cfg: Config, device: torch.device) -> Inputs:
     check_fingerprint(files[0].fingerprint, tokenizer.fingerprint, files[0].path)
     base = open_pretrained(cfg.init, device)
     check_fingerprint(files[0].fingerprint, base.tokenizer.fingerprint, f"{cfg.data}, with --init={cfg.init}")
-    inputs = {"init_sha256": base.digest, "data_sha256": files[0].manifest["sha256"]["tokens.bin"]}
+    inputs = {"init_sha256": base.digest, "data_sha256": files[0].digest}
     if cfg.labels != "rating":
         files = [file.labelled_by(cfg.labels) for file in files]
     if cfg.preferences:
         votes = preference_files(cfg)[0]
         check_fingerprint(votes.fingerprint, tokenizer.fingerprint, votes.path)
-        inputs["preferences_sha256"] = votes.manifest["sha256"]["tokens.bin"]
+        inputs["preferences_sha256"] = votes.digest
     return Inputs(base, tokenizer, files, inputs)
 
 
@@ -184,7 +184,7 @@ def preference_files(cfg: Config) -> list[TokenFile]:
 
 def references_of(cfg: Config, train: TokenFile, trunk: str) -> References:
     count = cfg.reference_samples or (512 if trunk == "full" else 64)
-    return references_from(train, count, cfg.prompt_tokens, cfg.domain, cfg.response_tokens, cfg.seed)
+    return references_from(train, count, cfg.prompt_tokens, cfg.sources, cfg.response_tokens, cfg.seed)
 
 
 def agreed(cfg: Config, reward_model: Normalised, base: Pretrained, dist: Dist) -> dict:

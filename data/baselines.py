@@ -1,4 +1,4 @@
-"""What a reward model has to beat: the VADER rules, a bag of words, length alone; and what people themselves reach."""
+"""What a reward model has to beat: rules that come with the data, a bag of words, length alone; and what people reach."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def pair_clusters(file: TokenFile | SomeRows) -> np.ndarray:
 def baselines(
     train: TokenFile, test: TokenFile | SomeRows, rules: Callable[[str], float] | None
 ) -> dict[str, dict[str, float]]:
-    """Pairwise accuracy on the test pairs: name -> {"all", "0.5", "1", "2"}. rules: text -> score, see `load_rules`.
+    """Pairwise accuracy on the test pairs: name -> {"all", "0.5", "1", "2"}. rules: text -> score, see `data.judge`.
 
-    Data of preferences have neither rules (None) nor single raters, so no "vader" and no ceilings.
+    Data of preferences have neither rules (None) nor single raters, so no "rules" and no ceilings.
     """
-    scores = {"vader": np.array([rules(text) for text in test.texts])} if rules else {}
+    scores = {"rules": np.array([rules(text) for text in test.texts])} if rules else {}
     scores |= learned_scores(train, test)
     there = {name: columns for name, columns in CEILINGS.items() if test.has(*columns)}
     ceilings = {name: people(*map(test.column, columns), test) for name, columns in there.items()}

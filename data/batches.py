@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from data.examples import Examples, Pairs, by_shard, flat
-from data.loader import pad, shard
 from data.records import Record
 
 # --- which rows make up a step ---
@@ -217,6 +216,30 @@ def micro_batches(lengths: np.ndarray, tokens: int, world: int = 1, packed: bool
             parts.append(order[begin:end])
             begin = end
     return parts
+
+
+def shard(rows: np.ndarray, rank: int, world: int) -> np.ndarray:
+    """This rank's share of a global batch: every world-th row, so that lengths spread evenly. (B,) -> (B / world,)"""
+    if len(rows) % world:
+        fits = [n for n in (len(rows) // world * world, len(rows) // world * world + world) if n]
+        hint = " or ".join(map(str, fits))
+        raise ValueError(f"batch size {len(rows)} is not a multiple of {world} processes; try {hint}")
+    return rows[rank::world]
+
+
+def in_order(n: int, batch: int) -> Iterator[np.ndarray]:
+    """All rows once, in order, the last batch smaller: for evaluation."""
+    for start in range(0, n, batch):
+        yield np.arange(start, min(start + batch, n))
+
+
+def pad(rows: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Right-padded: list of (T_i,) -> tokens (B, T) int64, lengths (B,) int64."""
+    lengths = torch.tensor([len(r) for r in rows])
+    tokens = torch.full((len(rows), int(lengths.max())), pad_id, dtype=torch.int64)
+    for out, row in zip(tokens, rows):
+        out[: len(row)] = torch.from_numpy(np.asarray(row, dtype=np.int64))
+    return tokens, lengths
 
 
 # --- what there is to visit ---
@@ -742,10 +765,12 @@ class PromptLoader(_Loader):
 
     def count(self, number: int) -> tuple[np.ndarray, dict[str, int], int]:
         prompts = self._rows(number)
-        long = self.data.prompt_lengths(prompts) > self.limit
+        lengths = self.data.prompt_lengths(prompts)
+        long = lengths > self.limit
         kept, left_out = sift(
             {
                 "of other sources": self._elsewhere(prompts),
+                "empty": lengths < 2,
                 f"longer than {self.limit} tokens": long & (self.long_prompts == "drop"),
             }
         )
@@ -768,3 +793,56 @@ class PromptLoader(_Loader):
     def records(self, rows: Tensor | Sequence[int]) -> list[Record]:
         """What was read for these rows of a batch: messages, and the extra columns that a reward asks for."""
         return [self.data.record(int(row)) for row in rows]
+
+
+@dataclass(frozen=True, eq=False)
+class StartLoader(PromptLoader):
+    """For texts, which have no prompts: the first `starts` tokens of every one that is longer, behind its start token."""
+
+    starts: int = 4
+
+    what = "answers"
+
+    def count(self, number: int) -> tuple[np.ndarray, dict[str, int], int]:
+        rows = self._rows(number)
+        kept, left_out = sift(
+            {
+                "of other sources": self._elsewhere(self.data.prompt_of(rows)),
+                f"not longer than {self.starts} tokens": self.data.row_lengths(rows) - 2 <= self.starts,
+            }
+        )
+        return kept.astype(np.int64), left_out, 0
+
+    def lengths(self, units: np.ndarray) -> np.ndarray:
+        return np.full(len(units), 1 + self.starts)
+
+    def take(self, units: np.ndarray) -> PromptBatch:
+        rows, _ = self.units.locate(units)
+        tokens, lengths = pad([self.data.row(int(i))[: 1 + self.starts] for i in rows], self.data.pad)
+        return PromptBatch(tokens, lengths, torch.from_numpy(rows))
+
+    def records(self, rows: Tensor | Sequence[int]) -> list[Record]:
+        return [self.data.record(int(i)) for i in self.data.prompt_of(np.asarray(rows, np.int64))]
+
+
+def prompts_of(data: Examples, batch: int, seed: int, starts: int | None = None, **how) -> PromptLoader:
+    """The prompts of the data; or with `starts`, and where there are none (4 then), the beginnings of its texts."""
+    if starts is None and bool((data.prompt_lengths() > 1).any()):
+        return PromptLoader(data, batch, seed, **how)
+    unused = {"max_prompt", "long_prompts"}
+    return StartLoader(data, batch, seed, **{k: v for k, v in how.items() if k not in unused}, starts=starts or 4)
+
+
+def unseen(held_out: PromptLoader, training: PromptLoader) -> list[np.ndarray]:
+    """Different prompts of one loader that are none of the other's: short ones often stand in both splits."""
+
+    def tokens(loader: PromptLoader) -> dict[bytes, np.ndarray]:
+        found = {}
+        for units in in_order(len(loader), 1024):
+            prompts, lengths, _ = loader.take(units)
+            rows = [row[:n].numpy() for row, n in zip(prompts, lengths.tolist())]
+            found |= {row.tobytes(): row for row in rows if row.tobytes() not in found}
+        return found
+
+    seen = tokens(training).keys()
+    return [prompt for key, prompt in tokens(held_out).items() if key not in seen]

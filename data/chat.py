@@ -184,6 +184,22 @@ def open_chat(tokenizer: Tokenizer, template: str = "auto", system: str | None =
     return chat
 
 
+def check_template(tokenizer: Tokenizer, template: str | None, where: str) -> set[int]:
+    """The ids that end an answer of data rendered with the template of this sha256; none for plain text.
+
+    ValueError where the model at `where` has another template: it would be asked in a form that it does not know.
+    """
+    if template is None:
+        return set()
+    chat = Chat(tokenizer)
+    if chat.sha256 != template:
+        raise ValueError(
+            f"the data were rendered with the chat template {template[:12]}, {where} has {chat.sha256[:12]}: prepare them "
+            "again with its tokenizer (--tokenizer), or fine-tune it on them first (train_lm.py --init)"
+        )
+    return chat.stop_ids()
+
+
 def check_message(message: dict) -> None:
     """ValueError unless it is {"role": text, "content": text or parts}, and all its texts have bytes."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:

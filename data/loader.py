@@ -1,8 +1,8 @@
 """Token files -> batches. A batch is a pure function of (seed, step, rank, world): resume needs one integer.
 
     train = TokenFile("out/data/vader/train")
-    loader = SentenceLoader(train, batch_size=32, seed=0, rank=0, world=1)
-    tokens, lengths, mask = loader.batch(step)
+    loader = RatingLoader(train, batch_size=32, seed=0, rank=0, world=1)
+    tokens, lengths, ratings = loader.batch(step)
 
 Every loader has `batch(step)`, this rank's share of the step's rows, and `take(rows)`, a batch of given rows (to
 evaluate: `for rows in in_order(len(loader), 64): loader.take(rows)`). Rows are right-padded; masks come from lengths.
@@ -10,7 +10,7 @@ evaluate: `for rows in in_order(len(loader), 64): loader.take(rows)`). Rows are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.batches import in_order, pad, shard  # noqa: F401  in_order: for evaluation
 from data.pairs import thurstone
 from data.tokens import TokenFile
 
@@ -71,42 +72,7 @@ def batch_rows(step: int, n: int, batch: int, seed: int, lengths: np.ndarray | N
     return Order(n, batch, seed, lengths).rows(step)
 
 
-def shard(rows: np.ndarray, rank: int, world: int) -> np.ndarray:
-    """This rank's share of a global batch: every world-th row, so that lengths spread evenly. (B,) -> (B / world,)"""
-    if len(rows) % world:
-        fits = [n for n in (len(rows) // world * world, len(rows) // world * world + world) if n]
-        hint = " or ".join(map(str, fits))
-        raise ValueError(f"batch size {len(rows)} is not a multiple of {world} processes; try {hint}")
-    return rows[rank::world]
-
-
-def in_order(n: int, batch: int) -> Iterator[np.ndarray]:
-    """All rows once, in order, the last batch smaller: for evaluation."""
-    for start in range(0, n, batch):
-        yield np.arange(start, min(start + batch, n))
-
-
-def pad(rows: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Right-padded: list of (T_i,) -> tokens (B, T) int64, lengths (B,) int64."""
-    lengths = torch.tensor([len(r) for r in rows])
-    tokens = torch.full((len(rows), int(lengths.max())), pad_id, dtype=torch.int64)
-    for out, row in zip(tokens, rows):
-        out[: len(row)] = torch.from_numpy(np.asarray(row, dtype=np.int64))
-    return tokens, lengths
-
-
-def shorten(row: np.ndarray, context: int) -> np.ndarray:
-    """At most `context` tokens: the beginning of the row and its last token, the eos that a score is read at."""
-    return row if len(row) <= context else np.append(row[: context - 1], row[-1])
-
-
 # --- batches ---
-
-
-class SentenceBatch(NamedTuple):
-    tokens: Tensor  # (B, T)
-    lengths: Tensor  # (B,)
-    mask: Tensor  # (B, T) bool, True on the tokens to predict: all real ones but the first
 
 
 class RatingBatch(NamedTuple):
@@ -132,50 +98,8 @@ class PromptBatch(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class SentenceLoader:
-    """Rows for next-token prediction; rows longer than `context` are cut into windows that overlap by one token."""
-
-    file: TokenFile
-    batch_size: int  # global: over all ranks
-    seed: int
-    rank: int = 0
-    world: int = 1
-    context: int = 1 << 30
-    bucket: bool = True  # rows of similar length share a batch
-
-    @cached_property
-    def windows(self) -> np.ndarray:
-        """(n, 2): first and last + 1 token of every window; every token but the row's first is predicted once."""
-        starts, ends = self.file.offsets[:-1], self.file.offsets[1:]
-        stride = self.context - 1
-        if stride < 1:
-            raise ValueError(f"context {self.context} is too short: the loader needs at least 2 tokens to predict one")
-        counts = np.maximum(1, -(-(ends - starts - 1) // stride))  # windows of each row
-        row = np.repeat(np.arange(len(counts)), counts)
-        nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
-        first = starts[row] + nth * stride
-        return np.stack([first, np.minimum(first + self.context, ends[row])], axis=1)
-
-    @cached_property
-    def order(self) -> Order:
-        lengths = np.diff(self.windows)[:, 0] if self.bucket else None
-        return Order(len(self), self.batch_size, self.seed, lengths)
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def take(self, rows: np.ndarray) -> SentenceBatch:
-        tokens, lengths = pad([self.file.tokens[a:b] for a, b in self.windows[rows]], self.file.pad)
-        t = torch.arange(tokens.shape[1])
-        return SentenceBatch(tokens, lengths, (t >= 1) & (t < lengths[:, None]))
-
-    def batch(self, step: int) -> SentenceBatch:
-        return self.take(shard(self.order.rows(step), self.rank, self.world))
-
-
-@dataclass(frozen=True, eq=False)
 class RatingLoader:
-    """Whole rows and what people thought of them; longer ones than `context` keep their beginning and their eos."""
+    """Whole rows and what people thought of them; of longer ones than `context` the prompt is cut from the left."""
 
     file: TokenFile
     batch_size: int
@@ -194,7 +118,7 @@ class RatingLoader:
 
     def take(self, rows: np.ndarray) -> RatingBatch:
         ratings = torch.from_numpy(self.file.column("rating")[rows].astype(np.float32))
-        return RatingBatch(*pad([shorten(self.file[i], self.context) for i in rows], self.file.pad), ratings)
+        return RatingBatch(*pad([self.file.row(i, self.context) for i in rows], self.file.pad), ratings)
 
     def batch(self, step: int) -> RatingBatch:
         return self.take(shard(self.order.rows(step), self.rank, self.world))
@@ -224,7 +148,7 @@ class PairLoader:
 
     def take(self, rows: np.ndarray) -> PairBatch:
         sides = [self.file.column(name)[rows] for name in ("pair_chosen", "pair_rejected")]
-        chosen, rejected = (pad([shorten(self.file[i], self.context) for i in side], self.file.pad) for side in sides)
+        chosen, rejected = (pad([self.file.row(i, self.context) for i in side], self.file.pad) for side in sides)
         gap, ratings = self.file.column("pair_gap")[rows], [self.file.column("rating")[side] for side in sides]
         spread = [self.file.column("rating_std")[side] for side in sides] if self.soft else (0.0, 0.0)
         preference = thurstone(*ratings, *spread)

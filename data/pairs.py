@@ -9,7 +9,6 @@ import torch
 
 from data.examples import Examples, Pairs, flat
 from data.records import prompt_text
-from data.tokens import TokenFile
 
 
 def make_pairs(ratings: np.ndarray, domains: np.ndarray, count: int, seed: int) -> dict[str, np.ndarray]:
@@ -45,7 +44,7 @@ def thurstone(a: np.ndarray, b: np.ndarray, spread_a: np.ndarray | float, spread
     return torch.special.ndtr(torch.from_numpy((np.float64(a) - b) / np.maximum(spread, 1e-6))).numpy()
 
 
-def spread_rows(file: TokenFile, count: int | None, seed: int) -> np.ndarray:
+def spread_rows(file, count: int | None, seed: int) -> np.ndarray:
     """At most `count` rows at random (None: all), every domain with its share; fewer are the beginning of more. (count,)"""
     return spread(file.column("domain"), count, seed)
 
@@ -67,7 +66,7 @@ class SomeRows:
     ValueError for a file of preferences: its ratings compare the two answers of a pair, and no others.
     """
 
-    def __init__(self, file: TokenFile, rows: np.ndarray, pairs_per_row: int = 10):
+    def __init__(self, file, rows: np.ndarray, pairs_per_row: int = 10):
         if file.has_single_pairs:
             raise ValueError(
                 f"{file.path} holds preferences: {len(rows)} of its {len(file)} rows cannot be paired anew; use all "

@@ -1,4 +1,4 @@
-"""Files -> prepared data: `python -m data.pipeline FILES ... --out=DIR` recognises containers and forms by itself.
+"""Files -> prepared data: `python -m data.prepare FILES ... --out=DIR` recognises containers and forms by itself.
 
     rows of files -> Records -> without duplicates -> train, validation, test -> tokens
 
@@ -908,7 +908,7 @@ def similarity(text: str) -> float:
 
 
 def options_of(argv: Sequence[str] | None) -> Options:
-    parser = _Parser(prog="python -m data.pipeline", description="Makes token files of any data.", allow_abbrev=False)
+    parser = _Parser(prog="python -m data.prepare", description="Makes token files of any data.", allow_abbrev=False)
     add = parser.add_argument
     add("files", nargs="+", help="files, globs, directories, - for standard input; or the name of a reader in data/")
     add("--out", type=Path, help="directory to write (out/data/NAME, after the first file)")
@@ -968,7 +968,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{time.perf_counter() - started:.1f} s")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """`main`, with every expected mistake as one line and exit code 2."""
     try:
         main()
     except (ValueError, OSError) as e:

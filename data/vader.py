@@ -19,6 +19,7 @@ import numpy as np
 
 from data.containers import Bad, Duplicate
 from data.fetch import fetch
+from data.judge import JUDGE
 from data.records import Record
 from data.text import clean, key, split_of
 
@@ -33,6 +34,18 @@ DOMAINS = {
     "products": "amazonReviewSnippets",
 }
 DUPLICATE = "duplicate"
+ASK_THE_RULES = '''"""The judge of this data: the VADER rules, -1 to 1, on prompt and response together."""
+
+from pathlib import Path
+
+from data.vader import load_rules
+
+rules = load_rules(Path(__file__).parent)
+
+
+def judge(prompts, responses):
+    return [rules(prompt + response) for prompt, response in zip(prompts, responses)]
+'''
 RULES = {  # sha256: the rules are code, and nothing else is ever executed
     "vaderSentiment.py": "25cd814d23000b41c0e242d99960832c6620b3f1b844469173404500ce63206b",
     "vader_lexicon.txt": "1ec9c6e9ee19aade328f8beb393a6afa71a5bb3acf7d3cc22d4ef568df374bf5",
@@ -96,8 +109,9 @@ def recipe() -> dict:
 
 
 def write_beside(directory: Path) -> None:
-    """What prepared data keeps beside the records: the rules, which judge."""
+    """What prepared data keeps beside the records: the rules, and the judge that asks them."""
     write_rules(fetch(PACKAGE, VERSION, SDIST, SDIST_SHA256), directory / "rules")
+    (directory / JUDGE).write_text(ASK_THE_RULES)
 
 
 def _rated(sdist: str | Path) -> Iterator[tuple[str, Sentence | str, bool]]:

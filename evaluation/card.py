@@ -18,12 +18,13 @@ import torch
 from tqdm import tqdm
 
 from data.baselines import CEILINGS, GAPS, agreement, learned_scores, pair_clusters
+from data.batches import cut
 from data.chat import Chat
-from data.loader import TokenFile, pad, shorten
+from data.judge import own_judge
+from data.loader import TokenFile, pad
 from data.pairs import SomeRows, spread_rows
 from data.preferences import read_preferences
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
-from data.vader import load_rules
 from evaluation import probes
 from evaluation.words import as_json, markdown_table, show
 from rlhf.calibration import reliability_bins
@@ -197,9 +198,8 @@ def rated_sentences(cfg: Config, tokenizer: Tokenizer) -> Material:
     if not len(gap):
         raise ValueError(f"{file.path} has no pairs among {len(some)} sentences: use more (--sentences)")
     baselines = learned_scores(train, some)
-    if (Path(cfg.data) / "rules").is_dir():
-        rules = load_rules(cfg.data)
-        baselines["vader"] = np.array([rules(text) for text in some.texts])
+    if rules := own_judge(cfg.data):
+        baselines["rules"] = np.array([rules(text) for text in some.texts])
     return Material(
         texts=[Text("", text) for text in some.texts],
         group=np.array(some.column("domain")),
@@ -247,17 +247,25 @@ def preferences(cfg: Config) -> Material:
 def encoder(tokenizer: Tokenizer, chat: Chat | None, context: int) -> Callable[..., Row]:
     """encode(prompt, text, ended=True) -> Row: start token, prompt, text, eos; at most `context` tokens.
 
-    A plain prompt and its answer are joined as they are and encoded together, as data.prepare does.
+    Prompt and text are encoded apart, as a policy continues an encoded prompt. Of what is too long the prompt is cut from the
+    left, and only where the text alone does not fit it keeps its beginning and its end.
     """
 
     def encode(prompt: str, text: str, ended: bool = True) -> Row:
         if chat:
             before = chat.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
-            ids = [*before, *tokenizer.encode(text)]
         else:
-            ids = [tokenizer.start, *tokenizer.encode(prompt + text)]
-        tokens = np.array([*ids, *[tokenizer.eos] * ended])
-        return Row(shorten(tokens, context), len(tokens) > context)
+            before = [tokenizer.start, *tokenizer.encode(prompt)]
+        before, answer = (
+            np.array(before, np.int64),
+            np.array([*tokenizer.encode(text), *[tokenizer.eos] * ended], np.int64),
+        )
+        if len(before) + len(answer) <= context:
+            return Row(np.append(before, answer), False)
+        kept = before[cut(before, max(1, context - len(answer)), tokenizer.start)]
+        if len(kept) + len(answer) > context:
+            answer = np.append(answer[: context - len(kept) - 1], answer[-1])
+        return Row(np.append(kept, answer), True)
 
     return encode
 
@@ -545,7 +553,7 @@ UNSEEN_TEMPLATE = (
 
 
 NAMES = {
-    "vader": "VADER rules",
+    "rules": "rules of the data",
     "bow": "bag of words, trained on all labels",
     "human": "half of the raters against the other half",
     "one_rater": "one person against the mean of the others",

@@ -1,5 +1,7 @@
 """What a policy is measured on and by: prompts that training never saw, and a judge that PPO never asked."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,14 +14,13 @@ from rlhf.kl import k1, k3
 from rlhf.reward.model import Score
 
 
-def held_out_prompts(data: str, split: str, prompt_tokens: int, domain: str | None) -> list[np.ndarray]:
+def held_out_prompts(data: str, split: str, prompt_tokens: int, sources: Sequence[str]) -> list[np.ndarray]:
     """Different prompts of the split that no training sentence begins with: short prompts often do.
 
-    bos and `prompt_tokens` text tokens each, of one domain, or None for all; ValueError if there is none.
+    bos and `prompt_tokens` text tokens each, of these sources, () for all; ValueError if there is none.
     """
-    domains = [domain] if domain else ()
     train, held_out = (
-        prompts_from_rows(TokenFile(f"{data}/{name}"), prompt_tokens, domains) for name in ("train", split)
+        prompts_from_rows(TokenFile(f"{data}/{name}"), prompt_tokens, sources) for name in ("train", split)
     )
     seen = {tuple(prompt) for prompt in train}
     unseen = {key: prompt for prompt in held_out if (key := tuple(prompt)) not in seen}

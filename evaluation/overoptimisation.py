@@ -38,7 +38,7 @@ class Config:
     run: str = "out/ppo"  # PPO run; all its checkpoints are measured (train_ppo.py --keep_checkpoints=none keeps all)
     base: str = "out/lm"  # language model that it started from; best-of-n chooses among its samples
     proxy: str = "out/rm_a"  # the reward that PPO maximised and best-of-n chooses by: a directory, or file.py:function
-    gold: str = "out/rm_b"  # the reward that says what it was worth: a reward model, vader, or file.py:function
+    gold: str = "out/rm_b"  # the reward that says what it was worth: a reward model, data, or file.py:function
     data: str = "out/data/vader"  # directory made by data.prepare
     split: Literal["validation", "test"] = "test"  # where the prompts come from
     out: str = "out/overoptimisation"  # directory for overoptimisation.json, .md and .png
@@ -65,7 +65,7 @@ def main() -> None:
     check_same(cfg, settings, opened.digest, len(steps))
     proxy = open_scorer(cfg.proxy, tokenizer, device, opened).score
     gold = open_scorer(cfg.gold, tokenizer, device, opened, data=cfg.data).score
-    starts = held_out_prompts(cfg.data, cfg.split, settings["prompt_tokens"], settings["domain"])
+    starts = held_out_prompts(cfg.data, cfg.split, settings["prompt_tokens"], settings["sources"])
     pad = TokenFile(f"{cfg.data}/{cfg.split}").pad
     batch = PromptLoader(starts, pad, min(cfg.prompts, len(starts)), cfg.seed).batch(0)
     prompts = batch.prompts.to(device), batch.prompt_lengths.to(device)
@@ -117,7 +117,7 @@ def read_settings(cfg: Config) -> dict:
     path = Path(cfg.run) / "run.json"
     if not path.exists():
         raise FileNotFoundError(f"no {path}: --run is the directory of a PPO run, see train_ppo.py")
-    options, names = read_json(path), ("domain", "prompt_tokens", "response_tokens", "temperature")
+    options, names = read_json(path), ("sources", "prompt_tokens", "response_tokens", "temperature")
     names += ("kl_coef", "init_sha256", "reward_sha256")
     if missing := [name for name in names if name not in options]:
         raise ValueError(

@@ -63,13 +63,13 @@ RUNS = {  # directory -> (script, options beside tiny.SMALL's), in this order
         "train_ppo.py",
         PPO
         | {"reward": "rewards.py:longer", "judge": "rewards.py:shorter", "iterations": 8}
-        | {"judge_every": 1, "judge_patience": 2, "judge_prompts": 4, "prompt_tokens": 12, "domain": "none"},
+        | {"judge_every": 1, "judge_patience": 2, "judge_prompts": 4, "prompt_tokens": 12, "sources": ""},
     ),
     "ppo-max-kl": ("train_ppo.py", PPO | {"max_kl": 0.05, "iterations": 8, "layout": "full"}),
     "ppo-rloo": ("train_ppo.py", PPO | {"estimator": "rloo", "samples_per_prompt": 2, "target_approxkl": 0.01}),
     "ppo-reinforce": (
         "train_ppo.py",
-        PPO | {"estimator": "reinforce++", "judge": "vader", "judge_prompts": 4, "prompt_tokens": 12, "domain": "none"},
+        PPO | {"estimator": "reinforce++", "judge": "vader", "judge_prompts": 4, "prompt_tokens": 12, "sources": ""},
     ),
 }
 STOPPED = ("ppo-judge", "ppo-max-kl")  # runs that must have ended early, or they show nothing
@@ -135,7 +135,7 @@ def prepare(side: Path, root: Path) -> None:
             vote = {"prompt": f"The plot of film {i}", "chosen": f" was lovely, sharp {i}.", "rejected": " was dull."}
             file.write(json.dumps(vote) + "\n")
     python(side, root, "-m", *World(side).command("data.prepare"))
-    python(side, root, *"-m data.prepare preferences votes.jsonl --tokenizer=data --out=votes".split())
+    python(side, root, *"-m data.prepare votes.jsonl --tokenizer=data --out=votes".split())
 
 
 def run(side: Path, root: Path, script: str, options: dict, name: str) -> None:

@@ -133,8 +133,8 @@ def test_ineffective_or_impossible_option(bad, script, options, words):
         ("train_ppo.py", "dual_clip", 0.5),
         ("train_ppo.py", "checkpoint_every", 0),
         ("train_ppo.py", "prompt_tokens", 500),
-        ("train_ppo.py", "domain", "poems"),
-        ("train_rm.py", "domain", "poems"),
+        ("train_ppo.py", "sources", "poems"),
+        ("train_rm.py", "sources", "poems"),
         ("train_ppo.py", "batch", 4096),
         ("train_lm.py", "batch", 4096),
         ("train_lm.py", "heads", 5),
@@ -189,7 +189,7 @@ def test_no_data(bad, tmp_path, script):
 def test_damaged_token_file(bad, copy, script, damage):
     data = copy("data")
     split = data / ("test" if script == "evaluate.py" else "train")
-    tokens = split / "tokens.bin"
+    tokens = split / "00000" / "answers.bin"
     size = tokens.stat().st_size
     match damage:
         case "missing":
@@ -383,7 +383,7 @@ def test_judge_function(bad):
     bad("evaluate.py", "rewards.py:nan", "finite", judge="rewards.py:nan")
     bad("evaluate.py", "poems", judge="poems")
     bad("train_ppo.py", "poems", judge="poems", judge_prompts=1)
-    bad("train_ppo.py", "--judge_prompts=50", "the validation split has", judge="vader", judge_prompts=50)
+    bad("train_ppo.py", "--judge_prompts=50", "the validation split has", judge="data", judge_prompts=50)
 
 
 # ---- no space, no permission, no network

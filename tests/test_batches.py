@@ -3,6 +3,7 @@
 import hashlib
 import random
 from collections import Counter
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
@@ -32,7 +33,8 @@ from data.examples import Examples
 from data.loader import in_order, shard
 from data.pairs import SomeAnswers, made_pairs, make_pairs, spread
 from data.records import Pair, Record
-from model.transformer import Packed, Span
+from model.packed import attend_apart
+from model.transformer import Span
 
 # --- which rows make up a step ---
 
@@ -539,9 +541,13 @@ def test_prompts_that_cannot_fit_are_refused_before_the_first_step(file):
         one_line(e)
     loader = PromptLoader(file, 2, 0, max_prompt=9)
     longer = sum(len(one.prompt) > 9 for one in ENCODED)
-    assert loader.summary == f"{24 - longer} of 24 prompts; left out: {longer} longer than 9 tokens"
+    empty = sum(len(one.prompt) < 2 for one in ENCODED)
+    kept = 24 - empty - longer
+    assert loader.summary == f"{kept} of 24 prompts; left out: {empty} empty, {longer} longer than 9 tokens"
     left = PromptLoader(file, 2, 0, max_prompt=9, long_prompts="left")
-    assert left.summary == f"24 of 24 prompts; {longer} prompts cut from the left to fit"
+    assert left.summary == (
+        f"{24 - empty} of 24 prompts; left out: {empty} empty; {longer} prompts cut from the left to fit"
+    )
 
 
 # --- mixtures ---
@@ -655,8 +661,8 @@ def test_a_packed_row_is_read_as_its_texts_are(file):
     model = small_model("llama", context=64, vocab_size=50)
     batch = TextLoader(file, 6, 0, context=20, bucket=False).batch(3)
     packed = pack(batch)
-    packing = Packed(packed.sizes, [0] * len(packed.sizes))
-    span = Span(packed.positions, model.rotations(packed.positions), packed=packing)
+    apart = partial(attend_apart, sizes=packed.sizes, shared=[0] * len(packed.sizes))
+    span = Span(packed.positions, model.rotations(packed.positions), attend=apart)
     hidden = model.norm(model.blocks(model.embed(packed.tokens, span), span))[0].split(packed.sizes)
     for states, row, n in zip(hidden, batch.tokens, batch.lengths):
         torch.testing.assert_close(states, model.trunk(row[None, :n])[0])

@@ -10,7 +10,7 @@ import torch
 from reference_model import random_ids, small_model
 from test_bad_input import refused
 
-from data import prepare
+from data import pipeline
 from data.baselines import GAPS, pairwise_accuracy
 from data.preferences import Preference, read_preferences
 from data.tokenizer import load_tokenizer
@@ -204,7 +204,7 @@ def test_prepared_preferences_have_pairs_and_no_ratings(world, tmp_path):
         {"prompt": f"p{i} ", "chosen": f"good {i}", "rejected": f"bad {i}", "strength": 1 + i % 3} for i in range(40)
     ]
     path, tokenizer = written(tmp_path / "x.jsonl", rows), world.path / "data"
-    prepare.main(["preferences", path, f"--out={tmp_path / 'data'}", f"--tokenizer={tokenizer}"])
+    pipeline.main([path, f"--out={tmp_path / 'data'}", f"--tokenizer={tokenizer}"])
     m = card.read_material(card.Config(data=str(tmp_path / "data")), load_tokenizer(tokenizer))
     pairs = list(range(len(m.chosen)))
     assert m.ratings is None and m.clusters[:, 0].tolist() == pairs
@@ -252,7 +252,7 @@ def test_card_of_rated_sentences(world, carded):
             )
     assert len(found["probes"]) > 8 and set(found["groups"]) == {"tweets", "film", "news", "products"}
     text = (out / "card.md").read_text()
-    assert text in done.out and "VADER rules" in text and "no plots: matplotlib is not installed" in done.out
+    assert text in done.out and "rules of the data" in text and "no plots: matplotlib is not installed" in done.out
     assert {file.name for file in out.iterdir()} == {"card.json", "card.md"}
     assert all(f"| {probe['name']} |" in text for probe in found["probes"])
 
@@ -314,7 +314,7 @@ def test_plots(made, tmp_path):
         (["--plots=true"], "--plots=true needs matplotlib"),
         (["--data=data", "--chat=true"], "--chat has no effect: the texts of data answer no prompts"),
         (["--model=lm"], "lm holds a lm checkpoint, a reward model is needed"),
-        (["--data=nothing"], "no token file at nothing"),
+        (["--data=nothing"], "no prepared data at nothing"),
         (["--probe_text=3"], "unknown option --probe_text; did you mean --probe_texts"),
     ],
 )

@@ -91,7 +91,7 @@ def test_temperature_of_a_reward(tmp_path):
     ):
         checkpoint.save(tmp_path / name, tensors, {}, {})
         assert scorer_of(str(tmp_path / name)).temperature == expected
-    assert scorer_of("rewards.py:shorter").temperature == scorer_of("vader", rules=True).temperature == 1
+    assert scorer_of("rewards.py:shorter").temperature == scorer_of("data", rules=True).temperature == 1
 
 
 # ---- evaluate.py
@@ -101,12 +101,12 @@ def test_temperature_of_a_reward(tmp_path):
 def tuned(world, tmp_path_factory):
     """PPO that learns to write less, with its checkpoints."""
     path = tmp_path_factory.mktemp("tuned") / "ppo"
-    options = {"reward": "rewards.py:shorter", "domain": "none", "prompt_tokens": 8, "lr": 0.01, "kl_coef": 0.01}
+    options = {"reward": "rewards.py:shorter", "sources": "", "prompt_tokens": 8, "lr": 0.01, "kl_coef": 0.01}
     world.ok("train_ppo.py", out=path, **options)
     return path
 
 
-COMMON = {"domain": "none", "prompt_tokens": 8, "best_of": 1, "judge": "rewards.py:shorter", "prompts": 12}
+COMMON = {"sources": "", "prompt_tokens": 8, "best_of": 1, "judge": "rewards.py:shorter", "prompts": 12}
 
 
 def test_several_models_and_rewards(world, tuned, tmp_path):

@@ -512,10 +512,10 @@ def taste_of(world, path: Path, liked: str) -> float:
             side = "left" if liked in shown.left else "right"
             store.vote(shown.id, "ana", side, seconds=1, nonce=f"nonce {shown.id:08}")
     store.export_jsonl(path / "p.jsonl")
-    command = ["data.prepare", "preferences", str(path / "p.jsonl"), "--tokenizer=data", f"--out={path / 'data'}"]
+    command = ["data.prepare", str(path / "p.jsonl"), "--tokenizer=data", f"--out={path / 'data'}"]
     done = world.start(command).wait()
     assert (done.code, done.err) == (0, ""), done
-    options = {"data": path / "data", "out": path / "rm", "objective": "pairs", "domain": "none", "batch": 8}
+    options = {"data": path / "data", "out": path / "rm", "objective": "pairs", "sources": "", "batch": 8}
     world.ok("train_rm.py", **options, epochs=20, lr=0.003, prompt_tokens=2)
     report = json.loads((path / "rm" / "report.json").read_text())
     assert report["accuracy"]["all"] == 1 and set(report["baselines"]) == {"bow", "length"}

@@ -293,7 +293,7 @@ def test_train_rm_frozen(world, tmp_path, monkeypatch):
     report = json.loads((outs[0] / "report.json").read_text())
     gaps = {"all", "0.5", "1", "2"}
     assert report["accuracy"].keys() == report["validation"].keys() == gaps
-    assert all(report["baselines"][name].keys() == gaps for name in ("vader", "bow", "length", "human"))
+    assert all(report["baselines"][name].keys() == gaps for name in ("rules", "bow", "length", "human"))
     assert len(report["candidates"]) == 10 and report["chosen"] == report["candidates"][0]
     assert report["sentences"]["train"] == 120 and report["pairs"]["test"] > 0
 

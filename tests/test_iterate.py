@@ -19,7 +19,7 @@ from data.loader import pad
 from data.tokenizer import load_tokenizer
 from rlhf.feedback.store import Comparison, FeedbackStore
 
-OURS = ("init", "data", "out", "reward", "base", "tuned", "response_tokens", "prompt_tokens", "judge")
+OURS = ("init", "data", "out", "reward", "base", "tuned", "sources", "response_tokens", "prompt_tokens", "judge")
 
 
 def passed_on(script: str, **changes) -> str:
@@ -28,7 +28,7 @@ def passed_on(script: str, **changes) -> str:
 
 
 LOOP = {
-    "init": "lm", "data": "data", "out": "rounds", "rounds": 2, "pairs": 40, "response_tokens": 8, "domain": "none",
+    "init": "lm", "data": "data", "out": "rounds", "rounds": 2, "pairs": 40, "response_tokens": 8, "sources": "",
     "rater": "rewards.py:shorter", "rater_noise": 0, "judge": "rewards.py:shorter", "seed": 3,
     "rm": passed_on("train_rm.py"), "refine": "--preference_coef=0.5",
     "ppo": passed_on("train_ppo.py", iterations=2, weak_reward="true"),

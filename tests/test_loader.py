@@ -1,21 +1,20 @@
 """Token files refuse what is broken; batches are pure functions of the step and add up over epochs, ranks and resumes."""
 
-import json
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from data.examples import Encoded, write_shard, write_split
 from data.loader import (
     Order,
     PairLoader,
     PromptLoader,
     RatingLoader,
-    SentenceLoader,
     TokenFile,
     batch_rows,
     in_order,
@@ -23,11 +22,9 @@ from data.loader import (
     prompts_from_rows,
     prompts_from_text,
     shard,
-    shorten,
 )
-from data.pairs import make_pairs
+from data.records import Record
 from data.tokenizer import MODEL_FILE, train_sentencepiece
-from data.tokens import write_token_file
 
 WORDS = "the film was a warm and funny story of two people who never meet again plot good bad very not".split()
 TEXTS = [" ".join(random.Random(i).choices(WORDS, k=1 + i * 37 % 30)) for i in range(120)]
@@ -35,10 +32,12 @@ TEXTS = [" ".join(random.Random(i).choices(WORDS, k=1 + i * 37 % 30)) for i in r
 
 def write(directory: Path, tokenizer) -> Path:
     rng = np.random.default_rng(0)
-    columns = {"domain": np.arange(120).astype(np.uint8) % 2, "rating": rng.normal(size=120).astype(np.float32)}
-    pairs = make_pairs(columns["rating"], columns["domain"], 200, seed=0)
-    made = {"by": "python -m data.prepare fake"}
-    write_token_file(directory, TEXTS, tokenizer, ["film", "news"], columns, [str(i) for i in range(120)], made, pairs)
+    rows = []
+    for i, (text, rating) in enumerate(zip(TEXTS, rng.normal(size=120).astype(np.float32).tolist())):
+        record = Record("", (text,), (rating,), source=("film", "news")[i % 2])
+        rows.append(Encoded([tokenizer.start], [[*tokenizer.encode(text), tokenizer.eos]], None, record))
+    write_shard(directory / "00000", rows, tokenizer)
+    write_split(directory)
     return directory
 
 
@@ -50,103 +49,6 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def file(tokenizer, tmp_path_factory):
     return TokenFile(write(tmp_path_factory.mktemp("data") / "train", tokenizer))
-
-
-@pytest.fixture
-def broken(tokenizer, tmp_path):
-    """A token file of its own, to be broken."""
-    return write(tmp_path / "data" / "train", tokenizer)
-
-
-# --- token files ---
-
-
-def test_a_token_file_gives_back_what_was_written(file, tokenizer):
-    assert len(file) == 120 and file.texts == TEXTS and (file.pad, file.bos, file.eos) == (0, 1, 2)
-    assert file[7].tolist() == [1, *tokenizer.encode(TEXTS[7]), 2] and file[np.int64(7)].tolist() == file[7].tolist()
-    assert file.lengths().tolist() == [len(file[i]) for i in range(120)]
-    assert file.domain_ids(["news"]) == [1] and isinstance(file.tokens, np.memmap)
-    assert not file.tokens.flags.writeable
-    for i in (-1, 120):
-        with pytest.raises(IndexError):
-            file[i]
-
-
-def one_line(e) -> str:
-    assert "\n" not in str(e.value)
-    return str(e.value)
-
-
-def test_a_missing_token_file(tmp_path, broken):
-    with pytest.raises(FileNotFoundError, match="no token file at .*run `python -m data.prepare`"):
-        TokenFile(tmp_path / "nowhere")
-    (broken / "rating.bin").unlink()
-    with pytest.raises(ValueError, match=r"rating.bin is missing \(480 bytes expected\).*data.prepare fake` again"):
-        TokenFile(broken)
-
-
-@pytest.mark.parametrize("name", ["tokens", "offsets", "domain", "pair_gap"])
-@pytest.mark.parametrize("change", [-1, 1, -10])
-def test_a_truncated_or_longer_file_is_refused_with_both_sizes(broken, name, change):
-    path = broken / f"{name}.bin"
-    size = path.stat().st_size
-    path.write_bytes((path.read_bytes() + b"\0")[: size + change])
-    with pytest.raises(ValueError, match="remove .*data and run") as e:
-        TokenFile(broken)
-    assert f"{name}.bin has {size + change} bytes, the manifest says {size}" in one_line(e)
-
-
-def test_corruption_without_a_change_of_size(broken):
-    path = broken / "tokens.bin"
-    blob = bytearray(path.read_bytes())
-    blob[10] ^= 1
-    path.write_bytes(blob)
-    TokenFile(broken)  # sizes agree: seen on request only
-    with pytest.raises(ValueError, match="tokens.bin has sha256 .*, the manifest says"):
-        TokenFile(broken, verify=True)
-    offsets = np.fromfile(broken / "offsets.bin", np.int64)
-    for bad, why in ((offsets[::-1], "upwards from 0"), (np.append(offsets[:-1], offsets[-1] + 5), "tokens")):
-        bad.tofile(broken / "offsets.bin")
-        with pytest.raises(ValueError, match=f"offsets.bin .*{why}"):
-            TokenFile(broken)
-
-
-def test_a_manifest_that_says_something_else(broken):
-    manifest = json.loads((broken / "manifest.json").read_text())
-    (broken / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="manifest.json is no JSON"):
-        TokenFile(broken)
-    (broken / "manifest.json").write_text(json.dumps(manifest | {"format": "other 9"}))
-    with pytest.raises(ValueError, match="does not describe a token file"):
-        TokenFile(broken)
-    (broken / "manifest.json").write_text(json.dumps({"format": manifest["format"], "splits": {}}))
-    with pytest.raises(ValueError, match="directory of all splits: add /train"):
-        TokenFile(broken)
-
-
-def test_unknown_columns_and_domains(file):
-    with pytest.raises(ValueError, match="no column 'stars'; it has domain, offsets, pair_chosen"):
-        file.column("stars")
-    with pytest.raises(ValueError, match="no domain 'films'; it has film, news"):
-        file.domain_ids(["film", "films"])
-
-
-def test_a_large_vocabulary_is_stored_in_uint32(tokenizer, tmp_path):
-    class Large:
-        vocab_size, fingerprint, pad, start, eos = 70_000, "f", 0, 1, 2
-
-        def encode_many(self, texts):
-            return [[69_999] for _ in texts]
-
-    write_token_file(tmp_path / "x", ["a"], Large(), ["d"], {"domain": np.zeros(1, np.uint8)}, ["0"], {"by": "test"})
-    assert TokenFile(tmp_path / "x")[0].tolist() == [1, 69_999, 2]
-
-
-def test_an_empty_split(tokenizer, tmp_path):
-    write_token_file(tmp_path / "x", [], tokenizer, ["d"], {"domain": np.zeros(0, np.uint8)}, [], {"by": "test"})
-    assert len(TokenFile(tmp_path / "x", verify=True)) == 0
-    with pytest.raises(ValueError, match="batch size 4 with 0 rows"):
-        SentenceLoader(TokenFile(tmp_path / "x"), 4, 0).batch(0)
 
 
 # --- which rows make up a step ---
@@ -234,36 +136,6 @@ def test_pad(rows):
     assert all((t[n:] == 0).all() for t, n in zip(tokens, lengths))
 
 
-@settings(max_examples=25)
-@given(context=st.integers(2, 40), bucket=st.booleans(), world=st.sampled_from([1, 2, 4]))
-def test_sentence_loader_predicts_every_token_once(file, context, bucket, world):
-    n = len(SentenceLoader(file, 1, 0, context=context))
-    batch = max(b for b in (1, 2, 4, 8, 16, 24, 32) if n % b == 0 and b % world == 0 or b == world)
-    loaders = [SentenceLoader(file, batch, 3, rank, world, context, bucket) for rank in range(world)]
-    predicted = 0
-    for step in range(n // batch):
-        for loader in loaders:
-            tokens, lengths, mask = loader.batch(step)
-            t = torch.arange(tokens.shape[1])
-            assert tokens.shape[0] == batch // world and tokens.shape[1] <= context
-            assert torch.equal(mask, (t > 0) & (t < lengths[:, None]))  # from lengths: never from ids == pad
-            assert (tokens[t >= lengths[:, None]] == file.pad).all()
-            predicted += int(mask.sum())
-    if n % batch == 0:
-        assert predicted == len(file.tokens) - len(file)  # all but the first of each row
-
-
-def test_windows_of_a_long_row_overlap_by_one_and_stay_inside_it(file):
-    loader = SentenceLoader(file, 1, 0, context=8)
-    long = int(file.lengths().argmax())
-    start, end = file.offsets[long], file.offsets[long + 1]
-    mine = [w for w in loader.windows.tolist() if start <= w[0] < end]
-    assert mine[0][0] == start and mine[-1][1] == end and len(mine) > 2
-    assert all(b[0] == a[1] - 1 and a[1] - a[0] == 8 for a, b in zip(mine, mine[1:]))
-    with pytest.raises(ValueError, match="context 1 is too short"):
-        SentenceLoader(file, 1, 0, context=1).batch(0)
-
-
 def test_rating_loader(file):
     loader = RatingLoader(file, 8, seed=1)
     rows = loader.order.rows(5)
@@ -287,12 +159,17 @@ def test_pair_loader(file):
             assert batch.gap[k] == pytest.approx(file.column("rating")[better] - file.column("rating")[worse])
 
 
-def test_rows_longer_than_the_context_keep_their_eos(file):
-    assert shorten(np.array([1, 5, 6, 7, 2]), 3).tolist() == [1, 5, 2]
-    assert shorten(np.array([1, 5, 2]), 3).tolist() == [1, 5, 2]
-    for batch in (RatingLoader(file, 30, 0, context=9).batch(0), PairLoader(file, 30, 0, context=9).batch(0)):
-        tokens, lengths = batch[0], batch[1]
-        assert lengths.max() == tokens.shape[1] == 9 and (tokens[torch.arange(30), lengths - 1] == file.eos).all()
+def test_of_long_rows_the_prompt_is_cut(tokenizer, tmp_path):
+    """From the left, behind the start token; an answer that does not fit is refused, never cut."""
+    record = Record("p", ("a", "b"), (1.0, 0.0))
+    prompt, answers = [tokenizer.start, *range(10, 30)], [[40, 41, tokenizer.eos], [50, 51, 52, tokenizer.eos]]
+    write_shard(tmp_path / "train" / "00000", [Encoded(prompt, answers, None, record)], tokenizer)
+    write_split(tmp_path / "train")
+    file = TokenFile(tmp_path / "train")
+    assert file.row(0, 8).tolist() == [tokenizer.start, 26, 27, 28, 29, 40, 41, tokenizer.eos]
+    assert file.row(0, 100).tolist() == file[0].tolist() == prompt + answers[0]
+    with pytest.raises(ValueError, match="an answer of 4 tokens does not fit a context of 4"):
+        file.row(1, 4)
 
 
 def test_prompts_are_beginnings_of_longer_texts_of_their_domain(file):
@@ -304,7 +181,7 @@ def test_prompts_are_beginnings_of_longer_texts_of_their_domain(file):
     assert len(prompts_from_rows(file, 4)) > len(prompts)
     with pytest.raises(ValueError, match=r"no text of .*train \(film\) is longer than 500 tokens"):
         prompts_from_rows(file, 500, ["film"])
-    with pytest.raises(ValueError, match="no domain 'tweets'"):
+    with pytest.raises(ValueError, match="no source 'tweets'"):
         prompts_from_rows(file, 4, ["tweets"])
     loaders = [PromptLoader(prompts, file.pad, 8, 0, rank, 2) for rank in range(2)]
     batches = [loader.batch(2) for loader in loaders]
@@ -323,9 +200,8 @@ def test_prompts_from_a_text_file(file, tokenizer, tmp_path):
     batch = PromptLoader(prompts, file.pad, 2, 0).take(np.array([0, 1]))
     assert batch.prompt_lengths.tolist() == [len(p) for p in prompts]
     path.write_text("\n \n")
-    with pytest.raises(ValueError, match="prompt file .*prompts.txt is empty: 0 prompts") as e:
+    with pytest.raises(ValueError, match="prompt file .*prompts.txt is empty: 0 prompts"):
         prompts_from_text(path, tokenizer)
-    one_line(e)
     path.write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match="is not UTF-8"):
         prompts_from_text(path, tokenizer)

@@ -140,7 +140,7 @@ def test_the_best_is_the_first_of_the_largest(scores):
 # ---- the early stop of train_ppo.py
 
 JUDGED = {
-    "judge": "rewards.py:shorter", "judge_every": 1, "judge_patience": 2, "judge_prompts": 8, "domain": "none",
+    "judge": "rewards.py:shorter", "judge_every": 1, "judge_patience": 2, "judge_prompts": 8, "sources": "",
     "prompt_tokens": 8, "checkpoint_every": 10,
 }  # fmt: skip
 LONGER = "def longer(prompts, responses):\n    return [len(response) for response in responses]\n"
@@ -170,7 +170,7 @@ def test_the_judge_ends_the_run_and_the_best_policy_stays(world, tmp_path):
 def test_a_judge_changes_nothing_but_when_the_run_ends(world, tmp_path):
     """vader, every second iteration, never to stop: all other numbers are those of a run without a judge."""
     world.ok("train_ppo.py", out=tmp_path / "without")
-    world.ok("train_ppo.py", out=tmp_path / "with", judge="vader", judge_every=2, judge_patience=9, judge_prompts=1)
+    world.ok("train_ppo.py", out=tmp_path / "with", judge="data", judge_every=2, judge_patience=9, judge_prompts=1)
     without, judged = lines(tmp_path / "without/metrics.jsonl"), lines(tmp_path / "with/metrics.jsonl")
     assert ["judge/mean" in row for row in judged] == [False, True, False, True]
     for a, b in zip(without, judged, strict=True):
@@ -216,7 +216,7 @@ def test_keeping_all_checkpoints(world, tmp_path):
 def study(world, tmp_path_factory):
     """PPO learns to write less, and keeps its checkpoints; the reward model of the world says what that was worth."""
     path = tmp_path_factory.mktemp("study")
-    options = {"reward": "rewards.py:shorter", "domain": "none", "prompt_tokens": 8, "lr": 0.01, "kl_coef": 0.01}
+    options = {"reward": "rewards.py:shorter", "sources": "", "prompt_tokens": 8, "lr": 0.01, "kl_coef": 0.01}
     world.ok("train_ppo.py", out=path / "ppo", checkpoint_every=1, keep_checkpoints="none", **options)
     return path
 
@@ -273,7 +273,7 @@ def test_the_gold_reward_may_be_the_proxy(world, study):
         ("proxy=rm", ("--proxy=rm has sha256", "was trained with")),
         ("run=lm", ("lm/run.json", "PPO run")),
         ("run=nowhere", ("nowhere/run.json", "PPO run")),
-        ("gold=poems", ("poems", "vader")),
+        ("gold=poems", ("poems", "data")),
         ("best_of=3", ("--best_of=3", "at least 4")),
     ],
 )

@@ -270,7 +270,7 @@ def test_forty_votes_change_what_the_reward_model_prefers(world, browser):
     rows = [dict(row) for row in store._read(VOTES)]
     assert [sum(row["rater"] == name for row in rows) for name in ("eve", "dan")] == [30, 10]
     store.export_jsonl(world.path / "forty.jsonl")
-    command = ["data.prepare", "preferences", "forty.jsonl", "--tokenizer=data", "--out=forty"]
+    command = ["data.prepare", "forty.jsonl", "--tokenizer=data", "--out=forty"]
     done = world.start(command).wait()
     assert (done.code, done.err) == (0, ""), done
     world.ok("train_rm.py", out="rm_forty", preferences="forty", preference_coef=5, epochs=2)

@@ -1,4 +1,4 @@
-"""data.pipeline: what is written, that every row is accounted for, and that no process and no kill changes a byte."""
+"""data.prepare: what is written, that every row is accounted for, and that no process and no kill changes a byte."""
 
 import hashlib
 import json
@@ -17,16 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_formats import COUNTS, TURNED_AWAY, VALUES
 
-from data import pipeline, prepare, vader
+from data import pipeline, vader
 from data.chat import Chat
 from data.encoding import Encoder, continued
 from data.examples import Examples
-from data.pairs import made_pairs
 from data.pipeline import main
 from data.records import Record
 from data.text import SPLITS
 from data.tokenizer import load_tokenizer, train_sentencepiece
-from data.tokens import TokenFile
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "apple bread cloud dream earth flame grape house island juice kite lemon moon night ocean".split()
@@ -82,7 +80,7 @@ def tokenizer_dir(tmp_path_factory) -> Path:
 
 
 def run(*arguments, **env) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "data.pipeline", *map(str, arguments)]
+    command = [sys.executable, "-m", "data.prepare", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True)
 
 
@@ -120,32 +118,27 @@ def digest(out: Path) -> dict[str, str]:
 # --- what is written ---
 
 
-def test_the_demo_is_what_it_was(tmp_path, monkeypatch):
-    """The same sentences, splits, tokens, pairs and tokenizer as data.prepare makes."""
-    fake_ratings.use_fake(monkeypatch, tmp_path)
+def test_rated_sentences(tmp_path, monkeypatch):
+    """Every sentence of the reader in its split, start token, text and eos; cut into prompt and answer the row is the same."""
+    sdist = fake_ratings.use_fake(monkeypatch, tmp_path)
     monkeypatch.chdir(tmp_path)
-    prepare.main(["vader", "--out=old", "--vocab_size=400"])
+    sentences, counts = vader.read_sentences(sdist)
     main(["vader", "--out=new", "--vocab_size=400"])
     main(["vader", "--out=cut", "--vocab_size=400", "--prompt_tokens=4"])
-    manifest = manifest_of(Path("new"))
-    counts = json.loads(Path("old/manifest.json").read_text())["counts"]
+    manifest, tokenizer = manifest_of(Path("new")), load_tokenizer("new")
     assert manifest["rows"]["read"] == sum(count["read"] for count in counts.values())
     assert manifest["rows"]["duplicates"] == sum(count.get("duplicate", 0) for count in counts.values()) > 0
-    assert load_tokenizer("new").fingerprint == load_tokenizer("old").fingerprint
     for split in SPLITS:
-        old, new, cut = TokenFile(f"old/{split}"), Examples(f"new/{split}"), Examples(f"cut/{split}")
-        assert new.answers == len(old) > 0
-        for i in range(len(old)):
-            assert old[i].tolist() == new.row(i).tolist() == cut.row(i).tolist()
-            long = len(old[i]) - 2 > 4
-            assert cut.prompt(i).tolist() == old[i][: 5 if long else 1].tolist()
-            assert "".join([cut.record(i).prompt, *cut.record(i).answers]) == old.texts[i]
-        assert [old.domains[i] for i in old.column("domain")] == [new.sources[i] for i in new.source()]
+        mine, new, cut = [x for x in sentences if x.split == split], Examples(f"new/{split}"), Examples(f"cut/{split}")
+        assert new.answers == len(mine) > 0
+        for i, sentence in enumerate(mine):
+            row = [tokenizer.start, *tokenizer.encode(sentence.text), tokenizer.eos]
+            assert row == new.row(i).tolist() == cut.row(i).tolist()
+            assert cut.prompt(i).tolist() == row[: 5 if len(row) - 2 > 4 else 1]
+            assert "".join([cut.record(i).prompt, *cut.record(i).answers]) == sentence.text
+        assert [x.domain for x in mine] == [new.sources[i] for i in new.source()]
         for column, name in (("score", "rating"), ("half_a", "half_a"), ("rating_std", "rating_std"), ("rest", "rest")):
-            assert np.array_equal(new.column(column).astype(np.float32), old.column(name))
-        pairs = made_pairs(new, prepare.PAIRS[split], seed=0)
-        assert np.array_equal(pairs.winner, old.column("pair_chosen"))
-        assert np.array_equal(pairs.loser, old.column("pair_rejected"))
+            assert np.allclose(new.column(column), [getattr(x, name) for x in mine])
     assert vader.load_rules("new")("lovely") == 1
     with pytest.raises(SystemExit):
         main(["--help"])
@@ -405,7 +398,7 @@ def test_standard_input_and_several_containers(tmp_path, tokenizer_dir):
     write(tmp_path / "a.jsonl", rows[:30])
     (tmp_path / "b.json").write_text(json.dumps(rows[30:60]))
     result = subprocess.run(
-        [sys.executable, "-m", "data.pipeline", "-", str(tmp_path / "*.json*"), f"--out={tmp_path / 'out'}"]
+        [sys.executable, "-m", "data.prepare", "-", str(tmp_path / "*.json*"), f"--out={tmp_path / 'out'}"]
         + [f"--tokenizer={tokenizer_dir}"],
         input="".join(json.dumps(row) + "\n" for row in rows[60:]),
         cwd=ROOT, capture_output=True, text=True,

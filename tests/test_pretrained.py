@@ -228,7 +228,7 @@ def test_training_goes_on_from_an_hf_directory(pretrained_world):
 
     world.ok(
         "evaluate.py", base="hf", tuned="tuned", data="hf-data", reward="rewards.py:shorter", out="small", prompts=3,
-        human_texts=4, best_of=1, domain="none", prompt_tokens=20,
+        human_texts=4, best_of=1, sources="", prompt_tokens=20,
     )  # fmt: skip
     summary = json.loads((world.path / "small" / "summary.json").read_text())
     assert list(summary["rows"]) == ["base", "tuned"] and "rm" not in summary

@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.loader import shorten
 from evaluation import card, probes
 from evaluation.probes import MEAN_SHIFT, SCATTER, measure, verdict
 
@@ -186,4 +185,6 @@ def test_rows_as_the_token_files_have_them():
     chat = card.encoder(Letters(), Template(), 100)("q", "ab")  # the template writes the start token itself
     assert chat.tokens.tolist() == [7, 123, 8, 107, 108, 1]
     short = card.encoder(Letters(), None, 3)("", "abc")
-    assert short.shortened and short.tokens.tolist() == shorten(ENCODE("", "abc").tokens, 3).tolist() == [0, 107, 1]
+    assert short.shortened and short.tokens.tolist() == [0, 107, 1]
+    long = card.encoder(Letters(), None, 5)("abcdef", "xy")  # the prompt is cut from the left, the text stays whole
+    assert long.shortened and long.tokens.tolist() == [0, 112, 130, 131, 1]

@@ -120,6 +120,7 @@ def parse(command: Command):
 
 def options_of_module(name: str) -> set[str]:
     """What `python -m name` takes: the fields of its Config, or what it tells argparse."""
+    name = {"data.prepare": "data.pipeline"}.get(name, name)  # where its command line is read
     module = importlib.import_module(f"{name}.__main__" if (ROOT / name.replace(".", "/")).is_dir() else name)
     if hasattr(module, "Config"):
         return {f"--{field.name}" for field in dataclasses.fields(module.Config)} | {"--help"}

@@ -59,7 +59,7 @@ CALIBRATED = {"ece": V, "brier": V, "reliability": [BIN, BIN | {"predicted": 0.9
 PROBE = {"name": "praise", "mean_shift": 0.1, "low": 0.0, "high": 0.2, "mean_absolute_shift": 0.1, "texts": 9}
 PROBE |= {"verdict": "stays", "passed": False}
 FILES = {
-    "ppo/run.json": {"kl_coef": 0.05, "kl_estimator": "k1", "domain": HOSTILE, "init_sha256": "a" * 64},
+    "ppo/run.json": {"kl_coef": 0.05, "kl_estimator": "k1", "sources": [HOSTILE], "init_sha256": "a" * 64},
     "ppo/report.json": {"seconds": 12.0},
     "ppo/metrics.jsonl": ppo_rows(),
     "ppo/samples.jsonl": [sample(1), sample(4)],

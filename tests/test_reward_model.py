@@ -291,10 +291,10 @@ def test_a_spec_is_read_in_one_place(file, tmp_path):
     digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
     assert (function.is_function, function.parameters, function.temperature) == (True, 0, 1)
     assert function.digest == digest and scorer_of(f"{file}:count", rules=True) == function
-    rules = scorer_of("vader", rules=True)
-    assert (rules.kind, rules.digest, rules.parameters, rules.is_function) == ("vader", None, 0, False)
-    assert scorer_of("vader").kind == "model"  # a reward is not the rules of the data
-    with pytest.raises(ValueError, match="neither vader, a reward model's directory nor file.py:function"):
+    rules = scorer_of("data", rules=True)
+    assert (rules.kind, rules.digest, rules.parameters, rules.is_function) == ("data", None, 0, False)
+    assert scorer_of("data").kind == "model"  # a reward is not the rules of the data
+    with pytest.raises(ValueError, match="neither data, a reward model's directory nor file.py:function"):
         scorer_of(str(tmp_path / "nothing"), rules=True)
     model = trained()
     own = scorer_of(saved(model, tmp_path / "rm"))

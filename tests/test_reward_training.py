@@ -357,7 +357,7 @@ def votes(request, world, tmp_path_factory):
     sides = {"chosen": request.param, "rejected": "mess" if request.param == "joy" else "joy"}
     rows = [{"prompt": f"the film number {i} is", **{k: f" a {v}." for k, v in sides.items()}} for i in range(80)]
     (path / "votes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = ["preferences", str(path / "votes.jsonl"), "--tokenizer=data", f"--out={path / 'data'}"]
+    command = [str(path / "votes.jsonl"), "--tokenizer=data", f"--out={path / 'data'}"]
     done = world.start(["data.prepare", *command]).wait()
     assert (done.code, done.err) == (0, ""), done
     return path / "data"

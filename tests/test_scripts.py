@@ -73,7 +73,7 @@ def test_reward_model(world):
     report = json.loads((world.path / "rm/report.json").read_text())
     gaps = {"all", "0.5", "1", "2"}
     assert report["accuracy"].keys() == report["validation"].keys() == gaps
-    assert {"vader", "bow", "length", "human"} <= report["baselines"].keys()
+    assert {"rules", "bow", "length", "human"} <= report["baselines"].keys()
     assert all(row.keys() == gaps for row in report["baselines"].values())
     assert (float(weights(world.path / "rm")["gain"]), float(weights(world.path / "rm")["bias"])) != (1, 0)
 
@@ -97,11 +97,11 @@ def test_ppo_then_evaluation(world, tmp_path):
         assert abs(sum(row["logprobs"]) - sum(row["ref_logprobs"]) - row["kl"]) < 1e-4 * 2 * len(row["tokens"])
     assert json.loads((run / "report.json").read_text())["iterations"] == 4
 
-    done = world.spawn(world.command("evaluate.py", tuned=run, out=out, domain="none", prompt_tokens=8))
+    done = world.spawn(world.command("evaluate.py", tuned=run, out=out, sources="", prompt_tokens=8))
     assert (done.code, done.err) == (0, "")
     summary = json.loads((out / "summary.json").read_text())
     assert summary["rm"].keys() >= {"accuracy", "accuracy_gap1"}
-    for name in ("vader", "bow", "length"):
+    for name in ("rules", "bow", "length"):
         assert summary["rm"]["baselines"][name].keys() >= {"accuracy", "accuracy_gap1"}
     report = json.loads((world.path / "rm/report.json").read_text())
     assert (summary["rm"]["accuracy"], summary["rm"]["accuracy_gap1"]) == (
@@ -110,7 +110,7 @@ def test_ppo_then_evaluation(world, tmp_path):
     )
     promised = "judge_before judge_after reward_before reward_after kl distinct3_before distinct3_after".split()
     assert all(math.isfinite(summary["ppo"][name]) for name in promised)
-    assert summary["seconds"].keys() >= {"prepare", "lm", "rm", "ppo", "evaluate", "total"}
+    assert summary["seconds"].keys() >= {"lm", "rm", "ppo", "evaluate", "total"}
     stages = [x for name, x in summary["seconds"].items() if name != "total"]
     assert all(x > 0 for x in stages) and summary["seconds"]["total"] == pytest.approx(sum(stages))
     assert list(summary["rows"]) == ["base", "tuned", "best of 4"] and summary["rows"]["base"]["kl"] == 0
@@ -122,7 +122,7 @@ def test_ppo_then_evaluation(world, tmp_path):
 
 def test_evaluating_a_model_against_itself_is_a_draw(world, tmp_path):
     """Both draw with the same random numbers, so nothing may differ; and any Python function can judge."""
-    world.ok("evaluate.py", out=tmp_path, judge="rewards.py:shorter", domain="none", prompts=16)
+    world.ok("evaluate.py", out=tmp_path, judge="rewards.py:shorter", sources="", prompts=16)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["rows"]["base"] == summary["rows"]["tuned"]
     assert summary["ppo"]["win_rate_judge"]["mean"] == 0.5 and summary["ppo"]["judge_gain"]["mean"] == 0
@@ -194,7 +194,7 @@ def test_max_kl_ends_the_run_for_good(world, tmp_path):
 def test_a_python_function_as_the_reward(world, tmp_path):
     """No reward model is needed; shorter responses score better, and the policy finds out."""
     rows = ppo(
-        world, tmp_path / "ppo", reward="rewards.py:shorter", domain="none", prompt_tokens=2, batch=32,
+        world, tmp_path / "ppo", reward="rewards.py:shorter", sources="", prompt_tokens=2, batch=32,
         iterations=12, lr=1e-2, kl_coef=0.0, checkpoint_every=12,
     )  # fmt: skip
     assert rows[-1]["objective/scores"] > rows[0]["objective/scores"] + 3
@@ -351,7 +351,7 @@ def test_help_explains_every_option(world, script):
         assert len(meaning) > 4 and kind, f"{script}.py: {field.name} has no comment"
 
 
-@pytest.mark.parametrize("job", [[], ["vader"], ["text"]])
+@pytest.mark.parametrize("job", [[], ["vader"]])
 def test_help_of_data_prepare(world, job):
     done = world.start(["data.prepare", *job, "--help"]).wait()
     assert (done.code, done.err) == (0, "") and "usage" in done.out

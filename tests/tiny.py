@@ -35,16 +35,16 @@ SMALL = {  # what makes a script small enough for a test; paths are relative to 
     },
     "train_rm.py": {
         "init": "lm", "data": "data", "out": "rm", "batch": 16, "epochs": 1, "warmup": 2, "log_every": 2,
-        "eval_every": 4, "checkpoint_every": 4, "reference_samples": 32, "response_tokens": 8,
+        "eval_every": 4, "checkpoint_every": 4, "reference_samples": 32, "response_tokens": 8, "sources": "film",
     },
     "train_ppo.py": {
         "init": "lm", "reward": "rm", "data": "data", "out": "ppo", "batch": 16, "iterations": 4, "response_tokens": 8,
-        "warmup": 1, "kl_coef": 0.1, "minibatches": 1, "sample_every": 2, "checkpoint_every": 2,
+        "warmup": 1, "kl_coef": 0.1, "minibatches": 1, "sample_every": 2, "checkpoint_every": 2, "sources": "film",
     },
     "sample.py": {"checkpoint": "lm", "tokens": 8},
     "evaluate.py": {
         "base": "lm", "tuned": "lm", "reward": "rm", "data": "data", "out": "evaluation", "prompts": 5,
-        "response_tokens": 8, "best_of": 4,
+        "response_tokens": 8, "best_of": 4, "sources": "film",
     },
     "evaluate.py rm": {"model": "rm", "data": "data", "out": "card", "probe_texts": 6},
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """Act and judge: prompts -> Rollout (facts) -> Experience (+ credit) -> minibatches -> micro-batches."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 
@@ -109,8 +110,11 @@ def judge(
     micro_batch: int,
     width: int,
     features: Callable[[Tensor], Tensor] = no_features,
+    prompts: Tensor | None = None,
 ) -> Rollout:
     """Policy, reference and value of every token, one score per response; `width` is the T of the result.
+
+    prompts (B,): which of the data's the rows answer, for a score that looks them up; None = nobody does.
 
     The policy's log-probs are computed on the micro-batches of the first learning epoch, so that its first ratio is
     exactly 1: the same rows with the same padding go through the same kernels.
@@ -130,7 +134,8 @@ def judge(
         features=blank[..., None][..., :0],
     )
     judged = []
-    for rows in facts.split(micro_batch):
+    asked = itertools.repeat(()) if prompts is None else ((part,) for part in prompts.split(micro_batch))
+    for rows, which in zip(facts.split(micro_batch), asked):
         frozen = features(rows.tokens)  # (B, T, D), and what the reward model reads of the same trunk is ready too
         output = policy(rows.tokens, rows.mask, frozen)
         rows = replace(
@@ -139,7 +144,7 @@ def judge(
             entropy=output.entropy,
             values=output.values,
             ref_logprobs=reference(rows.tokens, rows.mask, frozen),
-            scores=score(rows.tokens, rows.lengths, rows.mask),
+            scores=score(rows.tokens, rows.lengths, rows.mask, *which),
             features=frozen,
         )
         judged.append(rows.pad(width))

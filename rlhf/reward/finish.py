@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor
 
 from data.baselines import GAPS, accuracy, baselines, pair_clusters
+from data.judge import own_judge
 from data.loader import PromptBatch, PromptLoader, RatingLoader, TokenFile, in_order, prompts_from_rows
 from data.pairs import SomeRows
-from data.vader import load_rules
 from model.generate import Sampling, generate, row_uniforms
 from rlhf.calibration import fit_temperature, wilson_interval
 from rlhf.infra.distributed import Dist
@@ -34,10 +33,10 @@ class References(NamedTuple):
 
 
 def references_from(
-    train: TokenFile, count: int, prompt_tokens: int, domain: str | None, response_tokens: int, seed: int
+    train: TokenFile, count: int, prompt_tokens: int, sources: Sequence[str], response_tokens: int, seed: int
 ) -> References:
     """The beginnings of `count` training sentences, bos and `prompt_tokens` each; ValueError where there are too few."""
-    starts = prompts_from_rows(train, prompt_tokens, [domain] if domain else ())
+    starts = prompts_from_rows(train, prompt_tokens, sources)
     return References(PromptLoader(starts, train.pad, count, seed).batch(0), response_tokens, seed)
 
 
@@ -145,7 +144,7 @@ def report_of(
         "validation": accuracy(scores[0], validation),
         "members": members if len(members) > 1 else [],
         "calibration": calibration(reward_model, raw[1], test, problem),
-        "baselines": baselines(train, test, load_rules(data) if Path(data, "rules").is_dir() else None),
+        "baselines": baselines(train, test, own_judge(data)),
         "sentences": {"train": len(train), "validation": len(validation), "test": len(test)},
         "pairs": {"validation": len(validation.column("pair_gap")), "test": len(test.column("pair_gap"))},
         "peak_memory_gb": peak_memory_gb(raw[0].device),

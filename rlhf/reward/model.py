@@ -17,7 +17,7 @@ from rlhf.lm.language_model import predictions, to_columns
 from rlhf.lm.trunks import LoRA, adapted
 from rlhf.losses import next_token_loss
 
-Score = Callable[[Tensor, Tensor, Tensor], Tensor]
+Score = Callable[..., Tensor]  # (tokens (B, T), lengths (B,), mask (B, T) of the response[, rows (B,)]) -> (B,)
 
 
 def last_token(hidden: Tensor, lengths: Tensor) -> Tensor:

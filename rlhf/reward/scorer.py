@@ -1,8 +1,10 @@
-"""What gives a text its score: a reward model, any Python function, or the VADER rules that came with the data."""
+"""What gives a text its score: a reward model, any Python function, or the judge that came with the data."""
 
 import hashlib
 import importlib.util
+import inspect
 import numbers
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.judge import own_judge
+from data.records import Record, prompt_text
 from data.tokenizer import Tokenizer
-from data.vader import load_rules
 from rlhf.infra import checkpoint
 from rlhf.lm.checkpoints import open_stored, stored_config, trunk_parameters, weights_of
 from rlhf.lm.frozen import FrozenStates
@@ -27,10 +30,8 @@ class Scorer:
     """A reward or a judge as the user named it. `scorer_of` knows its facts, which are read when they are asked for."""
 
     spec: str
-    kind: Literal["model", "function", "vader"]
-    score: Score | None = (
-        None  # score(tokens (B, T), lengths (B,), mask (B, T) of the response) -> (B,); by open_scorer
-    )
+    kind: Literal["model", "function", "data"]
+    score: Score | None = None  # by open_scorer; rows say which prompts of the data were answered
     context: int | None = None  # longest row that a model reads; None: any
 
     @property
@@ -40,8 +41,8 @@ class Scorer:
 
     @cached_property
     def digest(self) -> str | None:
-        """sha256 of the weights or of the Python file; None for vader, whose rules are pinned."""
-        if self.kind == "vader":
+        """sha256 of the weights or of the Python file; None for the judge of the data, which belongs to them."""
+        if self.kind == "data":
             return None
         if self.kind == "model":
             return checkpoint.digest(self.spec)
@@ -64,15 +65,15 @@ class Scorer:
 
 
 def scorer_of(spec: str, rules: bool = False) -> Scorer:
-    """The directory of a reward model, or `file.py:function`; with `rules` also "vader". Nothing is opened yet."""
+    """The directory of a reward model, or `file.py:function`; with `rules` also "data". Nothing is opened yet."""
     if spec.endswith(".py"):
         raise ValueError(f"which function of {spec} is the reward? write {spec}:function")
     if spec.rpartition(":")[0].endswith(".py"):
         return Scorer(spec, "function")
-    if rules and spec == "vader":
-        return Scorer(spec, "vader")
+    if rules and spec == "data":
+        return Scorer(spec, "data")
     if rules and not Path(spec).exists():
-        raise ValueError(f"the judge {spec} is neither vader, a reward model's directory nor file.py:function")
+        raise ValueError(f"the judge {spec} is neither data, a reward model's directory nor file.py:function")
     return Scorer(spec, "model")
 
 
@@ -83,33 +84,47 @@ def open_scorer(
     base: Pretrained | None = None,
     frozen: FrozenStates | None = None,
     data: str | None = None,
+    records: Callable[[Tensor], list[Record]] | None = None,
 ) -> Scorer:
-    """`scorer_of(spec)`, ready to score. With `data`, a directory of data.prepare, "vader" is the rules in it.
+    """`scorer_of(spec)`, ready to score. With `data`, a directory of data.prepare, "data" is the judge in it.
 
     `tokenizer` decodes for a function and the rules, and must have a reward model's fingerprint. A reward model on a frozen
     trunk reads `base` where that is its own, and shares a forward pass with whoever else reads `frozen`; otherwise its
     base is opened. ValueError or FileNotFoundError for what is none of these, or does not fit.
+
+    records: rows (B,) -> the records of the data that these are, for a function that asks for messages or columns.
     """
     scorer = scorer_of(spec, rules=data is not None)
     if scorer.kind == "function":
-        return replace(scorer, score=python_reward(spec, tokenizer))
-    if scorer.kind == "vader":
-        return replace(scorer, score=vader_rules(data, tokenizer))
+        return replace(scorer, score=python_reward(spec, tokenizer, records))
+    if scorer.kind == "data":
+        return replace(scorer, score=judge_of(data, tokenizer))
     model = load_reward_model(spec, tokenizer.fingerprint, device, base, frozen)
     trunk = model.states.model if isinstance(model, FrozenReward) else model.model
-    return replace(scorer, score=torch.no_grad()(model.score), context=trunk.config.context)
+
+    @torch.no_grad()
+    def score(tokens: Tensor, lengths: Tensor, mask: Tensor, rows: Tensor | None = None) -> Tensor:
+        return model.score(tokens, lengths, mask)
+
+    return replace(scorer, score=score, context=trunk.config.context)
 
 
-def vader_rules(data: str, tokenizer: Tokenizer) -> Score:
-    """The VADER rules that came with the data, on the whole text: -1 to 1."""
-    rules = load_rules(data)
-    return lambda tokens, lengths, mask: torch.tensor(
-        [rules(tokenizer.decode(row[:n].tolist())) for row, n in zip(tokens, lengths)], device=tokens.device
+def judge_of(data: str, tokenizer: Tokenizer) -> Score:
+    """The judge that came with the data, on the whole text."""
+    judge = own_judge(data)
+    if judge is None:
+        raise ValueError(f"{data} brings no judge of its own: name one, a reward model's directory or file.py:function")
+    return lambda tokens, lengths, mask, rows=None: torch.tensor(
+        [judge(tokenizer.decode(row[:n].tolist())) for row, n in zip(tokens, lengths)], device=tokens.device
     )
 
 
-def python_reward(spec: str, tokenizer: Tokenizer) -> Score:
-    """function(prompts, responses) -> scores of `file.py:function`: lists of B texts and B numbers."""
+def python_reward(spec: str, tokenizer: Tokenizer, records: Callable[[Tensor], list[Record]] | None = None) -> Score:
+    """A function of `file.py:function`, which is asked by the names of its parameters: lists of B, one a response.
+
+    prompts, responses: texts; messages: the history as the data has it; any other name: that column of the data, e.g.
+    answer. It returns B numbers. ValueError where the data have no such column, before the first response is sampled.
+    """
     file, _, name = spec.rpartition(":")
     if not Path(file).is_file():
         raise FileNotFoundError(f"{file}: no such file (reward is a directory, or file.py:function)")
@@ -119,19 +134,54 @@ def python_reward(spec: str, tokenizer: Tokenizer) -> Score:
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"{file} has no function {name!r} (reward is a directory, or file.py:function)")
+    wanted = parameters_of(function)
+    columns = [one for one in wanted if one not in ("prompts", "responses", "messages")]
+    if records is None and (columns or "messages" in wanted):
+        raise ValueError(f"{spec} asks for {(columns or ['messages'])[0]!r}, which only prompts of prepared data have")
+    if records is not None and columns:
+        columns_of(records(torch.zeros(1, dtype=torch.int64)), columns, spec)
 
-    def score(tokens: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
+    def score(tokens: Tensor, lengths: Tensor, mask: Tensor, rows: Tensor | None = None) -> Tensor:
         starts = response_starts(lengths, mask).tolist()
-        rows = [row[:n].tolist() for row, n in zip(tokens, lengths.tolist())]
-        prompts = [tokenizer.decode(row[:s]) for row, s in zip(rows, starts)]
-        responses = [tokenizer.decode(row[s:]) for row, s in zip(rows, starts)]
-        scores = as_numbers(returned := function(prompts, responses))
-        if scores is None or len(scores) != len(rows) or not bool(scores.isfinite().all()):
-            what = f"{len(rows)} finite numbers in a list, tuple, array or tensor"
+        texts = [row[:n].tolist() for row, n in zip(tokens, lengths.tolist())]
+        given = {"prompts": [tokenizer.decode(row[:s]) for row, s in zip(texts, starts)]}
+        given["responses"] = [tokenizer.decode(row[s:]) for row, s in zip(texts, starts)]
+        if columns or "messages" in wanted:
+            asked = records(rows)
+            given["messages"] = [messages_of(record) for record in asked]
+            given |= columns_of(asked, columns, spec)
+        scores = as_numbers(returned := function(**{one: given[one] for one in wanted}))
+        if scores is None or len(scores) != len(texts) or not bool(scores.isfinite().all()):
+            what = f"{len(texts)} finite numbers in a list, tuple, array or tensor"
             raise ValueError(f"{spec} must return {what}, got {type(returned).__name__} {str(returned)[:60]}")
         return scores.to(tokens.device)
 
     return score
+
+
+def parameters_of(function: Callable) -> list[str]:
+    """What a reward function asks for. Its first two may have other names, as long as nothing else says what they are."""
+    names = [one.name for one in inspect.signature(function).parameters.values() if one.default is one.empty]
+    return (
+        ["prompts", "responses"] if len(names) == 2 and not {*names} & {"prompts", "responses", "messages"} else names
+    )
+
+
+def columns_of(records: Sequence[Record], columns: Sequence[str], spec: str) -> dict[str, list]:
+    """These columns of the records; ValueError, naming the row, where one has none of that name."""
+    for record in records:
+        for column in columns:
+            if column not in record.extra:
+                has = ", ".join(record.extra) or "no further column"
+                raise ValueError(
+                    f"{spec} asks for {column!r}, and the row of {prompt_text(record.prompt)[:60]!r} has {has}"
+                )
+    return {column: [record.extra[column] for record in records] for column in columns}
+
+
+def messages_of(record: Record) -> list[dict]:
+    """The history of a record; a plain prompt is one message of the user."""
+    return [{"role": "user", "content": record.prompt}] if isinstance(record.prompt, str) else record.prompt
 
 
 def response_starts(lengths: Tensor, mask: Tensor) -> Tensor:

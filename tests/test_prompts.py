@@ -1,0 +1,65 @@
+"""PPO on the prompts of prepared data: any length, and a reward that sees the row."""
+
+import json
+
+import pytest
+
+from data.batches import open_data, prompts_of
+
+REWARD = """
+def right(prompts, responses, answer, messages):
+    assert all(m[-1]["content"].startswith("The film") for m in messages)
+    assert all(a == str(len(m[-1]["content"])) for a, m in zip(answer, messages))
+    assert all(p == m[-1]["content"] for p, m in zip(prompts, messages))
+    return [float(a in r) - len(r) / 100 for a, r in zip(answer, responses)]
+
+def lacks(responses, gold):
+    return [0.0] * len(responses)
+"""
+
+
+@pytest.fixture(scope="module")
+def asked(world, tmp_path_factory):
+    """Prompts of 3 to 60 tokens with the column `answer`, in the tokens of the world's model."""
+    home = tmp_path_factory.mktemp("asked")
+    rows = []
+    for i in range(120):
+        prompt = "The film " + " ".join(["was", "warm", "dull"][k % 3] for k in range(i % 17)) + f" {i}"
+        rows.append({"prompt": prompt, "answer": str(len(prompt))})
+    (home / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (home / "reward.py").write_text(REWARD)
+    done = world.start(
+        ["data.prepare", str(home / "prompts.jsonl"), "--tokenizer=data", f"--out={home / 'data'}"]
+    ).wait()
+    assert (done.code, done.err) == (0, ""), done
+    return home
+
+
+def test_a_reward_sees_the_row_that_was_answered(world, asked, tmp_path):
+    """Its assertions hold for prompts of all lengths; a step is as wide as its own longest prompt needs."""
+    options = {"data": asked / "data", "reward": f"{asked / 'reward.py'}:right", "sources": "", "samples_per_prompt": 2}
+    out = world.ok("train_ppo.py", out=tmp_path / "ppo", iterations=2, **options)
+    assert "prompts: " in out and json.loads((tmp_path / "ppo" / "report.json").read_text())["iterations"] == 2
+    loader = prompts_of(open_data(asked / "data", "train"), 8, 1, context=256, response_tokens=8)
+    for step in range(4):
+        batch = loader.batch(step)
+        assert loader.width(step) == int(batch.prompt_lengths.max()) + 8
+        records = loader.records(batch.rows)
+        assert [len(record.prompt) for record in records] == [int(record.extra["answer"]) for record in records]
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"reward": "lacks"}, ("asks for 'gold'", "answer")),
+        ({"max_prompt": 249}, ("249", "8", "256")),
+        ({"response_tokens": 256}, ("256",)),
+        ({"max_prompt": 1}, ("leaves nothing to visit", "longer than 1 tokens")),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_first_rollout(world, asked, tmp_path, changes, said):
+    reward = f"{asked / 'reward.py'}:{changes.get('reward', 'right')}"
+    done = world.run(
+        "train_ppo.py", out=tmp_path / "ppo", data=asked / "data", sources="", **changes | {"reward": reward}
+    )
+    assert done.code == 2 and done.err.count("\n") == 1 and all(word in done.err for word in said), done.err
