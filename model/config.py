@@ -76,10 +76,10 @@ class ModelConfig:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
         for name, known in CHOICES.items():
             if getattr(self, name) not in list(known):
-                raise ValueError(f"{name} is {getattr(self, name)!r:.60}; known: {', '.join(known)}")
+                raise ValueError(f"{name} is {show(getattr(self, name))}; known: {', '.join(known)}")
         for name in ("qkv_bias", "out_bias", "mlp_bias", "qk_norm", "tied"):
             if type(getattr(self, name)) is not bool:
-                raise ValueError(f"{name} is {getattr(self, name)!r:.60}; true or false was expected")
+                raise ValueError(f"{name} is {show(getattr(self, name))}; true or false was expected")
         for name in ("norm_eps", "rope_theta", "local_theta", "embedding_scale", "residual_scale", "logit_divisor"):
             check_real(name, getattr(self, name))
         for name in ("attention_scale", "attention_softcap", "logit_softcap"):
@@ -88,7 +88,7 @@ class ModelConfig:
         for name in PER_LAYER:
             layers = getattr(self, name)
             if not isinstance(layers, list | tuple) or not all(type(i) is int and 0 <= i < self.layers for i in layers):
-                raise ValueError(f"{name} is {layers!r:.60}; layers from 0 to {self.layers - 1} were expected")
+                raise ValueError(f"{name} is {show(layers)}; layers from 0 to {self.layers - 1} were expected")
             object.__setattr__(self, name, tuple(layers))  # JSON makes it a list
         if self.positions == "rope":
             if self.head_dim % 2:
@@ -108,20 +108,29 @@ class ModelConfig:
     def _check_count(self, name: str, most: int = LARGEST_SIZE) -> None:
         value = getattr(self, name)
         if type(value) is not int or not 1 <= value <= most:
-            raise ValueError(f"{name} is {value!r:.60}; a whole number from 1 to {most} was expected")
+            raise ValueError(f"{name} is {show(value)}; a whole number from 1 to {most} was expected")
+
+
+def show(value, length: int = 60) -> str:
+    """A stranger's value in one short line."""
+    try:
+        text = repr(value)
+    except RecursionError:  # json reads deeper than repr writes
+        text = f"a {type(value).__name__} nested too deeply"
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def check_real(name: str, value) -> None:
     if type(value) not in (int, float) or not 0 < value < LARGEST_REAL:
-        raise ValueError(f"{name} is {value!r:.60}; a number above 0 was expected")
+        raise ValueError(f"{name} is {show(value)}; a number above 0 was expected")
 
 
 def check_rope_scaling(scaling: dict | None) -> None:
     if scaling is not None and not isinstance(scaling, dict):
-        raise ValueError(f"rope_scaling is {scaling!r:.60}; an object was expected")
+        raise ValueError(f"rope_scaling is {show(scaling)}; an object was expected")
     kind = rope_type(scaling)
     if kind not in list(ROPE_KEYS):
-        raise ValueError(f"rope type {kind!r:.60} is not supported; known: {', '.join(ROPE_KEYS)}")
+        raise ValueError(f"rope type {show(kind)} is not supported; known: {', '.join(ROPE_KEYS)}")
     missing = [key for key in ROPE_KEYS[kind] if key not in scaling]
     if missing:
         raise ValueError(f"rope scaling {kind!r} lacks {', '.join(missing)}")

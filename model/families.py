@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from model.config import LARGEST_REAL, LARGEST_SIZE, MOST_LAYERS, ROPE_KEYS, ModelConfig, rope_type
+from model.config import LARGEST_REAL, LARGEST_SIZE, MOST_LAYERS, ROPE_KEYS, ModelConfig, rope_type, show
 
 HEADS = {"LMHeadModel": "causal", "ForCausalLM": "causal", "Model": "causal", "ForSequenceClassification": "classifier"}
 GELUS = ("gelu_new", "gelu_pytorch_tanh")
@@ -26,12 +26,6 @@ PLAIN = {  # settings that change what a model computes, and the values that mea
 
 
 # 1. values of a stranger's JSON
-
-
-def show(value, length: int = 60) -> str:
-    """A stranger's value in one short line."""
-    text = repr(value)
-    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def show_names(names: Iterable[str]) -> str:

@@ -13,6 +13,7 @@ stand half a head apart (https://github.com/ggml-org/ggml/blob/master/docs/gguf.
 multiply by, 1 + weight.
 """
 
+import errno
 import math
 import mmap
 import os
@@ -25,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.config import MOST_LAYERS, ModelConfig, rope_type
-from model.families import family_of, real, show, show_names, size
+from model.config import MOST_LAYERS, ModelConfig, rope_type, show
+from model.families import family_of, real, show_names, size
 from model.hf import empty_model, flush_to_disk
 from model.transformer import Transformer, rope_frequencies
 
@@ -196,6 +197,8 @@ def read_gguf(path: str | Path) -> GGUF:
     ValueError in one line for what is damaged, absurd or of an unknown kind. The file must not shrink while it is used.
     """
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(path))  # a pipe or a device would be waited for
     with open(path, "rb") as file:
         start = file.read(4)
         if start != b"GGUF":

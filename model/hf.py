@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from model.config import LARGEST_REAL, ModelConfig
+from model.config import LARGEST_REAL, ModelConfig, show
 from model.families import (
     CONV1D,
     FAMILIES,
@@ -34,7 +34,6 @@ from model.families import (
     model_config,
     model_kind,
     real,
-    show,
     show_names,
     size,
 )
@@ -157,6 +156,8 @@ class Stored:
 
 def open_tensors(file: Path) -> safe_open:
     """A memory-mapped safetensors file. ValueError where it is damaged: the header is checked against the file's size."""
+    if not file.is_file():
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(file))  # a pipe or a device would be waited for
     with open(file, "rb") as start:
         header = int.from_bytes(start.read(8), "little")
     if header > LARGEST_JSON:

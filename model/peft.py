@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.families import family_of, flag, hf_module, real, show, show_names, size
+from model.config import show
+from model.families import family_of, flag, hf_module, real, show_names, size
 from model.hf import DTYPES, complete_directory, inside, open_tensors, read_json, stored_tensors, write_tensors
 from model.lora import adapter_scale, load_adapter, lora_layers
 from model.transformer import Transformer

@@ -25,13 +25,18 @@ from model.transformer import ModelConfig, Transformer
 ROOM = 2**30  # bytes of address space beyond what the process has
 CASES = [pytest.param(1, id="quick"), pytest.param(4, marks=pytest.mark.slow, id="long")]
 GPT2 = dict(norm="layer", activation="gelu", positions="learned", qkv_bias=True, out_bias=True, mlp_bias=True)
+GEMMA3 = dict(
+    norm="offset_rms", norm_place="both", activation="geglu", embedding_scale=2.0, attention_scale=0.5, qk_norm=True
+)
+GEMMA3 |= dict(local_rope=(0,))
 SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 def tiny(family: str) -> Transformer:
     sizes = dict(vocab_size=5, width=4, layers=2, heads=2, ffn=4, context=8)
     scaling = {**SCALING, "original_max_position_embeddings": 4}
-    model = Transformer(ModelConfig(**sizes, **(GPT2 if family == "gpt2" else dict(kv_heads=1, rope_scaling=scaling))))
+    own = {"gpt2": GPT2, "smollm3": dict(no_rope=(1,)), "gemma3_text": GEMMA3}
+    model = Transformer(ModelConfig(**sizes, **own.get(family, dict(kv_heads=1, rope_scaling=scaling))))
     model.init_weights(torch.Generator().manual_seed(0))
     return model
 
@@ -227,7 +232,7 @@ def test_header_of_a_safetensors_file(hf, scale):
     fuzz(changed(entries), read, 200 * scale, at_least=50)
 
 
-@every
+@pytest.mark.parametrize("hf", ["llama", "gpt2", "reward", "smollm3", "gemma3_text"], indirect=True)
 @cases
 def test_config(hf, scale):
     content = json.loads((hf / "config.json").read_text())

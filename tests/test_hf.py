@@ -2,9 +2,11 @@
 
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from model.config import ModelConfig
 from model.families import family_of
+from model.gguf import read_gguf
 from model.hf import complete_directory, load_hf, read_config, reward_head, save_hf
 from rlhf.infra import checkpoint
 from rlhf.reward.model import RewardModel
@@ -542,6 +545,36 @@ def test_links(llama, tmp_path):
     (llama / "model.safetensors").unlink()
     (llama / "model.safetensors").symlink_to(outside)
     assert "link to" in refusal(llama)
+
+
+def test_what_is_no_file_is_not_waited_for(llama, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("config.json", "model.safetensors"):
+        content = (llama / name).read_bytes()
+        for other in (tmp_path / "fifo", Path("/dev/zero")):
+            (llama / name).unlink()
+            if other.name == "fifo":
+                os.mkfifo(llama / name)
+            else:
+                (llama / name).symlink_to(other)
+            assert name.partition(".")[0] in refusal(llama, (FileNotFoundError, ValueError))
+        (llama / name).unlink()
+        (llama / name).write_bytes(content)
+        load_hf(llama)
+    for path in (tmp_path / "fifo", "/dev/zero", tmp_path):
+        with pytest.raises(FileNotFoundError, match="no such file"):
+            read_gguf(path)
+
+
+@pytest.mark.parametrize("depth", [200, 700, 900, 990])
+def test_values_that_are_nested_deeply(llama, depth):
+    """As deep as json reads, which is deeper than Python can write them again."""
+    for key in ("hidden_size", "rope_scaling", "layer_types", "quantization_config", "eos_token_id", "model_type"):
+        content = json.loads((llama / "config.json").read_text())
+        text = json.dumps(content | {key: 0}).replace(f'"{key}": 0', f'"{key}": ' + "[" * depth + "]" * depth)
+        (llama / "config.json").write_text(text)
+        refusal(llama)
+        (llama / "config.json").write_text(json.dumps(content))
 
 
 def test_headers_that_lie(llama):

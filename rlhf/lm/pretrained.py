@@ -13,7 +13,7 @@ import torch
 
 from data.fetch import MODELS, fetch_model, sha256
 from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_parts
-from model.families import show
+from model.config import show
 from model.gguf import gguf_config, load_gguf, read_gguf, tokenizer_parts
 from model.gguf import stop_ids as gguf_stop_ids
 from model.hf import find_tensors, load_hf, read_config
