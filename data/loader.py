@@ -67,11 +67,6 @@ def epoch_plan(order: Order, epoch: int) -> np.ndarray:
     return rows.reshape(-1, order.batch)
 
 
-def batch_rows(step: int, n: int, batch: int, seed: int, lengths: np.ndarray | None = None) -> np.ndarray:
-    """The rows of a step, from nothing else: (batch,). An `Order` remembers the epoch's plan, this does not."""
-    return Order(n, batch, seed, lengths).rows(step)
-
-
 # --- batches ---
 
 

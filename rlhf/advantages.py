@@ -5,12 +5,12 @@ REINFORCE++, which is defined by its whitening.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf.functional import Total, masked_sum, whiten
+from rlhf.functional import masked_sum, whiten
 
 
 def gae(
@@ -75,19 +75,16 @@ def _from_group_mean(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     return n, scores - masked_sum(scores, same, dim=1) / n
 
 
-def reinforce_plus_plus(
-    rewards: Tensor, mask: Tensor, gamma: float = 1.0, total: Total = None
-) -> tuple[Tensor, Tensor]:
-    """Reward to go, whitened over the tokens of all ranks (arXiv:2501.03262v9, eq. 4 and 5). -> (B, T), (B, T)
+def reinforce_plus_plus(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Reward to go, whitened over the tokens of the whole batch (arXiv:2501.03262v9, eq. 4 and 5). -> (B, T), (B, T)
 
     R_t = r_t + gamma R_{t+1};  A = (R - mean) / std. R is GAE with V = 0 and lam = 1; the paper has gamma = 1.
     """
     returns, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma, lam=1.0)
-    return whiten(returns, mask, total=total), returns
+    return whiten(returns, mask), returns
 
 
-@dataclass(frozen=True)
-class Estimator:
+class Estimator(NamedTuple):
     """A choice of the training loop: its function, and what the loop has to know of it.
 
     estimate(rewards, values, mask, gamma, lam, group) -> advantages (B, T), returns (B, T); rewards, values and mask are

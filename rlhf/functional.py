@@ -2,15 +2,12 @@
 
 Masked slots are replaced by zero *before* any arithmetic: a `where` on the result alone would keep NaN out of the value
 but not out of the gradient, because the backward pass multiplies the zero gradient by the NaN.
-`total` sums a tensor over all ranks (`Dist.sum`); None means that this process holds the whole batch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-
-Total = Callable[[Tensor], Tensor] | None
 
 
 def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
@@ -18,49 +15,38 @@ def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return torch.where(mask, x, 0).sum(dim)
 
 
-def masked_mean(x: Tensor, mask: Tensor, total: Total = None) -> Tensor:
-    """Mean of the counted entries of all ranks; zero if there are none. (B, T) -> ()"""
-    return _count_and_mean(x, mask, total)[1]
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the counted entries; zero if there are none. (B, T) -> ()"""
+    return masked_sum(x, mask) / mask.sum().to(x.dtype).clamp(min=1)
 
 
-def masked_var(x: Tensor, mask: Tensor, unbiased: bool = True, total: Total = None) -> Tensor:
-    """Variance of the counted entries of all ranks, divided by n - 1 (or n); zero for fewer than two. (B, T) -> ()
+def masked_var(x: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
+    """Variance of the counted entries, divided by n - 1 (or n); zero for fewer than two. (B, T) -> ()
 
     Unbiased as in TRL and verl; OpenAI's tf.nn.moments and OpenRLHF divide by n.
     """
-    return _mean_and_var(x, mask, unbiased, total)[1]
+    n = mask.sum().to(x.dtype)
+    deviation = torch.where(mask, x, 0) - masked_mean(x, mask)  # second pass: no E[x^2] - E[x]^2 cancellation
+    return masked_sum(deviation**2, mask) / (n - 1 if unbiased else n).clamp(min=1)
 
 
-def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, total: Total = None) -> Tensor:
-    """Scale the counted entries of all ranks to variance 1 and shift them to mean 0; zero elsewhere. (B, T) -> (B, T)
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """Scale the counted entries to variance 1 and shift them to mean 0; zero elsewhere. (B, T) -> (B, T)
 
-    y = (x - mean) / sqrt(var + 1e-8), plus the mean again with shift_mean=False; the variance is the unbiased one.
-    Source: openai/lm-human-preferences, lm_human_preferences/utils/core.py `whiten` (there with the biased variance).
+    y = (x - mean) / sqrt(var + 1e-8); the variance is the unbiased one. Of the whole batch: a rank that holds a part of it
+    gathers the rest first. Source: openai/lm-human-preferences, lm_human_preferences/utils/core.py `whiten` (there with the
+    biased variance, and a flag that leaves the mean).
     """
-    mean, var = _mean_and_var(x, mask, True, total)
-    y = (torch.where(mask, x, 0) - mean) * (var + 1e-8).rsqrt()
-    return torch.where(mask, y if shift_mean else y + mean, 0)
+    y = (torch.where(mask, x, 0) - masked_mean(x, mask)) * (masked_var(x, mask) + 1e-8).rsqrt()
+    return torch.where(mask, y, 0)
 
 
-def _count_and_mean(x: Tensor, mask: Tensor, total: Total) -> tuple[Tensor, Tensor]:
-    sums = torch.stack([mask.sum().to(x.dtype), masked_sum(x, mask)])  # one message to the other ranks, not two
-    n, s = sums if total is None else total(sums)
-    return n, s / n.clamp(min=1)
-
-
-def _mean_and_var(x: Tensor, mask: Tensor, unbiased: bool, total: Total) -> tuple[Tensor, Tensor]:
-    n, mean = _count_and_mean(x, mask, total)
-    squares = masked_sum((torch.where(mask, x, 0) - mean) ** 2, mask)  # second pass: no E[x^2] - E[x]^2 cancellation
-    squares = squares if total is None else total(squares)
-    return mean, squares / (n - 1 if unbiased else n).clamp(min=1)
-
-
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, total: Total = None) -> Tensor:
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """How much of the returns' variance the critic explains: 1 perfect, 0 useless, negative harmful. (B, T) -> ()
 
     1 - Var[R - V] / Var[R], the form of CleanRL, which forgives V a constant offset. Zero if the returns do not vary.
     """
-    unexplained, variance = (masked_var(x, mask, total=total) for x in (returns - values, returns))
+    unexplained, variance = (masked_var(x, mask) for x in (returns - values, returns))
     return torch.where(variance > 0, 1 - unexplained / torch.where(variance > 0, variance, 1), 0)
 
 

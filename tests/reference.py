@@ -25,10 +25,9 @@ def variance(values, unbiased=True):
     return math.fsum((v - mean(values)) ** 2 for v in values) / n if n > 0 else 0.0
 
 
-def whiten(x, mask, shift_mean=True):
+def whiten(x, mask):
     m, scale = mean(counted(x, mask)), math.sqrt(variance(counted(x, mask)) + 1e-8)
-    shift = 0.0 if shift_mean else m
-    return [[(v - m) / scale + shift if keep else 0.0 for v, keep in zip(*row)] for row in zip(x, mask)]
+    return [[(v - m) / scale if keep else 0.0 for v, keep in zip(*row)] for row in zip(x, mask)]
 
 
 def explained_variance(values, returns, mask):

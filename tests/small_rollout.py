@@ -3,13 +3,15 @@
 Id 1 is EOS. Id 12 is padding, and an ordinary token that the policy likes: only lengths may tell them apart.
 """
 
+import copy
+
 import torch
 from reference_model import SMALL, random_ids, small_model
 from torch import Tensor, nn
 
 from model.generate import Generated, Sampling, generate, row_uniforms
 from model.transformer import Transformer
-from rlhf.ppo.roles import ActorCritic, frozen_reference
+from rlhf.ppo.roles import ActorCritic, Reference, logprobs_of
 from rlhf.reward.model import RewardModel
 
 PAD, EOS, TEMPERATURE = 12, 1, 0.8
@@ -41,6 +43,11 @@ def moved(module: nn.Module, by: float, seed: int = 3) -> nn.Module:
 def base_model(family: str = "llama", dtype=torch.float64) -> Transformer:
     """Where the policy came from: near it, and not equal to it."""
     return moved(small_model(family, dtype, seed=15), 0.03)
+
+
+def frozen_reference(model: Transformer, temperature: float = 1.0) -> Reference:
+    """The log-probs of the model as it is now, which will be trained on."""
+    return logprobs_of(copy.deepcopy(model).requires_grad_(False).eval(), temperature)
 
 
 def reference(family: str = "llama", dtype=torch.float64):

@@ -5,12 +5,12 @@ from dataclasses import asdict
 import pytest
 import torch
 from reference_model import random_ids, slow_logits, small_model
-from small_rollout import TEMPERATURE, actor_critic
+from small_rollout import TEMPERATURE, actor_critic, frozen_reference
 
 from rlhf.infra import checkpoint
 from rlhf.lm.checkpoints import language_model_of
 from rlhf.lm.language_model import LanguageModel
-from rlhf.ppo.roles import ActorCritic, frozen_reference
+from rlhf.ppo.roles import ActorCritic
 
 CRITICS = ("shared", "separate", "none")
 STARTS, LENGTHS = [1, 3, 2, 5], [7, 4, 8, 6]  # response tokens STARTS[b] ... LENGTHS[b] - 1 of row b

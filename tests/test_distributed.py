@@ -64,8 +64,6 @@ def reductions(ranks: distributed.Dist, out: Path) -> dict:
     seen = {
         "who": [ranks.rank, ranks.world, ranks.is_main, ranks.loss_scale, str(ranks.device)],
         "sum": ranks.sum(x).tolist(),
-        "mean": ranks.mean(x).tolist(),
-        "max": ranks.max(torch.tensor([r, -r])).tolist(),
         "untouched": x.tolist() == [1.0 * (r + 1), 10.0 * (r + 1)],
         "sum of counts": ranks.sum(torch.tensor(2**40 + r)).item(),
         "sum of doubles": ranks.sum(torch.tensor(1e-12 * (r + 1), dtype=torch.float64)).item(),
@@ -119,7 +117,6 @@ def training(ranks: distributed.Dist, out: Path) -> dict:
         "norms": norms,
         "trained the same": ranks.same(net),
         "alone": alone,
-        "unwrapped": ranks.unwrap(wrapped) is net and ranks.unwrap(net) is net,
     }
 
 
@@ -197,7 +194,7 @@ def test_each_knows_who_it_is(two):
 
 def test_reductions(two):
     for seen in two[1]:
-        assert seen["sum"] == [3.0, 30.0] and seen["mean"] == [1.5, 15.0] and seen["max"] == [1, 0]
+        assert seen["sum"] == [3.0, 30.0]
         assert seen["sum of counts"] == 2**41 + 1  # counts beyond float32 stay exact
         assert seen["sum of doubles"] == pytest.approx(3e-12, rel=1e-15)
         assert seen["rows"] == [[0, 1], [0, 2], [1, 1], [1, 2]]
@@ -224,7 +221,7 @@ def test_ranks_and_micro_batches_change_no_gradient(two, micro_batch):
 
 def test_gradients_travel_with_the_last_micro_batch_only(two):
     assert [seen["alone"] for seen in two[1]] == [[True, False]] * 2
-    assert all(seen["unwrapped"] and seen["trained the same"] for seen in two[1])
+    assert all(seen["trained the same"] for seen in two[1])
 
 
 def test_alone_everything_is_the_identity(monkeypatch):
@@ -233,10 +230,10 @@ def test_alone_everything_is_the_identity(monkeypatch):
     ranks = distributed.setup()
     x = torch.randn(3, 2)
     assert (ranks.rank, ranks.world, ranks.is_main, ranks.loss_scale) == (0, 1, True, 1.0)
-    for call in (ranks.sum, ranks.mean, ranks.max, ranks.all_gather_rows):
+    for call in (ranks.sum, ranks.all_gather_rows):
         assert torch.equal(call(x), x) and call(x).data_ptr() != x.data_ptr()
     net = make_net()
-    assert ranks.wrap(net) is net and ranks.unwrap(net) is net and ranks.same(net) and ranks.same(x)
+    assert ranks.wrap(net) is net and ranks.same(net) and ranks.same(x)
     assert isinstance(ranks.grad_sync(net, on=False), contextlib.nullcontext)
     ranks.barrier()
     ranks.close()

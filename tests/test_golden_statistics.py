@@ -1,18 +1,20 @@
 """Masked statistics, whitening and log-probabilities against TRL, verl, OpenRLHF, torchtune, trlX and the n+ details."""
 
-import threading
-
 import torch
 from golden import FLOAT32, both, load
 
 from rlhf.functional import logprobs_and_entropy, masked_mean, masked_sum, masked_var, whiten
 
 
-def biased_whiten(x, mask, shift_mean=True):
+def unshifted(whiten, x, mask):
+    """Whitened, and moved back to the mean: what others do with rewards."""
+    return torch.where(mask, whiten(x, mask) + masked_mean(x, mask), 0)
+
+
+def biased_whiten(x, mask):
     """The whitening of OpenAI and its descendants: divided by n where ours divides by n - 1."""
     ratio = (masked_var(x, mask) + 1e-8) / (masked_var(x, mask, unbiased=False) + 1e-8)
-    y = whiten(x, mask) * ratio.sqrt()
-    return y if shift_mean else torch.where(mask, y + masked_mean(x, mask), 0)
+    return whiten(x, mask) * ratio.sqrt()
 
 
 def verl_whiten(x, mask):
@@ -34,10 +36,10 @@ def test_trl_0_11_masked_statistics(golden_dir, precision):
     g.close(masked_var(x, mask, unbiased=False), g.outputs["masked_var(unbiased=False)"])
     # TRL 0.11 leaves garbage on the padding, ours is zero there
     g.close(whiten(x, mask), g.outputs["masked_whiten(shift_mean=True)"], mask)
-    g.close(whiten(x, mask, shift_mean=False), g.outputs["masked_whiten(shift_mean=False)"], mask)
+    g.close(unshifted(whiten, x, mask), g.outputs["masked_whiten(shift_mean=False)"], mask)
     everything = torch.ones_like(mask)
     g.close(whiten(x, everything), g.outputs["whiten(unmasked,shift_mean=True)"])
-    g.close(whiten(x, everything, shift_mean=False), g.outputs["whiten(unmasked,shift_mean=False)"])
+    g.close(unshifted(whiten, x, everything), g.outputs["whiten(unmasked,shift_mean=False)"])
 
 
 @both
@@ -48,13 +50,13 @@ def test_whitening_elsewhere(golden_dir, precision):
     g.close(masked_mean(x, mask), theirs["verl masked_mean"])
     g.close(masked_var(x, mask), theirs["verl masked_var"])
     g.close(whiten(x, mask), theirs["verl masked_whiten(shift_mean=True)"], mask)
-    g.close(whiten(x, mask, shift_mean=False), theirs["verl masked_whiten(shift_mean=False)"], mask)
+    g.close(unshifted(whiten, x, mask), theirs["verl masked_whiten(shift_mean=False)"], mask)
     # torchtune's flag says the opposite of its name, and its default adds the mean back
     g.close(whiten(x, mask), theirs["torchtune whiten(mask, shift_mean=False)"], mask)
-    g.close(whiten(x, mask, shift_mean=False), theirs["torchtune whiten(mask, shift_mean=True)"], mask)
+    g.close(unshifted(whiten, x, mask), theirs["torchtune whiten(mask, shift_mean=True)"], mask)
     # biased variance
     g.close(biased_whiten(x, mask), theirs["vwxyzjn masked_whiten(shift_mean=True)"], mask)
-    g.close(biased_whiten(x, mask, shift_mean=False), theirs["vwxyzjn masked_whiten(shift_mean=False)"], mask)
+    g.close(unshifted(biased_whiten, x, mask), theirs["vwxyzjn masked_whiten(shift_mean=False)"], mask)
     g.close(biased_whiten(x, everything), theirs["vwxyzjn(lm-human-preference-details) whiten unmasked"])
     # trlX whitens the padded tensor, so that padding changes its numbers
     g.close(whiten(x, everything), theirs["trlX whiten unmasked single process"])
@@ -65,36 +67,13 @@ def test_whitening_elsewhere(golden_dir, precision):
     g.close(torch.cat(rows) * guard[:, None], theirs["OpenRLHF masked_normalize(dim=1)"], mask)
 
 
-def on_ranks(function, *parts):
-    """function(part, total) on one thread per part; total(x) sums over the threads, as an all-reduce does."""
-    barrier, box, results = threading.Barrier(len(parts)), {}, {}
-
-    def rank(i):
-        def total(x):
-            box[i] = x
-            barrier.wait()
-            everybody = sum(box[j] for j in range(len(parts)))
-            barrier.wait()
-            return everybody
-
-        results[i] = function(parts[i], total)
-
-    threads = [threading.Thread(target=rank, args=(i,)) for i in range(len(parts))]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    return torch.cat([results[i] for i in range(len(parts))])
-
-
 def test_trlx_whitening_on_two_ranks(golden_dir):
     g = load(golden_dir, "trlx_whiten_2ranks")
     x = g.inputs["x"]
     everything = torch.ones_like(x, dtype=torch.bool)  # trlX knows no mask here
     alone = whiten(x, everything)
     g.close(alone, g.outputs["1 process"])
-    ours = on_ranks(
-        lambda rows, total: whiten(rows, torch.ones_like(rows, dtype=torch.bool), total=total), x[:3], x[3:]
-    )
-    g.close(ours, alone)  # our whitening does not depend on the number of ranks; theirs turns biased with two:
+    # ours is of the gathered batch, for any number of ranks; theirs turns biased with two:
     g.close(biased_whiten(x, everything), g.outputs["2 ranks concatenated"])
 
 

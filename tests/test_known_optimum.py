@@ -24,6 +24,7 @@ import math
 
 import pytest
 import torch
+from small_rollout import frozen_reference
 from torch import Tensor
 
 from model.generate import Sampling, generate, row_uniforms
@@ -32,7 +33,7 @@ from rlhf.advantages import ESTIMATORS
 from rlhf.functional import whiten
 from rlhf.infra import distributed, optim
 from rlhf.ppo import update as ppo
-from rlhf.ppo.roles import ActorCritic, frozen_reference
+from rlhf.ppo.roles import ActorCritic
 from rlhf.ppo.rollout import Experience, gather, judge, minibatches
 from rlhf.rewards import missing_eos, shape_rewards
 

@@ -16,7 +16,6 @@ from data.loader import (
     PromptLoader,
     RatingLoader,
     TokenFile,
-    batch_rows,
     in_order,
     pad,
     prompts_from_rows,
@@ -61,6 +60,11 @@ orders = st.integers(1, 60).flatmap(
         st.none() | st.lists(st.integers(1, 9), min_size=n, max_size=n).map(np.array),
     )
 )
+
+
+def batch_rows(step, n, batch, seed, lengths=None):
+    """The rows of a step by an order that has seen no other."""
+    return Order(n, batch, seed, lengths).rows(step)
 
 
 @given(order=orders, epoch=st.integers(0, 3))

@@ -65,8 +65,6 @@ def with_mask(mask):
         "masked_var": (lambda x: masked_var(x, mask), 1),
         "masked_var biased": (lambda x: masked_var(x, mask, unbiased=False), 1),
         "whiten": (lambda x: whiten(x, mask), 1),
-        "whiten unshifted": (lambda x: whiten(x, mask, shift_mean=False), 1),
-        "whiten over two ranks": (lambda x: whiten(x, mask, total=lambda s: 2 * s), 1),
         "explained_variance": (lambda v, r: explained_variance(v, r, mask), 2),
         "gae": (lambda r, v: advantages.gae(r, v, mask, 0.9, 0.95), 2),
         "gae bootstrapped": (lambda r, v: advantages.gae(r, v, mask, 0.9, 0.95, scores.to(v.dtype)), 2),

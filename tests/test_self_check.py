@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from reference_model import small_model
-from small_rollout import EOS, TEMPERATURE, WIDTH, act, actor_critic, moved, reward_model
+from small_rollout import EOS, TEMPERATURE, WIDTH, act, actor_critic, frozen_reference, moved, reward_model
 
 from model.transformer import Transformer
 from rlhf.infra import distributed
-from rlhf.ppo.roles import ActorCritic, frozen_reference
+from rlhf.ppo.roles import ActorCritic
 from rlhf.ppo.rollout import judge
 from rlhf.ppo.self_check import Check, self_check
 

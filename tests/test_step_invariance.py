@@ -19,14 +19,25 @@ import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_rollout import EOS, PAD, TEMPERATURE, WIDTH, act, actor_critic, base_model, moved, reward_model
+from small_rollout import (
+    EOS,
+    PAD,
+    TEMPERATURE,
+    WIDTH,
+    act,
+    actor_critic,
+    base_model,
+    frozen_reference,
+    moved,
+    reward_model,
+)
 from torch import Tensor
 
 from rlhf.advantages import ESTIMATORS
 from rlhf.functional import whiten
 from rlhf.infra import checkpoint, distributed, optim
 from rlhf.ppo import update as ppo
-from rlhf.ppo.roles import ActorCritic, frozen_reference
+from rlhf.ppo.roles import ActorCritic
 from rlhf.ppo.rollout import Experience, Rollout, gather, judge, minibatches
 from rlhf.rewards import missing_eos, shape_rewards
 

@@ -51,28 +51,16 @@ class Dist:
                 gradient_as_bucket_view=True,
             )
 
-    def unwrap(self, module: nn.Module) -> nn.Module:
-        return module.module if isinstance(module, DistributedDataParallel) else module
-
     def grad_sync(self, module: nn.Module, on: bool) -> contextlib.AbstractContextManager:
         """Around forward *and* backward of a micro-batch: gradients travel only with the last one of a step."""
         return contextlib.nullcontext() if on or self.world == 1 else module.no_sync()
 
     def sum(self, x: Tensor) -> Tensor:
-        return self._reduce(x, dist.ReduceOp.SUM)
-
-    def mean(self, x: Tensor) -> Tensor:
-        """Mean over ranks of equal weight; where ranks hold different counts, sum both and divide."""
-        return self.sum(x) / self.world
-
-    def max(self, x: Tensor) -> Tensor:
-        return self._reduce(x, dist.ReduceOp.MAX)
-
-    def _reduce(self, x: Tensor, op) -> Tensor:
+        """Over the ranks; what they count differently (a mean, say) is a sum divided by a sum."""
         if self.world == 1:
             return x.clone()
         total = x.detach().to(self.device, copy=True)
-        dist.all_reduce(total, op)
+        dist.all_reduce(total)
         return total.to(x.device)
 
     def all_gather_rows(self, x: Tensor) -> Tensor:

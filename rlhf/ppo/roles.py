@@ -104,11 +104,6 @@ def logprobs_of(model: Transformer, temperature: float = 1.0, depth: int = 0) ->
     return logprobs
 
 
-def frozen_reference(model: Transformer, temperature: float = 1.0) -> Reference:
-    """The same of a frozen copy of `model`, for one that is going to be trained."""
-    return logprobs_of(copy.deepcopy(model).requires_grad_(False).eval(), temperature)
-
-
 # The layouts
 
 
