@@ -1,11 +1,12 @@
 """Does the working tree compute what another revision computed, bit by bit? For a change that moves code and no number.
 
-    python tests/same_bits.py --rev=fcf90ae            # a table; exit code 1 on a difference
-    python tests/same_bits.py --rev=fcf90ae --out=/tmp/bits   # keeps both sides; the revision's runs are not repeated
+    python tests/same_bits.py --rev=main                      # a table; exit code 1 on a difference
+    python tests/same_bits.py --rev=main --out=/tmp/bits      # keeps both sides; the revision's runs are not repeated
 
-Tiny data is prepared once, by the revision. Each side then pretrains a language model, trains reward models and runs PPO
-on its own files with its own code, and everything that the runs leave is compared: metrics (clocks aside), samples,
-weights, optimiser, configs, states, run.json, reports, and what they printed. About a minute and a half.
+Tiny data is prepared once, by the revision, which must know the same options. Each side then pretrains a language model,
+trains reward models and runs PPO on its own files with its own code, and everything that the runs leave is compared:
+metrics (clocks aside), samples, weights, optimiser, configs, states, run.json, reports, and what they printed. About a
+minute and a half.
 """
 
 import contextlib
@@ -69,7 +70,7 @@ RUNS = {  # directory -> (script, options beside tiny.SMALL's), in this order
     "ppo-rloo": ("train_ppo.py", PPO | {"estimator": "rloo", "samples_per_prompt": 2, "target_approxkl": 0.01}),
     "ppo-reinforce": (
         "train_ppo.py",
-        PPO | {"estimator": "reinforce++", "judge": "vader", "judge_prompts": 4, "prompt_tokens": 12, "sources": ""},
+        PPO | {"estimator": "reinforce++", "judge": "data", "judge_prompts": 4, "prompt_tokens": 12, "sources": ""},
     ),
 }
 STOPPED = ("ppo-judge", "ppo-max-kl")  # runs that must have ended early, or they show nothing
