@@ -17,7 +17,8 @@ def formulas(module):
     """Public functions, and the classes with behaviour, that are defined in rlhf/<module>.py."""
     tree = ast.parse((ROOT / "rlhf" / f"{module}.py").read_text())
     named = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    data = [node.name for node in named if isinstance(node, ast.ClassDef) and node.bases]  # NamedTuple: no formula
+    classes = [node for node in named if isinstance(node, ast.ClassDef)]
+    data = [node.name for node in classes if node.bases or node.decorator_list]  # NamedTuple, dataclass: no formula
     return [node.name for node in named if not node.name.startswith("_") and node.name not in data]
 
 
