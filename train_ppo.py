@@ -2,6 +2,22 @@
 
 python train_ppo.py --init=out/lm --reward=out/rm --data=out/data/vader --out=out/ppo
 torchrun --nproc_per_node=2 train_ppo.py --init=out/lm --reward=out/rm --data=out/data/vader --out=out/ppo
+
+One iteration, in the order of the loop; t counts response tokens, T is the last, s the score of the response:
+
+    reward     r_t = s [t = T] - kl_coef (log pi_old(t) - log ref(t))                            rlhf/rewards.py
+    advantage  A_t = sum_k (gamma lam)^k (r_t+k + gamma V_t+k+1 - V_t+k),  R_t = A_t + V_t       rlhf/advantages.py
+               A is then whitened: mean 0, deviation 1 over the response tokens of all ranks     rlhf/functional.py
+    policy     max(-A ratio, -A clamp(ratio, 1 - clip, 1 + clip)),  ratio = pi / pi_old          rlhf/losses.py
+    value      max((V - R)^2, (clamp(V, V_old - value_clip, V_old + value_clip) - R)^2) / 2      rlhf/losses.py
+
+The loss is policy + value_coef value - entropy_coef entropy, each the mean over the tokens of the minibatch.
+
+What it does not do, and why: the value after a response that was cut off is 0 and not bootstrapped, because the reward
+model has judged the text as it stands; advantages are whitened once an iteration and not per minibatch, so that a
+minibatch is the same for any number of ranks; old log-probs come from the training forward and not from the sampler, so
+the first ratio is exactly 1; the KL is paid for in the reward, as in the paper, and not in the loss; nothing is learned
+from responses of earlier policies.
 """
 
 from collections.abc import Callable
