@@ -57,10 +57,16 @@ class Dist:
 
     def sum(self, x: Tensor) -> Tensor:
         """Over the ranks; what they count differently (a mean, say) is a sum divided by a sum."""
+        return self._reduce(x, dist.ReduceOp.SUM)
+
+    def max(self, x: Tensor) -> Tensor:
+        return self._reduce(x, dist.ReduceOp.MAX)
+
+    def _reduce(self, x: Tensor, op) -> Tensor:
         if self.world == 1:
             return x.clone()
         total = x.detach().to(self.device, copy=True)
-        dist.all_reduce(total)
+        dist.all_reduce(total, op)
         return total.to(x.device)
 
     def all_gather_rows(self, x: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def needed(config: dict) -> list[str]:
     if on_no_base(config):
         return ["model"]
     adapter = ["lora_rank", "lora_alpha", "lora_targets"]
-    if kind == "policy":
+    if kind in ("policy", "lm"):
         own = adapter if config["layout"] == "adapters" else ["branch_layers"]
     else:
         own = ["stop_ids"] + (["depths", "poolings"] if config["trunk"] == "frozen" else [*adapter, "depth"])
