@@ -9,6 +9,7 @@ python evaluate.py report --run=out/demo  # a run, or a directory of runs, as on
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,7 @@ import torch
 
 from data.batches import TextLoader
 from data.loader import PromptLoader, TokenFile, in_order
-from data.tokenizer import check_fingerprint, load_tokenizer
+from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
 from evaluation import card, minimal_pairs, overoptimisation, report, safety
 from evaluation.comparison import (
     elo,
@@ -37,12 +38,12 @@ from evaluation.held_out import (
     scores,
 )
 from evaluation.words import show
-from model.generate import Sampling
+from model.generate import Generated, Sampling
 from model.transformer import Transformer
 from rlhf.infra import config, distributed, run
 from rlhf.infra.files import read_json, write_json, write_lines, write_text
 from rlhf.lm.language_model import LanguageModel
-from rlhf.lm.pretrained import open_pretrained
+from rlhf.lm.pretrained import Pretrained, open_pretrained
 from rlhf.ppo.roles import logprobs_of
 from rlhf.ppo.update import distinct_n
 from rlhf.reward.scorer import open_scorer
@@ -95,11 +96,7 @@ def main() -> None:
     tokenizer = load_tokenizer(cfg.data)
     test = TokenFile(f"{cfg.data}/{cfg.split}")
     check_fingerprint(test.fingerprint, tokenizer.fingerprint, test.path)
-    names = ("base", "tuned") if len(cfg.tuned) == 1 else ("base", *cfg.tuned)
-    models = {name: open_pretrained(spec, device) for name, spec in zip(names, (cfg.base, *cfg.tuned))}
-    for model in models.values():
-        check_fingerprint(tokenizer.fingerprint, model.tokenizer.fingerprint, model.spec)
-        model.model.eval()
+    models = open_models(cfg, tokenizer, device)
     opened = models["base"]
     scorers = {spec: open_scorer(spec, tokenizer, device, opened) for spec in (cfg.reward, *cfg.other_rewards)}
     rewards = {spec: scorer.score for spec, scorer in scorers.items()}
@@ -131,9 +128,7 @@ def main() -> None:
             "reward": earned[cfg.reward][:, 0],
             "judge": judged[:, 0],
             **divergence(firsts, logprobs, reference),
-            "responses": [row[m].tolist() for g in firsts for row, m in zip(g.tokens, g.mask)],
-            "texts": [tokenizer.decode(row[:n].tolist()) for g in firsts for row, n in zip(g.tokens, g.lengths)],
-            "finished": torch.cat([g.finished for g in firsts]).double().cpu().numpy(),
+            **answered(firsts, tokenizer),
             "perplexity": perplexity(model.model, test, cfg.human_texts, device),
         }
         if name == "base":
@@ -145,33 +140,15 @@ def main() -> None:
             known[name] = minimal_pairs.known(logprobs_of(model.model), sentences, tokenizer.pad, device)
         if probes:
             drawing = (replace(sampling, max_new_tokens=cfg.safety_tokens), cfg.seed)
-            scorers = (rewards[cfg.reward], judge, (logprobs, reference))
-            answers[name] = safety.answer(model.model, probes, tokenizer, *drawing, *scorers)
+            judging = (rewards[cfg.reward], judge, (logprobs, reference))
+            answers[name] = safety.answer(model.model, probes, tokenizer, *drawing, *judging)
 
     # 2. rows of the table, and every model against every one before it
-    rows = {name: describe(result) for name, result in results.items()}
-    for n in sorted({min(4, cfg.best_of), cfg.best_of} - {1}):
-        chosen = {"reward": best_of_n(proxy, proxy, n), "judge": best_of_n(proxy, gold, n)}
-        rows[f"best of {n}"] = {**{k: mean_and_interval(v) for k, v in chosen.items()}, "kl": best_of_n_kl(n)}
+    rows = {name: describe(result) for name, result in results.items()} | best_of_rows(proxy, gold, cfg.best_of)
     pairs = pairwise(results)
-    before, after = rows["base"], rows[names[-1]]
-    versus = next(x for x in pairs if (x["a"], x["b"]) == (names[-1], "base"))
     summary = {
         **reward_model_summary(cfg.reward),
-        "ppo": {  # the last model against the base
-            **{
-                f"{k}_{when}": x[k]["mean"]
-                for k in ("judge", "reward")
-                for when, x in zip(WHEN.values(), (before, after))
-            },
-            "kl": after["kl"],
-            **{
-                f"distinct{n}_{when}": x[f"distinct_{n}"]
-                for n in (2, 3)
-                for when, x in zip(WHEN.values(), (before, after))
-            },
-            **{key: x for key, x in versus.items() if key not in ("a", "b")},
-        },
+        "ppo": last_against_base(rows, pairs, [*models][-1]),
         "rows": rows,
         "pairwise": pairs,
         **({"elo": elo(results)} if len(results) > 2 else {}),
@@ -190,6 +167,46 @@ def main() -> None:
 
 
 WHEN = {"base": "before", "tuned": "after"}  # of samples.jsonl
+
+
+def open_models(cfg: Config, tokenizer: Tokenizer, device) -> dict[str, Pretrained]:
+    """The base and the tuned models by their names in the tables, all of the tokenizer of the data."""
+    names = ("base", "tuned") if len(cfg.tuned) == 1 else ("base", *cfg.tuned)
+    models = {name: open_pretrained(spec, device) for name, spec in zip(names, (cfg.base, *cfg.tuned))}
+    for model in models.values():
+        check_fingerprint(tokenizer.fingerprint, model.tokenizer.fingerprint, model.spec)
+        model.model.eval()
+    return models
+
+
+def answered(groups: Sequence[Generated], tokenizer: Tokenizer) -> dict:
+    """One model's answers: their tokens, their texts behind the prompts, and whether they ended (P,)."""
+    return {
+        "responses": [row[m].tolist() for g in groups for row, m in zip(g.tokens, g.mask)],
+        "texts": [tokenizer.decode(row[:n].tolist()) for g in groups for row, n in zip(g.tokens, g.lengths)],
+        "finished": torch.cat([g.finished for g in groups]).double().cpu().numpy(),
+    }
+
+
+def best_of_rows(proxy: np.ndarray, gold: np.ndarray, most: int) -> dict[str, dict]:
+    """Rows of best-of-4 and best-of-`most` of the base, chosen by the reward: proxy and gold (P, >= most)."""
+    rows = {}
+    for n in sorted({min(4, most), most} - {1}):
+        chosen = {"reward": best_of_n(proxy, proxy, n), "judge": best_of_n(proxy, gold, n)}
+        rows[f"best of {n}"] = {**{k: mean_and_interval(v) for k, v in chosen.items()}, "kl": best_of_n_kl(n)}
+    return rows
+
+
+def last_against_base(rows: dict[str, dict], pairs: list[dict], last: str) -> dict:
+    """The last model's row and the base's, and what the one gains over the other."""
+    both = {"before": rows["base"], "after": rows[last]}
+    versus = next(x for x in pairs if (x["a"], x["b"]) == (last, "base"))
+    return {
+        **{f"{k}_{when}": x[k]["mean"] for k in ("judge", "reward") for when, x in both.items()},
+        "kl": both["after"]["kl"],
+        **{f"distinct{n}_{when}": x[f"distinct_{n}"] for n in (2, 3) for when, x in both.items()},
+        **{key: x for key, x in versus.items() if key not in ("a", "b")},
+    }
 
 
 def perplexity(model: Transformer, test: TokenFile, count: int | None, device) -> float:

@@ -562,88 +562,99 @@ NAMES = {
 
 def markdown(card: dict, plots: Sequence[str] = ()) -> str:
     """The card for people."""
-    gaps, over = list(card["accuracy"]), card["over_length"]
-    columns = ["all" if gap == "all" else f"gap > {gap}" for gap in gaps]
-    before, after = card["calibration"]["before"], card["calibration"]["after"]
-    doubt = card["uncertainty"]
-    failed = [probe for probe in card["probes"] if probe["passed"] is False]
+    return (
+        "\n\n".join(
+            [
+                *headlines(card),
+                "## Accuracy",
+                *accuracy_part(card),
+                "## Length",
+                *length_part(card),
+                "## Calibration",
+                *calibration_part(card["calibration"]),
+                "## Does it know when it is wrong?",
+                *doubt_part(card["uncertainty"]),
+                "## What moves the score",
+                *probes_part(card["probes"]),
+                *(f"![{Path(file).stem}]({file})" for file in plots),
+            ]
+        )
+        + "\n"
+    )
+
+
+def headlines(card: dict) -> list[str]:
+    """Title, what it was measured on, and the four sentences."""
+    over, calibration, doubt = card["over_length"], card["calibration"], card["uncertainty"]
+    failed = [probe["name"] for probe in card["probes"] if probe["passed"] is False]
     better = "beats" if over["low"] > 0 else "is not shown to beat"
     knows = "knows" if (doubt["auc"]["difference"]["low"] or 0) > 0.5 else "is not shown to know"
-    lines = [
+    said = [
+        f"- It {better} length alone: accuracy {show(over, '+.3f')} beside it.",
+        f"- Calibration: ECE {show(calibration['after']['ece'])} with the stored temperature "
+        f"{calibration['temperature']:.2f} ({show(calibration['before']['ece'])} without).",
+        f"- It {knows} when it is wrong: AUC {show(doubt['auc']['difference'])}, where 0.5 is chance.",
+        f"- Probes: {len(card['probes'])}, of which {len(failed)} failed"
+        + (f": {', '.join(failed)}." if failed else "."),
+    ]
+    return [
         f"# Report card: {card['model']}",
         f"{card['texts']} texts, {card['pairs']} pairs of {card['data']}; 95% intervals by resampling "
         + ("sentences" if "spearman" in card else "prompts, or pairs where no prompt is known")
         + (f"; {card['dropped']} pairs of equal texts dropped" if card["dropped"] else "")
         + (f"; {card['shortened']} texts shortened to the model's context" if card["shortened"] else ""),
         *([UNSEEN_TEMPLATE] if card.get("options", {}).get("chat") else []),
-        "\n".join(
-            [
-                f"- It {better} length alone: accuracy {show(over, '+.3f')} beside it.",
-                f"- Calibration: ECE {show(after['ece'])} with the stored temperature "
-                f"{card['calibration']['temperature']:.2f} ({show(before['ece'])} without).",
-                f"- It {knows} when it is wrong: AUC {show(doubt['auc']['difference'])}, where 0.5 is chance.",
-                f"- Probes: {len(card['probes'])}, of which {len(failed)} failed"
-                + (f": {', '.join(probe['name'] for probe in failed)}." if failed else "."),
-            ]
-        ),
-        "## Accuracy",
-        markdown_table(
-            ["pairs ranked right", *columns],
-            [
-                [NAMES.get(name, name), *(show(row.get(gap)) for gap in gaps)]
-                for name, row in {"**reward model**": card["accuracy"], **card["baselines"]}.items()
-            ],
-        ),
+        "\n".join(said),
     ]
+
+
+def accuracy_part(card: dict) -> list[str]:
+    """Pairs beside the baselines, one text at a time, and by domain."""
+    gaps = list(card["accuracy"])
+    columns = ["all" if gap == "all" else f"gap > {gap}" for gap in gaps]
+    accuracy = {"**reward model**": card["accuracy"], **card["baselines"]}
+    rows = [[NAMES.get(name, name), *(show(row.get(gap)) for gap in gaps)] for name, row in accuracy.items()]
     rank = "rated above 0 against below 0" if "spearman" in card else "chosen against rejected, over all prompts"
-    lines.append(f"One text at a time: AUC {show(card['auc'])} ({rank})")
+    alone = f"One text at a time: AUC {show(card['auc'])} ({rank})"
     if "spearman" in card:
-        lines[-1] += f"; Spearman with the mean rating {show(card['spearman'])}"
+        alone += f"; Spearman with the mean rating {show(card['spearman'])}"
+    parts = [markdown_table(["pairs ranked right", *columns], rows), alone]
     if card["groups"]:
-        some = [key for key in ("all", "1", "spearman") if any(key in row for row in card["groups"].values())]
         head = {"all": "accuracy", "1": "gap > 1", "spearman": "Spearman"}
-        lines.append(
-            markdown_table(
-                ["", *(head[key] for key in some), "pairs"],
-                [
-                    [name, *(show(row.get(key)) for key in some), str(row["all"]["n"]) if "all" in row else "0"]
-                    for name, row in card["groups"].items()
-                ],
-            )
-        )
-    lines += [
-        "## Length",
-        markdown_table(
-            ["characters, better minus worse text", "accuracy", "pairs"],
-            [[name, show(x), str(x["n"])] for name, x in card["length"].items()],
-        ),
-        f"Rank correlation of score and length, {card['length_correlation']['of']}: "
-        f"{show(card['length_correlation'], '+.3f')}: {card['length_correlation']['verdict']}",
-        "## Calibration",
-        markdown_table(
-            ["", "ECE", "Brier"],
-            [
-                [name, show(x["ece"]), show(x["brier"])]
-                for name, x in (("without temperature", before), ("with", after))
-            ],
-        ),
+        some = [key for key in head if any(key in row for row in card["groups"].values())]
+        rows = [
+            [name, *(show(row.get(key)) for key in some), str(row["all"]["n"]) if "all" in row else "0"]
+            for name, row in card["groups"].items()
+        ]
+        parts.append(markdown_table(["", *(head[key] for key in some), "pairs"], rows))
+    return parts
+
+
+def length_part(card: dict) -> list[str]:
+    rows = [[name, show(x), str(x["n"])] for name, x in card["length"].items()]
+    found = card["length_correlation"]
+    return [
+        markdown_table(["characters, better minus worse text", "accuracy", "pairs"], rows),
+        f"Rank correlation of score and length, {found['of']}: {show(found, '+.3f')}: {found['verdict']}",
+    ]
+
+
+def calibration_part(calibration: dict) -> list[str]:
+    sides = (("without temperature", calibration["before"]), ("with", calibration["after"]))
+    bins = calibration["after"]["reliability"]
+    return [
+        markdown_table(["", "ECE", "Brier"], [[name, show(x["ece"]), show(x["brier"])] for name, x in sides]),
         markdown_table(
             ["probability of the side it prefers, with temperature", "share where people do", "pairs"],
-            [[f"{x['predicted']:.3f}", show(x["observed"]), str(x["observed"]["n"])] for x in after["reliability"]],
+            [[f"{x['predicted']:.3f}", show(x["observed"]), str(x["observed"]["n"])] for x in bins],
         ),
-        "## Does it know when it is wrong?",
-        markdown_table(
-            ["doubt", "AUC against error"],
-            [
-                [
-                    {"difference": "small difference", "disagreement": f"disagreement of {doubt['members']} members"}[
-                        name
-                    ],
-                    show(x),
-                ]
-                for name, x in doubt["auc"].items()
-            ],
-        ),
+    ]
+
+
+def doubt_part(doubt: dict) -> list[str]:
+    named = {"difference": "small difference", "disagreement": f"disagreement of {doubt['members']} members"}
+    parts = [
+        markdown_table(["doubt", "AUC against error"], [[named[name], show(x)] for name, x in doubt["auc"].items()]),
         markdown_table(
             ["surest pairs", *doubt["coverage"]],
             [["accuracy", *(f"{x:.3f}" for x in doubt["coverage"].values())]],
@@ -651,22 +662,24 @@ def markdown(card: dict, plots: Sequence[str] = ()) -> str:
     ]
     if "disagreement" in doubt:
         quarters = doubt["disagreement"]
-        lines.append(
+        parts.append(
             markdown_table(
                 ["quarter by disagreement", *(f"{x['mean']:.3f}" for x in quarters)],
                 [["share ranked wrong", *(f"{x['errors']:.3f}" for x in quarters)]],
             )
         )
-    lines += [
-        "## What moves the score",
+    return parts
+
+
+def probes_part(found: list[dict]) -> list[str]:
+    return [
         "Shift of the score in its deviations between texts; the last two numbers are accuracies where the worse text of "
         "a pair is left as it is, and where it alone is changed.",
         markdown_table(
             ["change", "mean shift", "mean size", "texts", "verdict", "accuracy", "gamed"],
-            [probe_row(probe) for probe in card["probes"]],
+            [probe_row(probe) for probe in found],
         ),
     ]
-    return "\n\n".join([*lines, *(f"![{Path(file).stem}]({file})" for file in plots)]) + "\n"
 
 
 def probe_row(probe: dict) -> list[str]:

@@ -1,7 +1,10 @@
 """The floor plan, kept by parsing every import: who may know whom, and what nobody may use."""
 
 import ast
+import io
 import sys
+import tokenize
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -202,3 +205,75 @@ def test_a_violation_is_caught(path, source):
 )
 def test_what_is_allowed_passes(path, source):
     assert violations(source, path, OURS) == []
+
+
+# --- the size and the shape of the house ---
+
+
+def edges(files: dict[str, str], path: str) -> set[str]:
+    """Modules of `files` {path: source} that the one at `path` imports: `from rlhf.lm import frozen` is rlhf.lm.frozen."""
+    known = {module_name(other) for other in files}
+    inner = {name for node in ast.walk(ast.parse(files[path])) for name in joined(node, path)}
+    return (inner | {target for target, _ in imports(ast.parse(files[path]), path)}) & known - {module_name(path)}
+
+
+def joined(node: ast.AST, path: str):
+    """a.b.c of `from a.b import c`, which may be a module."""
+    if isinstance(node, ast.ImportFrom):
+        package = path.removesuffix(".py").split("/")[: -node.level] if node.level else []
+        yield from (".".join([*package, *[node.module] * bool(node.module), alias.name]) for alias in node.names)
+
+
+def order(files: dict[str, str]) -> list[str]:
+    """The modules so that each comes after all that it imports; CycleError where there is no such order."""
+    return [*TopologicalSorter({module_name(path): edges(files, path) for path in files}).static_order()]
+
+
+def test_no_module_of_rlhf_imports_itself_through_others():
+    files = {file.relative_to(ROOT).as_posix(): file.read_text() for file in (ROOT / "rlhf").rglob("*.py")}
+    assert len(order(files)) == len(files)
+    assert "rlhf.functional" in edges(files, "rlhf/losses.py")  # the edges are seen
+
+
+def test_a_circle_is_caught():
+    with pytest.raises(CycleError):
+        order({"rlhf/lm/a.py": "from rlhf.lm import b", "rlhf/lm/b.py": "def f():\n    from . import a"})
+
+
+def test_rlhf_has_few_rooms_and_every_one_has_its_rule():
+    rooms = {folder.parent.name for folder in (ROOT / "rlhf").glob("*/__init__.py")}
+    assert rooms == set(FOLDERS) and len(rooms) <= 9
+
+
+def functions(file: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    tree = ast.parse(file.read_text())
+    return [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def lines(node: ast.AST) -> int:
+    return node.end_lineno - node.lineno + 1
+
+
+@pytest.mark.parametrize("room", ["scripts", "rlhf", "data", "model", "evaluation", "rewards"])
+def test_a_function_fits_on_a_screen(room):
+    files = ROOT.glob("*.py") if room == "scripts" else (ROOT / room).rglob("*.py")
+    found = [(lines(f), f"{file.relative_to(ROOT)}: {f.name}") for file in files for f in functions(file)]
+    assert found and max(found)[0] <= 80, sorted(found)[-5:]
+
+
+def lines_of_code(source: str) -> int:
+    """Lines that hold more than blanks and comments."""
+    empty = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    found = [x for x in tokenize.generate_tokens(io.StringIO(source).readline) if x.type not in empty]
+    return len({line for x in found for line in range(x.start[0], x.end[0] + 1)})
+
+
+def test_the_loop_of_ppo_is_read_at_one_sitting():
+    source = ROOT / "train_ppo.py"
+    main, train = (next(f for f in functions(source) if f.name == name) for name in ("main", "train"))
+    (loop,) = (node for node in train.body if isinstance(node, ast.For))
+    first, last = loop.body[0].lineno, loop.body[-1].end_lineno
+    body = "\n".join(["if True:", *source.read_text().splitlines()[first - 1 : last]])
+    assert lines(main) <= 30
+    assert lines_of_code(body) - 1 <= 45
+    assert lines_of_code('x = """a\n\nb"""  # c\n\n# d\ny = (\n    1\n)\n') == 6
