@@ -29,6 +29,7 @@ from evaluation.comparison import (
     pairs_table,
     pairwise,
     ranking_of_own_samples,
+    results_table,
 )
 from evaluation.held_out import (
     divergence,
@@ -37,7 +38,7 @@ from evaluation.held_out import (
     sample_groups,
     scores,
 )
-from evaluation.words import show
+from evaluation.words import markdown_table, show
 from model.generate import Generated, Sampling
 from model.transformer import Transformer
 from rlhf.infra import config, distributed, run
@@ -279,7 +280,12 @@ def write(out: str, summary: dict, files: dict[str, list[dict]]) -> None:
     }
     found = [part(summary[name]) for name, part in parts.items() if name in summary]
     text = "\n\n".join(
-        [results_table(summary), comparison_lines(summary), *found, continuations(files["samples.jsonl"][:5])]
+        [
+            markdown_table(*results_table(summary["rows"]), rule="---"),
+            comparison_lines(summary),
+            *found,
+            continuations(files["samples.jsonl"][:5]),
+        ]
     )
     write_text(f"{out}/results.md", text + "\n")
     print(text)
@@ -287,26 +293,12 @@ def write(out: str, summary: dict, files: dict[str, list[dict]]) -> None:
     print(f"\nseconds: {seconds}\nwrote {out}/{', '.join(['summary.json', 'results.md', *files])}")
 
 
-def results_table(summary: dict) -> str:
-    columns = ("judge", "reward", "KL, nats", "distinct-3", "length", "ends", "ppl of human text", "ppl for base")
-    lines = ["| model | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in summary["rows"].items():
-        cells = [show(row[k]) for k in ("judge", "reward")]
-        cells.append(f"{row['kl']:.2f}" if "distinct_3" in row else f"<= {row['kl']:.2f}")
-        if "distinct_3" in row:
-            cells += [f"{row['distinct_3']:.3f}", f"{row['length']:.1f}", f"{row['eos_rate']:.2f}"]
-            cells += [f"{row['perplexity_of_human_text']:.1f}", f"{row['perplexity_for_base']:.1f}"]
-        cells += ["-"] * (len(columns) - len(cells))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def comparison_lines(summary: dict) -> str:
     def line(text: str, x: dict[str, float]) -> str:
         return f"{text} {show(x)}, 95% interval"
 
     if len(summary["pairwise"]) > 1:
-        return f"{pairs_table(summary['pairwise'])}\n\n{elo_line(summary['elo'])}"
+        return f"{markdown_table(*pairs_table(summary['pairwise']))}\n\n{elo_line(summary['elo'])}"
     ppo = summary["ppo"]
     return "\n".join(
         [

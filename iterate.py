@@ -22,7 +22,7 @@ import torch
 from data.loader import PromptLoader, TokenFile, pad, prompts_from_rows
 from data.tokenizer import check_fingerprint
 from evaluation.held_out import sample_groups
-from evaluation.words import number, show
+from evaluation.words import markdown_table, number, show
 from model.generate import Sampling
 from rlhf.feedback.preferences import disagreement
 from rlhf.feedback.store import Comparison, FeedbackStore
@@ -385,19 +385,20 @@ def write_page(cfg: Config, rounds: list[dict]) -> None:
         "reward model, test gap > 1",
     )
     columns += ("on own samples", "gain over round 0's there")
-    lines = [f"Votes by: {rater}. Judge: {cfg.judge}. 95% intervals.", ""]
-    lines += ["| round | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    rows = []
     if rounds:
         first = rounds[0]
         accuracy = number(first["rm"]["accuracy_gap1_round_0"])
-        lines.append(f"| 0 | 0 | {show(first['judge_base'])} | - | 0 | - | {accuracy} | - | - |")
+        rows.append(["0", "0", show(first["judge_base"]), "-", "0", "-", accuracy, "-", "-"])
     for row in rounds:
         rm = row["rm"]
         cells = [str(row["votes"]), show(row["judge"]), show(row["gain_over_previous"]), f"{row['kl']:.2f}"]
         cells += ["yes" if row["promoted"] else "refused", number(rm["accuracy_gap1"])]
         cells += [show(rm["on_own_samples"]["accuracy"]), show(rm["gain_on_own_samples"])]
-        lines.append(f"| {row['round']} | " + " | ".join(cells) + " |")
-    write_text(Path(cfg.out) / "rounds.md", "\n".join(lines) + "\n")
+        rows.append([str(row["round"]), *cells])
+    said = f"Votes by: {rater}. Judge: {cfg.judge}. 95% intervals."
+    table = markdown_table(["round", *columns], rows, rule="---")
+    write_text(Path(cfg.out) / "rounds.md", f"{said}\n\n{table}\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evaluation.words import as_json, markdown_table, show
+from evaluation.words import Table, as_json, markdown_table, show
 from rlhf.statistics import (
     ELO,
     bootstrap_weights,
@@ -92,15 +92,40 @@ def clustered_mean(x: np.ndarray, clusters: np.ndarray, resamples: int) -> dict[
     return as_json(x.mean(), low, high)
 
 
-def pairs_table(pairs: Sequence[dict]) -> str:
+COLUMNS = {  # of the results table: title -> key, format
+    "judge": ("judge", None),
+    "reward": ("reward", None),
+    "KL, nats": ("kl", ".2f"),
+    "distinct-3": ("distinct_3", ".3f"),
+    "length": ("length", ".1f"),
+    "ends": ("eos_rate", ".2f"),
+    "ppl of human text": ("perplexity_of_human_text", ".1f"),
+    "ppl for base": ("perplexity_for_base", ".1f"),
+}
+
+
+def results_table(rows: dict[str, dict]) -> Table:
+    """Every model, and best-of-n of the base, of which reward, judge and a bound of the KL alone are known."""
+
+    def cell(row: dict, key: str, form: str | None) -> str:
+        if key not in row:
+            return "-"
+        bound = "<= " if key == "kl" and "distinct_3" not in row else ""  # best-of-n: an analytic bound
+        return bound + (show(row[key]) if form is None else f"{row[key]:{form}}")
+
+    cells = [[name, *(cell(row, *column) for column in COLUMNS.values())] for name, row in rows.items()]
+    return Table(["model", *COLUMNS], cells)
+
+
+def pairs_table(pairs: Sequence[dict]) -> Table:
     columns = {
         "judge_gain": "judge, gain",
         "win_rate_judge": "wins, judge",
         "win_rate_judge_length_controlled": "wins at equal length, judge",
         "win_rate_reward": "wins, reward",
     }
-    rows = [[x["a"], x["b"], *(show(x[key]) for key in columns)] for x in pairs]
-    return markdown_table(["model", "against", *columns.values()], rows)
+    rows = [[x["a"], x["b"], *(show(x.get(key)) for key in columns)] for x in pairs]
+    return Table(["model", "against", *columns.values()], rows)
 
 
 def elo_line(points: dict[str, dict]) -> str:

@@ -22,7 +22,7 @@ from data.loader import PromptLoader, TokenFile
 from data.tokenizer import check_fingerprint, load_tokenizer
 from evaluation.card import can_draw
 from evaluation.held_out import divergence, held_out_prompts, sample_groups, scores
-from evaluation.words import as_json, show
+from evaluation.words import as_json, markdown_table, show
 from model.generate import Sampling
 from rlhf.infra import checkpoint, config, distributed, run
 from rlhf.infra.files import read_json, write_json, write_text
@@ -212,22 +212,22 @@ def write(out: Path, result: dict, drawn: bool) -> None:
 
 
 def points_table(result: dict) -> str:
-    lines = ["| policy | KL, nats | d | proxy | gold | gold, gain |", "|---" * 6 + "|"]
+    rows = []
     for row in result["rows"]:
         sign = "<= " if row["curve"] == "best_of_n" else ""
         cells = [f"{sign}{row['kl']['value']:.2f}", f"{row['d']:.2f}", *(show(row[name]) for name in ("proxy", "gold"))]
         cells.append(show(row["gold_gain"]) if "gold_gain" in row else "-")
-        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([row["name"], *cells])
+    return markdown_table(["policy", "KL, nats", "d", "proxy", "gold", "gold, gain"], rows, rule="---")
 
 
 def fits_table(result: dict) -> str:
     formulas = {"best_of_n": "best of n: d (alpha - beta d)", "ppo": "PPO: d (alpha - beta log d)"}
     columns = ("alpha", "beta", "gold peaks at d", "KL there, nats", "gain there", "rms error of the fit")
-    lines = ["| gold gain | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    rows = []
     for name, x in result["fits"].items():
         if x is None:
-            lines.append(f"| {formulas[name]} | fewer than two different KL: no curve |" + " - |" * (len(columns) - 1))
+            rows.append([formulas[name], "fewer than two different KL: no curve", *["-"] * (len(columns) - 1)])
             continue
         peak = x["peak_d"]["value"]
         beyond = (
@@ -235,8 +235,8 @@ def fits_table(result: dict) -> str:
         )
         cells = [*(show(x[key], null=math.inf) for key in ("alpha", "beta")), show(x["peak_d"], null=math.inf) + beyond]
         cells += ["-" if x[key] is None else f"{x[key]:.2f}" for key in ("peak_kl", "peak_gain")]
-        lines.append(f"| {formulas[name]} | " + " | ".join([*cells, f"{x['rms_error']:.3f}"]) + " |")
-    return "\n".join(lines)
+        rows.append([formulas[name], *cells, f"{x['rms_error']:.3f}"])
+    return markdown_table(["gold gain", *columns], rows, rule="---")
 
 
 def draw(result: dict, file: Path) -> None:

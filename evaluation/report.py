@@ -20,6 +20,7 @@ import numpy as np
 
 from evaluation import plots
 from evaluation.card import GAPS, NAMES, probe_row
+from evaluation.comparison import pairs_table, results_table
 from evaluation.page import Block, Microscope, Plots, Sample, Shade, Table, Text, plain, write
 from evaluation.words import number, show
 from rlhf.infra import config
@@ -206,32 +207,14 @@ def seconds(source: Source) -> list[Block]:
 
 # --- before and after ---
 
-COLUMNS = {  # of the results table: title -> key, format
-    "judge": ("judge", None),
-    "reward": ("reward", None),
-    "KL, nats": ("kl", ".2f"),
-    "distinct-3": ("distinct_3", ".3f"),
-    "length": ("length", ".1f"),
-    "ends": ("eos_rate", ".2f"),
-    "ppl of human text": ("perplexity_of_human_text", ".1f"),
-    "ppl for base": ("perplexity_for_base", ".1f"),
-}
-
 
 def results(sources: list[Source]) -> list[Block]:
     return each(sources, "summary.json", lambda source: summary_tables(source.files["summary.json"]))
 
 
 def summary_tables(summary: dict) -> list[Block]:
-    def cell(row: dict, key: str, form: str | None) -> str:
-        if key not in row:
-            return "-"
-        bound = "<= " if key == "kl" and "distinct_3" not in row else ""  # best-of-n: an analytic bound
-        return bound + (show(row[key]) if form is None else f"{row[key]:{form}}")
-
-    rows = [[name, *(cell(row, *column) for column in COLUMNS.values())] for name, row in summary["rows"].items()]
     caption = f"{summary['prompts']} held-out prompts, 95% bootstrap intervals over prompts"
-    blocks = [Table(["model", *COLUMNS], rows, caption)]
+    blocks = [Table(*results_table(summary["rows"]), caption)]
     gains = {
         "judge, tuned - base": "judge_gain",
         "reward, tuned - base": "reward_gain",
@@ -244,9 +227,8 @@ def summary_tables(summary: dict) -> list[Block]:
     if found:
         blocks.append(Table(["comparison", "mean and 95% interval"], found))
     if pairs := summary.get("pairwise"):
-        keys = ("judge_gain", "win_rate_judge", "win_rate_judge_length_controlled", "win_rate_reward")
         head = ["a against b", "judge, a - b", "a wins, judge", "at equal length", "a wins, reward"]
-        blocks.append(Table(head, [[f"{x['a']} / {x['b']}", *(show(x.get(key)) for key in keys)] for x in pairs]))
+        blocks.append(Table(head, [[f"{a} / {b}", *cells] for a, b, *cells in pairs_table(pairs).rows]))
     if elo := summary.get("elo"):
         rows = [[name, show(x, ".0f")] for name, x in elo.items()]
         blocks.append(Table(["model", "Elo by the judge, base = 0"], rows))

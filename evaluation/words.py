@@ -1,7 +1,8 @@
-"""A number and its interval: one type in memory, one form in JSON, one way to say it; and a table in Markdown."""
+"""A number and its interval: one type in memory, one form in JSON, one way to say it; and a table and its Markdown."""
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from rlhf.statistics import Estimate
 
@@ -28,5 +29,14 @@ def number(x: float | None, form: str = ".3f") -> str:
     return "-" if x is None else f"{x:{form}}"
 
 
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+class Table(NamedTuple):
+    """What Markdown and the report both show, built once by the measurement."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], rule: str = " --- ") -> str:
+    """`rule`: a cell of the line below the head, which results.md, rounds.md and overoptimisation.md write without blanks."""
+    above, *below = (f"| {' | '.join(row)} |" for row in (head, *rows))
+    return "\n".join([above, "|" + f"{rule}|" * len(head), *below])
