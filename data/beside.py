@@ -104,7 +104,13 @@ def read_beside(directory: str | Path, vocabulary: dict[str, int], content: dict
         decoder = named.get("added_tokens_decoder")
         names = named if decoder is not None else named | {k: v for k, v in mapped.items() if v is not None}
         texts = {name: text_of(names.get(f"{name}_token")) for name in NAMES}
-        added = {token["content"]: added_of(token["id"], token) for token in content.get("added_tokens") or []}
+        added: dict[str, Added] = {}
+        for token in content.get("added_tokens") or []:
+            if not token["content"] or type(token["id"]) is not int or not 0 <= token["id"] < LARGEST_VOCABULARY:
+                what = f"{token['content']!r:.60} {token['id']!r:.60}"
+                raise ValueError(f"token ids must be whole numbers below {LARGEST_VOCABULARY}: {what}")
+            check_id(token["content"], token["id"], vocabulary, added)
+            added[token["content"]] = added_of(token["id"], token)
         wanted = {}  # content -> (id that its file says, its token)
         for i, token in (decoder or {}).items():
             wanted[token["content"]] = (int(i), added_of(int(i), token))
@@ -120,18 +126,7 @@ def read_beside(directory: str | Path, vocabulary: dict[str, int], content: dict
         for token, (said, kind) in sorted(wanted.items(), key=lambda item: (item[1][0] is None, item[1][0] or 0)):
             if token in added and (said is None or token in listed):
                 continue
-            known = added[token].id if token in added else vocabulary.get(token)
-            known = next_id(vocabulary, added) if known is None else known
-            if said is not None and said != known:
-                raise ValueError(
-                    f"added token {token!r:.60} has id {said} in a file beside it; HF's code gives it {known}"
-                )
-            added[token] = kind._replace(id=known)
-        for token, kind in added.items():
-            if not token or type(kind.id) is not int or not 0 <= kind.id < LARGEST_VOCABULARY:
-                raise ValueError(
-                    f"token ids must be whole numbers below {LARGEST_VOCABULARY}: {token!r:.60} {kind.id!r:.60}"
-                )
+            added[token] = kind._replace(id=check_id(token, said, vocabulary, added))
         ids = {name: special_id(name, texts[name], vocabulary, added, numbered, mapped) for name in NAMES}
         known = [f"{name}_token" for name in NAMES if f"{name}_token" in names]
         special = {name: text_of(names[name]) for name in known if names[name] is not None}
@@ -154,10 +149,17 @@ def added_of(i: int, token: dict) -> Added:
     return Added(i, bool(token.get("special")), **{flag: bool(token.get(flag)) for flag in FLAGS})
 
 
-def next_id(vocabulary: dict[str, int], added: dict[str, Added]) -> int:
-    """The id that HF's code gives to one more added token."""
-    largest = max((token.id for token in added.values()), default=-1)
-    return max(largest + 1, len(vocabulary))
+def check_id(text: str, said: int | None, vocabulary: dict[str, int], added: dict[str, Added]) -> int:
+    """The id that HF's code gives to an added token, whatever its file says: the one it has, or the next.
+
+    ValueError if its file says another.
+    """
+    known = added[text].id if text in added else vocabulary.get(text)
+    if known is None:
+        known = max([len(vocabulary), *(token.id + 1 for token in added.values())])
+    if said is not None and said != known:
+        raise ValueError(f"added token {text!r:.60} has id {said} in its file, but {known} in HF's code")
+    return known
 
 
 def special_id(name: str, text, vocabulary, added, numbered: Sequence[dict], mapped: dict) -> int | None:

@@ -93,6 +93,7 @@ class BPETokenizer:
 
         self._bytes = spelled_bytes(tokens, types)
         normal = {piece: i for i, piece in enumerate(self._bytes) if piece}
+        normal |= merged_too(tokens, types, merges)
         self.added = {
             tokens[i]: Added(i, kind != USER_DEFINED, **dict.fromkeys(self.flags.get(tokens[i], ()), True))
             for i, kind in enumerate(types)
@@ -227,6 +228,22 @@ def check_parts(tokens, types, merges, special: dict[str, int | None]) -> None:
             continue
         if type(i) is not int or not 0 <= i < len(tokens):
             raise ValueError(f"the tokenizer's {name} is {i!r:.60}; an id below {len(tokens)} was expected")
+
+
+def merged_too(tokens: Sequence[str], types: Sequence[int], merges: Sequence[str]) -> dict[bytes, int]:
+    """Added tokens that are pieces of words as well: single bytes, and what merges make or are made of.
+
+    ValueError where that would make a control token of somebody's text.
+    """
+    added = {token: i for i, token in enumerate(tokens) if types[i] not in (NORMAL, UNUSED) and token}
+    if not added:
+        return {}
+    used = {piece for merge in merges for piece in (*merge.split(" "), merge.replace(" ", ""))} | ALPHABET
+    found = {token: i for token, i in added.items() if token in used and set(token) <= ALPHABET}
+    for token, i in found.items():
+        if types[i] != USER_DEFINED:
+            raise ValueError(f"a merge makes the control token {token!r:.60} of plain text, which is not supported")
+    return {token.translate(TO_BYTES).encode("latin-1"): i for token, i in found.items()}
 
 
 def dump(parts: dict) -> bytes:
@@ -406,9 +423,7 @@ def read_hf(directory: str | Path) -> BPETokenizer:
         special = {name: beside.ids[name] for name in ("bos", "eos", "pad")}
         special |= {"bos": first} if first is not None else {}
         flags = {token: kind.flags for token, kind in beside.added.items() if kind.flags}
-        if not words.normalizer:  # nothing is done to a text before it is looked through again
-            flags = {token: [f for f in names if f != "normalized"] for token, names in flags.items()}
-        more = {"flags": {token: names for token, names in flags.items() if names}, "special": beside.special}
+        more = {"flags": flags, "special": beside.special}
         return BPETokenizer(
             tokens, types, merges, named(words), **special, add_bos=first is not None,
             chat_template=beside.chat_template, beside=spelled_more(more, tokens, special),
@@ -443,6 +458,11 @@ def spelled_more(more: dict, tokens: Sequence[str], special: dict[str, int | Non
 def write_hf(tokenizer: BPETokenizer, directory: str | Path) -> list[Path]:
     """tokenizer.json and tokenizer_config.json, from which transformers 4 and 5 make a tokenizer with the same ids."""
     words = words_of(tokenizer.pre)
+    vocabulary = {token: i for i, token in enumerate(tokenizer.tokens) if tokenizer.types[i] != UNUSED}
+    if words.ignore_merges and len(vocabulary) == tokenizer.vocab_size:
+        # a word that is in the vocabulary is that token, which those that only lie behind it must not be
+        size = 1 + max(i for i, kind in enumerate(tokenizer.types) if kind == NORMAL)
+        vocabulary = {token: i for token, i in vocabulary.items() if i < size}
     content = {
         "version": "1.0",
         "added_tokens": [
@@ -453,7 +473,7 @@ def write_hf(tokenizer: BPETokenizer, directory: str | Path) -> list[Path]:
         "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
         "model": {
             "type": "BPE",
-            "vocab": {token: i for i, token in enumerate(tokenizer.tokens) if tokenizer.types[i] != UNUSED},
+            "vocab": vocabulary,
             "merges": tokenizer.merges,
             "ignore_merges": words.ignore_merges,
         },

@@ -26,7 +26,7 @@ from data.beside import (
     read_json,
     write_files,
 )
-from data.bpe import BPETokenizer, dump, half_a_pair, made_as_listed, read_hf
+from data.bpe import BPETokenizer, dump, half_a_pair, made_as_listed, merge, read_hf
 from data.words import normalized, normalizer_of, steps_of
 
 MODEL_FILE = "tokenizer.model"
@@ -35,6 +35,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of p
 BESIDE = 200  # number of our field; from 200 on they are anybody's
 PREFIXES = ("model", "prepend", "always", "first", "never")
 SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+NUL = "\ufdd0"  # a character that no text has, in place of U+0000, which sentencepiece has no pieces for
 PROBE = "\ufb01  \u00bd\n"  # what NFKC and the collapse of spaces would change
 
 
@@ -46,7 +47,8 @@ class SentencePieceTokenizer:
 
     added: content -> fields of Added. prefix: where a space is put before a text, one of PREFIXES: by the model itself;
     always, unless there is one, as HF's Metaspace has it; "prepend", even then; "first", not behind an added token.
-    normalizer: HF's steps before that. bos, eos, pad, add_bos, special (names that templates know), chat_template.
+    normalizer: HF's steps before that. merges: the list of pairs that merge, where pieces are made in another way than
+    sentencepiece would make them of their scores. bos, eos, pad, add_bos, special (names that templates know), chat_template.
     """
 
     def __init__(
@@ -104,6 +106,8 @@ class SentencePieceTokenizer:
         if self.prefix != "model":
             spec += field(2, b"") + field(4, 0) + field(5, 1)  # and nothing else is done to it
         self._bare = processor(self._model + field(3, spec), where)
+        self._nul = NUL.encode() in self._model
+        self._pairs = self._pairs_of(beside["merges"]) if "merges" in beside else None
         raw, late = {}, {}
         for text, token in self.added.items():
             (late if token.normalized and self.prefix != "model" else raw)[text] = token
@@ -147,12 +151,16 @@ class SentencePieceTokenizer:
         if i >= self.model.vocab_size():
             return b""
         piece = self.model.id_to_piece(i)
-        return bytes([int(piece[3:5], 16)]) if self.model.is_byte(i) else piece.replace(SPACE, " ").encode()
+        if self.model.is_byte(i):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(SPACE, " ").replace(NUL, "\0").encode()
 
     def piece(self, i: int) -> str:
         """The spelling of an id."""
         known = i < self.model.vocab_size()
-        return self._outside[i] if i in self._outside else self.model.id_to_piece(i) if known else f"[PAD{i}]"
+        if i in self._outside:
+            return self._outside[i]
+        return self.model.id_to_piece(i).replace(NUL, "\0") if known else f"[PAD{i}]"
 
     def parts(self) -> dict:
         """All of it in plain lists, as GGUF files take it."""
@@ -170,7 +178,7 @@ class SentencePieceTokenizer:
         types += [UNUSED] * (self.vocab_size - len(ids))
         for token in self.added.values():
             types[token.id] = CONTROL if token.special else USER_DEFINED
-        own = ("added", "prefix", "normalizer", "special")
+        own = ("added", "prefix", "normalizer", "merges", "special")
         more = {key: value for key, value in self.beside.items() if key in own}
         more |= {"core": len(ids), "types": list(inside.items())} if more else {}
         return {
@@ -210,8 +218,32 @@ class SentencePieceTokenizer:
             else:
                 wanted = self.prefix == "always" and after != "text" or self.prefix == "first" and after == "nothing"
                 space = SPACE if wanted and not stretch.startswith((" ", SPACE)) else ""
-                ids += self._bare.encode(space + stretch)
+                ids += self._encode_bare(space + stretch)
             after = "token"
+        return ids
+
+    def _pairs_of(self, merges: list) -> dict[tuple[int, int], tuple[int, int]]:
+        """ids of two pieces -> (when they merge, id of what they make)"""
+        ids, pairs = {self.piece(i): i for i in range(self.model.vocab_size())}, {}
+        for turn, (left, right) in enumerate(merges):
+            pairs.setdefault((ids[left], ids[right]), (turn, ids[left + right]))
+        return pairs
+
+    def _encode_bare(self, text: str) -> list[int]:
+        if self._pairs is not None:
+            unknown, symbols = self.model.unk_id(), []
+            for letter in text.replace(" ", SPACE):
+                i = self.model.piece_to_id(NUL if letter == "\0" else letter)
+                known = i != unknown and not (letter == NUL and self._nul)
+                symbols += [i] if known else [self.model.piece_to_id(f"<0x{byte:02X}>") for byte in letter.encode()]
+            return merge(symbols, self._pairs)
+        if not self._nul:
+            return self._bare.encode(text)
+        parts = text.split(NUL)
+        ids = self._bare.encode(parts[0].replace("\0", NUL))
+        for part in parts[1:]:
+            ids += [self.model.piece_to_id(f"<0x{byte:02X}>") for byte in NUL.encode()]
+            ids += self._bare.encode(part.replace("\0", NUL))
         return ids
 
 
@@ -308,8 +340,10 @@ def sentencepiece_blob(parts: dict) -> bytes:
         )
     if special.get("pad") == special.get("eos"):
         special.pop("pad", None)
+    if any("\0" in token for token in tokens) and any(NUL in token for token in tokens):
+        raise ValueError("tokens with U+0000 and with U+FDD0 are not supported together")
     pieces = (
-        field(1, token.encode()) + key(2, 5) + struct.pack("<f", score) + field(3, kind)
+        field(1, token.replace("\0", NUL).encode()) + key(2, 5) + struct.pack("<f", score) + field(3, kind)
         for token, score, kind in zip(tokens, scores, types)
     )
     trainer = field(3, 2) + field(4, len(tokens)) + field(35, 1)  # BPE, its size, bytes for what has no piece
@@ -364,18 +398,20 @@ def read_hf_directory(directory: str | Path) -> SentencePieceTokenizer | BPEToke
         prefix, normalizer, cut_out = spaces_of(content)
         settings = {"prefix": prefix, "normalizer": normalizer}
         if model_file.is_file():
-            plain = SentencePieceTokenizer(model_file)
-            blob, size = plain._model, plain.model.vocab_size()
+            blob, _ = split_blob(model_file.read_bytes(), str(model_file))
+            plain = processor(blob, str(model_file))
             for token, i in model["vocab"].items():
-                if i < size and plain.model.id_to_piece(i) != token:
-                    other = plain.model.id_to_piece(i)
+                other = plain.id_to_piece(i) if i < plain.vocab_size() else token
+                if other.replace(NUL, "\0") != token:
                     raise ValueError(f"token {i} is {token!r:.40}, but {other!r:.40} in {MODEL_FILE} beside it")
-            own_prefix = plain.model.encode_as_pieces("a")[0].startswith(SPACE)
-            identity = plain.model.decode(plain.model.encode(PROBE)) == PROBE
-            if prefix == ("prepend" if own_prefix else "never") and not normalizer and identity:
+            own_prefix = plain.encode_as_pieces("a")[0].startswith(SPACE)
+            identity = plain.decode(plain.encode(PROBE)) == PROBE and NUL.encode() not in blob
+            late = any(t.get("normalized") and not t.get("special") for t in content.get("added_tokens") or [])
+            if prefix == ("prepend" if own_prefix else "never") and not normalizer and identity and not late:
                 settings = {}  # the model itself does the same
         else:
-            blob = blob_of_merges(content, cut_out)
+            blob, merges = blob_of_merges(content, cut_out)
+            settings |= {"merges": merges} if merges else {}
         return joined(directory, None, blob, model["vocab"], content, settings)
     except ValueError as error:
         raise ValueError(str(error) if str(error).startswith(str(file)) else f"{file}: {error}") from None
@@ -437,15 +473,19 @@ def spaces_of(content: dict) -> tuple[str, list[dict], list[str]]:
             pass  # Gemma's: no space is left by then
         else:
             raise ValueError(f"pre-tokenizer {step['type']!r:.60} is not supported beside sentencepiece")
+    if prefix == "first" and any(step["type"] == "Replace" for step in steps[: len(steps) - len(own)]):
+        raise ValueError("prepend_scheme first is not supported behind a Replace, which moves where a text begins")
     if not escaped:
         raise ValueError(f"a vocabulary with bytes whose spaces do not become {SPACE} is not supported")
     return prefix, steps[: len(steps) - len(own)], cut_out
 
 
-def blob_of_merges(content: dict, cut_out: list[str]) -> bytes:
-    """A sentencepiece model that makes the same pieces as the merges of a tokenizer.json."""
+def blob_of_merges(content: dict, cut_out: list[str]) -> tuple[bytes, list[tuple[str, str]]]:
+    """A sentencepiece model of the pieces of a tokenizer.json; and its merges, unless it makes the same of its scores."""
     model, added = content["model"], {token["content"]: token for token in content.get("added_tokens") or []}
     vocabulary, unknown = model["vocab"], model.get("unk_token")
+    if unknown is None and added.get("<unk>", {}).get("special"):
+        unknown = "<unk>"
     plain = {"type": ("BPE",), "dropout": (None, 0), "continuing_subword_prefix": (None, "")}
     plain |= {"end_of_word_suffix": (None, ""), "ignore_merges": (None, False, bool(cut_out))}
     for key_, values in plain.items():
@@ -469,7 +509,8 @@ def blob_of_merges(content: dict, cut_out: list[str]) -> bytes:
     for turn, (left, right) in enumerate(halves, 1):
         if left in ranks and right in ranks:
             pairs.setdefault((ranks[left], ranks[right]), (turn, ranks[left + right]))
-    if not made_as_listed(len(ranks), len(singles), pairs):
+    same = made_as_listed(len(ranks), len(singles), pairs)
+    if cut_out and not same:
         raise ValueError("its merges make other pieces than sentencepiece would, which is not supported")
     types, scores = [], []
     for token in tokens:
@@ -493,9 +534,8 @@ def blob_of_merges(content: dict, cut_out: list[str]) -> bytes:
         if not unused:
             raise ValueError("it has neither unk_token nor a token to spare, one of which sentencepiece needs")
         types[unused[-1]], unknown = UNKNOWN, tokens[unused[-1]]
-    return sentencepiece_blob(
-        {"tokens": tokens, "scores": scores, "types": types, "unk": vocabulary[unknown], "add_space_prefix": False}
-    )
+    parts = {"tokens": tokens, "scores": scores, "types": types, "unk": vocabulary[unknown], "add_space_prefix": False}
+    return sentencepiece_blob(parts), [] if same else halves
 
 
 def write_hf(tokenizer: SentencePieceTokenizer, directory: str | Path) -> list[Path]:
@@ -506,7 +546,7 @@ def write_hf(tokenizer: SentencePieceTokenizer, directory: str | Path) -> list[P
         raise ValueError(
             "this sentencepiece model rewrites texts before it splits them, which tokenizer.json has no form for here"
         )
-    tokens = [model.id_to_piece(i) for i in range(size)]
+    tokens = [model.id_to_piece(i).replace(NUL, "\0") for i in range(size)]
     user_defined = {tokens[i] for i in user_defined_pieces(tokenizer._model)}
     ids = {token: i for i, token in enumerate(tokens)}
     made = [i for i, token in enumerate(tokens) if parts["types"][i] == NORMAL or token in tokenizer.added]
@@ -549,7 +589,7 @@ def write_hf(tokenizer: SentencePieceTokenizer, directory: str | Path) -> list[P
         "model": {
             "type": "BPE",
             "vocab": ids,
-            "merges": [merge for *_, merge in sorted(pairs)],
+            "merges": tokenizer.beside.get("merges") or [merge for *_, merge in sorted(pairs)],
             "unk_token": tokens[parts["unk"]],
             "fuse_unk": True,
             "byte_fallback": True,
@@ -558,6 +598,8 @@ def write_hf(tokenizer: SentencePieceTokenizer, directory: str | Path) -> list[P
     }
     names = tokenizer.special | {"pad_token": tokenizer.piece(tokenizer.pad)}
     files = write_files(directory, content, names, tokenizer.chat_template)
+    if "merges" in tokenizer.beside:  # which the model alone would not follow
+        return files
     (Path(directory) / MODEL_FILE).write_bytes(tokenizer._model)
     return [*files, Path(directory) / MODEL_FILE]
 

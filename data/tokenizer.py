@@ -81,6 +81,10 @@ def gguf_parts(tokenizer: Tokenizer, stop_ids: Sequence[int] = ()) -> dict:
     parts = tokenizer.parts()
     if isinstance(parts.get("pre"), dict):
         raise ValueError(f"GGUF has no name for the tokenizer's words: {parts['pre']['splits']!r:.200}")
+    if isinstance(tokenizer, SentencePieceTokenizer) and "merges" in tokenizer.beside:
+        raise ValueError(
+            "GGUF has no place for the merges of a sentencepiece vocabulary, which its scores do not follow"
+        )
     for text, token in tokenizer.added.items():
         if eats := set(token.flags) - {"normalized"}:
             raise ValueError(f"GGUF cannot say that added token {text!r:.60} has {', '.join(sorted(eats))}")

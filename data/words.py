@@ -31,6 +31,9 @@ QWEN35 = (
 )
 PUNCTUATION = r"[\p{P}$+<=>^`|~]"
 BEHAVIORS = ("Isolated", "Removed", "Contiguous", "MergedWithPrevious", "MergedWithNext")
+# The blocks of letters that are younger than Unicode 16: the regex module knows them, the one that HF uses does not.
+NEWER = re.compile("[\U00012550-\U00012686\U00018d80-\U00019191\U000323b0-\U00033479\U0003d000-\U0003fc3f]")
+UNASSIGNED = "\u0378"
 NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Strip", "Replace", "Prepend")
 
 
@@ -84,18 +87,21 @@ ONE_PATTERN[NAMED["smollm"].splits] = r"\p{N}|" + CONTRACTIONS + r"| ?\p{L}+| ?[
 
 @lru_cache(64)
 def compiled(pattern: str) -> regex.Pattern:
-    """ValueError for what is no pattern. As in Oniguruma, which HF uses, ^ and $ are those of a line."""
+    """ValueError for what is no pattern. As in Oniguruma, which HF uses, ^ and $ are those of a line, and sets nest."""
     try:
-        return regex.compile(pattern, regex.MULTILINE)
+        if regex.search(r"\[[^]]*(--|~~|\|\|)", pattern):  # there, plain characters
+            raise ValueError(f"pattern {pattern!r:.80} is not supported: it would be read as an operation on sets")
+        return regex.compile(pattern, regex.MULTILINE | regex.VERSION1)
     except (regex.error, TypeError, RecursionError) as error:
         raise ValueError(f"pattern {pattern!r:.80} is not supported: {error!s:.80}") from None
 
 
 def pieces(text: str, split: Split) -> list[str]:
     """The text cut by one step."""
+    seen = text if text.isascii() else NEWER.sub(UNASSIGNED, text)  # as long as the text
     if split.behavior == "Isolated":  # whichever of both is the match
         found, done = [], 0
-        for match in compiled(split.pattern).finditer(text):
+        for match in compiled(split.pattern).finditer(seen):
             start, end = match.span()
             if start > done:
                 found.append(text[done:start])
@@ -105,7 +111,7 @@ def pieces(text: str, split: Split) -> list[str]:
         return found + [text[done:]] if done < len(text) else found
     cut = []  # (piece, is it a match)
     done = 0
-    for match in compiled(split.pattern).finditer(text):
+    for match in compiled(split.pattern).finditer(seen):
         start, end = match.span()
         if end == start:
             continue
