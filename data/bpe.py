@@ -80,12 +80,13 @@ class BPETokenizer:
         # what a plain text begins with: bos, or what stood between the texts of a model that was trained without one
         self.start = self.bos if self.add_bos else self.control.get("<|endoftext|>", self.bos)
         more = read_more(beside)
+        names = {"bos": bos, "eos": eos, "pad": self.pad}
+        plain = {f"{name}_token": tokens[i] for name, i in names.items() if i is not None}
         self.flags: dict[str, list[str]] = more.get("flags", {})
-        names = {"bos": bos, "eos": eos, "pad": pad}
-        self.special: dict[str, str] = more.get("special") or {
-            f"{name}_token": tokens[i] for name, i in names.items() if i is not None
-        }
-        self.beside = beside
+        self.special: dict[str, str] = more.get("special", plain)
+        kept = {"flags": self.flags} if self.flags else {}
+        kept |= {"special": self.special} if self.special != plain else {}
+        self.beside = dump(kept).decode() if kept else None
         ids = {**self.parts(), "bos": self.bos, "chat_template": None, "beside": self.flags}
         if not self.flags:
             del ids["beside"]
@@ -426,7 +427,7 @@ def read_hf(directory: str | Path) -> BPETokenizer:
         more = {"flags": flags, "special": beside.special}
         return BPETokenizer(
             tokens, types, merges, named(words), **special, add_bos=first is not None,
-            chat_template=beside.chat_template, beside=spelled_more(more, tokens, special),
+            chat_template=beside.chat_template, beside=dump(more).decode(),
         )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
@@ -446,13 +447,6 @@ def listed(vocabulary: dict[str, int], added: dict[str, Added]) -> tuple[list[st
     for token, kind in added.items():
         tokens[kind.id], types[kind.id] = token, CONTROL if kind.special else USER_DEFINED
     return tokens, types
-
-
-def spelled_more(more: dict, tokens: Sequence[str], special: dict[str, int | None]) -> str | None:
-    """The JSON beside a vocabulary, without what follows from its other parts; None where nothing is left."""
-    plain = {f"{name}_token": tokens[i] for name, i in special.items() if i is not None}
-    kept = {key: value for key, value in more.items() if value and not (key == "special" and value == plain)}
-    return dump(kept).decode() if kept else None
 
 
 def write_hf(tokenizer: BPETokenizer, directory: str | Path) -> list[Path]:
@@ -478,5 +472,4 @@ def write_hf(tokenizer: BPETokenizer, directory: str | Path) -> list[Path]:
             "ignore_merges": words.ignore_merges,
         },
     }
-    names = {"bos_token": None, **tokenizer.special, "pad_token": tokenizer.tokens[tokenizer.pad]}
-    return write_files(directory, content, names, tokenizer.chat_template)
+    return write_files(directory, content, {"bos_token": None, **tokenizer.special}, tokenizer.chat_template)

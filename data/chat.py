@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from data.beside import SPACE_BEFORE, SPACE_BEHIND
 from data.templates import Rendered, render
 from data.tokenizer import Tokenizer
 
@@ -137,11 +138,13 @@ class Chat:
             eats = added[token] if token in added else None
             if start <= first and last <= stop:
                 stretch = text[start:first]
-                ids += self.tokenizer.encode(stretch.rstrip() if eats and eats.lstrip else stretch, after)
+                if eats and eats.lstrip:
+                    stretch = stretch[: SPACE_BEFORE.search(stretch).start()]
+                ids += self.tokenizer.encode(stretch, after)
                 ids.append(self.tokenizer.control[token])
             elif last > start:
                 break
-            end = last + len(text[last:]) - len(text[last:].lstrip()) if eats and eats.rstrip else last
+            end = SPACE_BEHIND.match(text, last).end() if eats and eats.rstrip else last
             if end >= start:
                 start, after = min(end, stop), "token"
         return ids + self.tokenizer.encode(text[start:stop], after)

@@ -36,6 +36,7 @@ BESIDE = 200  # number of our field; from 200 on they are anybody's
 PREFIXES = ("model", "prepend", "always", "first", "never")
 SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 NUL = "\ufdd0"  # a character that no text has, in place of U+0000, which sentencepiece has no pieces for
+DOUBLED = {"type": "Replace", "pattern": {"Regex": "\\A" + SPACE}, "content": 2 * SPACE}  # transformers 5's for one
 PROBE = "\ufb01  \u00bd\n"  # what NFKC and the collapse of spaces would change
 
 
@@ -67,38 +68,28 @@ class SentencePieceTokenizer:
         self._model, found = split_blob(blob, where)
         beside = {**(found if beside is None else beside)}
         beside |= {"chat_template": chat_template} if chat_template else {}
-        self.model = processor(self._model, where)
-        core, size = self.model, self.model.vocab_size()
-        try:
-            self.added = {token: Added(*fields) for token, fields in beside.get("added", {}).items()}
-            self.prefix, self.normalizer = (
-                beside.get("prefix", "model"),
-                normalizer_of_steps(beside.get("normalizer", [])),
-            )
-            if self.prefix not in PREFIXES:
-                raise ValueError(f"prefix {self.prefix!r:.60} is not one of {', '.join(PREFIXES)}")
-            self.vocab_size = max([size, *(token.id + 1 for token in self.added.values())])
-            self.bos, self.eos = beside.get("bos", core.bos_id()), beside.get("eos", core.eos_id())
-            # Llama 2's has no pad: no text ever produces unk, so that is one to spare
-            pad = beside.get("pad", core.pad_id())
-            self.pad = core.unk_id() if pad < 0 or pad in (self.bos, self.eos) else pad
-        except (TypeError, AttributeError) as error:
-            raise ValueError(f"{where} is damaged: {error!s:.80}") from None
-        if len({self.pad, self.bos, self.eos} - {-1}) < 3:
+        self.beside = checked_beside({k: v for k, v in beside.items() if v not in (None, [], {})}, where)
+        self.model = core = processor(self._model, where)
+        size = core.vocab_size()
+        self.added = {token: Added(*fields) for token, fields in self.beside.get("added", {}).items()}
+        self.prefix, self.normalizer = self.beside.get("prefix", "model"), self.beside.get("normalizer", [])
+        self.chat_template, self.add_bos = self.beside.get("chat_template"), self.beside.get("add_bos", True)
+        self.vocab_size = max([size, *(token.id + 1 for token in self.added.values())])
+        self.bos, self.eos = self.beside.get("bos", core.bos_id()), self.beside.get("eos", core.eos_id())
+        # Llama 2's has no pad: no text ever produces unk, so that is one to spare
+        pad = self.beside.get("pad", core.pad_id())
+        self.pad = core.unk_id() if pad < 0 or pad in (self.bos, self.eos) else pad
+        special = {self.pad, self.bos, self.eos} - {-1}
+        if len(special) < 3 or max(special) >= self.vocab_size:
             raise ValueError(f"{where} lacks a distinct pad, bos or eos ({self.pad}, {self.bos}, {self.eos})")
-        self.chat_template, self.add_bos = beside.get("chat_template"), beside.get("add_bos", True)
         self.start = self.bos  # what a plain text begins with
         self._outside = {token.id: text for text, token in self.added.items()}
-        taken = {token.id for token in self.added.values() if not token.special}
-        self.control = {core.id_to_piece(i): i for i in range(size) if core.is_control(i) and i not in taken}
-        self.control = {token: i for token, i in self.control.items() if i not in self._outside}
+        self.control = {core.id_to_piece(i): i for i in range(size) if core.is_control(i) and i not in self._outside}
         self.control |= {text: token.id for text, token in self.added.items() if token.special}
         names = {"bos": self.bos, "eos": self.eos, "unk": core.unk_id(), "pad": core.pad_id()}
-        self.special: dict[str, str] = beside.get("special") or {
-            f"{name}_token": self.piece(i) for name, i in names.items() if i >= 0
-        }
+        plain = {f"{name}_token": self.piece(i) for name, i in names.items() if i >= 0}
+        self.special: dict[str, str] = self.beside.get("special", plain)
         self._hidden = {*self.control.values(), self.pad}
-        self.beside = {key: value for key, value in beside.items() if value not in (None, [], {})}
         changes = {key: value for key, value in self.beside.items() if key not in ("chat_template", "special")}
         self.fingerprint = hashlib.sha256(self._model + (dump(changes) if changes else b"")).hexdigest()
 
@@ -107,7 +98,7 @@ class SentencePieceTokenizer:
             spec += field(2, b"") + field(4, 0) + field(5, 1)  # and nothing else is done to it
         self._bare = processor(self._model + field(3, spec), where)
         self._nul = NUL.encode() in self._model
-        self._pairs = self._pairs_of(beside["merges"]) if "merges" in beside else None
+        self._pairs = self._pairs_of(self.beside["merges"], where) if "merges" in self.beside else None
         raw, late = {}, {}
         for text, token in self.added.items():
             (late if token.normalized and self.prefix != "model" else raw)[text] = token
@@ -180,7 +171,7 @@ class SentencePieceTokenizer:
             types[token.id] = CONTROL if token.special else USER_DEFINED
         own = ("added", "prefix", "normalizer", "merges", "special")
         more = {key: value for key, value in self.beside.items() if key in own}
-        more |= {"core": len(ids), "types": list(inside.items())} if more else {}
+        more |= {"core": len(ids), "types": sorted(inside.items())} if more else {}
         return {
             "model": "llama",
             "tokens": [self.piece(i) for i in range(self.vocab_size)],
@@ -201,17 +192,19 @@ class SentencePieceTokenizer:
         self.path.write_bytes(self._model + (field(BESIDE, dump(self.beside)) if self.beside else b""))
         return self.path
 
-    def _spelled(self, text: str) -> str:
-        """A text as the model's pieces are spelled, where that is done before added tokens are looked for."""
+    def _spelled(self, text: str, prefix: bool = True) -> str:
+        """A text as HF's normalizers leave it, before it is looked through for added tokens once more."""
         text = normalized(text, self.normalizer)
-        return (SPACE + text.replace(" ", SPACE) if text else text) if self.prefix == "prepend" else text
+        if self.prefix in ("prepend", "never"):
+            text = SPACE * (prefix and self.prefix == "prepend" and text != "") + text.replace(" ", SPACE)
+        return text
 
     def _encode_stretch(self, text: str, after: str) -> list[int]:
         """Ids of what lies between added tokens."""
         if self.prefix == "model":
             return (self._bare if after == "text" else self.model).encode(text)
         ids = []
-        text = normalized(text, self.normalizer) if after == "text" else self._spelled(text)
+        text = self._spelled(text, after != "text")
         for stretch, i in self._cut_late.of(text):
             if i is not None:
                 ids.append(i)
@@ -222,10 +215,12 @@ class SentencePieceTokenizer:
             after = "token"
         return ids
 
-    def _pairs_of(self, merges: list) -> dict[tuple[int, int], tuple[int, int]]:
+    def _pairs_of(self, merges: list, where: str) -> dict[tuple[int, int], tuple[int, int]]:
         """ids of two pieces -> (when they merge, id of what they make)"""
         ids, pairs = {self.piece(i): i for i in range(self.model.vocab_size())}, {}
         for turn, (left, right) in enumerate(merges):
+            if not {left, right, left + right} <= ids.keys():
+                raise ValueError(f"{where} is damaged: {left!r:.40} and {right!r:.40} make no piece")
             pairs.setdefault((ids[left], ids[right]), (turn, ids[left + right]))
         return pairs
 
@@ -311,6 +306,43 @@ def split_blob(blob: bytes, where: str) -> tuple[bytes, dict]:
     if more or not isinstance(beside[0], dict):
         raise ValueError(f"{where} is damaged: {len(found)} fields of ours, one object was expected")
     return blob[:start] + blob[end:], beside[0]
+
+
+def checked_beside(beside: dict, where: str) -> dict:
+    """What a file of ours has beside the model. ValueError unless it is of the kinds that `SentencePieceTokenizer` names."""
+
+    def whole(value) -> bool:
+        return type(value) is int and 0 <= value < LARGEST_VOCABULARY
+
+    def texts(value) -> bool:
+        return isinstance(value, dict) and all(isinstance(item, str) for pair in value.items() for item in pair)
+
+    def added(value) -> bool:
+        return isinstance(value, dict) and all(
+            isinstance(token, (list, tuple)) and len(token) == len(Added._fields) and whole(token[0])
+            and text and all(type(flag) is bool for flag in token[1:])
+            for text, token in value.items()
+        )  # fmt: skip
+
+    def merges(value) -> bool:
+        return isinstance(value, list) and all(
+            isinstance(pair, (list, tuple)) and [type(half) for half in pair] == [str, str] for pair in value
+        )
+
+    kinds = {"added": added, "merges": merges, "special": texts, "prefix": lambda value: value in list(PREFIXES)}
+    kinds |= dict.fromkeys(("bos", "eos", "pad"), whole) | {"add_bos": lambda value: type(value) is bool}
+    kinds |= {
+        "chat_template": lambda value: isinstance(value, (str, list)),
+        "normalizer": lambda value: isinstance(value, list),
+    }
+    for key_, value in beside.items():
+        if key_ not in kinds or not kinds[key_](value):
+            raise ValueError(f"{where} is damaged: {key_!r:.40} beside the model is {value!r:.60}")
+    try:
+        normalizer_of({"type": "Sequence", "normalizers": beside.get("normalizer", [])})
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{where} is damaged: normalizer {error!r:.60}") from None
+    return beside
 
 
 def user_defined_pieces(blob: bytes) -> set[int]:
@@ -448,21 +480,19 @@ def joined(
 
 def spaces_of(content: dict) -> tuple[str, list[dict], list[str]]:
     """Where a tokenizer.json puts a space before texts, what it does to them before, and the pieces it cuts out first."""
-    steps, prefix, cut_out = list(normalizer_of(content.get("normalizer"))), "never", []
-    own = [step for step in steps if step["type"] == "Prepend" or step == SPACES]
+    steps, cut_out = list(normalizer_of(content.get("normalizer"))), []
+    own = [step for step in steps if step["type"] == "Prepend" or step in (SPACES, DOUBLED)]
     if steps[len(steps) - len(own) :] != own:
         raise ValueError(f"normalizer {json.dumps(content['normalizer']):.200} is not supported: spaces come last")
-    escaped = SPACES in own
     for step in own:
-        if step["type"] == "Prepend":
-            if step["prepend"] != SPACE:
-                raise ValueError(f"normalizer {step!r:.80} is not supported: {SPACE} is what is put before a text")
-            prefix = "prepend"
+        if step["type"] == "Prepend" and step["prepend"] != SPACE:
+            raise ValueError(f"normalizer {step!r:.80} is not supported: {SPACE} is what is put before a text")
+    prefix, escaped = "prepend" if any(step["type"] == "Prepend" for step in own) else "never", SPACES in own
     for step in steps_of(content.get("pre_tokenizer"), "pretokenizer"):
         if step["type"] == "Metaspace" and step.get("replacement") == SPACE:
             old = "always" if step.get("add_prefix_space", True) else "never"
             scheme, escaped = step.get("prepend_scheme") or old, True
-            prefix = scheme if prefix == "never" else prefix
+            prefix = "prepend" if DOUBLED in own and scheme == "always" else scheme if prefix == "never" else prefix
         elif step["type"] == "Split" and step["behavior"] in ("Isolated", "isolated") and "Regex" in step["pattern"]:
             cut_out = [re.sub(r"\\(.)", r"\1", piece) for piece in re.split(r"(?<!\\)\|", step["pattern"]["Regex"])]
             if "|".join(map(re.escape, cut_out)) != step["pattern"]["Regex"]:
@@ -473,11 +503,15 @@ def spaces_of(content: dict) -> tuple[str, list[dict], list[str]]:
             pass  # Gemma's: no space is left by then
         else:
             raise ValueError(f"pre-tokenizer {step['type']!r:.60} is not supported beside sentencepiece")
-    if prefix == "first" and any(step["type"] == "Replace" for step in steps[: len(steps) - len(own)]):
+    early = steps[: len(steps) - len(own)] + [SPACES] * (SPACES in own and prefix in ("always", "first"))
+    if prefix == "first" and any(step["type"] == "Replace" and step != SPACES for step in early):
         raise ValueError("prepend_scheme first is not supported behind a Replace, which moves where a text begins")
-    if not escaped:
+    late = [t["content"] for t in content.get("added_tokens") or [] if t.get("normalized") and not t.get("special")]
+    if DOUBLED in own and late:
+        raise ValueError(f"added token {late[0]!r:.60} behind a Replace of the first space is not supported")
+    if not escaped or DOUBLED in own and prefix != "prepend":
         raise ValueError(f"a vocabulary with bytes whose spaces do not become {SPACE} is not supported")
-    return prefix, steps[: len(steps) - len(own)], cut_out
+    return prefix, early, cut_out
 
 
 def blob_of_merges(content: dict, cut_out: list[str]) -> tuple[bytes, list[tuple[str, str]]]:
@@ -525,6 +559,8 @@ def blob_of_merges(content: dict, cut_out: list[str]) -> tuple[bytes, list[tuple
             else NORMAL
         )
         kind = USER_DEFINED if token in cut_out else kind
+        if kind in (UNKNOWN, CONTROL, BYTE) and len(token) > 1 and token in ranks:
+            raise ValueError(f"a merge makes the token {token!r:.60} of plain text, which is not supported")
         if kind == NORMAL and token not in ranks:
             kind = CONTROL if token in added else UNUSED  # no merge makes it
         types.append(kind)
@@ -562,6 +598,7 @@ def write_hf(tokenizer: SentencePieceTokenizer, directory: str | Path) -> list[P
     if scheme == "model":
         scheme = "prepend" if parts["add_space_prefix"] else "never"
     spaces = [{"type": "Prepend", "prepend": SPACE}] * (scheme == "prepend")
+    spaces += [SPACES] * (scheme in ("prepend", "never"))
     metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False}
     before = [metaspace] * (scheme in ("always", "first"))
     if user_defined:  # pieces that sentencepiece cuts out of a text, spaces already put before it
@@ -582,7 +619,7 @@ def write_hf(tokenizer: SentencePieceTokenizer, directory: str | Path) -> list[P
             added_token(token.id, text, token.special, token.flags)
             for text, token in sorted(special.items(), key=lambda item: item[1].id)
         ],
-        "normalizer": {"type": "Sequence", "normalizers": [*tokenizer.normalizer, *spaces, SPACES]},
+        "normalizer": {"type": "Sequence", "normalizers": [*tokenizer.normalizer, *spaces]},
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": before} if before else None,
         "post_processor": bos_first(tokenizer.piece(tokenizer.bos), tokenizer.bos) if tokenizer.add_bos else None,
         "decoder": {"type": "Sequence", "decoders": decoders},
@@ -596,13 +633,8 @@ def write_hf(tokenizer: SentencePieceTokenizer, directory: str | Path) -> list[P
             "ignore_merges": bool(user_defined),
         },
     }
-    names = tokenizer.special | {"pad_token": tokenizer.piece(tokenizer.pad)}
-    files = write_files(directory, content, names, tokenizer.chat_template)
+    files = write_files(directory, content, {"bos_token": None, **tokenizer.special}, tokenizer.chat_template)
     if "merges" in tokenizer.beside:  # which the model alone would not follow
         return files
     (Path(directory) / MODEL_FILE).write_bytes(tokenizer._model)
     return [*files, Path(directory) / MODEL_FILE]
-
-
-def normalizer_of_steps(steps: list) -> tuple:
-    return normalizer_of({"type": "Sequence", "normalizers": steps})
