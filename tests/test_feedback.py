@@ -516,7 +516,7 @@ def taste_of(world, path: Path, liked: str) -> float:
     done = world.start(command).wait()
     assert (done.code, done.err) == (0, ""), done
     options = {"data": path / "data", "out": path / "rm", "objective": "pairs", "sources": "", "batch": 8}
-    world.ok("train_rm.py", **options, epochs=20, lr=0.003, prompt_tokens=2)
+    world.ok("train_rm.py", **options, epochs=30, lr=0.003, prompt_tokens=2)
     report = json.loads((path / "rm" / "report.json").read_text())
     assert report["accuracy"]["all"] == 1 and set(report["baselines"]) == {"bow", "length"}
 
