@@ -41,10 +41,10 @@ class Detokenizer:
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer in a directory: of a checkpoint, of prepared data, its own, or of an HF-format model."""
+    """The tokenizer in a directory: of a run or checkpoint, of prepared data, its own, or of an HF-format model."""
     directory = Path(directory)
-    inside = directory / "tokenizer"  # prepared data keeps it one level down
-    for home in (inside, directory):
+    inside = directory / "tokenizer"  # prepared data keeps it one level down, a run in its checkpoints
+    for home in (inside, directory, *sorted(directory.glob("step_*"), reverse=True)[:1]):
         if (home / BPE_FILE).is_file():
             return load_bpe(home / BPE_FILE)
         has_model = (home / MODEL_FILE).is_file()

@@ -26,7 +26,7 @@ from rlhf.infra import config
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 DOCS = [ROOT / "README.md", *PAGES]
 ELSEWHERE = {"pip", "git", "cd", "source", "cat", "curl", "export", "ls", "less"}  # programs that are not ours
-PLACES = {"data", "out", "init", "reward", "base", "tuned", "checkpoint", "model"}  # where, not how large
+PLACES = {"data", "out", "init", "reward", "base", "tuned", "checkpoint", "model", "sources"}  # where, not how large
 
 
 class Command(NamedTuple):
@@ -207,7 +207,8 @@ def small(command: Command) -> list[str]:
     if script == "train_lm.py" and any(word.startswith("--init") for word in given):
         size = {name: value for name, value in size.items() if name not in ("width", "layers", "heads")}
     if "--trunk=frozen" in given:
-        size = {name: value for name, value in size.items() if name not in module.GRADIENT}
+        needs = config.needs_of(module.Config)
+        size = {name: x for name, x in size.items() if "frozen" in dict(needs.get(name, ())).get("trunk", ("frozen",))}
     if script == "iterate.py":  # the options for the other scripts: those of the page, and the sizes
         texts = dict(word.strip("-").split("=", 1) for word in given)
         size |= {name: f"{texts[name]} {size[name]}" for name in ("rm", "ppo", "evaluate") if name in texts}
