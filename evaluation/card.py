@@ -20,6 +20,7 @@ from tqdm import tqdm
 from data.baselines import CEILINGS, GAPS, agreement, learned_scores, pair_clusters
 from data.batches import cut
 from data.chat import Chat
+from data.encoding import continued
 from data.judge import own_judge
 from data.loader import TokenFile, pad
 from data.pairs import SomeRows, spread_rows
@@ -256,10 +257,8 @@ def encoder(tokenizer: Tokenizer, chat: Chat | None, context: int) -> Callable[.
             before = chat.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
         else:
             before = [tokenizer.start, *tokenizer.encode(prompt)]
-        before, answer = (
-            np.array(before, np.int64),
-            np.array([*tokenizer.encode(text), *[tokenizer.eos] * ended], np.int64),
-        )
+        ids = continued(tokenizer, text) if prompt and not chat else tokenizer.encode(text)
+        before, answer = np.array(before, np.int64), np.array([*ids, *[tokenizer.eos] * ended], np.int64)
         if len(before) + len(answer) <= context:
             return Row(np.append(before, answer), False)
         kept = before[cut(before, max(1, context - len(answer)), tokenizer.start)]

@@ -100,6 +100,9 @@ class Letters:
     def encode(self, text: str) -> list[int]:
         return [ord(c) + 10 for c in text]
 
+    def token_bytes(self, i: int) -> bytes:
+        return chr(i - 10).encode()
+
 
 ENCODE = card.encoder(Letters(), None, 10_000)
 FILM = ("a good film about a quiet village", "it is bad and does not end.", "The plot is thin, and what a cast it has!")
