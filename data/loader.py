@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batches import in_order, pad, shard  # noqa: F401  in_order: for evaluation
+from data.batches import PromptBatch, in_order, pad, shard  # noqa: F401  in_order: for evaluation
 from data.pairs import thurstone
 from data.tokens import TokenFile
 
@@ -84,12 +84,6 @@ class PairBatch(NamedTuple):
     gap: Tensor  # (B,) float32 > 0
     ratings: Tensor  # (B, 2) float32, chosen and rejected
     preference: Tensor  # (B,) float32: probability that a rater prefers chosen, see `thurstone`; 1 unless it is soft
-
-
-class PromptBatch(NamedTuple):
-    prompts: Tensor  # (B, P)
-    prompt_lengths: Tensor  # (B,)
-    rows: Tensor  # (B,) int64: which prompt this is, for its randomness and for looking it up
 
 
 @dataclass(frozen=True, eq=False)
