@@ -21,8 +21,9 @@ import torch
 
 from data.loader import PromptLoader, TokenFile, pad, prompts_from_rows
 from data.tokenizer import check_fingerprint
+from evaluation.comparison import rounds_table
 from evaluation.held_out import sample_groups
-from evaluation.words import markdown_table, number, show
+from evaluation.words import markdown_table
 from model.generate import Sampling
 from rlhf.feedback.preferences import disagreement
 from rlhf.feedback.store import Comparison, FeedbackStore
@@ -376,28 +377,8 @@ def write_page(cfg: Config, rounds: list[dict]) -> None:
     """OUT/rounds.json and rounds.md; finished rounds alone."""
     rater = "people" if cfg.rater == "people" else f"SIMULATED by {cfg.rater}, noise {config.show(cfg.rater_noise)}"
     write_json(Path(cfg.out) / "rounds.json", {"rater": rater, "judge": cfg.judge, "rounds": rounds})
-    columns = (
-        "pairs decided",
-        "judge",
-        "gain over the best before",
-        "KL, nats",
-        "promoted",
-        "reward model, test gap > 1",
-    )
-    columns += ("on own samples", "gain over round 0's there")
-    rows = []
-    if rounds:
-        first = rounds[0]
-        accuracy = number(first["rm"]["accuracy_gap1_round_0"])
-        rows.append(["0", "0", show(first["judge_base"]), "-", "0", "-", accuracy, "-", "-"])
-    for row in rounds:
-        rm = row["rm"]
-        cells = [str(row["votes"]), show(row["judge"]), show(row["gain_over_previous"]), f"{row['kl']:.2f}"]
-        cells += ["yes" if row["promoted"] else "refused", number(rm["accuracy_gap1"])]
-        cells += [show(rm["on_own_samples"]["accuracy"]), show(rm["gain_on_own_samples"])]
-        rows.append([str(row["round"]), *cells])
     said = f"Votes by: {rater}. Judge: {cfg.judge}. 95% intervals."
-    table = markdown_table(["round", *columns], rows, rule="---")
+    table = markdown_table(*rounds_table(rounds), rule="---")
     write_text(Path(cfg.out) / "rounds.md", f"{said}\n\n{table}\n")
 
 

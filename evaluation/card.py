@@ -27,7 +27,7 @@ from data.pairs import SomeRows, spread_rows
 from data.preferences import read_preferences
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
 from evaluation import probes
-from evaluation.words import as_json, markdown_table, show
+from evaluation.words import Table, as_json, markdown_table, show
 from rlhf.calibration import reliability_bins
 from rlhf.infra import checkpoint, config, distributed, run
 from rlhf.infra.files import read_json, write_json, write_text
@@ -609,24 +609,35 @@ def headlines(card: dict) -> list[str]:
 
 def accuracy_part(card: dict) -> list[str]:
     """Pairs beside the baselines, one text at a time, and by domain."""
-    gaps = list(card["accuracy"])
-    columns = ["all" if gap == "all" else f"gap > {gap}" for gap in gaps]
-    accuracy = {"**reward model**": card["accuracy"], **card["baselines"]}
-    rows = [[NAMES.get(name, name), *(show(row.get(gap)) for gap in gaps)] for name, row in accuracy.items()]
     rank = "rated above 0 against below 0" if "spearman" in card else "chosen against rejected, over all prompts"
     alone = f"One text at a time: AUC {show(card['auc'])} ({rank})"
     if "spearman" in card:
         alone += f"; Spearman with the mean rating {show(card['spearman'])}"
-    parts = [markdown_table(["pairs ranked right", *columns], rows), alone]
-    if card["groups"]:
-        head = {"all": "accuracy", "1": "gap > 1", "spearman": "Spearman"}
-        some = [key for key in head if any(key in row for row in card["groups"].values())]
-        rows = [
-            [name, *(show(row.get(key)) for key in some), str(row["all"]["n"]) if "all" in row else "0"]
-            for name, row in card["groups"].items()
-        ]
-        parts.append(markdown_table(["", *(head[key] for key in some), "pairs"], rows))
-    return parts
+    tables = [accuracy_table(card), *([groups_table(card["groups"])] if card["groups"] else [])]
+    first, *groups = (markdown_table(*table) for table in tables)
+    return [first, alone, *groups]
+
+
+def accuracy_table(found: dict, shown: Callable = show) -> Table:
+    """Of a card, or with `shown` = number of what train_rm.py reports."""
+    gaps = [gap for gap in GAPS if gap in found["accuracy"]]
+    rows = {"**reward model**": found["accuracy"], **found["baselines"]}
+    rows = [[NAMES.get(name, name), *(shown(row.get(gap)) for gap in gaps)] for name, row in rows.items()]
+    return Table(["pairs ranked right", *map(gap_name, gaps)], rows)
+
+
+def gap_name(gap: str) -> str:
+    return "all" if gap == "all" else f"gap > {gap}"
+
+
+def groups_table(groups: dict[str, dict]) -> Table:
+    head = {"all": "accuracy", "1": "gap > 1", "spearman": "Spearman"}
+    some = [key for key in head if any(key in row for row in groups.values())]
+    rows = [
+        [name, *(show(row.get(key)) for key in some), str(row["all"]["n"]) if "all" in row else "0"]
+        for name, row in groups.items()
+    ]
+    return Table(["source", *(head[key] for key in some), "pairs"], rows)
 
 
 def length_part(card: dict) -> list[str]:
@@ -639,10 +650,9 @@ def length_part(card: dict) -> list[str]:
 
 
 def calibration_part(calibration: dict) -> list[str]:
-    sides = (("without temperature", calibration["before"]), ("with", calibration["after"]))
     bins = calibration["after"]["reliability"]
     return [
-        markdown_table(["", "ECE", "Brier"], [[name, show(x["ece"]), show(x["brier"])] for name, x in sides]),
+        markdown_table(*calibration_table(calibration)),
         markdown_table(
             ["probability of the side it prefers, with temperature", "share where people do", "pairs"],
             [[f"{x['predicted']:.3f}", show(x["observed"]), str(x["observed"]["n"])] for x in bins],
@@ -650,14 +660,17 @@ def calibration_part(calibration: dict) -> list[str]:
     ]
 
 
+def calibration_table(calibration: dict) -> Table:
+    sides = (("without", "1", "before"), ("with", f"{calibration['temperature']:.2f}", "after"))
+    rows = [[name, t, *(show(calibration[when][key]) for key in ("ece", "brier"))] for name, t, when in sides]
+    return Table(["temperature", "its value", "ECE", "Brier"], rows)
+
+
 def doubt_part(doubt: dict) -> list[str]:
     named = {"difference": "small difference", "disagreement": f"disagreement of {doubt['members']} members"}
     parts = [
         markdown_table(["doubt", "AUC against error"], [[named[name], show(x)] for name, x in doubt["auc"].items()]),
-        markdown_table(
-            ["surest pairs", *doubt["coverage"]],
-            [["accuracy", *(f"{x:.3f}" for x in doubt["coverage"].values())]],
-        ),
+        markdown_table(*coverage_table(doubt["coverage"])),
     ]
     if "disagreement" in doubt:
         quarters = doubt["disagreement"]
@@ -670,15 +683,21 @@ def doubt_part(doubt: dict) -> list[str]:
     return parts
 
 
+def coverage_table(coverage: dict[str, float]) -> Table:
+    return Table(["surest pairs", *coverage], [["accuracy", *(f"{x:.3f}" for x in coverage.values())]])
+
+
 def probes_part(found: list[dict]) -> list[str]:
     return [
         "Shift of the score in its deviations between texts; the last two numbers are accuracies where the worse text of "
         "a pair is left as it is, and where it alone is changed.",
-        markdown_table(
-            ["change", "mean shift", "mean size", "texts", "verdict", "accuracy", "gamed"],
-            [probe_row(probe) for probe in found],
-        ),
+        markdown_table(*probes_table(found)),
     ]
+
+
+def probes_table(found: list[dict]) -> Table:
+    head = ["change of the text", "mean shift of the score", "mean size", "texts", "verdict", "accuracy", "gamed"]
+    return Table(head, [probe_row(probe) for probe in found])
 
 
 def probe_row(probe: dict) -> list[str]:

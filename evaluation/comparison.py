@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evaluation.words import Table, as_json, markdown_table, show
+from evaluation.words import Table, as_json, markdown_table, number, show
 from rlhf.statistics import (
     ELO,
     bootstrap_weights,
@@ -144,3 +144,29 @@ def own_samples_table(found: dict[str, dict]) -> str:
     ]
     what = "Pairs of samples of one model for one prompt: how often a reward prefers what the judge prefers."
     return f"{what}\n\n{markdown_table(head, rows)}"
+
+
+GATE = {True: "promoted", False: "refused"}  # what iterate.py did with the policy of a round
+
+
+def rounds_table(rounds: Sequence[dict]) -> Table:
+    """The rounds of iterate.py, after a row 0 for the models that it began with."""
+    columns = {
+        "round": lambda x: str(x["round"]),
+        "gate": lambda x: GATE[x["promoted"]],
+        "pairs decided": lambda x: str(x["votes"]),
+        "judge": lambda x: show(x["judge"]),
+        "gain over the best before": lambda x: show(x["gain_over_previous"]),
+        "KL, nats": lambda x: f"{x['kl']:.2f}",
+        "reward model, gap > 1": lambda x: number(x["rm"]["accuracy_gap1"]),
+        "on own samples": lambda x: show(x["rm"]["on_own_samples"]["accuracy"]),
+        "round 0's there": lambda x: number(x["rm"]["on_own_samples_round_0"]["accuracy"]["mean"]),
+        "gain there": lambda x: show(x["rm"]["gain_on_own_samples"], "+.3f"),
+        "seconds": lambda x: f"{sum(x['seconds'].values()):.0f}",
+    }
+    rows = [[cell(x) for cell in columns.values()] for x in rounds]
+    if rounds:
+        began = {"round": "0", "pairs decided": "0", "KL, nats": "0", "judge": show(rounds[0]["judge_base"])}
+        began["reward model, gap > 1"] = number(rounds[0]["rm"]["accuracy_gap1_round_0"])
+        rows.insert(0, [began.get(name, "-") for name in columns])
+    return Table([*columns], rows)

@@ -22,7 +22,7 @@ from data.loader import PromptLoader, TokenFile
 from data.tokenizer import check_fingerprint, load_tokenizer
 from evaluation.card import can_draw
 from evaluation.held_out import divergence, held_out_prompts, sample_groups, scores
-from evaluation.words import as_json, markdown_table, show
+from evaluation.words import Table, as_json, markdown_table, show
 from model.generate import Sampling
 from rlhf.infra import checkpoint, config, distributed, run
 from rlhf.infra.files import read_json, write_json, write_text
@@ -204,28 +204,29 @@ def write(out: Path, result: dict, drawn: bool) -> None:
     if drawn:
         draw(result, out / "overoptimisation.png")
         files.append("overoptimisation.png")
-    text = "\n\n".join([points_table(result), fits_table(result)])
+    tables = points_table(result["rows"]), fits_table(result["fits"])
+    text = "\n\n".join(markdown_table(*table, rule="---") for table in tables)
     write_json(out / files[0], result)
     write_text(out / files[1], text + "\n")
     print(text)
     print(f"\n{result['seconds']:.0f} s -> {out}: {', '.join(files)}")
 
 
-def points_table(result: dict) -> str:
+def points_table(points: list[dict]) -> Table:
     rows = []
-    for row in result["rows"]:
+    for row in points:
         sign = "<= " if row["curve"] == "best_of_n" else ""
         cells = [f"{sign}{row['kl']['value']:.2f}", f"{row['d']:.2f}", *(show(row[name]) for name in ("proxy", "gold"))]
         cells.append(show(row["gold_gain"]) if "gold_gain" in row else "-")
         rows.append([row["name"], *cells])
-    return markdown_table(["policy", "KL, nats", "d", "proxy", "gold", "gold, gain"], rows, rule="---")
+    return Table(["policy", "KL, nats", "d", "proxy", "gold", "gold, gain"], rows)
 
 
-def fits_table(result: dict) -> str:
+def fits_table(fits: dict[str, dict | None]) -> Table:
     formulas = {"best_of_n": "best of n: d (alpha - beta d)", "ppo": "PPO: d (alpha - beta log d)"}
     columns = ("alpha", "beta", "gold peaks at d", "KL there, nats", "gain there", "rms error of the fit")
     rows = []
-    for name, x in result["fits"].items():
+    for name, x in fits.items():
         if x is None:
             rows.append([formulas[name], "fewer than two different KL: no curve", *["-"] * (len(columns) - 1)])
             continue
@@ -236,7 +237,7 @@ def fits_table(result: dict) -> str:
         cells = [*(show(x[key], null=math.inf) for key in ("alpha", "beta")), show(x["peak_d"], null=math.inf) + beyond]
         cells += ["-" if x[key] is None else f"{x[key]:.2f}" for key in ("peak_kl", "peak_gain")]
         rows.append([formulas[name], *cells, f"{x['rms_error']:.3f}"])
-    return markdown_table(["gold gain", *columns], rows, rule="---")
+    return Table(["gold gain", *columns], rows)
 
 
 def draw(result: dict, file: Path) -> None:

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation import plots
-from evaluation.card import GAPS, NAMES, probe_row
-from evaluation.comparison import pairs_table, results_table
+from evaluation import plots, words
+from evaluation.card import accuracy_table, calibration_table, coverage_table, groups_table, probes_table
+from evaluation.comparison import GATE, pairs_table, results_table, rounds_table
+from evaluation.overoptimisation import fits_table, points_table
 from evaluation.page import Block, Microscope, Plots, Sample, Shade, Table, Text, plain, write
 from evaluation.words import number, show
 from rlhf.infra import config
@@ -271,21 +272,10 @@ def rounds(sources: list[Source]) -> list[Block]:
     return each(sources, "rounds.json", lambda source: rounds_of(source.name, source.files["rounds.json"]))
 
 
-GATE = {True: "promoted", False: "refused"}
-
-
 def rounds_of(name: str, content: dict) -> list[Block]:
     """The rounds' table, and two plots: the judge, and what the reward models know about the policies' own samples."""
-    rows, found = [], content["rounds"]
-    for x in found:
-        rm, own, first = x["rm"], x["rm"]["on_own_samples"], x["rm"]["on_own_samples_round_0"]
-        cells = [str(x["round"]), GATE[x["promoted"]], str(x["votes"]), show(x["judge"]), show(x["gain_over_previous"])]
-        cells += [f"{x['kl']:.2f}", f"{number(rm['accuracy_gap1'])} ({number(rm['accuracy_gap1_round_0'])})"]
-        cells += [f"{show(own['accuracy'])} ({first['accuracy']['mean']:.3f})", show(rm["gain_on_own_samples"], "+.3f")]
-        rows.append([*cells, f"{sum(x['seconds'].values()):.0f}"])
-    head = ["round", "gate", "pairs decided", "judge", "gain over the best before", "KL, nats"]
-    head += ["reward model, gap > 1 (round 0's)", "on own samples (round 0's)", "gain there", "seconds"]
-    blocks = [Text(f"Votes by: {content['rater']}. Judge: {content['judge']}."), Table(head, rows)]
+    found = content["rounds"]
+    blocks = [Text(f"Votes by: {content['rater']}. Judge: {content['judge']}."), Table(*rounds_table(found))]
     if found:
         judged = {"judge": [(0, *ends(found[0]["judge_base"]), "base")]}
         judged["judge"] += [(x["round"], *ends(x["judge"]), GATE[x["promoted"]]) for x in found]
@@ -453,91 +443,54 @@ def study(name: str, result: dict) -> list[Block]:
         )
         panel = plots.points(gains, f"{title}: gain over the base", "sqrt(KL), KL in nats", "gain", fitted)
         svgs.append(plots.svg(f"study {name} {curve}", plain(alt), [panel], (4.6, 3.0)))
-    table = [
-        [x["name"], f"{x['kl']['value']:.2f}", *(show(x.get(k)) for k in ("proxy", "gold", "gold_gain"))]
-        for x in result["rows"]
-    ]
-    fits = [
-        [title, *(show(result["fits"][k][x]) for x in ("alpha", "beta")), peak(result["fits"][k])]
-        for k, title in (("best_of_n", "best of n: d (alpha - beta d)"), ("ppo", "PPO: d (alpha - beta log d)"))
-        if result["fits"][k]
-    ]
     options = result["options"]
     return [
         Text(
             f"Proxy {options['proxy']}, gold {options['gold']}, {result['prompts']} prompts; lines: fits of the gold gain."
         ),
         Plots(svgs, wide=True),
-        Table(["fit of the gold gain", "alpha", "beta", "gold peaks at d"], fits),
-        Table(["policy", "KL, nats", "proxy", "gold", "gold, gain"], table, folded="The numbers"),
+        Table(*fits_table(result["fits"])),
+        Table(*points_table(result["rows"]), folded="The numbers"),
     ]
-
-
-def peak(fit: dict) -> str:
-    value, measured = fit["peak_d"]["value"], fit["largest_d"]
-    if value is None:
-        return f"no peak (measured to {measured:.2f})"
-    return f"{value:.2f}" + (f", beyond the largest measured, {measured:.2f}" if value > measured else "")
 
 
 # --- reward models ---
 
 
 def reward_models(sources: list[Source]) -> list[Block]:
-    rows = each(sources, "report.json", lambda source: accuracy_table(source.files["report.json"]))
+    rows = each(sources, "report.json", lambda source: trained(source.files["report.json"]))
     return rows + each(sources, "card.json", card_blocks) + each(sources, "summary.json", new_distribution)
 
 
-def accuracy_table(report: dict) -> list[Block]:
+def trained(report: dict) -> list[Block]:
     """What train_rm.py found on the test split; nothing in the reports of other scripts."""
     if not isinstance(report.get("accuracy"), dict) or "baselines" not in report:
         return []
-    gaps = [gap for gap in GAPS if gap in report["accuracy"]]
-    rows = {"reward model": report["accuracy"], **report["baselines"]}
-    cells = [[NAMES.get(name, name), *(number(x.get(gap)) for gap in gaps)] for name, x in rows.items()]
-    return [Table(["pairs ranked right, test split", *map(gap_name, gaps)], cells)]
-
-
-def gap_name(gap: str) -> str:
-    return "all" if gap == "all" else f"gap > {gap}"
+    return [Table(*bare(accuracy_table(report, number)), "On the test split, after training")]
 
 
 def card_blocks(source: Source) -> list[Block]:
     """The report card: accuracy, reliability before and after calibration, doubt, probes."""
     card = source.files["card.json"]
-    gaps, calibration, doubt = list(card["accuracy"]), card["calibration"], card["uncertainty"]
-    accuracy = {"reward model": card["accuracy"], **card["baselines"]}
+    calibration, legend = card["calibration"], ["without temperature", "with the fitted temperature"]
     blocks = [
         Text(f"Report card of {card['model']} on {card['texts']} texts, {card['pairs']} pairs of {card['data']}."),
         Text(f"Accuracy beside length alone: {show(card['over_length'], '+.3f')}."),
-        Table(
-            ["pairs ranked right", *map(gap_name, gaps)],
-            [[NAMES.get(name, name), *(show(x.get(gap)) for gap in gaps)] for name, x in accuracy.items()],
-        ),
-        Plots(
-            [reliability(source.name, calibration)], ["without temperature", "with the fitted temperature"], wide=True
-        ),
-        Table(
-            ["calibration", "temperature", "ECE", "Brier"],
-            [
-                [name, t, *(show(calibration[when][k]) for k in ("ece", "brier"))]
-                for name, t, when in (
-                    ("without", "1", "before"),
-                    ("with", f"{calibration['temperature']:.2f}", "after"),
-                )
-            ],
-        ),
-        Table(["surest pairs", *doubt["coverage"]], [["accuracy", *(f"{x:.3f}" for x in doubt["coverage"].values())]]),
+        Table(*bare(accuracy_table(card))),
+        Plots([reliability(source.name, calibration)], legend, wide=True),
+        Table(*calibration_table(calibration)),
+        Table(*coverage_table(card["uncertainty"]["coverage"])),
     ]
     if card.get("groups"):
-        head = {"all": "accuracy", "1": "gap > 1", "spearman": "Spearman"}
-        rows = [[name, *(show(x.get(k)) for k in head)] for name, x in card["groups"].items()]
-        blocks.append(Table(["domain", *head.values()], rows))
-    columns = ["change of the text", "mean shift of the score", "mean size", "texts", "verdict", "accuracy", "gamed"]
-    rows = [[cell.strip("*") for cell in probe_row(probe)] for probe in card["probes"]]
+        blocks.append(Table(*groups_table(card["groups"])))
     failed = [probe["name"] for probe in card["probes"] if probe["passed"] is False]
     caption = f"{len(card['probes'])} probes, failed: {', '.join(failed) or 'none'}"
-    return [*blocks, Table(columns, rows, caption)]
+    return [*blocks, Table(*bare(probes_table(card["probes"])), caption)]
+
+
+def bare(table: words.Table) -> words.Table:
+    """Without Markdown's stars."""
+    return words.Table(table.head, [[cell.strip("*") for cell in row] for row in table.rows])
 
 
 def reliability(name: str, calibration: dict) -> str:

@@ -84,7 +84,8 @@ def test_a_run_that_has_not_learned_is_reported_without_a_curve(tmp_path):
               for c, kl in (("ppo", 0.0), ("ppo", 0.3), ("best_of_n", 0.2), ("best_of_n", 0.6))]  # fmt: skip
     fits = {name: overoptimisation.fit(name, [x for x in points if x["curve"] == name]) for name in CURVES}
     assert fits["ppo"] is None and fits["best_of_n"]["alpha"]["low"] < fits["best_of_n"]["alpha"]["high"]
-    assert "PPO: d (alpha - beta log d) | fewer than two different KL" in overoptimisation.fits_table({"fits": fits})
+    *_, (name, said, *_) = overoptimisation.fits_table(fits).rows
+    assert name == "PPO: d (alpha - beta log d)" and said.startswith("fewer than two different KL")
     pytest.importorskip("matplotlib")
     rows = [overoptimisation.point(x | {"proxy_gain": x["gold_gain"]}) for x in points]
     overoptimisation.draw({"rows": rows, "fits": fits}, tmp_path / "curves.png")
