@@ -17,10 +17,12 @@ from typing import Literal
 import numpy as np
 import torch
 
-from data.batches import TextLoader
-from data.loader import PromptLoader, TokenFile, in_order
+from data.batches import TextLoader, in_order, open_data
+from data.examples import Examples
+from data.judge import own_judge
+from data.records import Record, prompt_text
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
-from evaluation import card, minimal_pairs, overoptimisation, report, safety
+from evaluation import card, minimal_pairs, overoptimisation, report, safety, verifiable
 from evaluation.comparison import (
     elo,
     elo_line,
@@ -32,6 +34,7 @@ from evaluation.comparison import (
     results_table,
 )
 from evaluation.held_out import (
+    HeldOut,
     divergence,
     held_out_prompts,
     nth_of,
@@ -47,6 +50,7 @@ from rlhf.lm.language_model import LanguageModel
 from rlhf.lm.pretrained import Pretrained, open_pretrained
 from rlhf.ppo.roles import logprobs_of
 from rlhf.ppo.update import distinct_n
+from rlhf.reward.model import Score
 from rlhf.reward.scorer import open_scorer
 from rlhf.statistics import best_of_n, best_of_n_kl, paired_bootstrap
 
@@ -57,25 +61,37 @@ class Config:
     tuned: tuple[str, ...] = ("out/ppo",)  # language model after PPO, or several, each compared with all before it
     reward: str = "out/rm"  # the reward that PPO maximised: a directory, or file.py:function
     other_rewards: tuple[str, ...] = ()  # beside reward on every model's own samples: which agrees with the judge
-    judge: str = "data"  # score that PPO never saw: data = what they bring, a reward model, or file.py:function
+    judge: str | None = None  # score that PPO never saw: as reward, or data: what they bring; none = data if they do
     data: str = "out/data/vader"  # directory made by data.prepare
     split: Literal["validation", "test"] = "test"  # where prompts and human text come from; tune on validation
     out: str = "out/evaluation"  # directory for summary.json, results.md and samples.jsonl
     sources: tuple[str, ...] = ()  # prompts from these sources of the data alone; none given = all
     prompts: int = 512  # held-out prompts
-    prompt_tokens: int = 4  # text tokens of a prompt, after bos
+    prompt_tokens: int | None = None  # first tokens of a text as its prompt; none = the data's prompts, or 4 of a text
+    max_prompt: int | None = None  # longest prompt of the data, tokens; none = what leaves room for the response
+    long_prompts: Literal["drop", "left"] = "drop"  # leave longer ones out, or cut them from the left
     response_tokens: int = 24  # longest response, tokens
     human_texts: int | None = None  # held-out texts whose perplexity is measured, spread over the split; none = all
     temperature: float = 1.0  # of sampling and of the KL
     best_of: int = 16  # samples per prompt for best-of-n; reported for 4 and for all of them; 1 = none
-    samples: int | None = None  # per prompt; their pairs test the rewards; none = 2 with other_rewards, else 1
+    samples: int | None = None  # per prompt: pass@k, and pairs that test the rewards; none = 2 with other_rewards, or 1
+    greedy: bool = False  # one more answer per prompt, always the likeliest token
     minimal_pairs: str | None = None  # JSON lines of sentence_good, sentence_bad (phenomenon), as BLiMP: likelier?
     safety_prompts: str | None = None  # JSON lines of prompt, answered once by every model: refusals, reward, judge, KL
     safety_tokens: int = 48  # longest answer to one of them, tokens [safety_prompts]
     seed: int = 7  # of prompts and samples; all models draw with the same random numbers
 
     def __post_init__(self):
-        config.at_least(self, prompts=1, prompt_tokens=1, response_tokens=1, human_texts=1, temperature=1e-3, best_of=1)
+        config.at_least(
+            self,
+            prompts=1,
+            prompt_tokens=1,
+            max_prompt=1,
+            response_tokens=1,
+            human_texts=1,
+            temperature=1e-3,
+            best_of=1,
+        )
         config.at_least(self, samples=1, safety_tokens=1, seed=0)
         if not self.tuned:
             raise ValueError("--tuned is empty: name at least one model")
@@ -94,77 +110,161 @@ def main() -> None:
     cfg = config.parse(Config)
     device = distributed.setup().device
     torch.set_grad_enabled(False)
-    tokenizer = load_tokenizer(cfg.data)
-    test = TokenFile(f"{cfg.data}/{cfg.split}")
-    check_fingerprint(test.fingerprint, tokenizer.fingerprint, test.path)
+    tokenizer, texts = load_tokenizer(cfg.data), open_data(cfg.data, cfg.split)
+    check_fingerprint(texts.fingerprint, tokenizer.fingerprint, f"{cfg.data}/{cfg.split}")
     models = open_models(cfg, tokenizer, device)
-    opened = models["base"]
-    scorers = {spec: open_scorer(spec, tokenizer, device, opened) for spec in (cfg.reward, *cfg.other_rewards)}
-    rewards = {spec: scorer.score for spec, scorer in scorers.items()}
-    temperatures = {spec: scorer.temperature for spec, scorer in scorers.items()}
-    judge = open_scorer(cfg.judge, tokenizer, device, opened, data=cfg.data).score
-    starts = held_out_prompts(cfg.data, cfg.split, cfg.prompt_tokens, cfg.sources)
-    prompts, lengths, _ = PromptLoader(starts, test.pad, min(cfg.prompts, len(starts)), cfg.seed).batch(0)
-    prompts, lengths = prompts.to(device), lengths.to(device)
-    sampling = Sampling(cfg.response_tokens, opened.stop_ids, tokenizer.pad, cfg.temperature)
-
-    context = min(model.model.config.context for model in models.values())
-    sentences, probes = [], None
-    if cfg.minimal_pairs:
-        sentences = minimal_pairs.read_pairs(cfg.minimal_pairs, tokenizer, context)
-    if cfg.safety_prompts:
-        probes = safety.read_probes(cfg.safety_prompts, tokenizer, context, opened.stop_ids, device)
+    held_out = held_out_prompts(cfg.data, cfg.split, cfg.prompts, cfg.seed, tokenizer, **prompt_options(cfg, models))
+    print(f"prompts: {len(held_out.rows)}, of {held_out.summary}")
+    asking = open_asking(cfg, models["base"], held_out, tokenizer, device)
+    sentences, probes = open_extras(cfg, models, tokenizer, device)
 
     # 1. every model answers the same prompts with the same random numbers; the base often enough for best-of-n
-    reference, samples = logprobs_of(opened.model, cfg.temperature), cfg.samples or (2 if cfg.other_rewards else 1)
-    results, new_distribution, known, answers = {}, {}, {}, {}
+    reference, samples = (
+        logprobs_of(models["base"].model, cfg.temperature),
+        cfg.samples or (2 if cfg.other_rewards else 1),
+    )
+    results, known, answers, earned, greedy = {}, {}, {}, {}, {}
     for name, model in models.items():
         drawn = max(samples, cfg.best_of) if name == "base" else samples
-        pool = sample_groups(model.model, prompts, lengths, drawn, sampling, cfg.seed)
-        earned = {spec: scores(score, pool, drawn) for spec, score in rewards.items()}  # (P, n) each
-        judged = scores(judge, pool, drawn)  # (P, n)
+        pool, earned[name] = asking.answers(model.model, drawn)
         firsts = nth_of(pool, drawn)
         logprobs = reference if name == "base" else logprobs_of(model.model, cfg.temperature)
         results[name] = {
-            "reward": earned[cfg.reward][:, 0],
-            "judge": judged[:, 0],
+            **{what: x[:, 0] for what, x in earned[name].items() if what in ("reward", "judge")},
             **divergence(firsts, logprobs, reference),
-            **answered(firsts, tokenizer),
-            "perplexity": perplexity(model.model, test, cfg.human_texts, device),
+            **answered(firsts, tokenizer, whole=held_out.are_starts),
+            "perplexity": perplexity(model.model, texts, cfg.human_texts, device),
         }
-        if name == "base":
-            proxy, gold = earned[cfg.reward], judged
-        if samples > 1:
-            own = {spec: x[:, :samples] for spec, x in earned.items()}
-            new_distribution[name] = ranking_of_own_samples(own, temperatures, judged[:, :samples])
+        if cfg.greedy:
+            greedy[name] = {what: x[:, 0] for what, x in asking.answers(model.model, 1, greedy=True)[1].items()}
         if sentences:
             known[name] = minimal_pairs.known(logprobs_of(model.model), sentences, tokenizer.pad, device)
         if probes:
-            drawing = (replace(sampling, max_new_tokens=cfg.safety_tokens), cfg.seed)
-            judging = (rewards[cfg.reward], judge, (logprobs, reference))
-            answers[name] = safety.answer(model.model, probes, tokenizer, *drawing, *judging)
+            drawing = (replace(asking.sampling, max_new_tokens=cfg.safety_tokens), cfg.seed)
+            judges = {what: score for what, score in asking.scores.items() if what in ("reward", "judge")}
+            answers[name] = safety.answer(model.model, probes, tokenizer, *drawing, judges, (logprobs, reference))
 
     # 2. rows of the table, and every model against every one before it
-    rows = {name: describe(result) for name, result in results.items()} | best_of_rows(proxy, gold, cfg.best_of)
+    rows = {name: describe(result) for name, result in results.items()}
+    rows |= best_of_rows(earned["base"], cfg.best_of)
     pairs = pairwise(results)
+    own = {name: {what: x[:, :samples] for what, x in found.items()} for name, found in earned.items()}
     summary = {
         **reward_model_summary(cfg.reward),
         "ppo": last_against_base(rows, pairs, [*models][-1]),
         "rows": rows,
         "pairwise": pairs,
-        **({"elo": elo(results)} if len(results) > 2 else {}),
-        **({"new_distribution": new_distribution} if new_distribution else {}),
+        **({"elo": elo(results)} if len(results) > 2 and asking.judge else {}),
+        **({"verifiable": found} if (found := verdicts(own, greedy)) else {}),
+        **({"new_distribution": asking.rankings(own)} if samples > 1 and asking.judge else {}),
         **({"minimal_pairs": minimal_pairs.report(sentences, known)} if known else {}),
         **({"safety": safety.report(answers)} if answers else {}),
-        "prompts": len(prompts),
+        "prompts": len(held_out.rows),
         "options": asdict(cfg),
         "seconds": stage_seconds(cfg),
     }
-    texts = {WHEN.get(name, name): result["texts"] for name, result in results.items()}
-    rows_of = {"samples.jsonl": [dict(zip(texts, row)) for row in zip(*texts.values())]}
+    rows_of = {"samples.jsonl": side_by_side(results, held_out)}
     if probes:
         rows_of["safety.jsonl"] = safety.side_by_side(probes, answers)
     write(cfg.out, summary, rows_of)
+
+
+def prompt_options(cfg: Config, models: dict[str, Pretrained]) -> dict:
+    """Which prompts, and how long they may be for the shortest context."""
+    return dict(
+        prompt_tokens=cfg.prompt_tokens,
+        context=min(model.model.config.context for model in models.values()),
+        response_tokens=cfg.response_tokens,
+        max_prompt=cfg.max_prompt,
+        long_prompts=cfg.long_prompts,
+        sources=cfg.sources,
+    )
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How every model is asked, and who scores its answers."""
+
+    held_out: HeldOut
+    sampling: Sampling
+    seed: int
+    device: torch.device
+    scores: dict[str, Score]  # "reward", "judge" where there is one, and the other rewards by their specs
+    temperatures: dict[str, float]  # of the rewards
+    reward: str  # the spec of "reward"
+
+    @property
+    def judge(self) -> bool:
+        return "judge" in self.scores
+
+    def answers(
+        self, model: Transformer, n: int, greedy: bool = False
+    ) -> tuple[list[Generated], dict[str, np.ndarray]]:
+        """n answers to each of the P prompts, and what each score says of them, (P, n)."""
+        prompts, lengths = self.held_out.prompts.to(self.device), self.held_out.lengths.to(self.device)
+        sampling = replace(self.sampling, temperature=0.0) if greedy else self.sampling
+        pool = sample_groups(model, prompts, lengths, n, sampling, self.seed)
+        return pool, {what: scores(score, pool, self.held_out.rows, n) for what, score in self.scores.items()}
+
+    def rankings(self, own: dict[str, dict[str, np.ndarray]]) -> dict[str, dict]:
+        """Of every model's own samples: how far each reward agrees with the judge, see `ranking_of_own_samples`."""
+        found = {}
+        for name, by in own.items():
+            rewards = {self.reward: by["reward"]} | {k: x for k, x in by.items() if k not in ("reward", "judge")}
+            found[name] = ranking_of_own_samples(rewards, self.temperatures, by["judge"])
+        return found
+
+
+def open_asking(cfg: Config, base: Pretrained, held_out: HeldOut, tokenizer: Tokenizer, device) -> Asking:
+    """The rewards and the judge; ValueError for data that bring no judge where one is needed."""
+    stop_ids = tuple(sorted({*base.stop_ids, *held_out.stop_ids}))
+    sampling = Sampling(cfg.response_tokens, stop_ids, tokenizer.pad, cfg.temperature)
+    opening = dict(tokenizer=tokenizer, device=device, base=base, records=held_out.records)
+    specs = (cfg.reward, *cfg.other_rewards)
+    opened = {spec: open_scorer(spec, **opening) for spec in specs}
+    found = {"reward" if spec == cfg.reward else spec: scorer.score for spec, scorer in opened.items()}
+    judge = cfg.judge or ("data" if own_judge(cfg.data) else None)
+    if judge:
+        found["judge"] = open_scorer(judge, **opening, data=cfg.data).score
+    elif cfg.other_rewards:
+        raise ValueError(f"--other_rewards are held against a judge, and {cfg.data} brings none: name one, --judge=")
+    temperatures = {spec: scorer.temperature for spec, scorer in opened.items()}
+    return Asking(held_out, sampling, cfg.seed, device, found, temperatures, cfg.reward)
+
+
+def open_extras(cfg: Config, models: dict[str, Pretrained], tokenizer: Tokenizer, device) -> tuple[list, object]:
+    """Minimal pairs and safety prompts, where the options name them."""
+    context, sentences, probes = min(model.model.config.context for model in models.values()), [], None
+    if cfg.minimal_pairs:
+        sentences = minimal_pairs.read_pairs(cfg.minimal_pairs, tokenizer, context)
+    if cfg.safety_prompts:
+        probes = safety.read_probes(cfg.safety_prompts, tokenizer, context, models["base"].stop_ids, device)
+    return sentences, probes
+
+
+def verdicts(own: dict[str, dict[str, np.ndarray]], greedy: dict[str, dict[str, np.ndarray]]) -> dict[str, dict]:
+    """Accuracy and pass@k by every score that says right or wrong."""
+    found = {}
+    for what in next(iter(own.values())):
+        samples = {name: by[what] for name, by in own.items()}
+        if verifiable.is_verdict(samples):
+            found[what] = verifiable.report(samples, {name: by[what] for name, by in greedy.items()})
+    return found
+
+
+def side_by_side(results: dict[str, dict], held_out: HeldOut) -> list[dict]:
+    """One row per prompt, every model's text in it; beside the prompt where texts are answers alone."""
+    texts = {WHEN.get(name, name): result["texts"] for name, result in results.items()}
+    rows = [dict(zip(texts, row)) for row in zip(*texts.values())]
+    if held_out.are_starts:
+        return rows
+    prompts = map(shown_prompt, held_out.records(held_out.rows))
+    return [{"prompt": prompt, **row} for prompt, row in zip(prompts, rows)]
+
+
+def shown_prompt(record: Record) -> str:
+    """What the last user said, or the whole prompt where it is plain text."""
+    return record.prompt if isinstance(record.prompt, str) else prompt_text(record.prompt[-1:])
 
 
 WHEN = {"base": "before", "tuned": "after"}  # of samples.jsonl
@@ -180,20 +280,22 @@ def open_models(cfg: Config, tokenizer: Tokenizer, device) -> dict[str, Pretrain
     return models
 
 
-def answered(groups: Sequence[Generated], tokenizer: Tokenizer) -> dict:
-    """One model's answers: their tokens, their texts behind the prompts, and whether they ended (P,)."""
+def answered(groups: Sequence[Generated], tokenizer: Tokenizer, whole: bool) -> dict:
+    """One model's answers: their tokens, their texts (`whole`: behind the prompts), and whether they ended (P,)."""
+    responses = [row[m].tolist() for g in groups for row, m in zip(g.tokens, g.mask)]
+    rows = [row[:n].tolist() for g in groups for row, n in zip(g.tokens, g.lengths)] if whole else responses
     return {
-        "responses": [row[m].tolist() for g in groups for row, m in zip(g.tokens, g.mask)],
-        "texts": [tokenizer.decode(row[:n].tolist()) for g in groups for row, n in zip(g.tokens, g.lengths)],
+        "responses": responses,
+        "texts": [tokenizer.decode(row) for row in rows],
         "finished": torch.cat([g.finished for g in groups]).double().cpu().numpy(),
     }
 
 
-def best_of_rows(proxy: np.ndarray, gold: np.ndarray, most: int) -> dict[str, dict]:
-    """Rows of best-of-4 and best-of-`most` of the base, chosen by the reward: proxy and gold (P, >= most)."""
+def best_of_rows(earned: dict[str, np.ndarray], most: int) -> dict[str, dict]:
+    """Rows of best-of-4 and best-of-`most` of the base, chosen by the reward among its samples (P, >= most)."""
     rows = {}
     for n in sorted({min(4, most), most} - {1}):
-        chosen = {"reward": best_of_n(proxy, proxy, n), "judge": best_of_n(proxy, gold, n)}
+        chosen = {what: best_of_n(earned["reward"], earned[what], n) for what in ("reward", "judge") if what in earned}
         rows[f"best of {n}"] = {**{k: mean_and_interval(v) for k, v in chosen.items()}, "kl": best_of_n_kl(n)}
     return rows
 
@@ -203,19 +305,21 @@ def last_against_base(rows: dict[str, dict], pairs: list[dict], last: str) -> di
     both = {"before": rows["base"], "after": rows[last]}
     versus = next(x for x in pairs if (x["a"], x["b"]) == (last, "base"))
     return {
-        **{f"{k}_{when}": x[k]["mean"] for k in ("judge", "reward") for when, x in both.items()},
+        **{f"{k}_{when}": x[k]["mean"] for k in ("judge", "reward") for when, x in both.items() if k in x},
         "kl": both["after"]["kl"],
         **{f"distinct{n}_{when}": x[f"distinct_{n}"] for n in (2, 3) for when, x in both.items()},
         **{key: x for key, x in versus.items() if key not in ("a", "b")},
     }
 
 
-def perplexity(model: Transformer, test: TokenFile, count: int | None, device) -> float:
-    """Of the human texts of the split, or of `count` that are spread over it: of all their tokens but the first."""
-    loader, language_model = (
-        TextLoader(test.data, 32, 0, context=model.config.context, loss="all"),
-        LanguageModel(model),
-    )
+def perplexity(model: Transformer, texts: Examples, count: int | None, device) -> float | None:
+    """Of what people wrote in the split, or of `count` rows that are spread over it; None where nobody did.
+
+    Of plain texts all tokens but the first, of answers those of the answers.
+    """
+    loader, language_model = TextLoader(texts, 32, 0, context=model.config.context), LanguageModel(model)
+    if not len(loader):
+        return None
     chosen = np.linspace(0, len(loader) - 1, min(count or len(loader), len(loader))).astype(np.int64)
     chosen = chosen[np.argsort(loader.lengths(chosen), kind="stable")]  # neighbours need little padding
     losses = []
@@ -228,8 +332,7 @@ def perplexity(model: Transformer, test: TokenFile, count: int | None, device) -
 def describe(result: dict) -> dict:
     """One row of the results table."""
     return {
-        "reward": mean_and_interval(result["reward"]),
-        "judge": mean_and_interval(result["judge"]),
+        **{what: mean_and_interval(result[what]) for what in ("reward", "judge") if what in result},
         "kl": float(result["kl"].mean()),
         "kl_interval": paired_bootstrap(result["kl"]),
         "kl_k3": float(result["kl_k3"].mean()),
@@ -274,6 +377,7 @@ def write(out: str, summary: dict, files: dict[str, list[dict]]) -> None:
     for name, rows in files.items():
         write_lines(f"{out}/{name}", rows)
     parts = {
+        "verifiable": lambda found: markdown_table(*verifiable.table(found)),
         "new_distribution": own_samples_table,
         "minimal_pairs": minimal_pairs.markdown,
         "safety": safety.markdown,
@@ -298,16 +402,17 @@ def comparison_lines(summary: dict) -> str:
         return f"{text} {show(x)}, 95% interval"
 
     if len(summary["pairwise"]) > 1:
-        return f"{markdown_table(*pairs_table(summary['pairwise']))}\n\n{elo_line(summary['elo'])}"
+        tables = [markdown_table(*pairs_table(summary["pairwise"])), *map(elo_line, filter(None, [summary.get("elo")]))]
+        return "\n\n".join(tables)
+    names = {
+        "judge_gain": "judge, tuned - base:",
+        "reward_gain": "reward, tuned - base:",
+        "win_rate_judge": "tuned wins against base, by the judge:",
+        "win_rate_judge_length_controlled": "the same at equal length:",
+        "win_rate_reward": "tuned wins against base, by the reward:",
+    }
     ppo = summary["ppo"]
-    return "\n".join(
-        [
-            line("judge, tuned - base:", ppo["judge_gain"]),
-            line("tuned wins against base, by the judge:", ppo["win_rate_judge"]),
-            line("the same at equal length:", ppo["win_rate_judge_length_controlled"]),
-            line("tuned wins against base, by the reward:", ppo["win_rate_reward"]),
-        ]
-    )
+    return "\n".join(line(text, ppo[key]) for key, text in names.items() if key in ppo)
 
 
 def continuations(pairs: list[dict[str, str]]) -> str:

@@ -28,9 +28,8 @@ from typing import Literal
 
 import torch
 
-from data.batches import PromptLoader, open_data, prompts_of, unseen
+from data.batches import PromptLoader, drawn, open_data, prompts_of, unseen
 from data.chat import check_template
-from data.loader import PromptLoader as ListLoader
 from data.tokenizer import Detokenizer, Tokenizer, check_fingerprint, load_tokenizer
 from evaluation.card import beats_length
 from model.generate import Generated, Sampling
@@ -327,15 +326,14 @@ def open_judge(
         return NoJudge()
     validation = open_data(cfg.data, "validation")
     loader = prompts_of(validation, 1, cfg.seed, **prompt_options(cfg, base))
-    starts = unseen(loader, prompts)
-    if cfg.judge_prompts > len(starts):
+    units = unseen(loader, prompts)
+    if cfg.judge_prompts > len(units):
         raise ValueError(
-            f"--judge_prompts={cfg.judge_prompts}: the validation split has {len(starts)}; use at most those"
+            f"--judge_prompts={cfg.judge_prompts}: the validation split has {len(units)}; use at most those"
         )
-    batch = ListLoader(starts, tokenizer.pad, cfg.judge_prompts, cfg.seed).batch(0)
-    score = open_scorer(cfg.judge, tokenizer, dist.device, base, data=cfg.data).score
-    prompts = (batch.prompts, batch.prompt_lengths)
-    return HeldOutJudge(score, respond, *prompts, cfg.judge_every, cfg.judge_patience, cfg.batch, dist)
+    batch = drawn(loader, units, cfg.judge_prompts, cfg.seed)
+    score = open_scorer(cfg.judge, tokenizer, dist.device, base, data=cfg.data, records=loader.records).score
+    return HeldOutJudge(score, respond, *batch, cfg.judge_every, cfg.judge_patience, cfg.batch, dist)
 
 
 def description(cfg: Config, base: Pretrained, stop_ids: tuple[int, ...]) -> dict:

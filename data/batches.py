@@ -833,16 +833,27 @@ def prompts_of(data: Examples, batch: int, seed: int, starts: int | None = None,
     return StartLoader(data, batch, seed, **{k: v for k, v in how.items() if k not in unused}, starts=starts or 4)
 
 
-def unseen(held_out: PromptLoader, training: PromptLoader) -> list[np.ndarray]:
-    """Different prompts of one loader that are none of the other's: short ones often stand in both splits."""
+def unseen(held_out: PromptLoader, training: PromptLoader) -> np.ndarray:
+    """The units of one loader with different prompts that are none of the other's: short ones often stand in both splits.
 
-    def tokens(loader: PromptLoader) -> dict[bytes, np.ndarray]:
+    ValueError if there is none.
+    """
+
+    def first_units(loader: PromptLoader) -> dict[bytes, int]:
         found = {}
         for units in in_order(len(loader), 1024):
             prompts, lengths, _ = loader.take(units)
-            rows = [row[:n].numpy() for row, n in zip(prompts, lengths.tolist())]
-            found |= {row.tobytes(): row for row in rows if row.tobytes() not in found}
+            for unit, row, n in zip(units.tolist(), prompts, lengths.tolist()):
+                found.setdefault(row[:n].numpy().tobytes(), unit)
         return found
 
-    seen = tokens(training).keys()
-    return [prompt for key, prompt in tokens(held_out).items() if key not in seen]
+    seen = first_units(training).keys()
+    units = [unit for key, unit in first_units(held_out).items() if key not in seen]
+    if not units:
+        raise ValueError(f"all {len(held_out)} prompts of {held_out.data} stand in {training.data} too")
+    return np.array(units)
+
+
+def drawn(loader: PromptLoader, units: np.ndarray, count: int, seed: int) -> PromptBatch:
+    """`count` of these units, at most all of them, in an order of `seed`."""
+    return loader.take(units[Order(len(units), min(count, len(units)), seed).rows(0)])

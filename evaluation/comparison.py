@@ -27,14 +27,17 @@ def mean_and_interval(x: np.ndarray) -> dict[str, float]:
 
 
 def compare(ours: dict, theirs: dict) -> dict:
-    """What one model gains over another: rewards, judgements and lengths in tokens, (P,) each, of the same prompts."""
-    wins, longer = win_rate(ours["judge"], theirs["judge"]), ours["length"] - theirs["length"]
-    controlled, *resampled = length_controlled_win_rate(wins, longer, bootstrap_weights(len(wins)))
-    return {
-        **{f"{k}_gain": mean_and_interval(ours[k] - theirs[k]) for k in ("judge", "reward")},
-        **{f"win_rate_{k}": mean_and_interval(win_rate(ours[k], theirs[k])) for k in ("judge", "reward")},
-        "win_rate_judge_length_controlled": as_json(controlled, *np.quantile(resampled, [0.025, 0.975])),
-    }
+    """What one model gains over another: rewards, judgements (where there are any) and lengths in tokens, (P,) each, of the
+    same prompts.
+    """
+    both = [k for k in ("judge", "reward") if k in ours and k in theirs]
+    found = {f"{k}_gain": mean_and_interval(ours[k] - theirs[k]) for k in both}
+    found |= {f"win_rate_{k}": mean_and_interval(win_rate(ours[k], theirs[k])) for k in both}
+    if "judge" in both:
+        wins, longer = win_rate(ours["judge"], theirs["judge"]), ours["length"] - theirs["length"]
+        controlled, *resampled = length_controlled_win_rate(wins, longer, bootstrap_weights(len(wins)))
+        found["win_rate_judge_length_controlled"] = as_json(controlled, *np.quantile(resampled, [0.025, 0.975]))
+    return found
 
 
 def pairwise(results: dict[str, dict]) -> list[dict]:
@@ -108,13 +111,14 @@ def results_table(rows: dict[str, dict]) -> Table:
     """Every model, and best-of-n of the base, of which reward, judge and a bound of the KL alone are known."""
 
     def cell(row: dict, key: str, form: str | None) -> str:
-        if key not in row:
+        if row.get(key) is None:
             return "-"
         bound = "<= " if key == "kl" and "distinct_3" not in row else ""  # best-of-n: an analytic bound
         return bound + (show(row[key]) if form is None else f"{row[key]:{form}}")
 
-    cells = [[name, *(cell(row, *column) for column in COLUMNS.values())] for name, row in rows.items()]
-    return Table(["model", *COLUMNS], cells)
+    known = {title: column for title, column in COLUMNS.items() if any(column[0] in row for row in rows.values())}
+    cells = [[name, *(cell(row, *column) for column in known.values())] for name, row in rows.items()]
+    return Table(["model", *known], cells)
 
 
 def pairs_table(pairs: Sequence[dict]) -> Table:
@@ -124,8 +128,9 @@ def pairs_table(pairs: Sequence[dict]) -> Table:
         "win_rate_judge_length_controlled": "wins at equal length, judge",
         "win_rate_reward": "wins, reward",
     }
-    rows = [[x["a"], x["b"], *(show(x.get(key)) for key in columns)] for x in pairs]
-    return Table(["model", "against", *columns.values()], rows)
+    known = {key: title for key, title in columns.items() if any(key in x for x in pairs)}
+    rows = [[x["a"], x["b"], *(show(x.get(key)) for key in known)] for x in pairs]
+    return Table(["model", "against", *known.values()], rows)
 
 
 def elo_line(points: dict[str, dict]) -> str:

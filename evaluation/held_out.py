@@ -1,32 +1,50 @@
 """What a policy is measured on and by: prompts that training never saw, and a judge that PPO never asked."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.loader import TokenFile, in_order, prompts_from_rows
+from data.batches import StartLoader, drawn, in_order, open_data, prompts_of, unseen
+from data.chat import check_template
+from data.records import Record
+from data.tokenizer import Tokenizer
 from model.generate import Generated, Sampling, generate, row_uniforms
 from model.transformer import Transformer
 from rlhf.kl import k1, k3
 from rlhf.reward.model import Score
 
 
-def held_out_prompts(data: str, split: str, prompt_tokens: int, sources: Sequence[str]) -> list[np.ndarray]:
-    """Different prompts of the split that no training sentence begins with: short prompts often do.
+@dataclass(frozen=True)
+class HeldOut:
+    """Different prompts of a split that are no training prompts."""
 
-    bos and `prompt_tokens` text tokens each, of these sources, () for all; ValueError if there is none.
+    prompts: Tensor  # (P, T) right-padded
+    lengths: Tensor  # (P,)
+    rows: Tensor  # (P,) which of the data's they are
+    records: Callable[[Tensor], list[Record]]  # rows -> what was read for them
+    stop_ids: tuple[int, ...]  # that end an answer in the data's template; none for plain text
+    are_starts: bool  # the beginnings of texts, which have no prompts of their own
+    summary: str
+
+
+def held_out_prompts(
+    data: str, split: str, count: int, seed: int, tokenizer: Tokenizer, prompt_tokens: int | None, **how
+) -> HeldOut:
+    """`count` prompts of the split, at most all that no training row has too: short ones often stand in both.
+
+    prompt_tokens: the beginnings of the texts instead, None = where the data have no prompts; how: see `prompts_of`.
+    ValueError if there is none, and for data in another chat template than the tokenizer's.
     """
-    train, held_out = (
-        prompts_from_rows(TokenFile(f"{data}/{name}"), prompt_tokens, sources) for name in ("train", split)
-    )
-    seen = {tuple(prompt) for prompt in train}
-    unseen = {key: prompt for prompt in held_out if (key := tuple(prompt)) not in seen}
-    if not unseen:
-        raise ValueError(f"all {len(held_out)} prompts of {data}/{split} also begin a training sentence")
-    return list(unseen.values())
+    splits = {name: open_data(data, name) for name in ("train", split)}
+    train, held_out = (prompts_of(x, 1, seed, prompt_tokens, **how) for x in splits.values())
+    stop_ids = check_template(tokenizer, splits[split].template, "the base")
+    batch = drawn(held_out, unseen(held_out, train), count, seed)
+    starts = isinstance(held_out, StartLoader)
+    return HeldOut(*batch, held_out.records, tuple(sorted(stop_ids)), starts, held_out.summary)
 
 
 def sample_groups(
@@ -45,7 +63,9 @@ def sample_groups(
     at_once = max(1, min(64, 1024 // n))  # prompts: the cache holds all their responses
     for rows in tqdm(list(in_order(len(prompts), at_once)), desc="sample", leave=False, disable=None):
         ids = [int(row) + k * len(prompts) for row in rows for k in range(n)]
-        uniforms = row_uniforms(seed, 0, ids, sampling.max_new_tokens).to(prompts.device)
+        uniforms = (
+            row_uniforms(seed, 0, ids, sampling.max_new_tokens).to(prompts.device) if sampling.temperature else None
+        )
         groups.append(generate(model, prompts[rows], lengths[rows], sampling, uniforms))
     return groups
 
@@ -55,13 +75,19 @@ def nth_of(groups: list[Generated], n: int, k: int = 0) -> list[Generated]:
     return [Generated(**{name: x[k::n] for name, x in vars(group).items()}) for group in groups]
 
 
-def scores(score: Score, groups: list[Generated], n: int = 1) -> np.ndarray:
-    """What the n responses of each of P prompts earn: (P, n).
+def scores(score: Score, groups: list[Generated], rows: Tensor | None, n: int = 1) -> np.ndarray:
+    """What the n responses of each of P prompts earn: (P, n). rows (P,): which of the data's prompts were answered; None
+    where they are not of the data.
 
     The first of all prompts are read together, then the second ...: what shares a batch, and with it the last digit, is
     the same for any n, so that a model against itself is a draw.
     """
-    columns = [torch.cat([score(g.tokens, g.lengths, g.mask) for g in nth_of(groups, n, k)]) for k in range(n)]
+    sizes = [len(group.tokens) // n for group in groups]
+    asked = [None] * len(sizes) if rows is None else rows.split(sizes)
+    columns = [
+        torch.cat([score(g.tokens, g.lengths, g.mask, which) for g, which in zip(nth_of(groups, n, k), asked)])
+        for k in range(n)
+    ]
     return torch.stack(columns, 1).double().cpu().numpy()
 
 

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.loader import PromptLoader, TokenFile
 from data.tokenizer import check_fingerprint, load_tokenizer
 from evaluation.card import can_draw
 from evaluation.held_out import divergence, held_out_prompts, sample_groups, scores
@@ -63,20 +62,20 @@ def main() -> None:
     opened = open_pretrained(cfg.base, device)
     check_fingerprint(tokenizer.fingerprint, opened.tokenizer.fingerprint, cfg.base)
     check_same(cfg, settings, opened.digest, len(steps))
-    proxy = open_scorer(cfg.proxy, tokenizer, device, opened).score
-    gold = open_scorer(cfg.gold, tokenizer, device, opened, data=cfg.data).score
-    starts = held_out_prompts(cfg.data, cfg.split, settings["prompt_tokens"], settings["sources"])
-    pad = TokenFile(f"{cfg.data}/{cfg.split}").pad
-    batch = PromptLoader(starts, pad, min(cfg.prompts, len(starts)), cfg.seed).batch(0)
-    prompts = batch.prompts.to(device), batch.prompt_lengths.to(device)
-    temperature = settings["temperature"]
-    sampling = Sampling(settings["response_tokens"], opened.stop_ids, tokenizer.pad, temperature)
     base = opened.model.eval()
+    how = {name: settings[name] for name in PROMPTS} | {"context": base.config.context}
+    asked = held_out_prompts(cfg.data, cfg.split, cfg.prompts, cfg.seed, tokenizer, **how)
+    opening = dict(tokenizer=tokenizer, device=device, base=opened, records=asked.records)
+    proxy = open_scorer(cfg.proxy, **opening).score
+    gold = open_scorer(cfg.gold, **opening, data=cfg.data).score
+    prompts = asked.prompts.to(device), asked.lengths.to(device)
+    temperature, stop_ids = settings["temperature"], tuple(sorted({*opened.stop_ids, *asked.stop_ids}))
+    sampling = Sampling(settings["response_tokens"], stop_ids, tokenizer.pad, temperature)
     reference = logprobs_of(base, temperature)
 
     # 2. best-of-n: one pool of samples of the base gives every n
     pool = sample_groups(base, *prompts, cfg.best_of, sampling, cfg.seed)
-    pool = {name: scores(score, pool, cfg.best_of) for name, score in (("proxy", proxy), ("gold", gold))}
+    pool = {name: scores(score, pool, asked.rows, cfg.best_of) for name, score in (("proxy", proxy), ("gold", gold))}
     measured = []
     for n in powers_of_two(cfg.best_of):
         means = {name: best_of_n(pool["proxy"], x, n) for name, x in pool.items()}  # (P,) each
@@ -88,7 +87,7 @@ def main() -> None:
     for path in tqdm(steps, desc="checkpoints", leave=False, disable=None):
         policy = open_pretrained(path, device).model.eval()
         groups = sample_groups(policy, *prompts, 1, sampling, cfg.seed)
-        means = {name: scores(score, groups)[:, 0] for name, score in (("proxy", proxy), ("gold", gold))}
+        means = {name: scores(score, groups, asked.rows)[:, 0] for name, score in (("proxy", proxy), ("gold", gold))}
         gains = {f"{name}_gain": x - pool[name][:, 0] for name, x in means.items()}
         kl = divergence(groups, logprobs_of(policy, temperature), reference)["kl"]
         done = checkpoint.load(path).state["done"]
@@ -112,13 +111,15 @@ def main() -> None:
         print("no plot: matplotlib is not installed (the extra plot has it)")
 
 
+PROMPTS = ("sources", "prompt_tokens", "max_prompt", "long_prompts", "response_tokens")  # options of train_ppo.py
+
+
 def read_settings(cfg: Config) -> dict:
     """What run.json says about the run's prompts and samples, and by which reward and base it was trained."""
     path = Path(cfg.run) / "run.json"
     if not path.exists():
         raise FileNotFoundError(f"no {path}: --run is the directory of a PPO run, see train_ppo.py")
-    options, names = read_json(path), ("sources", "prompt_tokens", "response_tokens", "temperature")
-    names += ("kl_coef", "init_sha256", "reward_sha256")
+    options, names = read_json(path), (*PROMPTS, "temperature", "kl_coef", "init_sha256", "reward_sha256")
     if missing := [name for name in names if name not in options]:
         raise ValueError(
             f"{path} says nothing about {missing[0]}: --run is the directory of a PPO run, see train_ppo.py"

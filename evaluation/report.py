@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation import plots, words
+from evaluation import plots, verifiable, words
 from evaluation.card import accuracy_table, calibration_table, coverage_table, groups_table, probes_table
 from evaluation.comparison import GATE, pairs_table, results_table, rounds_table
 from evaluation.overoptimisation import fits_table, points_table
@@ -228,8 +228,10 @@ def summary_tables(summary: dict) -> list[Block]:
     if found:
         blocks.append(Table(["comparison", "mean and 95% interval"], found))
     if pairs := summary.get("pairwise"):
-        head = ["a against b", "judge, a - b", "a wins, judge", "at equal length", "a wins, reward"]
-        blocks.append(Table(head, [[f"{a} / {b}", *cells] for a, b, *cells in pairs_table(pairs).rows]))
+        head, rows = pairs_table(pairs)
+        blocks.append(Table(["a / b", *head[2:]], [[f"{a} / {b}", *cells] for a, b, *cells in rows]))
+    if found := summary.get("verifiable"):
+        blocks.append(Table(*verifiable.table(found), "Answers that are right or wrong"))
     if elo := summary.get("elo"):
         rows = [[name, show(x, ".0f")] for name, x in elo.items()]
         blocks.append(Table(["model", "Elo by the judge, base = 0"], rows))
@@ -393,7 +395,9 @@ def frontier(sources: list[Source]) -> list[Block]:
     """Reward and judge against the KL that they cost: models, and best-of-n of the base."""
 
     def of_summary(source: Source) -> list[Block]:
-        return frontier_plots(source.name, source.files["summary.json"]["rows"], {"judge": "judge", "reward": "reward"})
+        rows = source.files["summary.json"]["rows"]
+        measured = {what: what for what in ("judge", "reward") if any(what in row for row in rows.values())}
+        return frontier_plots(source.name, rows, measured)
 
     def of_study(source: Source) -> list[Block]:
         rows = {x["name"]: x | {"kl": x["kl"]["value"]} for x in source.files["overoptimisation.json"]["rows"]}

@@ -215,3 +215,15 @@ def best_of_n(proxy: np.ndarray, other: np.ndarray, n: int) -> np.ndarray:
     weights = np.array([math.comb(i - 1, n - 1) / math.comb(pool, n) for i in range(1, pool + 1)])
     ranked = np.take_along_axis(other, proxy.argsort(1, kind="stable"), 1)
     return ranked @ weights
+
+
+def pass_at_k(right: np.ndarray, n: int, k: int) -> np.ndarray:
+    """Probability that one of k samples is right, of prompts with `right` (P,) right ones among n: without bias
+
+        1 - C(n - right, k) / C(n, k)
+
+    (Chen et al. 2021, arXiv:2107.03374, equation 1). (P,) float64; ValueError unless 1 <= k <= n.
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} of {n} samples: k must be between 1 and {n}")
+    return np.array([1 - math.comb(n - int(c), k) / math.comb(n, k) for c in right])

@@ -27,8 +27,9 @@ class NoJudge:
 class HeldOutJudge:
     """Scores the policy every few iterations, always on the same prompts with the same random numbers.
 
-    act(prompts (P, T), lengths (P,), ids, iteration) -> Generated answers as the policy does now. `verdicts` are the mean
-    scores so far; the policy with the best of them is kept in out/best.
+    act(prompts (P, T), lengths (P,), ids, iteration) -> Generated answers as the policy does now. rows (P,): which of the
+    data's prompts they are, for a score that looks them up. `verdicts` are the mean scores so far; the policy with the
+    best of them is kept in out/best.
     """
 
     def __init__(
@@ -37,12 +38,14 @@ class HeldOutJudge:
         act: Callable[..., Generated],
         prompts: Tensor,
         lengths: Tensor,
+        rows: Tensor,
         every: int,
         patience: int,
         at_once: int,
         dist: Dist,
     ):
-        self.score, self.act, self.prompts, self.lengths = score, act, prompts, lengths
+        self.score, self.act = score, act
+        self.prompts, self.lengths, self.rows = prompts, lengths, rows
         self.every, self.patience, self.at_once, self.dist = every, patience, at_once, dist
         self.verdicts: list[float] = []
 
@@ -60,7 +63,7 @@ class HeldOutJudge:
         for start in range(self.dist.rank, len(scores), self.at_once):
             rows = torch.arange(start, min(start + self.at_once, len(scores)), self.dist.world)
             g = self.act(self.prompts[rows], self.lengths[rows], rows, -1)  # -1: numbers that no iteration draws
-            scores[rows] = self.score(g.tokens, g.lengths, g.mask).double().cpu()
+            scores[rows] = self.score(g.tokens, g.lengths, g.mask, self.rows[rows]).double().cpu()
         mean = float(self.dist.sum(scores).mean())  # each rank adds zeros to the others': exact for any world size
         self.verdicts.append(mean)
         if best_place(self.verdicts) == len(self.verdicts) - 1:

@@ -147,6 +147,8 @@ def python_reward(spec: str, tokenizer: Tokenizer, records: Callable[[Tensor], l
         given = {"prompts": [tokenizer.decode(row[:s]) for row, s in zip(texts, starts)]}
         given["responses"] = [tokenizer.decode(row[s:]) for row, s in zip(texts, starts)]
         if columns or "messages" in wanted:
+            if rows is None:
+                raise ValueError(f"{spec} asks for {(columns or ['messages'])[0]!r}, and these prompts are of no data")
             asked = records(rows)
             given["messages"] = [messages_of(record) for record in asked]
             given |= columns_of(asked, columns, spec)
