@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,22 @@ class Segment(NamedTuple):
 
     ids: list[int]
     trainable: bool  # the assistant's words and the token that ends them
+
+
+class Stretch(NamedTuple):
+    """The same in a text: characters from start to stop."""
+
+    start: int
+    stop: int
+    trainable: bool
+
+
+class Turn(NamedTuple):
+    """A turn of the assistant."""
+
+    asked: Rendered  # the conversation up to where the answer begins
+    answered: Rendered  # with the answer
+    content: object
 
 
 class Encoded(NamedTuple):
@@ -56,6 +73,7 @@ class Chat:
         if not isinstance(self.source, str):
             raise ValueError(f"the chat template is {self.source!r:.60}; a text was expected")
         render(self.source, [], {}, [], [])  # it compiles
+        self._control = tuple(tokenizer.control)
         self.sha256 = hashlib.sha256(self.source.encode()).hexdigest()
 
     def encode(self, messages: Sequence[dict], answer: str | None = None) -> Encoded:
@@ -67,19 +85,31 @@ class Chat:
         are encoded apart too, so that the trained tokens of every turn are those that a policy would write.
         ValueError where the template shows the answer otherwise than as a continuation of the prompt.
         """
-        if answer is None:
-            prompt = self.segments(messages, add_generation_prompt=True)
-            ids = [i for segment in prompt for i in segment.ids]
-            return Encoded(ids, [], [segment.trainable for segment in prompt for _ in segment.ids])
-        segments = self.segments([*messages, {"role": "assistant", "content": answer}])
-        last = max((k for k, segment in enumerate(segments) if segment.trainable), default=-1)
-        prompt = self.encode(messages)
-        if [i for segment in segments[: max(last, 0)] for i in segment.ids] != prompt.prompt:
-            raise ValueError(
-                f"the chat template does not show the answer {answer!r:.60} as what follows its prompt: a policy would "
-                "learn to write what it is never asked for; give another template"
-            )
-        return Encoded(prompt.prompt, segments[last].ids, prompt.trained + [True] * len(segments[last].ids))
+        if answer is not None:
+            return self.encode_answers(messages, [answer])[0]
+        prompt = self.segments(messages, add_generation_prompt=True)
+        return Encoded(flat(prompt), [], [segment.trainable for segment in prompt for _ in segment.ids])
+
+    def encode_answers(self, messages: Sequence[dict], answers: Sequence[str]) -> list[Encoded]:
+        """`encode` of several answers to one history, whose tokens they share."""
+        found, prompt = [], None
+        for answer in answers:
+            _, turns = self._turns([*messages, {"role": "assistant", "content": answer}])
+            whole, shown = turns[-1].answered, stretches(turns[-1].answered, turns)
+            if prompt is None:
+                prompt, cuts = turns[-1].asked, stretches(turns[-1].asked, turns[:-1])
+                segments = self._segments(prompt, cuts)
+                ids, trained = flat(segments), [segment.trainable for segment in segments for _ in segment.ids]
+            last = max((k for k, stretch in enumerate(shown) if stretch.trainable), default=-1)
+            same = shown[:last] == cuts and begins(whole, prompt)  # then so are the ids
+            if last < 0 or not same and flat(self._segments(whole, shown[:last])) != ids:
+                raise ValueError(
+                    f"the chat template does not show the answer {answer!r:.60} as what follows its prompt: a policy would "
+                    "learn to write what it is never asked for; give another template"
+                )
+            (own,) = self._segments(whole, shown[last : last + 1])
+            found.append(Encoded(ids, own.ids, trained + [True] * len(own.ids)))
+        return found
 
     def render(self, messages: Sequence[dict], add_generation_prompt: bool = False) -> list[int]:
         """Ids of a conversation, [{"role": "user", "content": ...}, ...], with the control tokens of the template.
@@ -96,20 +126,8 @@ class Chat:
         Each answer is encoded on its own, as it is when a model writes it. An answer that the template shows otherwise
         once the conversation goes on (Qwen3 drops thoughts of earlier turns) is not trained on, unless it is the last.
         """
-        messages = self._with_system(messages)
-        answers = [k for k, message in enumerate(messages) if message.get("role") == "assistant"]
-        views = [(len(messages), add_generation_prompt)]
-        views += [view for k in answers for view in ((k, True), (k + 1, False))]
-        whole, *turns = self._rendered(messages, views)
-        stretches, done = [], 0
-        for k, prompt, answered in zip(answers, turns[::2], turns[1::2]):
-            begin = len(prompt.text)
-            if begins(answered, prompt) and begins(whole, answered) and begin >= done:
-                stop = end_of_answer(answered, begin, messages[k]["content"])
-                stretches += [(done, begin, False), (begin, stop, True)]
-                done = stop
-        stretches.append((done, len(whole.text), False))
-        return [Segment(self._ids(whole, start, stop), trained) for start, stop, trained in stretches if start < stop]
+        whole, turns = self._turns(messages, add_generation_prompt)
+        return self._segments(whole, stretches(whole, turns))
 
     def stop_ids(self) -> set[int]:
         """Ids that end an answer: eos, and the control token that the template writes after one."""
@@ -124,16 +142,32 @@ class Chat:
             return messages
         return [{"role": "system", "content": self.system}, *messages]
 
+    def _turns(self, messages: Sequence[dict], add_generation_prompt: bool = False) -> tuple[Rendered, list[Turn]]:
+        """The whole conversation, and every turn of the assistant in it, each as the template shows it."""
+        messages = self._with_system(messages)
+        answers = [k for k, message in enumerate(messages) if message.get("role") == "assistant"]
+        views = [view for k in answers for view in ((k, True), (k + 1, False))]
+        views.append((len(messages), add_generation_prompt))
+        different = list(dict.fromkeys(views))
+        rendered = dict(zip(different, self._rendered(messages, different)))
+        return rendered[views[-1]], [
+            Turn(rendered[k, True], rendered[k + 1, False], messages[k]["content"]) for k in answers
+        ]
+
     def _rendered(self, messages: Sequence[dict], views: Sequence[tuple[int, bool]]) -> list[Rendered]:
         for message in messages:
             check_message(message)
-        return render(self.source, list(self.tokenizer.control), self.tokenizer.special, messages, views)
+        return render(self.source, self._control, self.tokenizer.special, messages, views)
+
+    def _segments(self, whole: Rendered, parts: Sequence[Stretch]) -> list[Segment]:
+        return [Segment(self._ids(whole, start, stop), trainable) for start, stop, trainable in parts]
 
     def _ids(self, rendered: Rendered, start: int, stop: int) -> list[int]:
         """Ids of the characters from start to stop, in which only the template's control tokens are some."""
         text, added = rendered.text, self.tokenizer.added
         ids, after = [], "text" if start else "nothing"
-        for first, last in rendered.control:
+        nearest = max(bisect_left(rendered.control, (start,)) - 1, 0)  # what stands further before touches nothing
+        for first, last in rendered.control[nearest:]:
             token = text[first:last]
             eats = added[token] if token in added else None
             if start <= first and last <= stop:
@@ -148,6 +182,23 @@ class Chat:
             if end >= start:
                 start, after = min(end, stop), "token"
         return ids + self.tokenizer.encode(text[start:stop], after)
+
+
+def flat(segments: Sequence[Segment]) -> list[int]:
+    return [i for segment in segments for i in segment.ids]
+
+
+def stretches(whole: Rendered, turns: Sequence[Turn]) -> list[Stretch]:
+    """The text cut at the assistant's words, as far as they are what a policy would write there."""
+    found, done = [], 0
+    for asked, answered, content in turns:
+        begin = len(asked.text)
+        if begins(answered, asked) and begins(whole, answered) and begin >= done:
+            stop = end_of_answer(answered, begin, content)
+            found += [Stretch(done, begin, False), Stretch(begin, stop, True)]
+            done = stop
+    found.append(Stretch(done, len(whole.text), False))
+    return [stretch for stretch in found if stretch.start < stretch.stop]
 
 
 def begins(whole: Rendered, part: Rendered) -> bool:

@@ -39,7 +39,7 @@ class Encoder:
         if not record.answers:
             rendered = self.chat.encode(record.prompt)
             return Encoded(rendered.prompt, [], rendered.trained, record)
-        rendered = [self.chat.encode(record.prompt, answer) for answer in record.answers]
+        rendered = self.chat.encode_answers(record.prompt, record.answers)
         prompt = rendered[0].prompt
         return Encoded(prompt, [one.answer for one in rendered], rendered[0].trained[: len(prompt)], record)
 

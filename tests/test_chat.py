@@ -183,6 +183,89 @@ def test_templates_see_the_text_and_not_the_mark(tokenizer):
         assert tokenizer.decode(Chat(tokenizer, template).render(messages)) == expected, code
 
 
+# --- what is remembered of a template ---
+
+REMEMBERED = {"chatml": True, "smollm2": True, "llama3": True, "mistral": True, "qwen3": False}
+CONTENTS = st.lists(
+    st.sampled_from([*CONTROL, *USER_DEFINED, " ", "\n", "\xa0", "x", "<|im_", "end|>", "\U000f0000"]), max_size=6
+)
+
+
+def asked(source, special, messages, views):
+    """What the template makes of the messages, and what without anything remembered."""
+    both = []
+    for forget in (False, True):
+        if forget:
+            kept, templates._skeletons = templates._skeletons, {}
+        try:
+            both.append(templates.render(source, CONTROL, special, messages, views))
+        except ValueError as error:
+            both.append(str(error))
+        if forget:
+            templates._skeletons = kept
+    return both
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@given(contents=st.lists(CONTENTS.map("".join), min_size=1, max_size=4), system=st.booleans())
+def test_what_is_filled_in_is_what_the_template_makes(name, contents, system):
+    roles = ["system"] * system + ["user", "assistant"] * 2
+    messages = [{"role": role, "content": text} for role, text in zip(roles, contents)]
+    views = [(n, prompt) for n in range(1, len(messages) + 1) for prompt in (True, False)]
+    filled, made = asked(
+        TEMPLATES[name], {"bos_token": "<|begin_of_text|>", "eos_token": "<|im_end|>"}, messages, views
+    )
+    assert filled == made
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_that_copy_messages_are_asked_once(tokenizer, name):
+    chat, child = Chat(tokenizer, TEMPLATES[name]), templates.renderer()
+    rendered = lambda text: chat.encode([{"role": "user", "content": text}], "yes " + text)  # noqa: E731
+    rendered("first")
+    before, asks = child.ask, []
+    child.ask = lambda request: asks.append(request) or before(request)
+    try:
+        rendered("second <|im_end|>")
+    finally:
+        child.ask = before
+    assert len(asks) == (not REMEMBERED[name])
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "c", "c | trim", "c.strip() ~ c", "c.lstrip() + '<|im_' + c", "(c + 'x') | trim", "c.strip('a')",
+        "c | trim('a')", "c | length", "c[0]", "c[:1]", "c == 'a'", "'a' == c", "'a' in c", "c in 'abc'",
+        "c in ['a']", "c not in 'abc'", "'a' < c", "'a' < c < 'c'", "'a' < c in 'abc'", "c and 1", "not c",
+        "1 if c else 2", "c is string", "c is defined", "c is sequence", "c is eq('a')", "c is in('abc')",
+        "c is lower", "c * 2", "2 * c", "c % 1", "'%s' % c", "'%s' | format(c)", "c | upper", "c | list",
+        "c | first", "c | default('b', true)", "c | default('b')", "c | int", "c | replace('a', '<')",
+        "[c, 'a'] | sort", "[c, 'b'] | unique | list", "[c, 'b'] | join(c)", "[c] | length", "[c] | first",
+        "[c] + ['b']", "['a'].index(c)", "['a', 'b'].count(c)", "{'a': 1}[c]", "{'a': 1}.get(c)", "{c: 1} | length",
+        "dict(a=c).a", "'abc'.find(c)", "'abc'.startswith(c)", "c.startswith('a')", "'abc'.split(c)",
+        "'-'.join([c, c])", "'{}'.format(c)", "c.format()", "c.zfill(5)", "c | tojson", "c | safe | upper",
+        "c | string | upper", "messages | length", "messages | tojson",
+        "messages | map(attribute='content') | join", "messages | selectattr('content', 'eq', 'a') | list | length",
+        "strftime_now(c)", "strftime_now('%Y')", "namespace(x=c).x", "cycler(c, 'a').next()",
+        "range(c | int) | list", "c.foo", "messages[0].content is none", "messages[0]['role'] == 'user'", "c | e",
+        "c | wordcount", "c | indent", "c.encode()", "joiner(c)() ~ c", "c ~ c | trim", "c | batch(2) | list",
+        "c | groupby(0) | list", "c|attr('upper')()", "c.__len__()", "(c, 'a') | max", "[c] | sum(start='')",
+        "c | truncate(3)", "c | urlencode", "c | center(9)", "c is mapping", "c >= 'a'",
+        "{% if c %}1{% endif %}", "{% for d in c %}1{% endfor %}", "{% filter upper %}{{ c }}{% endfilter %}",
+        "{% set d %}{{ c }}{% endset %}{{ d | length }}", "{% for m in messages if m.content %}1{% endfor %}",
+        "{% for m in messages %}{{ loop.changed(m.content) }}{% endfor %}", "{% for k in messages[0] %}{{ k }}{% endfor %}",
+        "{% set d = c ~ 1 %}{{ d is string ~ d }}", "{% call m(1) %}{{ c }}{% endcall %}",
+    ],
+)  # fmt: skip
+def test_a_template_that_looks_into_a_content_is_asked_every_time(code):
+    source = "{% set c = messages[0].content %}{% macro m(x) %}{{ x }}{{ caller() if caller }}{% endmacro %}{{ m(c) }}"
+    source += code if code.startswith("{") and "%" in code else "{{ '<|im_' ~ (" + code + ") }}"
+    for content in ("abc", "a", "  a ", "", "b", "2", "end|>", "<|im_end|>"):
+        filled, made = asked(source, {}, [{"role": "user", "content": content}], [(1, False)])
+        assert filled == made, content
+
+
 # --- what is trained on ---
 
 
@@ -406,6 +489,7 @@ def test_threads_and_forks_have_their_turn(tokenizer):
     with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
         assert list(pool.map(chat.render, messages)) == expected
     templates.renderer().child.kill()
+    templates._skeletons.clear()
     with pytest.raises(ValueError, match="the chat template ends the process that renders it .-9."):
         chat.render(messages[0])
     assert chat.render(messages[0]) == expected[0]
