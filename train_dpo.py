@@ -65,6 +65,7 @@ class Config:
     eval_every: int = 100  # steps between validations, a multiple of log_every
     checkpoint_every: int = 100  # steps between checkpoints
     keep_checkpoints: int | None = 2  # newest checkpoints that stay; none = all, for a frontier of reward and KL
+    override: tuple[str, ...] = ()  # options that may differ from those that the run in out was started with
 
     def __post_init__(self):
         config.at_least(self, context=2, beta=1e-6, label_smoothing=0, lora_rank=1, lora_alpha=0, branch_layers=1)
@@ -124,7 +125,7 @@ def fit(cfg: Config, roles: Roles, optimizer, loader, held_out, total: int, run:
             if done % cfg.eval_every == 0 and done < total:
                 record |= validate(roles, held_out, cfg, dist)
             log.log(step, record | {"episode": done * cfg.batch})
-        if done % cfg.checkpoint_every == 0 or done == total:
+        if run.due(done, cfg.checkpoint_every, total):
             run.save(done)
 
     report = {"steps": total, **validate(roles, held_out, cfg, dist), "seconds": run.seconds}

@@ -135,15 +135,14 @@ def fit(
             record = {"loss/train": float(dist.sum(nll)), "grad_norm": grad_norm, "lr": lr}
             if done % cfg.eval_every == 0 and done < total:
                 record |= validate(language_model, held_out, tokenizer, dist)
-                log.samples(step, samples(language_model.model, held_out, tokenizer, stop_ids, cfg.seed))
             log.log(step, record)
+        if done % cfg.eval_every == 0 or done == total:  # before the checkpoint: a kill after it must lose nothing
+            log.samples(step, samples(language_model.model, held_out, tokenizer, stop_ids, cfg.seed))
         if run.due(done, cfg.checkpoint_every, total):
             run.save(done)
 
     report = {"steps": total, **validate(language_model, held_out, tokenizer, dist), "seconds": run.seconds}
     if dist.is_main:
-        if run.done < total:
-            log.samples(total - 1, samples(language_model.model, held_out, tokenizer, stop_ids, cfg.seed))
         write_json(f"{cfg.out}/report.json", report)
         print(
             f"validation perplexity {report['validation/perplexity']:.1f}, "

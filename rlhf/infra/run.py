@@ -66,7 +66,8 @@ def begin(out: str, options: dict, dist: Dist) -> dict[str, list]:
         if newest is None and not has_lines(out):
             write_json(path, options)  # a command that failed before its first step must not hold the directory
     dist.barrier()
-    started_with = options_of(out, options)
+    started_with, repaired = options_of(out, options)
+    say(repaired, dist.is_main and bool(repaired))
     changed = differences(started_with, options)
     refused = {name: pair for name, pair in changed.items() if name.removesuffix("_sha256") not in override}
     if refused:
@@ -85,8 +86,10 @@ def begin(out: str, options: dict, dist: Dist) -> dict[str, list]:
     return changed
 
 
-def options_of(out: str, options: dict) -> dict:
-    """What the run in `out` was started with: run.json, which must agree with the newest checkpoint, or that alone."""
+def options_of(out: str, options: dict) -> tuple[dict, str]:
+    """What the run in `out` was started with: run.json, which must agree with the newest checkpoint, or that alone, which
+    is then told in the second value.
+    """
     path, newest = Path(out) / "run.json", checkpoint.latest(out)
     stored = checkpoint.load(newest).state.get("options") if newest else None
     try:
@@ -95,12 +98,13 @@ def options_of(out: str, options: dict) -> dict:
             raise ValueError(f"{path} holds no options")
     except (FileNotFoundError, ValueError) as error:
         if newest is None:
-            return options  # nothing is left of it
+            return options, ""  # nothing is left of it
         if stored is None:
             raise ValueError(
                 f"{error}, and {newest} does not say its options: put it back, or choose another --out"
             ) from None
-        return stored
+        gone = "is gone" if isinstance(error, FileNotFoundError) else "is damaged"
+        return stored, f"{path} {gone}: the options that {newest.name} was made with are taken"
     replayed = dict(stored or started_with)
     for record in started_with.get("overrides", []):
         replayed |= {name: pair[1] for name, pair in record["changed"].items()}
@@ -109,7 +113,7 @@ def options_of(out: str, options: dict) -> dict:
         raise ValueError(
             f"{path} says {name}={ours}, {newest.name} was made with {name}={theirs}: put the old run.json back"
         )
-    return started_with
+    return started_with, ""
 
 
 def differences(theirs: dict, ours: dict) -> dict[str, list]:
@@ -164,6 +168,8 @@ def has_lines(out: str | Path) -> bool:
 
 # the run itself
 
+LINES = {"lines": "metrics.jsonl", "sample_lines": "samples.jsonl"}  # what a checkpoint's state counts
+
 
 class Run:
     """A run directory and what trains in it: where it stands, and how it is saved.
@@ -207,16 +213,21 @@ class Run:
                 raise ValueError(f"{newest}/state.json is damaged ({error!r}); delete {newest.name}") from None
             self.extra = newest if saved.state.get("off_schedule") else None
             self.miss_lines()
+            if dist.is_main:
+                checkpoint.prune(out, keep)  # a kill between a save and this leaves one too many
 
     def miss_lines(self) -> None:
-        """Say where metrics.jsonl has lost lines since the checkpoint was written."""
-        lost = self.state.get("lines", 0) - self.lines(self.done)
-        if lost > 0 and self.dist.is_main:
-            say(f"{self.out}/metrics.jsonl has lost {lost} of {self.state['lines']} lines: curves and report lack them")
+        """Say where metrics.jsonl or samples.jsonl have lost lines since the checkpoint was written, or got more."""
+        for key, file in LINES.items() if self.dist.is_main else ():
+            wrote, found = self.state.get(key), self.lines(file, self.done)
+            if wrote is not None and found < wrote:
+                say(f"{self.out}/{file} has lost {wrote - found} of {wrote} lines: curves and report lack them")
+            elif wrote is not None and found > wrote:
+                say(f"{self.out}/{file} is damaged: {found} lines of the steps so far, {wrote} were written")
 
-    def lines(self, done: int) -> int:
-        """How many lines metrics.jsonl has of the first `done` steps."""
-        return sum(row["step"] < done for row in read_rows(f"{self.out}/metrics.jsonl"))
+    def lines(self, file: str, done: int) -> int:
+        """How many lines metrics.jsonl or samples.jsonl has of the first `done` steps."""
+        return sum(row["step"] < done for row in read_rows(f"{self.out}/{file}"))
 
     def steps(self, total: int, name: str) -> Iterator[int]:
         """The steps that are left of `total`. After a signal no further one: the run ends with 128 + its number."""
@@ -252,7 +263,7 @@ class Run:
                 tensors=checkpoint.trained_state(self.module),
                 config=self.config,
                 state={"done": done, "seconds": self.seconds, **state, "scaler": self.scaler.state_dict()}
-                | {"options": self.options, "lines": self.lines(done)}
+                | {"options": self.options, **{key: self.lines(file, done) for key, file in LINES.items()}}
                 | extra,
                 optimizer=checkpoint.optimizer_tensors(self.optimizer, self.module),
                 files=self.files,
