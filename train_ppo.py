@@ -63,7 +63,7 @@ Names = tuple[str, ...] | None
 @dataclass(frozen=True)
 class Config:
     init: str = "out/lm"  # language model to start from; it is also the reference
-    reward: str = "out/rm"  # reward model, or file.py:function(prompts, responses) -> scores
+    reward: str = "out/rm"  # reward model, file.py:function, or a sum: out/rm:1,file.py:function:0.1 (docs/rewards.md)
     data: str = "out/data/vader"  # directory made by data.prepare; its training sentences give the prompts
     out: str = "out/ppo"  # run directory: checkpoints, metrics.jsonl, samples.jsonl, report.json
     weak_reward: bool = False  # accept a reward model that does not beat length alone, by its card or its report
@@ -179,8 +179,8 @@ def main() -> None:
     planned = memory_plan(cfg, dist, micro_batch)
     if cfg.plan:
         return
-    if not cfg.weak_reward:
-        beats_length(cfg.reward)
+    for model in scorer_of(cfg.reward).models if not cfg.weak_reward else ():
+        beats_length(model)
     cast = open_cast(cfg, dist, precision)
     train(cfg, cast, dist, precision, micro_batch)
     if dist.is_main:
@@ -221,7 +221,9 @@ def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch
         # 2. judge: policy, reference and value of every token; one score per response
         with precision.autocast():
             sizes = (micro_batch, cast.prompts.width(iteration))
-            judged = judge(samples, policy, reference, cast.reward.score, *sizes, cast.roles.features, batch.rows[rows])
+            judged = judge(
+                samples, policy, reference, cast.reward.detailed, *sizes, cast.roles.features, batch.rows[rows]
+            )
             if iteration == run.done:
                 cast.check_once(judged[:micro_batch].trim(), fresh=run.done == 0)
         rollout = gather(judged, dist)
@@ -253,7 +255,7 @@ def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch
 
         # 5. report: adapt the KL coefficient, metrics, held-out judge, samples, checkpoint
         record = ppo.metrics(experience, advantages, updates, kl_control.coef, cfg.minibatches)
-        record |= clock.times(record["response/length"] * cfg.batch, dist.device)
+        record |= cast.reward.means(rollout.parts) | clock.times(record["response/length"] * cfg.batch, dist.device)
         kl_control.update(record["objective/kl"], cfg.batch)
         done = iteration + 1
         record |= held_out.ask(done, run)

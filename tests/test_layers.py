@@ -34,6 +34,7 @@ OPEN = (
     "rlhf.lm.pretrained",
     "rlhf.reward.files",
     "rlhf.reward.finish",
+    "rlhf.reward.function",
     "rlhf.reward.scorer",
 )  # where data meets models
 SOURCES = sorted(ROOT.glob("*.py")) + sorted(

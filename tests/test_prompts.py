@@ -1,8 +1,10 @@
 """PPO on the prompts of prepared data: any length, and a reward that sees the row."""
 
 import json
+import re
 
 import pytest
+from tiny import lines
 
 from data.batches import open_data, prompts_of
 
@@ -12,6 +14,12 @@ def right(prompts, responses, answer, messages):
     assert all(a == str(len(m[-1]["content"])) for a, m in zip(answer, messages))
     assert all(p == m[-1]["content"] for p, m in zip(prompts, messages))
     return [float(a in r) - len(r) / 100 for a, r in zip(answer, responses)]
+
+def graded(responses, answer):
+    return {"right": [float(a in r) for a, r in zip(answer, responses)], "words": [len(r.split()) for r in responses]}
+
+def fails(responses, answer):
+    return [1 / (len(a) - 2) for a in answer]
 
 def lacks(responses, gold):
     return [0.0] * len(responses)
@@ -46,6 +54,31 @@ def test_a_reward_sees_the_row_that_was_answered(world, asked, tmp_path):
         assert loader.width(step) == int(batch.prompt_lengths.max()) + 8
         records = loader.records(batch.rows)
         assert [len(record.prompt) for record in records] == [int(record.extra["answer"]) for record in records]
+
+
+def test_several_rewards_with_components(world, asked, tmp_path):
+    """The score is their weighted sum in every iteration; the mean of each is a metric."""
+    spec = f"{asked / 'reward.py'}:graded:words=-0.05,rm:0.5,{asked / 'reward.py'}:right:2"
+    options = {"data": asked / "data", "reward": spec, "sources": "", "weak_reward": "true"}
+    world.ok("train_ppo.py", out=tmp_path / "ppo", iterations=2, **options)
+    for row in lines(tmp_path / "ppo" / "metrics.jsonl"):
+        one = {name.removeprefix("reward/"): x for name, x in row.items() if name.startswith("reward/")}
+        assert one.keys() == {"graded", "graded.right", "words", "rm", "right"}
+        assert one["graded"] == pytest.approx(one["graded.right"] - 0.05 * one["words"], abs=1e-5)
+        assert row["objective/scores"] == pytest.approx(one["graded"] + 0.5 * one["rm"] + 2 * one["right"], abs=1e-5)
+    with pytest.raises(AssertionError, match=r"--override=reward"):
+        world.ok("train_ppo.py", out=tmp_path / "ppo", iterations=2, **options | {"reward": spec.replace("0.5", "0.6")})
+
+
+def test_a_reward_that_raises_ends_the_run_with_its_row(world, asked, tmp_path):
+    options = {"data": asked / "data", "reward": f"{asked / 'reward.py'}:fails", "sources": ""}
+    done = world.run("train_ppo.py", out=tmp_path / "ppo", **options)
+    assert done.code == 2 and done.err.count("\n") == 1 and "ZeroDivisionError: division by zero in line" in done.err
+    assert re.search(r"error: \S*reward.py:fails raised .* on row \d+ of the data, prompt 'The film ", done.err), (
+        done.err
+    )
+    shown = world.run("train_ppo.py", out=tmp_path / "ppo", env={"PLAIN_RLHF_TRACEBACK": "1"}, **options)
+    assert shown.code == 1 and "return [1 / (len(a) - 2) for a in answer]" in shown.err and "Traceback" in shown.err
 
 
 @pytest.mark.parametrize(

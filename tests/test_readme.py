@@ -281,7 +281,10 @@ def test_a_page_runs_from_top_to_bottom(world, tuned, tmp_path, page):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     choices = [{"prompt": row[:-12], "chosen": " warm.", "rejected": " dull.", "strength": 2} for row in rows]
     (tmp_path / "preferences.jsonl").write_text("".join(json.dumps(choice) + "\n" for choice in choices))
+    questions = [{"prompt": f"{row[:20]} {i}", "answer": str(i)} for i, row in enumerate(rows)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     (tmp_path / "rewards.py").write_text((world.path / "rewards.py").read_text())
+    (tmp_path / "rewards").symlink_to(ROOT / "rewards")
     for name, code in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
         (tmp_path / name).write_text(code)
     run_all(documented, here)

@@ -34,6 +34,7 @@ def some(rows=3, width=5, **changes) -> Rollout:
     facts = {f.name: grid.clone() for f in fields(Rollout)}
     facts |= {"tokens": grid.long(), "lengths": torch.tensor([4, 2, 3, 5, 1, 4][:rows]), "scores": grid[:, 0]}
     facts |= {"finished": torch.arange(rows) % 2 == 0, "mask": torch.arange(width) < facts["lengths"][:, None]}
+    facts["parts"] = grid[:, :2]
     facts["features"] = grid[..., None] + torch.arange(2) / 10
     return Rollout(**(facts | changes))
 

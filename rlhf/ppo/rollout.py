@@ -30,6 +30,9 @@ class Rollout:
     values: Tensor  # (B, T)
     sampler_logprobs: Tensor  # (B, T) as the sampler saw them; their difference from logprobs is a metric
     scores: Tensor  # (B,)
+    parts: (
+        Tensor  # (B, K) what the terms and components of the reward say, without their weights; K = 0 where it has none
+    )
     features: Tensor  # (B, T, D) what the frozen layers made of the tokens; D = 0 where none are shared
 
     def __post_init__(self):
@@ -38,6 +41,8 @@ class Rollout:
             shape = tuple(getattr(self, field.name).shape)
             if field.name == "features" and len(shape) == 3:
                 shape = shape[:2]
+            if field.name == "parts" and len(shape) == 2:
+                shape = shape[:1]
             if shape not in ((rows,), (rows, width)):
                 raise ValueError(f"{type(self).__name__}.{field.name} has shape {shape}, tokens have {(rows, width)}")
 
@@ -52,15 +57,20 @@ class Rollout:
         """The same type with `function` applied to every field."""
         return replace(self, **{f.name: function(getattr(self, f.name)) for f in fields(self)})
 
+    def map_columns(self, function: Callable[[Tensor], Tensor]):
+        """The same type with `function` applied to every field that has a column for every token."""
+        per_token = [f.name for f in fields(self) if f.name != "parts" and getattr(self, f.name).dim() > 1]
+        return replace(self, **{name: function(getattr(self, name)) for name in per_token})
+
     def trim(self):
         """Without the columns in which every row is padding."""
         width = int(self.lengths.max())
-        return self.map(lambda x: x[:, :width] if x.dim() > 1 else x)
+        return self.map_columns(lambda x: x[:, :width])
 
     def pad(self, width: int):
         """The same with zeros behind, `width` columns in all."""
         missing = width - self.tokens.shape[1]
-        return self.map(lambda x: F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)) if x.dim() > 1 else x)
+        return self.map_columns(lambda x: F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)))
 
     def split(self, size: int) -> Iterator:
         """Consecutive groups of `size` rows, each trimmed to its own longest row."""
@@ -114,7 +124,8 @@ def judge(
 ) -> Rollout:
     """Policy, reference and value of every token, one score per response; `width` is the T of the result.
 
-    prompts (B,): which of the data's the rows answer, for a score that looks them up; None = nobody does.
+    prompts (B,): which of the data's the rows answer, for a score that looks them up; None = nobody does. A score of
+    (B, 1 + K) also says what it is the sum of.
 
     The policy's log-probs are computed on the micro-batches of the first learning epoch, so that its first ratio is
     exactly 1: the same rows with the same padding go through the same kernels.
@@ -131,6 +142,7 @@ def judge(
         ref_logprobs=blank,
         values=blank,
         scores=blank[:, 0],
+        parts=blank[:, :0],
         features=blank[..., None][..., :0],
     )
     judged = []
@@ -138,13 +150,15 @@ def judge(
     for rows, which in zip(facts.split(micro_batch), asked):
         frozen = features(rows.tokens)  # (B, T, D), and what the reward model reads of the same trunk is ready too
         output = policy(rows.tokens, rows.mask, frozen)
+        said = score(rows.tokens, rows.lengths, rows.mask, *which).reshape(len(rows), -1)  # (B, 1 + K)
         rows = replace(
             rows,
             logprobs=output.logprobs,
             entropy=output.entropy,
             values=output.values,
             ref_logprobs=reference(rows.tokens, rows.mask, frozen),
-            scores=score(rows.tokens, rows.lengths, rows.mask, *which),
+            scores=said[:, 0],
+            parts=said[:, 1:],
             features=frozen,
         )
         judged.append(rows.pad(width))

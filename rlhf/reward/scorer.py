@@ -1,27 +1,33 @@
-"""What gives a text its score: a reward model, any Python function, or the judge that came with the data."""
+"""What gives a text its score: a reward model, any Python function, the judge that came with the data, or a sum of these.
+
+out/rm                                      a reward model: a run of train_rm.py, or an HF sequence classifier
+rewards/verify.py:number                    a function of the file
+rewards/mine.py:graded:right=1:polite=0.2   ... that names components, with their weights (1 where none is given)
+out/rm:1,rewards/style.py:brief:0.1         a sum: each with its weight
+"""
 
 import hashlib
-import importlib.util
-import inspect
-import numbers
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from data.judge import own_judge
-from data.records import Record, prompt_text
+from data.records import Record
 from data.tokenizer import Tokenizer
 from rlhf.infra import checkpoint
 from rlhf.lm.checkpoints import open_stored, stored_config, trunk_parameters, weights_of
 from rlhf.lm.frozen import FrozenStates
 from rlhf.lm.pretrained import Pretrained
 from rlhf.reward.files import load_reward_model
+from rlhf.reward.function import Components, components_of, response_starts  # noqa: F401  response_starts: for readers
 from rlhf.reward.model import FrozenReward, Score
 
 
@@ -30,18 +36,32 @@ class Scorer:
     """A reward or a judge as the user named it. `scorer_of` knows its facts, which are read when they are asked for."""
 
     spec: str
-    kind: Literal["model", "function", "data"]
-    score: Score | None = None  # by open_scorer; rows say which prompts of the data were answered
+    kind: Literal["model", "function", "data", "sum"]
+    weight: float = 1.0  # in the sum that it is a term of
+    weights: tuple[tuple[str, float], ...] = ()  # of its own components; 1 for those that are not named
+    terms: tuple["Scorer", ...] = ()  # of a sum
+    components: Components | None = None  # by open_scorer; what its components say, {name: (B,)}
     context: int | None = None  # longest row that a model reads; None: any
+    names: list[str] = field(default_factory=list, compare=False)  # of the columns of `detailed`, once it was asked
 
     @property
     def is_function(self) -> bool:
         """It may rightly look at its whole batch, and reads texts instead of tokens."""
-        return self.kind == "function"
+        return self.kind == "function" or any(term.is_function for term in self.terms)
+
+    @property
+    def name(self) -> str:
+        """Short, for metrics: of the function, or of the directory."""
+        if self.kind == "function":
+            return self.spec.rpartition(":")[2]
+        return next((part for part in reversed(Path(self.spec).parts) if not part.startswith("step_")), self.spec)
 
     @cached_property
     def digest(self) -> str | None:
         """sha256 of the weights or of the Python file; None for the judge of the data, which belongs to them."""
+        if self.kind == "sum":  # the same files under other weights are another reward
+            facts = [[x.digest, x.spec.rpartition(".py:")[2], x.weight, x.weights] for x in self.terms]
+            return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         if self.kind == "data":
             return None
         if self.kind == "model":
@@ -58,23 +78,115 @@ class Scorer:
     @cached_property
     def parameters(self) -> int:
         """Numbers in the trunk of a model of its own; 0 for what is no model, or stands on a frozen trunk."""
-        config = open_stored(self.spec).config if self.kind == "model" else {}
-        if self.kind != "model" or config.get("trunk", "full") != "full":
+        if self.kind != "model":
+            return sum(term.parameters for term in self.terms)
+        config = open_stored(self.spec).config
+        if config.get("trunk", "full") != "full":
             return 0
         return trunk_parameters(stored_config(config["model"], self.spec))
 
+    @property
+    def models(self) -> list[str]:
+        """The directories of the reward models in it."""
+        return [self.spec] if self.kind == "model" else [spec for term in self.terms for spec in term.models]
+
+    def score(self, tokens: Tensor, lengths: Tensor, mask: Tensor, rows: Tensor | None = None) -> Tensor:
+        """One number a response: tokens (B, T), lengths (B,), mask (B, T) of the response, rows (B,) of the data -> (B,)"""
+        return self.detailed(tokens, lengths, mask, rows)[:, 0]
+
+    def detailed(self, tokens: Tensor, lengths: Tensor, mask: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The score, and what `names` say of it: its terms and their components, as they are, without weights. (B, 1 + K)
+
+        The score is sum_i w_i r_i over the terms, r_i the number that a reward gives, or sum_k w_ik c_ik of its components.
+        """
+        said: list[tuple[str, str, Tensor]] = []  # term, component or "", (B,)
+        terms, total = self.terms or (self,), 0
+        short = Counter(term.name for term in terms)
+        for term in terms:
+            owner = term.name if short[term.name] == 1 else term.spec
+            parts = term.components(tokens, lengths, mask, rows)
+            weights = dict(term.weights)
+            if unknown := weights.keys() - parts.keys():
+                known = ", ".join(sorted(parts)) if "" not in parts else "no components"
+                raise ValueError(f"the reward {term.spec} has {known}, and a weight for {min(unknown)!r}")
+            reward = sum(weights.get(name, 1.0) * x for name, x in sorted(parts.items()))
+            total = total + term.weight * reward if self.terms else reward
+            said += [(owner, "", reward)] * bool(self.terms)
+            said += [(owner, name, x) for name, x in sorted(parts.items()) if name]
+        self.remember([(owner, name) for owner, name, _ in said])
+        return torch.stack([total, *(x for *_, x in said)], 1)
+
+    def remember(self, said: list[tuple[str, str]]) -> None:
+        """`names` by the first answer; ValueError where a later one has other components."""
+        count = Counter(name or owner for owner, name in said)
+        names = [f"{owner}.{name}" if count[name or owner] > 1 and name else name or owner for owner, name in said]
+        if self.names and self.names != names:
+            ours, theirs = (", ".join(x) or "nothing" for x in (names, self.names))
+            raise ValueError(
+                f"the reward {self.spec} now has the components {ours}; before, {theirs}: name the same ones"
+            )
+        self.names[:] = names
+
+    def means(self, parts: Tensor) -> dict[str, float]:
+        """Metrics of what `detailed` says beside the score: parts (B, K)."""
+        return {f"reward/{name}": x for name, x in zip(self.names, parts.double().mean(0).tolist())}
+
+
+# What the user wrote
+
 
 def scorer_of(spec: str, rules: bool = False) -> Scorer:
-    """The directory of a reward model, or `file.py:function`; with `rules` also "data". Nothing is opened yet."""
-    if spec.endswith(".py"):
-        raise ValueError(f"which function of {spec} is the reward? write {spec}:function")
-    if spec.rpartition(":")[0].endswith(".py"):
-        return Scorer(spec, "function")
+    """What `spec` names, see the top of this file; with `rules` also "data". Nothing is opened yet.
+
+    ValueError where it names nothing: a file without function, a weight that is no number, a term that stands twice.
+    """
+    if Path(spec).is_dir() and not (rules and spec == "data"):
+        return Scorer(spec, "model")
+    terms = tuple(term_of(text.strip(), rules) for text in spec.split(","))
+    if len(terms) == 1 and terms[0].weight == 1.0 and terms[0].spec == spec:
+        return terms[0]
+    if again := [one for one, n in Counter(term.spec for term in terms).items() if n > 1]:
+        raise ValueError(f"the sum {spec} has {again[0]} twice; add up its weights")
+    return Scorer(spec, "sum", terms=terms)
+
+
+def term_of(text: str, rules: bool) -> Scorer:
+    """One reward with its weights: place[:function][:weight][:component=weight ...]."""
+    words = text.split(":")
+    code = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+    if code is not None and len(words) == code + 1:
+        raise ValueError(f"which function of {text} is the reward? write {text}:function")
+    known = 1 if code is None else code + 2  # words that say what it is
+    if Path(text).is_dir():  # a colon of its name is no weight
+        known = len(words)
+    weight, weights = None, {}
+    for word in words[known:]:
+        name, equals, number = word.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or equals and (not name or name in weights) or not equals and weight is not None:
+            place = ":".join(words[:known])
+            raise ValueError(f"{word!r} of the reward {text} is no weight; write {place}:0.5, or {place}:component=0.5")
+        if equals:
+            weights[name] = value
+        else:
+            weight = value
+    spec = ":".join(words[:known])
+    more = {"weight": 1.0 if weight is None else weight, "weights": tuple(sorted(weights.items()))}
+    if code is not None:
+        return Scorer(spec, "function", **more)
+    if weights:
+        raise ValueError(f"{text}: only a function has components; write {spec}:0.5")
     if rules and spec == "data":
-        return Scorer(spec, "data")
+        return Scorer(spec, "data", **more)
     if rules and not Path(spec).exists():
         raise ValueError(f"the judge {spec} is neither data, a reward model's directory nor file.py:function")
-    return Scorer(spec, "model")
+    return Scorer(spec, "model", **more)
+
+
+# ... and opened
 
 
 def open_scorer(
@@ -94,19 +206,31 @@ def open_scorer(
 
     records: rows (B,) -> the records of the data that these are, for a function that asks for messages or columns.
     """
-    scorer = scorer_of(spec, rules=data is not None)
-    if scorer.kind == "function":
-        return replace(scorer, score=python_reward(spec, tokenizer, records))
-    if scorer.kind == "data":
-        return replace(scorer, score=judge_of(data, tokenizer))
-    model = load_reward_model(spec, tokenizer.fingerprint, device, base, frozen)
-    trunk = model.states.model if isinstance(model, FrozenReward) else model.model
+
+    def opened(scorer: Scorer) -> Scorer:
+        if scorer.kind == "sum":
+            terms = tuple(map(opened, scorer.terms))
+            bounds = [term.context for term in terms if term.context is not None]
+            return replace(scorer, terms=terms, context=min(bounds, default=None))
+        if scorer.kind == "function":
+            return replace(scorer, components=components_of(scorer.spec, tokenizer, records))
+        if scorer.kind == "data":
+            return replace(scorer, components=unnamed(judge_of(data, tokenizer)))
+        model = load_reward_model(scorer.spec, tokenizer.fingerprint, device, base, frozen)
+        trunk = model.states.model if isinstance(model, FrozenReward) else model.model
+        return replace(scorer, components=unnamed(model.score), context=trunk.config.context)
+
+    return opened(scorer_of(spec, rules=data is not None))
+
+
+def unnamed(score: Score) -> Components:
+    """A score without components."""
 
     @torch.no_grad()
-    def score(tokens: Tensor, lengths: Tensor, mask: Tensor, rows: Tensor | None = None) -> Tensor:
-        return model.score(tokens, lengths, mask)
+    def components(tokens: Tensor, lengths: Tensor, mask: Tensor, rows: Tensor | None = None) -> dict[str, Tensor]:
+        return {"": score(tokens, lengths, mask)}
 
-    return replace(scorer, score=score, context=trunk.config.context)
+    return components
 
 
 def judge_of(data: str, tokenizer: Tokenizer) -> Score:
@@ -114,90 +238,11 @@ def judge_of(data: str, tokenizer: Tokenizer) -> Score:
     judge = own_judge(data)
     if judge is None:
         raise ValueError(f"{data} brings no judge of its own: name one, a reward model's directory or file.py:function")
-    return lambda tokens, lengths, mask, rows=None: torch.tensor(
+    return lambda tokens, lengths, mask: torch.tensor(
         [judge(tokenizer.decode(row[:n].tolist())) for row, n in zip(tokens, lengths)], device=tokens.device
     )
 
 
 def python_reward(spec: str, tokenizer: Tokenizer, records: Callable[[Tensor], list[Record]] | None = None) -> Score:
-    """A function of `file.py:function`, which is asked by the names of its parameters: lists of B, one a response.
-
-    prompts, responses: texts; messages: the history as the data has it; any other name: that column of the data, e.g.
-    answer. It returns B numbers. ValueError where the data have no such column, before the first response is sampled.
-    """
-    file, _, name = spec.rpartition(":")
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"{file}: no such file (reward is a directory, or file.py:function)")
-    loader = importlib.util.spec_from_file_location("reward_function", file)
-    module = importlib.util.module_from_spec(loader)
-    loader.loader.exec_module(module)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"{file} has no function {name!r} (reward is a directory, or file.py:function)")
-    wanted = parameters_of(function)
-    columns = [one for one in wanted if one not in ("prompts", "responses", "messages")]
-    if records is None and (columns or "messages" in wanted):
-        raise ValueError(f"{spec} asks for {(columns or ['messages'])[0]!r}, which only prompts of prepared data have")
-    if records is not None and columns:
-        columns_of(records(torch.zeros(1, dtype=torch.int64)), columns, spec)
-
-    def score(tokens: Tensor, lengths: Tensor, mask: Tensor, rows: Tensor | None = None) -> Tensor:
-        starts = response_starts(lengths, mask).tolist()
-        texts = [row[:n].tolist() for row, n in zip(tokens, lengths.tolist())]
-        given = {"prompts": [tokenizer.decode(row[:s]) for row, s in zip(texts, starts)]}
-        given["responses"] = [tokenizer.decode(row[s:]) for row, s in zip(texts, starts)]
-        if columns or "messages" in wanted:
-            if rows is None:
-                raise ValueError(f"{spec} asks for {(columns or ['messages'])[0]!r}, and these prompts are of no data")
-            asked = records(rows)
-            given["messages"] = [messages_of(record) for record in asked]
-            given |= columns_of(asked, columns, spec)
-        scores = as_numbers(returned := function(**{one: given[one] for one in wanted}))
-        if scores is None or len(scores) != len(texts) or not bool(scores.isfinite().all()):
-            what = f"{len(texts)} finite numbers in a list, tuple, array or tensor"
-            raise ValueError(f"{spec} must return {what}, got {type(returned).__name__} {str(returned)[:60]}")
-        return scores.to(tokens.device)
-
-    return score
-
-
-def parameters_of(function: Callable) -> list[str]:
-    """What a reward function asks for. Its first two may have other names, as long as nothing else says what they are."""
-    names = [one.name for one in inspect.signature(function).parameters.values() if one.default is one.empty]
-    return (
-        ["prompts", "responses"] if len(names) == 2 and not {*names} & {"prompts", "responses", "messages"} else names
-    )
-
-
-def columns_of(records: Sequence[Record], columns: Sequence[str], spec: str) -> dict[str, list]:
-    """These columns of the records; ValueError, naming the row, where one has none of that name."""
-    for record in records:
-        for column in columns:
-            if column not in record.extra:
-                has = ", ".join(record.extra) or "no further column"
-                raise ValueError(
-                    f"{spec} asks for {column!r}, and the row of {prompt_text(record.prompt)[:60]!r} has {has}"
-                )
-    return {column: [record.extra[column] for record in records] for column in columns}
-
-
-def messages_of(record: Record) -> list[dict]:
-    """The history of a record; a plain prompt is one message of the user."""
-    return [{"role": "user", "content": record.prompt}] if isinstance(record.prompt, str) else record.prompt
-
-
-def response_starts(lengths: Tensor, mask: Tensor) -> Tensor:
-    """Where the response of each row begins: (B,), (B, T) -> (B,). A row without response is all prompt."""
-    return torch.where(mask.any(1), mask.int().argmax(1), lengths)
-
-
-def as_numbers(returned) -> Tensor | None:
-    """A list, tuple, array or tensor of numbers, (N,) float32; None for all else: a dict's keys, a text's letters."""
-    if isinstance(returned, np.ndarray | Tensor):
-        returned = returned.tolist()  # a single number is none
-    if not isinstance(returned, list | tuple):
-        return None
-    returned = [x.item() if isinstance(x, np.generic | Tensor) and x.ndim == 0 else x for x in returned]
-    if not all(isinstance(x, numbers.Real) for x in returned):
-        return None
-    return torch.tensor([float(x) for x in returned], dtype=torch.float32)
+    """`components_of` a function, as one number a response."""
+    return replace(scorer_of(spec), components=components_of(spec, tokenizer, records)).score
