@@ -17,9 +17,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-from data.batches import TextLoader, in_order, open_data
 from data.examples import Examples
 from data.judge import own_judge
+from data.loader import TextLoader, in_order, open_data
 from data.records import Record, prompt_text
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
 from evaluation import card, minimal_pairs, overoptimisation, report, safety, verifiable

@@ -23,10 +23,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.batches import TextLoader
-from data.loader import PromptLoader, in_order, pad, prompts_from_rows, prompts_from_text
+from data.loader import TextLoader, in_order, open_data, pad, prompts_from_text, prompts_of
 from data.tokenizer import Tokenizer, check_fingerprint, gguf_parts, load_tokenizer, write_hf
-from data.tokens import TokenFile
 from evaluation import receipt
 from model.generate import Sampling, generate, row_uniforms
 from model.gguf import save_gguf
@@ -135,13 +133,14 @@ def export_language_model(cfg: Config) -> None:
 
 def prune(cfg: Config, original: Pretrained) -> tuple[Pretrained, dict]:
     """The model without --drop_layers layers, distilled; and what the receipt says of that."""
-    tokenizer, teacher, train = original.tokenizer, original.model.eval(), TokenFile(f"{cfg.data}/train")
-    check_fingerprint(train.fingerprint, tokenizer.fingerprint, train.path)
+    tokenizer, teacher, train = original.tokenizer, original.model.eval(), open_data(cfg.data, "train")
+    check_fingerprint(train.fingerprint, tokenizer.fingerprint, str(train))
     if cfg.drop_layers >= teacher.config.layers:
         raise ValueError(f"--drop_layers={cfg.drop_layers} leaves none of the model's {teacher.config.layers} layers")
-    size = min(cfg.distill_batch, len(train))
-    texts = TextLoader(train.data, size, seed=1, context=teacher.config.context, loss="all")
-    prompts = PromptLoader(prompts_from_rows(train, cfg.prompt_tokens), tokenizer.pad, size, seed=1)
+    size, context = min(cfg.distill_batch, train.answers), teacher.config.context
+    texts = TextLoader(train, size, seed=1, context=context, loss="all")
+    how = {"starts": cfg.prompt_tokens, "context": context, "response_tokens": cfg.response_tokens}
+    prompts = prompts_of(train, size, 1, **how)
 
     def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
         if step % 2 == 0:
@@ -216,9 +215,9 @@ def held_out_rows(cfg: Config, original: Pretrained) -> list[np.ndarray]:
     if Path(cfg.data).is_file():
         rows = prompts_from_text(cfg.data, tokenizer)
     else:
-        test = TokenFile(f"{cfg.data}/test")
-        check_fingerprint(test.fingerprint, tokenizer.fingerprint, test.path)
-        rows = [test[i] for i in range(len(test))]
+        test = open_data(cfg.data, "test")
+        check_fingerprint(test.fingerprint, tokenizer.fingerprint, str(test))
+        rows = [test.row(i) for i in range(test.answers)]
     rows = [row[: original.model.config.context] for row in rows if len(row) > 1]
     if not rows:
         raise ValueError(f"{cfg.data} has no text that is longer than one token")

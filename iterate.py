@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from data.loader import PromptLoader, TokenFile, pad, prompts_from_rows
+from data.loader import drawn, open_data, pad, prompts_of, unseen
 from data.tokenizer import check_fingerprint
 from evaluation.comparison import rounds_table
 from evaluation.held_out import sample_groups
@@ -50,7 +50,7 @@ class Config:
     order: Literal["random", "active"] = "random"  # which of them; active: where the reward model's heads disagree most
     raters: int = 1  # people per pair
     sources: tuple[str, ...] = ()  # prompts from these sources of the data alone; none given = all
-    prompt_tokens: int = 4  # text tokens of a prompt, after bos
+    prompt_tokens: int | None = None  # first tokens of a text as its prompt; none = the data's prompts, or 4 of a text
     response_tokens: int = 24  # longest answer, tokens
     # learn
     start: Literal["base", "policy"] = "base"  # PPO of a round starts from init, or from the best policy so far
@@ -179,15 +179,16 @@ def sample_pairs(cfg: Config, k: int, best: str) -> None:
     file = Path(cfg.out) / f"round_{k}/pairs.jsonl"
     if file.exists():
         return
-    opened, sentences = open_pretrained(best), TokenFile(f"{cfg.data}/train")
+    opened, train = open_pretrained(best), open_data(cfg.data, "train")
     tokenizer = opened.tokenizer
-    check_fingerprint(sentences.fingerprint, tokenizer.fingerprint, best)
-    starts = prompts_from_rows(sentences, cfg.prompt_tokens, cfg.sources)
-    starts = list({tuple(start): start for start in starts}.values())  # two pairs of one prompt would share their split
+    check_fingerprint(train.fingerprint, tokenizer.fingerprint, best)
+    how = {"sources": cfg.sources, "context": opened.model.config.context, "response_tokens": cfg.response_tokens}
+    loader = prompts_of(train, 1, cfg.seed, starts=cfg.prompt_tokens, **how)
+    units = unseen(loader)  # different ones: two pairs of one prompt would share their split
     count = cfg.pool * cfg.pairs
-    if count * k > len(starts):
-        raise ValueError(f"round {k} needs {count * k} different prompts, {cfg.data} has {len(starts)}: lower --pairs")
-    prompts, lengths, _ = PromptLoader(starts, sentences.pad, count, cfg.seed).batch(k - 1)
+    if count * k > len(units):
+        raise ValueError(f"round {k} needs {count * k} different prompts, {cfg.data} has {len(units)}: lower --pairs")
+    prompts, lengths, _ = drawn(loader, units, count, cfg.seed, k - 1)
     sampling = Sampling(cfg.response_tokens, opened.stop_ids, tokenizer.pad)
     groups = sample_groups(opened.model.eval(), prompts, lengths, 2, sampling, cfg.seed + k)
     heads = None

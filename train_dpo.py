@@ -19,8 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from data.batches import PairBatch, PairLoader, open_data
-from data.loader import in_order, shard
+from data.loader import PairBatch, PairLoader, in_order, open_data, shard
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
 from rlhf.infra import config, distributed, optim
 from rlhf.infra.distributed import Dist

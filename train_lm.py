@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batches import TextLoader, cut, in_order, open_data, pad
 from data.chat import Chat
 from data.examples import Examples
+from data.loader import TextLoader, cut, in_order, open_data, pad
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
 from model.generate import Sampling, generate, row_uniforms
 from model.transformer import ModelConfig, Transformer

@@ -28,8 +28,8 @@ from typing import Literal
 
 import torch
 
-from data.batches import PromptLoader, drawn, open_data, prompts_of, unseen
 from data.chat import check_template
+from data.loader import PromptLoader, drawn, open_data, prompts_of, unseen
 from data.tokenizer import Detokenizer, Tokenizer, check_fingerprint, load_tokenizer
 from evaluation.card import beats_length
 from model.generate import Generated, Sampling

@@ -10,7 +10,6 @@ python train_rm.py --preferences=out/data/votes --init=out/lm --data=out/data/va
 
 import copy
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,8 +17,21 @@ import numpy as np
 import torch
 
 from data.baselines import accuracy
-from data.loader import PairBatch, PairLoader, RatingBatch, RatingLoader, TokenFile, in_order, shard
-from data.pairs import SomeRows, spread_rows
+from data.chat import check_template
+from data.examples import Examples
+from data.loader import (
+    GroupBatch,
+    GroupLoader,
+    PairBatch,
+    PairLoader,
+    ScoredBatch,
+    ScoredLoader,
+    in_order,
+    open_data,
+    shard,
+)
+from data.pairs import MOST_PAIRS, MOST_TRAINING_PAIRS, SomeAnswers, made_pairs, some_prompts
+from data.text import SPLITS
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
 from rlhf.infra import checkpoint, config, distributed, optim
 from rlhf.infra.distributed import Dist
@@ -38,18 +50,19 @@ from rlhf.reward.finish import (
     normalise_and_calibrate,
     pair_rows,
     raw_scores,
+    read,
     references_from,
     report_of,
 )
 from rlhf.reward.model import Ensemble, Feature, Normalised, RewardModel, adapted_trunk, text_features
-from rlhf.reward.objective import Objective, Texts, reward_loss, side_by_side
+from rlhf.reward.objective import Objective, Texts, coefficients, reward_losses
 from rlhf.reward.ridge import Fit, fit_heads, head_of, refitted
 
 Trunk = Literal["full", "frozen", "adapters"]
 Pooling = Literal["last", "mean", "attention"]
 Poolings = tuple[Literal["last", "mean"], ...]
 Combine = Literal["mean", "min", "uncertainty"]
-Objectives = Literal["regression", "pairs", "joint"]
+Objectives = Literal["regression", "labels", "pairs", "joint"] | None
 Names = tuple[str, ...] | None
 Depths = tuple[int, ...] | None
 
@@ -78,12 +91,14 @@ class Config:
     combine: Combine = "mean"  # one score from theirs; mean - uncertainty_coef variance [average=none]
     uncertainty_coef: float = 0.5  # price of the members' variance [combine=uncertainty]
     # objective
-    objective: Objectives = "regression"  # squared error, Bradley-Terry on pairs, or both [trunk=full|adapters]
-    joint_coef: float = 1.0  # weight of the squared error beside Bradley-Terry [objective=joint]
-    soft_labels: bool = False  # a pair's label: how often raters prefer chosen (Thurstone) [objective=pairs|joint]
-    label_smoothing: float = 0.0  # the label of a pair is 1 minus this [objective=pairs|joint]
-    margin: float = 0.0  # by how much chosen must win, per point of rating gap [objective=pairs|joint]
-    center_coef: float = 0.0  # weight of (chosen + rejected)^2, which keeps scores near 0 [objective=pairs|joint]
+    objective: Objectives = (
+        None  # squared error, likelihood of 0 and 1, pairs, or both; none = data [trunk=full|adapters]
+    )
+    joint_coef: float = 1.0  # weight of the squared error beside Bradley-Terry [objective=none|joint]
+    soft_labels: bool = False  # a pair's label: how often raters prefer chosen (Thurstone) [objective=none|pairs|joint]
+    label_smoothing: float = 0.0  # the label of a pair is 1 minus this [objective=none|pairs|joint]
+    margin: float = 0.0  # by how much chosen must win, per point of rating gap [objective=none|pairs|joint]
+    center_coef: float = 0.0  # weight of (chosen + rejected)^2, which keeps scores near 0 [objective=none|pairs|joint]
     lm_coef: float = 0.0  # weight of the next-token loss on the same texts, nats per token [trunk=full|adapters]
     # frozen trunk: ridge regression of the ratings, what to read chosen by the validation split
     sentences: int | None = 1600  # most training sentences, every source with its share; none = all [trunk=frozen]
@@ -106,7 +121,7 @@ class Config:
     # normalisation: continuations by init, whose scores get mean 0 and deviation 1
     reference_samples: int | None = None  # texts; none = 512, with a frozen trunk or adapters 64
     sources: tuple[str, ...] = ()  # prompts from these sources of the data alone; none given = all
-    prompt_tokens: int = 4  # text tokens of a prompt, after bos
+    prompt_tokens: int | None = None  # first tokens of a text as its prompt; none = the data's prompts, or 4 of a text
     response_tokens: int = 24  # longest response, tokens
     # report
     log_every: int = 50  # steps between lines of metrics.jsonl [trunk=full|adapters]
@@ -157,39 +172,56 @@ class Inputs(NamedTuple):
 
     base: Pretrained
     tokenizer: Tokenizer
-    files: list[TokenFile]  # train, validation, test, in the tokens of the base
+    splits: list[SomeAnswers]  # train, validation, test, in the tokens of the base
+    stop_ids: tuple[int, ...]  # that end an answer
     checksums: dict[str, str]  # for run.json
 
 
-def open_inputs(cfg: Config, device: torch.device) -> Inputs:
-    tokenizer = load_tokenizer(cfg.data)
-    files = [TokenFile(f"{cfg.data}/{split}") for split in ("train", "validation", "test")]
-    check_fingerprint(files[0].fingerprint, tokenizer.fingerprint, files[0].path)
-    base = open_pretrained(cfg.init, device)
-    check_fingerprint(files[0].fingerprint, base.tokenizer.fingerprint, f"{cfg.data}, with --init={cfg.init}")
-    inputs = {"init_sha256": base.digest, "data_sha256": files[0].digest}
-    if cfg.labels != "rating":
-        files = [file.labelled_by(cfg.labels) for file in files]
+def open_inputs(cfg: Config, dist: Dist) -> Inputs:
+    base = open_pretrained(cfg.init, dist.device)
+    data = [open_data(cfg.data, split) for split in SPLITS]
+    tokenizer = load_tokenizer(data[0].paths[0].parent)
+    check_fingerprint(data[0].fingerprint, tokenizer.fingerprint, str(data[0]))
+    check_fingerprint(data[0].fingerprint, base.tokenizer.fingerprint, f"{cfg.data}, with --init={cfg.init}")
+    stop_ids = tuple(sorted({*base.stop_ids, *check_template(base.tokenizer, data[0].template, cfg.init)}))
+    inputs = {"init_sha256": base.digest, "data_sha256": data[0].digest}
+    splits = [some_answers(cfg, split, base.model.config.context) for split in data]
+    for split in splits:
+        if split.left_out:
+            say(f"{split.data}: {split.left_out} answers alone are longer than the context", dist.is_main)
     if cfg.preferences:
-        votes = preference_files(cfg)[0]
-        check_fingerprint(votes.fingerprint, tokenizer.fingerprint, votes.path)
+        votes = preference_splits(cfg, base)[0].data
+        check_fingerprint(votes.fingerprint, tokenizer.fingerprint, str(votes))
         inputs["preferences_sha256"] = votes.digest
-    return Inputs(base, tokenizer, files, inputs)
+    return Inputs(base, tokenizer, splits, stop_ids, inputs)
 
 
-def preference_files(cfg: Config) -> list[TokenFile]:
+def some_answers(cfg: Config, data: Examples, context: int, prompts: np.ndarray | None = None) -> SomeAnswers:
+    most = MOST_TRAINING_PAIRS if data.paths[0].name == "train" else MOST_PAIRS
+    return SomeAnswers(data, prompts, most, column_of(cfg), context)
+
+
+def column_of(cfg: Config) -> str:
+    return "score" if cfg.labels == "rating" else cfg.labels
+
+
+def preference_splits(cfg: Config, base: Pretrained) -> list[SomeAnswers]:
     """The pairs to learn from, and those held out from it."""
-    return [TokenFile(f"{cfg.preferences}/{split}") for split in ("train", "test")]
+    context = base.model.config.context
+    return [SomeAnswers(open_data(cfg.preferences, split), context=context) for split in ("train", "test")]
 
 
-def references_of(cfg: Config, train: TokenFile, trunk: str) -> References:
+def references_of(cfg: Config, base: Pretrained, train: SomeAnswers, trunk: str) -> References:
     count = cfg.reference_samples or (512 if trunk == "full" else 64)
-    return references_from(train, count, cfg.prompt_tokens, cfg.sources, cfg.response_tokens, cfg.seed)
+    how = {"context": base.model.config.context, "sources": cfg.sources}
+    return references_from(train.data, count, cfg.seed, cfg.prompt_tokens, cfg.response_tokens, **how)
 
 
 def agreed(cfg: Config, reward_model: Normalised, base: Pretrained, dist: Dist) -> dict:
     """Part of the report: `agreement` with the held-out pairs of --preferences, where there are any."""
-    return {"preferences": agreement(reward_model, base, *preference_files(cfg), dist)} if cfg.preferences else {}
+    return (
+        {"preferences": agreement(reward_model, base, *preference_splits(cfg, base), dist)} if cfg.preferences else {}
+    )
 
 
 def write_report(cfg: Config, report: dict, seconds: float) -> None:
@@ -204,43 +236,44 @@ def write_report(cfg: Config, report: dict, seconds: float) -> None:
 
 def train(cfg: Config, dist: Dist) -> None:
     precision = optim.amp(dist.device, cfg.precision)
-    base, tokenizer, files, inputs = open_inputs(cfg, dist.device)
-    references = references_of(cfg, files[0], cfg.trunk)
-    reward_model = BUILDERS[cfg.trunk](cfg, base).to(dist.device)
+    base, tokenizer, splits, stop_ids, inputs = open_inputs(cfg, dist)
+    kind, objective = objective_for(cfg, splits[0]), objective_of(cfg, splits[0])
+    references = references_of(cfg, base, splits[0], cfg.trunk)
+    reward_model = BUILDERS[cfg.trunk](cfg, base, stop_ids).to(dist.device)
     if cfg.start:
         inputs["start_sha256"] = start_at(cfg, base, reward_model)
     optimizer = optim.make_optimizer(reward_model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.95))
 
-    options, saved_as, files_to_save = asdict(cfg) | inputs, description(cfg, base, tokenizer), [tokenizer.path]
+    options, saved_as, files_to_save = (
+        asdict(cfg) | inputs,
+        description(cfg, base, tokenizer, stop_ids),
+        [tokenizer.path],
+    )
     run = Run(cfg.out, options, reward_model, optimizer, precision.scaler, dist, saved_as, files_to_save)
 
     learner = dist.wrap(reward_model)
-    context = base.model.config.context
-    loader = LOADERS[cfg.objective](cfg, files[0], context)
-    counts = bootstrap_counts(len(loader), cfg)
-    objective = objective_of(cfg, files[0])
+    loader = loader_for(cfg, kind, splits[0], base.model.config.context)
+    say(f"objective {kind}; training on {loader.summary}", dist.is_main)
+    votes, counts = (), bootstrap_counts(len(loader), cfg)
     total = int(cfg.epochs * loader.order.steps_per_epoch)
     if total < 1:
         raise ValueError(f"epochs {cfg.epochs} of {loader.order.steps_per_epoch} steps each is less than one step")
     log = Metrics(cfg.out, dist.is_main, run.done)
-    votes = ()
     if cfg.preferences:
-        votes = PairLoader(preference_files(cfg)[0], cfg.preference_batch, cfg.seed, context=context)
+        held = preference_splits(cfg, base)[0].data
+        votes = GroupLoader(held, cfg.preference_batch, cfg.seed, context=base.model.config.context)
     vote_counts, share = bootstrap_counts(len(votes), cfg), len(votes) / len(loader)  # so that a pair weighs as a row
-    cut = partial(micro_batches, cfg.micro_batch, dist.device)
 
     for step in run.steps(total, "rm"):
-        rows = shard(loader.order.rows(step), dist.rank, dist.world)
-        parts = cut(TEXTS[cfg.objective](loader.take(rows), counts[rows]), cfg.objective, 1 / cfg.batch)
+        parts = step_parts(cfg, loader, counts, step, kind, coefficients(kind, objective), dist)
         if votes:
-            rows = shard(votes.order.rows(step), dist.rank, dist.world)
-            texts = paired(votes.take(rows), vote_counts[rows])
-            parts += cut(texts, "pairs", cfg.preference_coef * share / cfg.preference_batch)
+            scale = cfg.preference_coef * share * coefficients("pairs", objective)
+            parts += step_parts(cfg, votes, vote_counts, step, "pairs", scale, dist)
         loss = 0.0
-        for part, kind, weight in parts:
+        for part, kind_of_part, scale in parts:
             with dist.grad_sync(learner, on=part is parts[-1][0]):
                 with precision.autocast():
-                    part_loss = weight * reward_loss(learner, part, kind, objective).sum()
+                    part_loss = (scale * reward_losses(learner, part, kind_of_part, objective)).sum()
                 precision.scaler.scale(part_loss * dist.loss_scale).backward()
             loss = loss + part_loss.detach()
         lr = optim.schedule(step, total, cfg.warmup, cfg.lr, cfg.decay)
@@ -251,31 +284,34 @@ def train(cfg: Config, dist: Dist) -> None:
         if done % cfg.log_every == 0 or done == total:
             record = {"loss/train": float(dist.sum(loss)), "grad_norm": grad_norm, "lr": lr}
             if done % cfg.eval_every == 0:
-                scores = reward_model.combined(raw_scores(reward_model, base, files[1], dist))
-                record["validation/accuracy"] = accuracy(scores.cpu().numpy(), files[1])["all"]
+                scores = reward_model.combined(raw_scores(reward_model, base, splits[1], dist))
+                record["validation/accuracy"] = accuracy(scores.cpu().numpy(), splits[1])["all"]
             log.log(step, record)
         if run.due(done, cfg.checkpoint_every, total) and (done < total or run.wanted):
             run.save(done)
 
-    raw = [raw_scores(reward_model, base, file, dist) for file in files[1:]]
-    problem = normalise_and_calibrate(reward_model, base, references, raw[0], files[1], dist)
+    raw = [raw_scores(reward_model, base, split, dist) for split in splits[1:]]
+    problem = normalise_and_calibrate(reward_model, base, references, raw[0], splits[1], dist)
     run.save(total)
     extra = {"parameters": sum(x.numel() for x in reward_model.parameters() if x.requires_grad)}
     extra |= agreed(cfg, reward_model, base, dist)
     if dist.is_main:
-        write_report(cfg, report_of(reward_model, raw, files, cfg.data, problem) | extra, run.seconds)
+        write_report(cfg, report_of(reward_model, raw, splits, cfg.data, problem) | extra, run.seconds)
 
 
-def micro_batches(
-    size: int | None, device: torch.device, texts: Texts, kind: str, weight: float
-) -> list[tuple[Texts, str, float]]:
-    """The texts in parts of `size` rows, each with the kind of its loss and what a row weighs; None = all at once."""
-    size = size or len(texts.lengths)
-    starts = range(0, len(texts.lengths), size)
-    return [(Texts(*(x[i : i + size].to(device) for x in texts)), kind, weight) for i in starts]
+def step_parts(
+    cfg: Config, loader, counts: torch.Tensor, step: int, kind: str, scale: torch.Tensor, dist: Dist
+) -> list[tuple[Texts, str, torch.Tensor]]:
+    """This rank's share of a step, cut into --micro_batch units: each with the kind of its loss, and what its sums weigh."""
+    rows = shard(loader.order.rows(step), dist.rank, dist.world)
+    texts = texts_of(loader.take(rows), counts[rows])
+    scale = scale / dist.sum(texts.totals()).clamp(min=1e-9)  # by what all ranks have of it
+    size = cfg.micro_batch or len(rows)
+    parts = [texts.part(first, first + size) for first in range(0, len(rows), size)]
+    return [(Texts(*(x.to(dist.device) for x in part)), kind, scale.float().to(dist.device)) for part in parts]
 
 
-def whole_model(cfg: Config, base: Pretrained) -> RewardModel:
+def whole_model(cfg: Config, base: Pretrained, stop_ids: tuple[int, ...]) -> RewardModel:
     generator = torch.Generator().manual_seed(cfg.seed)
     model = copy.deepcopy(base.model).requires_grad_(True)  # whose own weights may be mapped from a file
     if cfg.reset:
@@ -283,13 +319,13 @@ def whole_model(cfg: Config, base: Pretrained) -> RewardModel:
     return RewardModel(model, cfg.pooling, generator, ensemble_of(cfg), language=cfg.lm_coef > 0)
 
 
-def adapted_model(cfg: Config, base: Pretrained) -> RewardModel:
+def adapted_model(cfg: Config, base: Pretrained, stop_ids: tuple[int, ...]) -> RewardModel:
     if cfg.depth is not None and cfg.depth > base.model.config.layers:
         raise ValueError(f"--depth={cfg.depth}: {cfg.init} has {base.model.config.layers} layers")
     generator = torch.Generator().manual_seed(cfg.seed)
     lora = LoRA(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
     trunk = adapted_trunk(base.model, lora, cfg.depth)
-    reward_model = RewardModel(trunk, cfg.pooling, generator, ensemble_of(cfg), base.stop_ids, cfg.lm_coef > 0)
+    reward_model = RewardModel(trunk, cfg.pooling, generator, ensemble_of(cfg), stop_ids, cfg.lm_coef > 0)
     if cfg.depth is not None:  # no norm there: random heads would begin with a squared error of 23 on SmolLM2, not of 1
         torch.nn.init.zeros_(reward_model.head.weight)
     return reward_model
@@ -302,12 +338,12 @@ def ensemble_of(cfg: Config) -> Ensemble:
     return Ensemble(cfg.members, cfg.combine, cfg.uncertainty_coef)
 
 
-def description(cfg: Config, base: Pretrained, tokenizer: Tokenizer) -> dict:
+def description(cfg: Config, base: Pretrained, tokenizer: Tokenizer, stop_ids: tuple[int, ...]) -> dict:
     """The config of a checkpoint: all that is needed to build the module that its tensors fill."""
     saved_as = {"kind": "reward", "trunk": cfg.trunk, "tokenizer": tokenizer.fingerprint} | asdict(ensemble_of(cfg))
     if cfg.trunk == "full":
         return saved_as | {"model": base.model.config.stored(), "pooling": cfg.pooling, "language": cfg.lm_coef > 0}
-    saved_as |= {"base": cfg.init, "base_digest": base.digest, "stop_ids": base.stop_ids}
+    saved_as |= {"base": cfg.init, "base_digest": base.digest, "stop_ids": stop_ids}
     if cfg.trunk == "adapters":
         names = ("pooling", "lora_rank", "lora_alpha", "lora_targets", "depth")
         saved_as |= {name: getattr(cfg, name) for name in names} | {"language": cfg.lm_coef > 0}
@@ -331,33 +367,54 @@ def start_at(cfg: Config, base: Pretrained, reward_model: RewardModel) -> str:
     return checkpoint.digest(cfg.start)
 
 
-def rating_loader(cfg: Config, file: TokenFile, context: int) -> RatingLoader:
-    return RatingLoader(file, cfg.batch, cfg.seed, context=context)
+def objective_for(cfg: Config, train: SomeAnswers) -> str:
+    """--objective, or what the data have: only scores of 0 and 1 are labels, other scores are regressed, pairs compared, or
+    both. ValueError for what they do not have, and for options of pairs where there are none.
+    """
+    data, binary = train.data, train.column_name == "score" and all(train.data.labels)
+    rated = data.has(train.column_name)
+    follows = "pairs" if not rated else "labels" if binary else "regression" if train.made else "joint"
+    kind = cfg.objective or follows
+    if kind != "pairs" and not rated or kind == "labels" and not binary:
+        lacking = "no scores" if not rated else "other scores than 0 and 1"
+        raise ValueError(f"--objective={kind}: {data} has {lacking}; use --objective={follows}")
+    if kind in ("regression", "labels"):
+        for name in ("soft_labels", "label_smoothing", "margin", "center_coef"):
+            if getattr(cfg, name):
+                raise ValueError(
+                    f"--{name} is of pairs, the objective is {kind}: leave it out, or use --objective=pairs"
+                )
+    return kind
 
 
-def pair_loader(cfg: Config, file: TokenFile, context: int) -> PairLoader:
-    return PairLoader(file, cfg.batch, cfg.seed, context=context, soft=cfg.soft_labels)
+def loader_for(cfg: Config, kind: str, train: SomeAnswers, context: int) -> ScoredLoader | PairLoader | GroupLoader:
+    """Units of a step: prompts with all their answers; of scores alone answers, or pairs that are made of the scores."""
+    how, data, column = {"context": context}, train.data, train.column_name
+    if not train.made:
+        return GroupLoader(data, cfg.batch, cfg.seed, **how)
+    if kind in ("regression", "labels"):
+        return ScoredLoader(data, cfg.batch, cfg.seed, column=column, **how)
+    deviation = "rating_std" if cfg.soft_labels else None
+    made = made_pairs(data, MOST_TRAINING_PAIRS, column=column, deviation=deviation)
+    return PairLoader(data, cfg.batch, cfg.seed, made=made, column=column, **how)
 
 
-def rated(batch: RatingBatch, counts: torch.Tensor) -> Texts:
-    tokens, lengths, ratings = (x[:, None] for x in batch)
-    return Texts(tokens, lengths, ratings, torch.ones(len(tokens)), counts)
+def texts_of(batch: ScoredBatch | PairBatch | GroupBatch, counts: torch.Tensor) -> Texts:
+    tokens, lengths, scores = batch.tokens, batch.lengths, batch.scores.flatten()
+    rows, none, nothing = torch.arange(len(tokens)), torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+    if isinstance(batch, ScoredBatch):
+        return Texts(tokens, lengths, rows, scores, none, none, nothing, nothing, nothing, counts)
+    facts = (batch.p, batch.gap, batch.weight)
+    if isinstance(batch, PairBatch):
+        return Texts(tokens, lengths, rows // 2, scores, rows[0::2], rows[1::2], *facts, counts)
+    return Texts(tokens, lengths, batch.group, scores, batch.winner, batch.loser, *facts, counts)
 
 
-def paired(batch: PairBatch, counts: torch.Tensor) -> Texts:
-    sides = [(batch.chosen, batch.chosen_lengths), (batch.rejected, batch.rejected_lengths)]
-    return Texts(*side_by_side(sides), batch.ratings, batch.preference, counts)
-
-
-LOADERS = {"regression": rating_loader, "pairs": pair_loader, "joint": pair_loader}
-TEXTS = {"regression": rated, "pairs": paired, "joint": paired}
-
-
-def objective_of(cfg: Config, train: TokenFile) -> Objective:
+def objective_of(cfg: Config, train: SomeAnswers) -> Objective:
     ratings = train.column("rating")
     return Objective(
-        float(np.mean(ratings)), float(np.std(ratings)), cfg.soft_labels, cfg.label_smoothing, cfg.margin,
-        cfg.center_coef, cfg.joint_coef, cfg.lm_coef,
+        float(np.nanmean(ratings)), float(np.nanstd(ratings)) or 1.0, cfg.label_smoothing, cfg.margin, cfg.center_coef,
+        cfg.joint_coef, cfg.lm_coef,
     )  # fmt: skip
 
 
@@ -375,54 +432,51 @@ def bootstrap_counts(rows: int, cfg: Config) -> torch.Tensor:
 
 def fit_frozen(cfg: Config, dist: Dist) -> None:
     """Nothing is written before the head is complete: what is interrupted starts again."""
-    base, tokenizer, files, inputs = open_inputs(cfg, dist.device)
+    base, tokenizer, splits, stop_ids, inputs = open_inputs(cfg, dist)
     candidates = [(depth, pooling) for depth in depths_of(cfg, base) for pooling in dict.fromkeys(cfg.poolings)]
-    references = references_of(cfg, files[0], cfg.trunk)
+    references = references_of(cfg, base, splits[0], cfg.trunk)
     begin(cfg.out, asdict(cfg) | inputs, dist)
     if already_finished(cfg, dist):
         return
 
     # 1. read: pooled hidden states of some sentences of every split, at all candidate depths
     states = FrozenStates(base.model).read(depth for depth, _ in candidates)
-    counts = (cfg.sentences, cfg.eval_sentences, cfg.eval_sentences)
-    chosen = [some_rows(file, count, cfg.seed) for file, count in zip(files, counts)]
-    validation, test = (f if len(rows) == len(f) else SomeRows(f, rows) for f, rows in zip(files[1:], chosen[1:]))
-    features = [read_rows(states, candidates, f, rows, base.stop_ids, dist) for f, rows in zip(files, chosen)]
+    counts, context = (cfg.sentences, cfg.eval_sentences, cfg.eval_sentences), base.model.config.context
+    some = [
+        some_answers(cfg, split.data, context, some_prompts(split.data, n, cfg.seed))
+        for split, n in zip(splits, counts)
+    ]
+    features = [read_features(states, candidates, answers, stop_ids, dist) for answers in some]
 
     # 2. fit: one head per set of at most --features features; the validation split decides which set
-    ratings = [torch.from_numpy(np.array(file.column("rating")[rows])) for file, rows in zip(files, chosen)]
+    ratings = [torch.from_numpy(answers.column("rating")) for answers in some]
     fits = fit_heads(candidates, features[0], ratings[0], features[1], ratings[1], cfg.ridge, cfg.features)
     best, columns = fits[0], [candidates.index(feature) for feature in fits[0].features]
     if cfg.members > 1 or cfg.preferences:
-        votes = read_pairs(cfg, states, best.features, base.stop_ids, dist) if cfg.preferences else None
+        votes = read_pairs(cfg, base, states, best.features, stop_ids, dist) if cfg.preferences else None
         best = refitted(best, features[0][:, columns], ratings[0], cfg.members, cfg.seed, votes, cfg.preference_coef)
-    reward_model = head_of(best, states, base.stop_ids, ensemble_of(cfg)).to(dist.device)
+    reward_model = head_of(best, states, stop_ids, ensemble_of(cfg)).to(dist.device)
 
     # 3. normalise and calibrate
     raw = [head_predictions(best, x[:, columns]).to(dist.device) for x in features[1:]]
-    problem = normalise_and_calibrate(reward_model, base, references, raw[0], validation, dist)
+    problem = normalise_and_calibrate(reward_model, base, references, raw[0], some[1], dist)
 
     # 4. save and report
     extra = agreed(cfg, reward_model, base, dist)
     if dist.is_main:
         depths, poolings = zip(*best.features)
-        saved_as = description(cfg, base, tokenizer) | {"depths": depths, "poolings": poolings}
+        saved_as = description(cfg, base, tokenizer, stop_ids) | {"depths": depths, "poolings": poolings}
         state = {"done": 1, "seconds": seconds_used()}
         checkpoint.save_step(cfg.out, 1, reward_model.state_dict(), saved_as, state, files=[tokenizer.path])
-        table = [describe(fit, validation) for fit in fits]
+        table = [describe(fit, some[1]) for fit in fits]
         print(f"{'validation, best first':<28}{'ridge':>8}{'error':>8}{'gap 1':>8}")
         for row in table[:8]:
             print(f"{row['features']:<28}{row['ridge']:8g}{row['error']:8.3f}{row['accuracy']['1']:8.3f}")
-        print(f"{len(test)} test sentences; head fitted to {len(chosen[0])} sentences")
+        print(f"{len(some[2])} test sentences; head fitted to {len(some[0])} sentences")
         extra |= {"parameters": sum(p.numel() for p in reward_model.parameters()), "chosen": table[0]}
-        extra |= {"candidates": table, "sentences": dict(zip(("train", "validation", "test"), map(len, chosen)))}
-        report = report_of(reward_model, raw, [files[0], validation, test], cfg.data, problem)
+        extra |= {"candidates": table, "sentences": dict(zip(SPLITS, map(len, some)))}
+        report = report_of(reward_model, raw, [splits[0], *some[1:]], cfg.data, problem)
         write_report(cfg, report | extra, seconds_used())
-
-
-def some_rows(file: TokenFile, count: int | None, seed: int) -> np.ndarray:
-    """`spread_rows`, but all rows in their own order, in which the file's pairs name them."""
-    return np.arange(len(file)) if count is None or count >= len(file) else spread_rows(file, count, seed)
 
 
 def already_finished(cfg: Config, dist: Dist) -> bool:
@@ -446,39 +500,36 @@ def depths_of(cfg: Config, base: Pretrained) -> list[int]:
 
 
 @torch.no_grad()
-def read_rows(
+def read_features(
     states: FrozenStates,
     candidates: list[Feature],
-    data: TokenFile,
-    rows: np.ndarray,
+    data: SomeAnswers,
     stop_ids: tuple[int, ...],
     dist: Dist,
     batch: int = 16,
 ) -> torch.Tensor:
-    """Features of these rows (rows, F, D) in their order; the batches are shared out over the ranks.
+    """Features of all rows (rows, F, D) in their order; the batches are shared out over the ranks.
 
     Which rows share a batch depends on their lengths alone, so the features are the same for any number of ranks.
     """
     model = states.model.config
-    loader = RatingLoader(data, batch, seed=0, context=model.context)
-    features = torch.zeros(len(rows), len(candidates), model.width)
-    by_length = data.lengths()[rows].argsort(kind="stable")
-    batches = list(in_order(len(rows), batch))[dist.rank :: dist.world]
-    for i in steps(0, len(batches), f"states of {data.path.name}", dist):
-        places = by_length[batches[i]]
-        tokens, lengths, _ = (x.to(dist.device) for x in loader.take(rows[places]))
-        pooled = text_features(states(tokens), candidates, tokens, lengths, stop_ids)
-        features[places] = pooled.float().cpu()
+    features = torch.zeros(len(data), len(candidates), model.width)
+    by_length = data.lengths().argsort(kind="stable")
+    batches = list(in_order(len(data), batch))[dist.rank :: dist.world]
+    for i in steps(0, len(batches), f"states of {data.data.paths[0].name}", dist):
+        rows = by_length[batches[i]]
+        tokens, lengths, _ = (x.to(dist.device) for x in read(data, rows, model.context))
+        features[rows] = text_features(states(tokens), candidates, tokens, lengths, stop_ids).float().cpu()
     return dist.sum(features)
 
 
 def read_pairs(
-    cfg: Config, states: FrozenStates, features: list[Feature], stop_ids: tuple[int, ...], dist: Dist
+    cfg: Config, base: Pretrained, states: FrozenStates, features: list[Feature], stop_ids: tuple[int, ...], dist: Dist
 ) -> torch.Tensor:
     """Features of the chosen answer minus those of the rejected one, of every pair of --preferences: (P, F, D)."""
-    file = preference_files(cfg)[0]
-    read = read_rows(states, features, file, np.arange(len(file)), stop_ids, dist)
-    chosen, rejected = pair_rows(file)
+    votes = preference_splits(cfg, base)[0]
+    read = read_features(states, features, votes, stop_ids, dist)
+    chosen, rejected = pair_rows(votes)
     return read[chosen] - read[rejected]
 
 
@@ -487,7 +538,7 @@ def head_predictions(fit: Fit, features: torch.Tensor) -> torch.Tensor:
     return (features.flatten(1).double() @ fit.weight.T + fit.constant).float()
 
 
-def describe(fit: Fit, validation: TokenFile | SomeRows) -> dict:
+def describe(fit: Fit, validation: SomeAnswers) -> dict:
     names = " + ".join(f"layer {depth} {pooling}" for depth, pooling in fit.features)
     scores = accuracy(fit.predictions[:, 0].numpy(), validation)
     return {"features": names, "ridge": fit.penalty, "error": fit.error, "accuracy": scores}
@@ -497,22 +548,22 @@ def describe(fit: Fit, validation: TokenFile | SomeRows) -> dict:
 
 
 def average_runs(cfg: Config, dist: Dist) -> None:
-    base, tokenizer, files, inputs = open_inputs(cfg, dist.device)
+    base, tokenizer, splits, stop_ids, inputs = open_inputs(cfg, dist)
     saved_as, tensors = average(cfg.average)
-    check_fingerprint(files[0].fingerprint, saved_as["tokenizer"], cfg.average[0])
-    references = references_of(cfg, files[0], saved_as.get("trunk", "full"))
+    check_fingerprint(splits[0].data.fingerprint, saved_as["tokenizer"], cfg.average[0])
+    references = references_of(cfg, base, splits[0], saved_as.get("trunk", "full"))
     inputs["average_sha256"] = [checkpoint.digest(path) for path in cfg.average]
     begin(cfg.out, asdict(cfg) | inputs, dist)
     if already_finished(cfg, dist):
         return
     reward_model = restored(saved_as, tensors, cfg.average[0], dist.device, base)
-    raw = [raw_scores(reward_model, base, file, dist) for file in files[1:]]
-    problem = normalise_and_calibrate(reward_model, base, references, raw[0], files[1], dist)
+    raw = [raw_scores(reward_model, base, split, dist) for split in splits[1:]]
+    problem = normalise_and_calibrate(reward_model, base, references, raw[0], splits[1], dist)
     if dist.is_main:
         tensors |= {name: reward_model.get_buffer(name).cpu() for name in NORMALISATION}
         state = {"done": 1, "seconds": seconds_used()}
         checkpoint.save_step(cfg.out, 1, tensors, saved_as, state, files=[tokenizer.path])
-        report = report_of(reward_model, raw, files, cfg.data, problem) | {"averaged": list(cfg.average)}
+        report = report_of(reward_model, raw, splits, cfg.data, problem) | {"averaged": list(cfg.average)}
         write_report(cfg, report, seconds_used())
 
 

@@ -22,7 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from data.loader import TokenFile  # noqa: E402
+from data.loader import open_data  # noqa: E402
+from data.pairs import MOST_TRAINING_PAIRS, SomeAnswers  # noqa: E402
 from rlhf.infra import config  # noqa: E402
 from rlhf.infra.files import write_json  # noqa: E402
 
@@ -50,9 +51,9 @@ class Config:
 
 def main() -> None:
     cfg = config.parse(Config)
-    ratings = TokenFile(f"{cfg.data}/train")
+    ratings = SomeAnswers(open_data(cfg.data, "train"), most_pairs=MOST_TRAINING_PAIRS)
     # texts per step and epoch: a rating is one text, a pair two
-    share = {"regression": 1.0, "pairs": len(ratings) / (2 * len(ratings.column("pair_gap")))}
+    share = {"regression": 1.0, "pairs": len(ratings) / (2 * ratings.pairs)}
     share["joint"] = share["pairs"]
     found = {name: [] for name in RECIPES}
     for seed in cfg.seeds:  # the outer loop: an interrupted study has all recipes

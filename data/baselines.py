@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from data.pairs import SomeRows
-from data.tokens import TokenFile
+from data.pairs import SomeAnswers
 
 GAPS = {"all": 0.0, "0.5": 0.5, "1": 1.0, "2": 2.0}  # pairs whose ratings differ by more than this, in points
 
@@ -25,14 +24,14 @@ def pairwise_accuracy(chosen: np.ndarray, rejected: np.ndarray, gap: np.ndarray)
     }
 
 
-def accuracy(scores: np.ndarray, file: TokenFile | SomeRows) -> dict[str, float]:
-    """`pairwise_accuracy` of one score per row, (rows,), on the pairs of a token file."""
+def accuracy(scores: np.ndarray, file: SomeAnswers) -> dict[str, float]:
+    """`pairwise_accuracy` of one score per row, (rows,), on the pairs among them."""
     return pairwise_accuracy(
         scores[file.column("pair_chosen")], scores[file.column("pair_rejected")], file.column("pair_gap")
     )
 
 
-def pair_clusters(file: TokenFile | SomeRows) -> np.ndarray:
+def pair_clusters(file: SomeAnswers) -> np.ndarray:
     """What was sampled, by pair, for `rlhf.statistics.cluster_bootstrap`: both its texts, (pairs, 2); but where no text is in
     two pairs, as in preferences, the pair itself, (pairs, 1). Two independent counts would make its intervals too wide.
     """
@@ -41,7 +40,7 @@ def pair_clusters(file: TokenFile | SomeRows) -> np.ndarray:
 
 
 def baselines(
-    train: TokenFile, test: TokenFile | SomeRows, rules: Callable[[str], float] | None
+    train: SomeAnswers, test: SomeAnswers, rules: Callable[[str], float] | None
 ) -> dict[str, dict[str, float]]:
     """Pairwise accuracy on the test pairs: name -> {"all", "0.5", "1", "2"}. rules: text -> score, see `data.judge`.
 
@@ -54,7 +53,7 @@ def baselines(
     return {name: accuracy(row, test) for name, row in scores.items()} | ceilings
 
 
-def learned_scores(train: TokenFile, test: TokenFile | SomeRows) -> dict[str, np.ndarray]:
+def learned_scores(train: SomeAnswers, test: SomeAnswers) -> dict[str, np.ndarray]:
     """A score for every test text by what all of `train` teaches a bag of words, and by length: (rows,) each."""
     length = train.lengths().astype(float)
     sign = 1.0 if accuracy(length, train)["all"] >= 0.5 else -1.0  # people like long texts or short ones: train decides
@@ -67,7 +66,7 @@ def learned_scores(train: TokenFile, test: TokenFile | SomeRows) -> dict[str, np
 CEILINGS = {"human": ("half_a", "half_b"), "one_rater": ("one_rater", "rest")}
 
 
-def agreement(judge: np.ndarray, truth: np.ndarray, file: TokenFile | SomeRows) -> tuple[np.ndarray, np.ndarray]:
+def agreement(judge: np.ndarray, truth: np.ndarray, file: SomeAnswers) -> tuple[np.ndarray, np.ndarray]:
     """Whether the judge agrees about each pair (1, 1/2 for a tie, 0) with other people, whose truth also sets the gap.
 
     judge (rows,), truth (rows,) -> right (pairs,), gap (pairs,) >= 0; a gap of 0 has no truth.
@@ -77,7 +76,7 @@ def agreement(judge: np.ndarray, truth: np.ndarray, file: TokenFile | SomeRows) 
     return (np.sign((judge[a] - judge[b]) * np.sign(gap)) + 1) / 2, np.abs(gap)
 
 
-def people(judge: np.ndarray, truth: np.ndarray, file: TokenFile | SomeRows) -> dict[str, float]:
+def people(judge: np.ndarray, truth: np.ndarray, file: SomeAnswers) -> dict[str, float]:
     """The ceiling: pairwise accuracy of some raters' mean (rows,) against the mean of others, (rows,)."""
     right, gap = agreement(judge, truth, file)
     return pairwise_accuracy(right, 1 - right, gap)  # gap 0 is not > 0

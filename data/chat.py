@@ -48,7 +48,7 @@ class Turn(NamedTuple):
     content: object
 
 
-class Encoded(NamedTuple):
+class Exchange(NamedTuple):
     """A conversation as tokens: what a policy reads, what it then writes, and which of both are the assistant's."""
 
     prompt: list[int]  # the history, up to where the answer begins
@@ -76,7 +76,7 @@ class Chat:
         self._control = tuple(tokenizer.control)
         self.sha256 = hashlib.sha256(self.source.encode()).hexdigest()
 
-    def encode(self, messages: Sequence[dict], answer: str | None = None) -> Encoded:
+    def encode(self, messages: Sequence[dict], answer: str | None = None) -> Exchange:
         """The tokens of a history, [{"role": "user", "content": ...}, ...], and of the answer that follows it.
 
         The prompt is the history rendered up to where the answer begins, as a policy is given it (`render` with
@@ -88,9 +88,9 @@ class Chat:
         if answer is not None:
             return self.encode_answers(messages, [answer])[0]
         prompt = self.segments(messages, add_generation_prompt=True)
-        return Encoded(flat(prompt), [], [segment.trainable for segment in prompt for _ in segment.ids])
+        return Exchange(flat(prompt), [], [segment.trainable for segment in prompt for _ in segment.ids])
 
-    def encode_answers(self, messages: Sequence[dict], answers: Sequence[str]) -> list[Encoded]:
+    def encode_answers(self, messages: Sequence[dict], answers: Sequence[str]) -> list[Exchange]:
         """`encode` of several answers to one history, whose tokens they share."""
         found, prompt = [], None
         for answer in answers:
@@ -108,7 +108,7 @@ class Chat:
                     "learn to write what it is never asked for; give another template"
                 )
             (own,) = self._segments(whole, shown[last : last + 1])
-            found.append(Encoded(ids, own.ids, trained + [True] * len(own.ids)))
+            found.append(Exchange(ids, own.ids, trained + [True] * len(own.ids)))
         return found
 
     def render(self, messages: Sequence[dict], add_generation_prompt: bool = False) -> list[int]:

@@ -1,4 +1,4 @@
-"""Which two answers are compared: pairs drawn by rating, how likely a rater prefers one, and some rows of a file with pairs."""
+"""Which two answers are compared: pairs drawn by rating, how likely a rater prefers one, and the answers of some prompts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import torch
 
 from data.examples import Examples, Pairs, flat
 from data.records import prompt_text
+
+MOST_PAIRS, MOST_TRAINING_PAIRS = 8_000, 40_000  # that are made of scores, of a split
+PAIRS_PER_ANSWER = 10  # at most, so that a few answers are not compared again and again
 
 
 def make_pairs(ratings: np.ndarray, domains: np.ndarray, count: int, seed: int) -> dict[str, np.ndarray]:
@@ -44,11 +47,6 @@ def thurstone(a: np.ndarray, b: np.ndarray, spread_a: np.ndarray | float, spread
     return torch.special.ndtr(torch.from_numpy((np.float64(a) - b) / np.maximum(spread, 1e-6))).numpy()
 
 
-def spread_rows(file, count: int | None, seed: int) -> np.ndarray:
-    """At most `count` rows at random (None: all), every domain with its share; fewer are the beginning of more. (count,)"""
-    return spread(file.column("domain"), count, seed)
-
-
 def spread(domain: np.ndarray, count: int | None, seed: int) -> np.ndarray:
     """At most `count` rows at random (None: all), every domain with its share; fewer are the beginning of more. (count,)"""
     order = np.random.default_rng(seed).permutation(len(domain))
@@ -59,38 +57,12 @@ def spread(domain: np.ndarray, count: int | None, seed: int) -> np.ndarray:
     return np.argsort(place, kind="stable")[:count]
 
 
-class SomeRows:
-    """Some rows of a token file, numbered from 0, for `data.baselines`; pairs among them are drawn as data.prepare does.
-
-    Of the file's own pairs hardly any has both texts among a few rows: 8,000 pairs of 2,345 rows leave 360 to 500 rows.
-    ValueError for a file of preferences: its ratings compare the two answers of a pair, and no others.
-    """
-
-    def __init__(self, file, rows: np.ndarray, pairs_per_row: int = 10):
-        if file.has_single_pairs:
-            raise ValueError(
-                f"{file.path} holds preferences: {len(rows)} of its {len(file)} rows cannot be paired anew; use all "
-                "(train_rm.py --eval_sentences=none, evaluate.py rm without --sentences)"
-            )
-        self.file, self.rows = file, rows
-        count = min(pairs_per_row * len(rows), len(file.column("pair_gap")))
-        self._pairs = make_pairs(self.column("rating"), self.column("domain"), count, seed=0)
-        self.texts = [file.texts[i] for i in rows]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def lengths(self) -> np.ndarray:
-        return self.file.lengths()[self.rows]
-
-    def has(self, *names: str) -> bool:
-        return self.file.has(*names)
-
-    def column(self, name: str) -> np.ndarray:
-        return self._pairs[name] if name.startswith("pair_") else self.file.column(name)[self.rows]
-
-
 # --- of prepared data (data/examples.py) ---
+
+
+def some_prompts(data: Examples, count: int | None, seed: int) -> np.ndarray | None:
+    """At most `count` prompts at random, every source with its share; None for all of them, in their own order."""
+    return None if count is None or count >= data.prompts else spread(data.source(), count, seed)
 
 
 def made_pairs(data: Examples, count: int, seed: int = 0, column: str = "score", deviation: str | None = None) -> Pairs:
@@ -118,37 +90,52 @@ class SomeAnswers:
     """Some answers of prepared data, numbered from 0, with their texts, ratings and the pairs among them: what the baselines
     and the report card read.
 
-    prompts: whose answers, e.g. `spread(data.source(), 500, seed=1)`; None = all. The pairs are those of the data, or where
-    it has scores alone, at most `most_pairs` that are made of the scores. A rating is the score, or where there is none
-    half the gap of the answer's pairs, above or below 0: points within a prompt, not between prompts. column: another
-    column instead of the score, e.g. half of the raters; pairs are then made of it.
+    prompts: whose answers, e.g. `some_prompts(data, 500, seed=1)`; None = all. The pairs are those of the data, or where it
+    has scores alone, such as are made of the scores: at most `most_pairs`, and 10 for every answer. A rating is the score,
+    or where there is none half the gap of the answer's pairs, above or below 0: points within a prompt, not between
+    prompts. column: another column instead of the score, e.g. half of the raters; pairs are then made of it. context:
+    leave out the answers that alone do not fit it, with their pairs; `left_out` counts them.
     """
 
     def __init__(
-        self, data: Examples, prompts: np.ndarray | None = None, most_pairs: int = 8000, column: str = "score"
+        self,
+        data: Examples,
+        prompts: np.ndarray | None = None,
+        most_pairs: int = MOST_PAIRS,
+        column: str = "score",
+        context: int | None = None,
     ):
-        self.data, self.made = data, not data.pairs or column != "score"
-        self.answers = flat(data.answers_of(prompts))
+        self.data, self.column_name, self.made = data, column, not data.pairs or column != "score"
+        answers = flat(data.answers_of(prompts))
+        self.answers = answers if context is None else answers[data.answer_lengths(answers) < context]
+        self.left_out = len(answers) - len(self.answers)
         self.domains = data.sources
         if self.made:
             rating = data.column(column, self.answers).astype(np.float32)
             self.answers, rating = self.answers[~np.isnan(rating)], rating[~np.isnan(rating)]
-            self._columns = {"rating": rating} | make_pairs(rating, self.column("domain"), most_pairs, seed=0)
+            count = min(most_pairs, PAIRS_PER_ANSWER * len(self))
+            self._columns = {"rating": rating} | make_pairs(rating, self.column("domain"), count, seed=0)
             return
         pairs = data.pair(flat(data.pairs_of(prompts)))
-        place = np.zeros(data.answers, np.int64)
+        place = np.full(data.answers, -1, np.int64)
         place[self.answers] = np.arange(len(self))
         chosen, rejected = place[pairs.winner], place[pairs.loser]
-        self._columns = {"pair_chosen": chosen, "pair_rejected": rejected, "pair_gap": pairs.gap.astype(np.float32)}
+        there = (chosen >= 0) & (rejected >= 0)
+        chosen, rejected, gap = chosen[there], rejected[there], pairs.gap[there]
+        self._columns = {"pair_chosen": chosen, "pair_rejected": rejected, "pair_gap": gap.astype(np.float32)}
         if data.has("score"):
             self._columns["rating"] = data.column("score", self.answers).astype(np.float32)
         else:
             times = np.bincount(np.append(chosen, rejected), minlength=len(self))
-            sums = np.bincount(chosen, pairs.gap, len(self)) - np.bincount(rejected, pairs.gap, len(self))
+            sums = np.bincount(chosen, gap, len(self)) - np.bincount(rejected, gap, len(self))
             self._columns["rating"] = (sums / np.maximum(times, 1) / 2).astype(np.float32)
 
     def __len__(self) -> int:
         return len(self.answers)
+
+    @property
+    def pairs(self) -> int:
+        return len(self._columns["pair_gap"])
 
     @cached_property
     def texts(self) -> list[str]:

@@ -18,12 +18,11 @@ import torch
 from tqdm import tqdm
 
 from data.baselines import CEILINGS, GAPS, agreement, learned_scores, pair_clusters
-from data.batches import cut
 from data.chat import Chat
 from data.encoding import continued
 from data.judge import own_judge
-from data.loader import TokenFile, pad
-from data.pairs import SomeRows, spread_rows
+from data.loader import cut, open_data, pad
+from data.pairs import MOST_TRAINING_PAIRS, SomeAnswers, some_prompts
 from data.preferences import read_preferences
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
 from evaluation import probes
@@ -190,27 +189,27 @@ def read_material(cfg: Config, tokenizer: Tokenizer) -> Material:
 
 def rated_sentences(cfg: Config, tokenizer: Tokenizer) -> Material:
     """Sentences with their ratings; of a file of preferences, whose ratings say nothing between pairs, the pairs alone."""
-    train, file = (TokenFile(f"{cfg.data}/{split}") for split in ("train", cfg.split or "test"))
-    check_fingerprint(file.fingerprint, tokenizer.fingerprint, file.path)
-    some = file if cfg.sentences is None else SomeRows(file, spread_rows(file, cfg.sentences, seed=1))
+    data = open_data(cfg.data, cfg.split or "test")
+    check_fingerprint(data.fingerprint, tokenizer.fingerprint, str(data))
+    some = SomeAnswers(data, some_prompts(data, cfg.sentences, seed=1))
     ratings, chosen, rejected, gap = (
         np.array(some.column(name)) for name in ("rating", "pair_chosen", "pair_rejected", "pair_gap")
     )
     if not len(gap):
-        raise ValueError(f"{file.path} has no pairs among {len(some)} sentences: use more (--sentences)")
-    baselines = learned_scores(train, some)
+        raise ValueError(f"{data} has no pairs among {len(some)} sentences: use more (--sentences)")
+    baselines = learned_scores(SomeAnswers(open_data(cfg.data, "train"), most_pairs=MOST_TRAINING_PAIRS), some)
     if rules := own_judge(cfg.data):
         baselines["rules"] = np.array([rules(text) for text in some.texts])
     return Material(
         texts=[Text("", text) for text in some.texts],
         group=np.array(some.column("domain")),
-        groups=file.domains,
+        groups=some.domains,
         chosen=chosen,
         rejected=rejected,
         gaps={name: gap > least for name, least in GAPS.items()},
         clusters=pair_clusters(some),
-        text_clusters=np.arange(len(some))[:, None] // (2 if file.has_single_pairs else 1),
-        ratings=None if file.has_single_pairs else ratings,
+        text_clusters=np.arange(len(some))[:, None] // (1 if some.made else 2),
+        ratings=ratings if some.made else None,
         baselines=baselines,
         ceilings={
             name: agreement(*map(some.column, columns), some)

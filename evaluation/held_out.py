@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.batches import StartLoader, drawn, in_order, open_data, prompts_of, unseen
 from data.chat import check_template
+from data.loader import StartLoader, drawn, in_order, open_data, prompts_of, unseen
 from data.records import Record
 from data.tokenizer import Tokenizer
 from model.generate import Generated, Sampling, generate, row_uniforms

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from data import vader
 from data.baselines import GAPS, BagOfWords, _grams, accuracy, baselines, pairwise_accuracy, people
+from data.examples import Examples
+from data.pairs import MOST_PAIRS, MOST_TRAINING_PAIRS, SomeAnswers
 from data.pipeline import main
 from data.text import SPLITS, clean, key, split_of
-from data.tokens import TokenFile
 
 # --- text ---
 
@@ -185,7 +186,7 @@ def prepared(tmp_path_factory):
 
 def test_the_table_of_baselines(prepared):
     out, rules = prepared
-    train, test = TokenFile(out / "train"), TokenFile(out / "test")
+    train, test = (SomeAnswers(Examples(out / split)) for split in ("train", "test"))
     table = baselines(train, test, rules)
     assert set(table) == {"rules", "bow", "length", "human", "one_rater"}
     assert all(set(row) == set(GAPS) for row in table.values())
@@ -219,7 +220,8 @@ def test_real_ratings(tmp_path):
     manifest = json.loads((tmp_path / "vader" / "manifest.json").read_text())
     # case and punctuation aside, 255 are duplicates
     assert manifest["rows"] == {"read": 23_703, "kept": 23_448, "rejected": 0, "duplicates": 255}
-    files = {s: TokenFile(tmp_path / "vader" / s, verify=True) for s in SPLITS}
+    most = dict.fromkeys(SPLITS, MOST_PAIRS) | {"train": MOST_TRAINING_PAIRS}
+    files = {s: SomeAnswers(Examples(tmp_path / "vader" / s, verify=True), most_pairs=most[s]) for s in SPLITS}
     assert [round(len(f) / 23_448, 2) for f in files.values()] == [0.8, 0.1, 0.1]
 
     texts = {s: {key(t) for t in f.texts} for s, f in files.items()}
@@ -227,11 +229,11 @@ def test_real_ratings(tmp_path):
         texts["train"] & texts["validation"] | texts["train"] & texts["test"] | texts["validation"] & texts["test"]
     )
     assert not any(c in t for f in files.values() for t in f.texts for c in ("&amp;", "&lt;", "''", "\ufeff", "  "))
-    for f in files.values():
+    for split, f in files.items():
         chosen, rejected, gap = f.column("pair_chosen"), f.column("pair_rejected"), f.column("pair_gap")
         assert (f.column("domain")[chosen] == f.column("domain")[rejected]).all() and (gap > 0).all()
         assert np.allclose(f.column("rating")[chosen] - f.column("rating")[rejected], gap)
-        assert len(gap) == {"train": 40_000, "validation": 8_000, "test": 8_000}[f.path.name]
+        assert len(gap) == {"train": 40_000, "validation": 8_000, "test": 8_000}[split]
 
     rules = vader.load_rules(tmp_path / "vader")
     assert rules("VADER is smart, handsome, and funny.") == 0.8316  # the first line of its own examples

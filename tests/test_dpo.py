@@ -10,8 +10,8 @@ import torch
 from conftest import ROOT
 from test_chat import tokenizer  # noqa: F401  a fixture
 
-from data.batches import PairLoader, open_data
 from data.examples import Encoded, write_shard, write_split
+from data.loader import PairLoader, open_data
 from data.records import Pair, Record
 from data.tokenizer import load_tokenizer, write_hf
 from model.hf import save_hf

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.examples import Examples
 from data.loader import prompts_from_text
 from data.preferences import text_rows
-from data.tokens import TokenFile
 from evaluation.card import beats_length
 from rlhf.check.dump import read_json as read_dump
 from rlhf.feedback import preferences
@@ -62,7 +62,7 @@ READERS = {  # who reads JSON, and under which name
     "read_rows": (lambda file: list(files.read_rows(file)), "x.jsonl"),
     "text_rows": (lambda file: list(text_rows(file, ("prompt",))), "x.jsonl"),
     "feedback": (lambda file: list(preferences.read_rows(file)), "x.jsonl"),
-    "token file": (lambda file: TokenFile(file.parent), "manifest.json"),
+    "examples": (lambda file: Examples(file.parent), "manifest.json"),
     "dump": (read_dump, "x.json"),
     "card": (lambda file: beats_length(str(file.parent)), "card.json"),
 }

@@ -13,8 +13,8 @@ from reference_model import random_ids, small_model
 from test_bad_input import refused
 
 from data.baselines import pair_clusters
-from data.pairs import SomeRows, spread_rows
-from data.tokens import TokenFile
+from data.examples import Examples
+from data.pairs import SomeAnswers, some_prompts, spread
 from model.transformer import Transformer
 from rlhf.infra import checkpoint
 from rlhf.lm.frozen import FrozenStates
@@ -241,30 +241,30 @@ def test_a_trunk_that_does_not_fit(tmp_path):
         open_scorer(saved(model, tmp_path / "deep", depths=(3, 2)), Words(), base=base)
 
 
-# ---- some rows of a file
+# ---- the answers of some prompts
 
 
-def test_spread_rows(world):
-    file = TokenFile(world.path / "data/train")
-    domain = file.column("domain")
-    everything = spread_rows(file, None, seed=1)
-    assert sorted(everything) == list(range(len(file)))
-    assert np.array_equal(spread_rows(file, 50, 1), everything[:50])  # more sentences are these and others
-    assert not np.array_equal(spread_rows(file, 50, 2), everything[:50])
-    share = np.bincount(domain) / len(file)
+def test_some_prompts_of_every_source(world):
+    data = Examples(world.path / "data/train")
+    source = data.source()
+    everything = spread(source, None, seed=1)
+    assert sorted(everything) == list(range(data.prompts)) and some_prompts(data, data.prompts, 1) is None
+    assert np.array_equal(some_prompts(data, 50, 1), everything[:50])  # more prompts are these and others
+    assert not np.array_equal(some_prompts(data, 50, 2), everything[:50])
+    share = np.bincount(source) / data.prompts
     for n in (40, 80):
-        counts = np.bincount(domain[spread_rows(file, n, 1)], minlength=len(share))
+        counts = np.bincount(source[some_prompts(data, n, 1)], minlength=len(share))
         assert (np.abs(counts - n * share) <= 1).all()
 
 
-def test_pairs_among_some_rows(world):
-    file = TokenFile(world.path / "data/train")
-    rows = spread_rows(file, 40, 1)
-    some = SomeRows(file, rows)
-    assert len(some) == 40 and some.texts == [file.texts[i] for i in rows]
-    assert np.array_equal(some.lengths(), file.lengths()[rows])
+def test_pairs_among_the_answers_of_some_prompts(world):
+    data = Examples(world.path / "data/train")
+    prompts = some_prompts(data, 40, 1)
+    some = SomeAnswers(data, prompts)
+    assert len(some) == 40 and some.texts == [data.record(i).answers[0] for i in prompts]
+    assert np.array_equal(some.lengths(), data.row_lengths()[prompts])
     better, worse, gap = (some.column(f"pair_{name}") for name in ("chosen", "rejected", "gap"))
-    assert 40 < len(gap) <= 400 and (gap > 0).all()
+    assert 40 < len(gap) == some.pairs <= 400 and (gap > 0).all()
     assert np.allclose(some.column("rating")[better] - some.column("rating")[worse], gap)
     assert (some.column("domain")[better] == some.column("domain")[worse]).all()
     assert len({frozenset(pair) for pair in zip(better, worse)}) == len(gap)
@@ -299,8 +299,8 @@ def test_train_rm_frozen(world, tmp_path, monkeypatch):
 
     base = open_pretrained(world.path / "lm")
     score = open_scorer(str(outs[0]), base.tokenizer, base=base).score
-    file = TokenFile(world.path / "data/test")
-    texts = [file[i].astype(np.int64).tolist() for i in range(4)]
+    data = Examples(world.path / "data/test")
+    texts = [data.row(i).astype(np.int64).tolist() for i in range(4)]
     scores = torch.cat([score(*batch([text])) for text in texts])
     torch.testing.assert_close(scores, score(*batch(texts, 60, 5)), rtol=1e-5, atol=1e-5)
     monkeypatch.chdir(world.path)  # where its config's "lm" lies

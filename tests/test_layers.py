@@ -168,7 +168,7 @@ def test_layers(file: Path):
         ("rlhf/losses.py", "from rlhf.ppo.rollout import Rollout"),
         ("rlhf/losses.py", "from model.transformer import Transformer"),
         ("rlhf/losses.py", "from tqdm import tqdm"),
-        ("rlhf/ppo/rollout.py", "from data.loader import TokenFile"),
+        ("rlhf/ppo/rollout.py", "from data.loader import PromptBatch"),
         ("rlhf/ppo/rollout.py", "def f():\n    import data.loader"),
         ("rlhf/ppo/rollout.py", "import train_ppo"),
         ("rlhf/ppo/rollout.py", "from rlhf import serve"),

@@ -6,7 +6,7 @@ import re
 import pytest
 from tiny import lines
 
-from data.batches import open_data, prompts_of
+from data.loader import open_data, prompts_of
 
 REWARD = """
 def right(prompts, responses, answer, messages):

@@ -1,5 +1,6 @@
 """Trunks, poolings, ensembles, objectives and means of reward models: what is trained is what is loaded, and scores alike."""
 
+import functools
 import json
 import math
 from dataclasses import asdict
@@ -11,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_model import small_model
 from test_bad_input import refused
-from test_frozen_reward import STOPS, TEXTS, Base, batch
+from test_frozen_reward import ROWS, STOPS, TEXTS, Base, batch
 from tiny import SMALL, lines
 
+from data.examples import Examples
 from data.loader import PairLoader
-from data.pairs import thurstone
-from data.tokens import TokenFile
+from data.pairs import SomeAnswers, made_pairs, thurstone
 from model.lora import merge
 from rlhf.infra import checkpoint
 from rlhf.infra.optim import make_optimizer
@@ -25,7 +26,7 @@ from rlhf.lm.pretrained import open_pretrained
 from rlhf.lm.trunks import LoRA
 from rlhf.reward.files import average, load_reward_model, restored
 from rlhf.reward.model import POOLINGS, Ensemble, FrozenReward, RewardModel, adapted_trunk
-from rlhf.reward.objective import Objective, Texts, reward_loss, side_by_side
+from rlhf.reward.objective import Objective, Texts, coefficients, reward_losses
 from rlhf.reward.ridge import fit_heads, refitted
 from rlhf.reward.scorer import open_scorer
 
@@ -220,50 +221,94 @@ def sigmoid(x: float) -> float:
 
 OBJECTIVES = [
     ("regression", Objective(0.5, 2.0)),
+    ("labels", Objective()),
     ("pairs", Objective()),
     ("pairs", Objective(label_smoothing=0.1, margin=0.5, center_coef=0.2)),
-    ("pairs", Objective(soft=True)),
     ("joint", Objective(0.5, 2.0, joint_coef=0.3, center_coef=0.1)),
     ("joint", Objective(0.5, 2.0, lm_coef=0.25)),
 ]
 
 
+def ragged(draws, kind: str, members: int = 2) -> Texts:
+    """Prompts with one to five answers each, of which some have a score, and some of whose pairs people compared."""
+    sizes = draws.integers(1, 6, int(draws.integers(1, 6)))
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    rows = len(group)
+    tokens, lengths, _ = batch([TEXTS[int(i)] for i in draws.integers(0, ROWS, rows)])
+    scores = draws.integers(0, 2, rows).astype(float) if kind == "labels" else draws.normal(size=rows)
+    scores = np.where(draws.random(rows) < 0.3, np.nan, scores)
+    pairs = [(i, j) for i in range(rows) for j in range(rows) if group[i] == group[j] and i != j]
+    pairs = [pair for pair in pairs if draws.random() < 0.4]
+    winner, loser = np.array(pairs, np.int64).reshape(-1, 2).T
+    facts = (draws.uniform(0.5, 1, len(pairs)), draws.uniform(0, 3, len(pairs)), draws.uniform(0.2, 1, len(pairs)))
+    counts = draws.integers(0, 3, (len(sizes), members)).astype(float)
+    arrays = (torch.from_numpy(np.ascontiguousarray(x)) for x in (group, scores, winner, loser, *facts, counts))
+    return Texts(tokens, lengths, *arrays)
+
+
+@functools.cache
+def small_reward_model() -> RewardModel:
+    generator = torch.Generator().manual_seed(0)
+    model = RewardModel(small_model("llama"), "mean", generator, Ensemble(2), language=True)
+    return model.double().requires_grad_(False)
+
+
 @pytest.mark.parametrize(("kind", "o"), OBJECTIVES, ids=str)
-def test_losses_by_the_definition(kind, o):
-    """One row, one head, one number at a time."""
-    ensemble, n = Ensemble(2), 1 if kind == "regression" else 2
-    model = RewardModel(
-        small_model("llama"), "mean", torch.Generator().manual_seed(0), ensemble, language=o.lm_coef > 0
-    )
-    model = model.double()
-    rng = np.random.default_rng(0)
-    sides = [batch(TEXTS[i::n][:4])[:2] for i in range(n)]
-    tokens, lengths = side_by_side(sides)
-    ratings = torch.from_numpy(np.sort(rng.normal(size=(4, n)))[:, ::-1].copy())
-    preference, counts = torch.tensor([0.9, 0.6, 0.7, 1.0]).double(), torch.tensor([[1, 0], [2, 1], [0, 0], [1, 3.0]])
-    texts = Texts(tokens, lengths, ratings, preference, counts.double())
-    model.requires_grad_(False)
-    got = reward_loss(model, texts, kind, o)
-    for b in range(4):
-        rows = [tokens[b, s, : lengths[b, s]][None] for s in range(n)]
-        scores = [model(row, torch.tensor([row.shape[1]]))[0].tolist() for row in rows]
-        total = 0.0
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**20))
+def test_losses_by_the_definition(kind, o, seed):
+    """One text, one pair, one head, one number at a time, for prompts with any number of answers."""
+    model = small_reward_model()
+    texts = ragged(np.random.default_rng(seed), kind)
+    got = reward_losses(model, texts, kind, o)
+    rows = [row[:n][None] for row, n in zip(texts.tokens, texts.lengths)]
+    raw = [model(row, torch.tensor([row.shape[1]]))[0].tolist() for row in rows]
+    score_loss = pairs_loss = nats = 0.0
+    for r, (mine, score) in enumerate(zip(raw, texts.scores.tolist())):
         for m in range(2):
-            r = [s[m] for s in scores]
-            square = sum((x - (float(t) - o.mean) / o.deviation) ** 2 / 2 for x, t in zip(r, ratings[b])) / n
-            loss = square
-            if kind != "regression":
-                d = r[0] - r[1] - o.margin * float(ratings[b, 0] - ratings[b, 1])
-                p = float(preference[b]) if o.soft else 1 - o.label_smoothing
-                loss = -p * math.log(sigmoid(d)) - (1 - p) * math.log(sigmoid(-d)) + o.center_coef * (r[0] + r[1]) ** 2
-                loss += o.joint_coef * square if kind == "joint" else 0.0
-            total += float(counts[b, m]) * loss / 2
-        if o.lm_coef:
-            for row in rows:
-                logprobs = model.model(row)[0].log_softmax(-1)
-                nats = [-float(logprobs[t - 1, row[0, t]]) for t in range(1, row.shape[1])]
-                total += o.lm_coef * sum(nats) / len(nats) / n
-        assert float(got[b]) == pytest.approx(total, abs=1e-10)
+            if not math.isnan(score):
+                loss = (mine[m] - (score - o.mean) / o.deviation) ** 2 / 2
+                if kind == "labels":
+                    loss = -math.log(sigmoid(mine[m] if score else -mine[m]))
+                score_loss += float(texts.counts[texts.group[r], m]) * loss / 2
+    for w, l, p, gap, weight in zip(
+        *(x.tolist() for x in (texts.winner, texts.loser, texts.p, texts.gap, texts.weight))
+    ):
+        for m in range(2):
+            d, p_ = raw[w][m] - raw[l][m] - o.margin * gap, p * (1 - o.label_smoothing) + (1 - p) * o.label_smoothing
+            loss = -p_ * math.log(sigmoid(d)) - (1 - p_) * math.log(sigmoid(-d))
+            loss += o.center_coef * (raw[w][m] + raw[l][m]) ** 2
+            pairs_loss += float(texts.counts[texts.group[w], m]) * weight * loss / 2
+    if o.lm_coef:
+        for row in rows:
+            logprobs = model.model(row)[0].log_softmax(-1)
+            own = [-float(logprobs[t - 1, row[0, t]]) for t in range(1, row.shape[1])]
+            nats += sum(own) / len(own)
+    torch.testing.assert_close(
+        got, torch.tensor([score_loss, pairs_loss, nats], dtype=torch.float64), rtol=1e-9, atol=1e-9
+    )
+    scored = int((~texts.scores.isnan()).sum())
+    assert texts.totals().tolist() == [scored, pytest.approx(float(texts.weight.sum())), len(rows)]
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**20), size=st.integers(1, 4))
+def test_parts_of_a_batch_add_up_to_it(seed, size):
+    """Cut between prompts at any size: the same texts, pairs and losses."""
+    model, o = small_reward_model(), Objective(0.5, 2.0, margin=0.2, lm_coef=0.1)
+    texts = ragged(np.random.default_rng(seed), "joint")
+    parts = [texts.part(first, first + size) for first in range(0, len(texts.counts), size)]
+    whole = reward_losses(model, texts, "joint", o)
+    torch.testing.assert_close(
+        sum(reward_losses(model, part, "joint", o) for part in parts), whole, rtol=1e-9, atol=1e-9
+    )
+    torch.testing.assert_close(sum(part.totals() for part in parts), texts.totals())
+
+
+def test_what_an_objective_weighs():
+    o = Objective(joint_coef=0.3, lm_coef=0.1)
+    found = {kind: coefficients(kind, o).tolist() for kind in ("regression", "labels", "pairs", "joint")}
+    assert found == {"regression": [1, 0, 0.1], "labels": [1, 0, 0.1], "pairs": [0, 1, 0.1], "joint": [0.3, 1, 0.1]}
 
 
 def test_thurstone():
@@ -276,23 +321,17 @@ def test_thurstone():
 
 
 def test_labels_of_half_of_the_raters(world):
-    """Pairs are those of the file, turned to what this half thinks; ties are gone; nothing else has changed."""
-    file = TokenFile(world.path / "data/train")
-    half = file.labelled_by("half_a")
-    assert half.column("rating").tolist() == file.column("half_a").tolist() and len(half) == len(file)
+    """Pairs are those of all raters, turned to what this half thinks; ties are gone."""
+    data = Examples(world.path / "data/train")
+    half, every = SomeAnswers(data, most_pairs=10**6, column="half_a"), SomeAnswers(data, most_pairs=10**6)
+    assert half.column("rating").tolist() == data.column("half_a").astype(np.float32).tolist()
     better, worse, gap = (half.column(f"pair_{name}") for name in ("chosen", "rejected", "gap"))
     assert (gap > 0).all() and np.allclose(half.column("half_a")[better] - half.column("half_a")[worse], gap)
-    ours, theirs = (
-        {frozenset(p) for p in zip(f.column("pair_chosen").tolist(), f.column("pair_rejected").tolist())}
-        for f in (half, file)
-    )
-    ties = sum(file.column("half_a")[a] == file.column("half_a")[b] for a, b in map(tuple, theirs))
-    assert ours < theirs and len(theirs - ours) == ties > 0
-    assert file.column("rating").tolist() != half.column("rating").tolist()  # the file itself is as it was
-    loader = PairLoader(half, 8, seed=1, soft=True)
-    taken = loader.batch(0)
-    assert torch.allclose(taken.ratings[:, 0] - taken.ratings[:, 1], taken.gap) and (taken.preference >= 0.5).all()
-    assert (PairLoader(half, 8, seed=1).batch(0).preference == 1).all()
+    made = made_pairs(data, 200, column="half_a", deviation="rating_std")
+    taken = PairLoader(data, 8, seed=1, made=made, column="half_a").batch(0)
+    assert torch.allclose(taken.scores[:, 0] - taken.scores[:, 1], taken.gap) and (taken.p >= 0.5).all()
+    assert (PairLoader(data, 8, seed=1, made=made_pairs(data, 200)).batch(0).p == 1).all()
+    assert every.column("rating").tolist() != half.column("rating").tolist()
 
 
 # ---- the mean of several
@@ -397,11 +436,14 @@ def test_it_learns(trunk, pooling):
     """Four pairs by heart, whatever is trained; and the base has not moved."""
     before = {name: x.clone() for name, x in BASE.model.state_dict().items()}
     model, _ = make(trunk, pooling, Ensemble(2))
-    tokens, lengths = side_by_side([batch(TEXTS[i::2])[:2] for i in range(2)])
-    texts = Texts(tokens, lengths, torch.zeros(4, 2), torch.ones(4), torch.ones(4, 2))
+    tokens, lengths = batch(TEXTS)[:2]
+    rows, ones = torch.arange(8), torch.ones(4)
+    texts = Texts(
+        tokens, lengths, rows // 2, rows * torch.nan, rows[::2], rows[1::2], ones, ones, ones, torch.ones(4, 2)
+    )
     optimizer, losses = make_optimizer(model, 1e-2), []
     for _ in range(60):
-        loss = reward_loss(model, texts, "pairs", Objective()).mean()
+        loss = reward_losses(model, texts, "pairs", Objective())[1] / 4
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -438,7 +480,7 @@ def test_two_processes_train_the_same(world, tmp_path, options):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"margin": 1}, ("--margin", "no effect", "--objective=regression")),
+        ({"margin": 1}, ("--margin", "objective is regression")),
         ({"lora_rank": 4}, ("--lora_rank", "no effect", "--trunk=full")),
         ({"combine": "min"}, ("--combine=min", "--members=1")),
         ({"members": 2, "uncertainty_coef": 1}, ("--uncertainty_coef", "--combine=mean")),

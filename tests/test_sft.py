@@ -4,9 +4,9 @@ import pytest
 import torch
 from test_chat import CONTROL, TEMPLATES, tokenizer  # noqa: F401  a fixture
 
-from data.batches import TextLoader
 from data.chat import Chat
 from data.examples import Encoded, Examples, write_shard, write_split
+from data.loader import TextLoader
 from data.records import Record
 from data.tokenizer import write_hf
 from model.hf import save_hf

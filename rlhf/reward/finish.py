@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from data.baselines import GAPS, accuracy, baselines, pair_clusters
+from data.examples import Examples
 from data.judge import own_judge
-from data.loader import PromptBatch, PromptLoader, RatingLoader, TokenFile, in_order, prompts_from_rows
-from data.pairs import SomeRows
+from data.loader import PromptBatch, answered, in_order, prompts_of
+from data.pairs import SomeAnswers
 from model.generate import Sampling, generate, row_uniforms
 from rlhf.calibration import fit_temperature, wilson_interval
 from rlhf.infra.distributed import Dist
@@ -20,7 +21,6 @@ from rlhf.lm.pretrained import Pretrained
 from rlhf.reward.model import Normalised
 from rlhf.statistics import Estimate, pair_calibration
 
-Rows = TokenFile | SomeRows
 FEWEST_PAIRS = 64  # that a temperature is fitted on
 
 
@@ -33,29 +33,34 @@ class References(NamedTuple):
 
 
 def references_from(
-    train: TokenFile, count: int, prompt_tokens: int, sources: Sequence[str], response_tokens: int, seed: int
+    train: Examples, count: int, seed: int, prompt_tokens: int | None, response_tokens: int, **how
 ) -> References:
-    """The beginnings of `count` training sentences, bos and `prompt_tokens` each; ValueError where there are too few."""
-    starts = prompts_from_rows(train, prompt_tokens, sources)
-    return References(PromptLoader(starts, train.pad, count, seed).batch(0), response_tokens, seed)
+    """`count` prompts of the training split, or beginnings of its texts, see `prompts_of`; ValueError for too few."""
+    loader = prompts_of(train, count, seed, starts=prompt_tokens, response_tokens=response_tokens, **how)
+    return References(loader.batch(0), response_tokens, seed)
 
 
 @torch.no_grad()
-def raw_scores(reward_model: Normalised, base: Pretrained, data: Rows, dist: Dist, batch: int = 64) -> Tensor:
+def raw_scores(reward_model: Normalised, base: Pretrained, data: SomeAnswers, dist: Dist, batch: int = 64) -> Tensor:
     """Raw scores of every row (N, M), shared out over the ranks and added up again."""
-    loader = RatingLoader(data, batch, seed=0, context=base.model.config.context)
     scores = torch.zeros(len(data), reward_model.ensemble.members, device=dist.device)
     by_length = data.lengths().argsort(kind="stable")  # rows of equal length share a batch: less padding
     for places in list(in_order(len(data), batch))[dist.rank :: dist.world]:
         rows = by_length[places]
-        tokens, lengths, _ = loader.take(rows)
-        scores[torch.from_numpy(rows)] = reward_model(tokens.to(dist.device), lengths.to(dist.device))
+        tokens, lengths, _ = (x.to(dist.device) for x in read(data, rows, base.model.config.context))
+        scores[torch.from_numpy(rows)] = reward_model(tokens, lengths)
     return dist.sum(scores)
+
+
+def read(data: SomeAnswers, rows: np.ndarray, context: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens (R, T), lengths (R,) and prompt lengths (R,) of these rows; what is too long begins later, see `answered`."""
+    answers = data.answers[rows]
+    return answered(data.data, answers, context - data.data.answer_lengths(answers))
 
 
 @torch.no_grad()
 def normalise_and_calibrate(
-    reward_model: Normalised, base: Pretrained, references: References, raw: Tensor, validation: Rows, dist: Dist
+    reward_model: Normalised, base: Pretrained, references: References, raw: Tensor, validation: SomeAnswers, dist: Dist
 ) -> str | None:
     """Gain and bias from the references, temperature from the pairs of the validation split, whose raw scores are given.
 
@@ -93,14 +98,14 @@ def reference_scores(reward_model: Normalised, base: Pretrained, references: Ref
     return reward_model(samples.tokens, samples.lengths)
 
 
-def pair_margins(reward_model: Normalised, raw: Tensor, data: Rows) -> Tensor:
+def pair_margins(reward_model: Normalised, raw: Tensor, data: SomeAnswers) -> Tensor:
     """Score of the better rated text minus that of the other, for every pair of the split: (pairs,) float64."""
     scores = reward_model.combined(raw).double().cpu()
     chosen, rejected = pair_rows(data)
     return scores[chosen] - scores[rejected]
 
 
-def pair_rows(data: Rows) -> list[Tensor]:
+def pair_rows(data: SomeAnswers) -> list[Tensor]:
     """Which rows are the better and the other text of every pair: (pairs,) int64 each."""
     return [torch.from_numpy(data.column(f"pair_{side}").astype(np.int64)) for side in ("chosen", "rejected")]
 
@@ -108,16 +113,16 @@ def pair_rows(data: Rows) -> list[Tensor]:
 # the report
 
 
-def agreement(reward_model: Normalised, base: Pretrained, train: Rows, test: Rows, dist: Dist) -> dict:
+def agreement(reward_model: Normalised, base: Pretrained, train: SomeAnswers, test: SomeAnswers, dist: Dist) -> dict:
     """How often the reward model prefers what people chose, on the held-out pairs of --preferences."""
     margins = pair_margins(reward_model, raw_scores(reward_model, base, test, dist), test)
     right = float((margins > 0).double().sum() + 0.5 * (margins == 0).double().sum())
     low, high = wilson_interval(right, len(margins))
     found = {"accuracy": right / len(margins), "low": low, "high": high, "pairs": len(margins)}
-    return found | {"trained_on": len(train.column("pair_gap"))}
+    return found | {"trained_on": train.pairs}
 
 
-def calibration(reward_model: Normalised, raw: Tensor, data: Rows, problem: str | None) -> dict:
+def calibration(reward_model: Normalised, raw: Tensor, data: SomeAnswers, problem: str | None) -> dict:
     """ECE and Brier score on the pairs of a split, at temperature 1 and at the fitted one, with 95% intervals.
 
     See `pair_calibration`; the intervals are bootstrapped over sentences, which the pairs share.
@@ -133,7 +138,7 @@ def calibration(reward_model: Normalised, raw: Tensor, data: Rows, problem: str 
 
 
 def report_of(
-    reward_model: Normalised, raw: Sequence[Tensor], files: Sequence[Rows], data: str, problem: str | None
+    reward_model: Normalised, raw: Sequence[Tensor], files: Sequence[SomeAnswers], data: str, problem: str | None
 ) -> dict:
     """What report.json says of the model; raw are the scores (N, M) of the validation and of the test rows in `files`."""
     train, validation, test = files
@@ -146,7 +151,7 @@ def report_of(
         "calibration": calibration(reward_model, raw[1], test, problem),
         "baselines": baselines(train, test, own_judge(data)),
         "sentences": {"train": len(train), "validation": len(validation), "test": len(test)},
-        "pairs": {"validation": len(validation.column("pair_gap")), "test": len(test.column("pair_gap"))},
+        "pairs": {"validation": validation.pairs, "test": test.pairs},
         "peak_memory_gb": peak_memory_gb(raw[0].device),
     }
 

@@ -1,4 +1,4 @@
-"""What a reward model is trained for: ratings, pairs, or both; per row and head, so that whoever knows the batch divides."""
+"""What a reward model is trained for: scores, labels, pairs; as sums, so that whoever knows the batch divides."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,64 +12,92 @@ from rlhf.losses import centring_loss, preference_loss
 
 @dataclass(frozen=True)
 class Objective:
-    """Its weights and switches; ratings are standardised by the training split's mean and deviation."""
+    """Its weights and switches; scores are standardised by the training split's mean and deviation."""
 
     mean: float = 0.0
     deviation: float = 1.0
-    soft: bool = False  # the label of a pair is the probability that a rater prefers chosen, not 1
     label_smoothing: float = 0.0
-    margin: float = 0.0  # per point of rating gap
+    margin: float = 0.0  # per point of a pair's gap
     center_coef: float = 0.0
     joint_coef: float = 1.0
     lm_coef: float = 0.0
 
 
 class Texts(NamedTuple):
-    """Rows (or pairs) and what people thought of them; a micro-batch is a slice of every field."""
+    """G units (answers, pairs, prompts with all their answers): R texts, those of a unit behind one another, and P pairs."""
 
-    tokens: Tensor  # (B, S, T): S = 1 text a row, or the chosen and the rejected one of a pair
-    lengths: Tensor  # (B, S)
-    ratings: Tensor  # (B, S)
-    preference: Tensor  # (B,) probability that a rater prefers the first; 1 where there is one text
-    weights: Tensor  # (B, M) how often row b counts for head m
+    tokens: Tensor  # (R, T)
+    lengths: Tensor  # (R,)
+    group: Tensor  # (R,) which unit, 0 ... G - 1
+    scores: Tensor  # (R,) what people thought of it; NaN where nobody said
+    winner: Tensor  # (P,) which text
+    loser: Tensor  # (P,)
+    p: Tensor  # (P,) probability that a rater prefers the winner
+    gap: Tensor  # (P,) by how many points
+    weight: Tensor  # (P,)
+    counts: Tensor  # (G, M) how often a unit counts for head m
+
+    def part(self, first: int, end: int) -> "Texts":
+        """The units `first` to `end - 1`, for themselves."""
+        rows = (self.group >= first) & (self.group < end)
+        pairs = rows[self.winner]
+        before = int((self.group < first).sum())
+        width = int(self.lengths[rows].max())
+        return Texts(
+            self.tokens[rows, :width],
+            *(x[rows] for x in (self.lengths, self.group - first, self.scores)),
+            *(x[pairs] - before for x in (self.winner, self.loser)),
+            *(x[pairs] for x in (self.p, self.gap, self.weight)),
+            self.counts[first:end],
+        )
+
+    def totals(self) -> Tensor:
+        """What `reward_losses` are divided by: scored texts, the weight of the pairs, texts. (3,) float64"""
+        return torch.stack([(~self.scores.isnan()).sum().double(), self.weight.double().sum(), len(self.group) * ONE])
 
 
-def side_by_side(sides: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """[(B, T1), (B,)], [(B, T2), (B,)] -> tokens (B, 2, T), lengths (B, 2)."""
-    width = max(tokens.shape[1] for tokens, _ in sides)
-    padded = [F.pad(tokens, (0, width - tokens.shape[1])) for tokens, _ in sides]
-    return torch.stack(padded, 1), torch.stack([lengths for _, lengths in sides], 1)
+ONE = torch.ones((), dtype=torch.float64)
 
 
-def reward_loss(learner: nn.Module, texts: Texts, kind: str, o: Objective) -> Tensor:
-    """The loss of every row, the mean over its heads: (B,). All its texts go through one forward.
+def coefficients(kind: str, o: Objective) -> Tensor:
+    """What each of the three `reward_losses` weighs in an objective. (3,)"""
+    scores, pairs = {"regression": (1, 0), "labels": (1, 0), "pairs": (0, 1), "joint": (o.joint_coef, 1)}[kind]
+    return torch.tensor([scores, pairs, o.lm_coef], dtype=torch.float64)
 
-    regression: half the squared error of the rating;  pairs: preference_loss + center_coef (r_c + r_r)^2;
-    joint: pairs + joint_coef times the regression of both texts. lm_coef adds the texts' nats per token.
+
+def reward_losses(learner: nn.Module, texts: Texts, kind: str, o: Objective) -> Tensor:
+    """Sums over the batch, each the mean over its heads: of the scored texts' loss, the pairs', and nats per token. (3,)
+
+    regression, joint: half the squared error of the standardised score;  labels: of scores 0 and 1 the cross-entropy of
+    sigmoid(r) (Ethayarajh et al. 2024, arXiv:2402.01306, have such thumbs up and down);  pairs: preference_loss +
+    center_coef (r_w + r_l)^2, of soft labels p where the data have them. All texts go through one forward.
     """
     language = o.lm_coef > 0
-    tokens, lengths = texts.tokens.flatten(0, 1), texts.lengths.flatten()  # (B S, T), (B S,)
-    scores, nats = learner(tokens, lengths, True) if language else (learner(tokens, lengths), None)
-    scores = scores.unflatten(0, texts.lengths.shape)  # (B, S, M)
-    loss = (LOSSES[kind](scores, texts, o) * texts.weights).mean(-1)  # (B,)
-    return loss + o.lm_coef * nats.view(texts.lengths.shape).mean(-1) if language else loss
+    raw, nats = learner(texts.tokens, texts.lengths, True) if language else (learner(texts.tokens, texts.lengths), None)
+    rows, pairs = texts.counts[texts.group], texts.counts[texts.group[texts.winner]]  # (R, M), (P, M)
+    scored = ~texts.scores.isnan()
+    loss = SCORE_LOSSES[kind](raw[scored], texts.scores[scored][:, None].expand_as(raw[scored]), o)
+    losses = [(loss * rows[scored]).mean(-1).sum()]
+    loss = pair_loss(raw[texts.winner], raw[texts.loser], texts, o)  # (P, M)
+    losses.append((loss * pairs * texts.weight[:, None]).mean(-1).sum())
+    losses.append(nats.sum() if language else losses[0].new_zeros(()))
+    return torch.stack(losses)
 
 
-def regression(scores: Tensor, texts: Texts, o: Objective) -> Tensor:
-    ratings = (texts.ratings - o.mean) / o.deviation
-    return ((scores - ratings[..., None]) ** 2 / 2).mean(1)
+def squared_error(raw: Tensor, scores: Tensor, o: Objective) -> Tensor:
+    return (raw - (scores - o.mean) / o.deviation) ** 2 / 2
 
 
-def pairs(scores: Tensor, texts: Texts, o: Objective) -> Tensor:
-    chosen, rejected = scores.unbind(1)  # (B, M) each
-    gap = (texts.ratings[:, 0] - texts.ratings[:, 1])[:, None].expand_as(chosen)
-    label = texts.preference[:, None].expand_as(chosen) if o.soft else None
-    loss = preference_loss(chosen, rejected, o.margin * gap if o.margin else None, o.label_smoothing, label)
-    return loss + o.center_coef * centring_loss(chosen, rejected)
+def cross_entropy(raw: Tensor, labels: Tensor, o: Objective) -> Tensor:
+    return F.binary_cross_entropy_with_logits(raw, labels, reduction="none")
 
 
-def joint(scores: Tensor, texts: Texts, o: Objective) -> Tensor:
-    return pairs(scores, texts, o) + o.joint_coef * regression(scores, texts, o)
+SCORE_LOSSES = {"regression": squared_error, "joint": squared_error, "labels": cross_entropy, "pairs": squared_error}
 
 
-LOSSES = {"regression": regression, "pairs": pairs, "joint": joint}
+def pair_loss(winner: Tensor, loser: Tensor, texts: Texts, o: Objective) -> Tensor:
+    """(P, M)"""
+    p, gap = (x[:, None].expand_as(winner) for x in (texts.p, texts.gap))
+    label = p * (1 - o.label_smoothing) + (1 - p) * o.label_smoothing
+    loss = preference_loss(winner, loser, o.margin * gap if o.margin else None, label=label)
+    return loss + o.center_coef * centring_loss(winner, loser)
