@@ -19,7 +19,12 @@ from typing import Literal
 import numpy as np
 import torch
 
-from data.loader import drawn, open_data, pad, prompts_of, unseen
+from data.loader import StartLoader, drawn, open_data, pad, prompts_of, unseen
+from data.chat import Chat, check_template
+from data.encoding import Encoder
+from data.judge import own_judge
+from data.pipeline import TEMPLATE
+from data.records import Record
 from data.tokenizer import check_fingerprint
 from evaluation.comparison import rounds_table
 from evaluation.held_out import sample_groups
@@ -51,6 +56,8 @@ class Config:
     raters: int = 1  # people per pair
     sources: tuple[str, ...] = ()  # prompts from these sources of the data alone; none given = all
     prompt_tokens: int | None = None  # first tokens of a text as its prompt; none = the data's prompts, or 4 of a text
+    max_prompt: int | None = None  # longest prompt of the data, tokens; none = what leaves room for the response
+    long_prompts: Literal["drop", "left"] = "drop"  # leave longer ones out, or cut them from the left
     response_tokens: int = 24  # longest answer, tokens
     # learn
     start: Literal["base", "policy"] = "base"  # PPO of a round starts from init, or from the best policy so far
@@ -65,7 +72,7 @@ class Config:
 
     def __post_init__(self):
         config.at_least(self, rounds=1, rater_noise=0, pairs=1, pool=1, raters=1, prompt_tokens=1, response_tokens=1)
-        config.at_least(self, processes=1, seed=0)
+        config.at_least(self, max_prompt=1, processes=1, seed=0)
         if (self.order == "active") != (self.pool > 1):
             raise ValueError(
                 f"--order={self.order} with --pool={self.pool}: active chooses from a larger pool, random does not"
@@ -80,12 +87,13 @@ class Config:
                     raise ValueError(f"--{name} sets --{option}, which the loop itself sets; leave it out")
 
 
+PROMPTS = ("sources", "prompt_tokens", "response_tokens")  # which prompts are answered, and how long
+LONG = ("max_prompt", "long_prompts")  # more of that, for those who answer the data's own prompts
 TAKEN = {
-    "rm": ("init", "data", "out", "preferences", "seed", "sources", "prompt_tokens", "response_tokens"),
-    "ppo": ("init", "reward", "data", "out", "seed", "sources", "prompt_tokens", "response_tokens"),
-    "evaluate": ("base", "tuned", "reward", "other_rewards", "judge", "data", "out", "sources", "prompt_tokens",
-                 "response_tokens"),
-}  # fmt: skip
+    "rm": ("init", "data", "out", "preferences", "seed", *PROMPTS),
+    "ppo": ("init", "reward", "data", "out", "seed", *PROMPTS, *LONG),
+    "evaluate": ("base", "tuned", "reward", "other_rewards", "judge", "data", "out", *PROMPTS, *LONG),
+}
 TAKEN["refine"] = TAKEN["rm"]
 
 
@@ -133,6 +141,10 @@ def begin(cfg: Config) -> None:
     """ValueError if OUT was begun with other options or other inputs: rounds of two experiments are not comparable."""
     path = Path(cfg.out) / "run.json"
     ours = {name: value for name, value in asdict(cfg).items() if name not in ("rounds", "out")}
+    if cfg.judge == "data" and own_judge(cfg.data) is None:
+        raise ValueError(
+            f"--judge=data: {cfg.data} brings no judge; name a reward model's directory or file.py:function"
+        )
     ours |= {"init_sha256": digest_of(cfg.init), "judge_sha256": scorer_of(cfg.judge, rules=True).digest}
     ours["rater_sha256"] = None if cfg.rater == "people" else scorer_of(cfg.rater).digest
     if not path.exists():
@@ -179,30 +191,32 @@ def sample_pairs(cfg: Config, k: int, best: str) -> None:
     file = Path(cfg.out) / f"round_{k}/pairs.jsonl"
     if file.exists():
         return
-    opened, train = open_pretrained(best), open_data(cfg.data, "train")
-    tokenizer = opened.tokenizer
-    check_fingerprint(train.fingerprint, tokenizer.fingerprint, best)
-    how = {"sources": cfg.sources, "context": opened.model.config.context, "response_tokens": cfg.response_tokens}
-    loader = prompts_of(train, 1, cfg.seed, starts=cfg.prompt_tokens, **how)
+    opened, data = open_pretrained(best), open_data(cfg.data, "train")
+    tokenizer, context = opened.tokenizer, opened.model.config.context
+    check_fingerprint(data.fingerprint, tokenizer.fingerprint, best)
+    stop_ids = tuple(sorted({*opened.stop_ids, *check_template(tokenizer, data.template, best)}))
+    long = dict(max_prompt=cfg.max_prompt, long_prompts=cfg.long_prompts, sources=cfg.sources)
+    loader = prompts_of(
+        data, 1, cfg.seed, cfg.prompt_tokens, context=context, response_tokens=cfg.response_tokens, **long
+    )
     units = unseen(loader)  # different ones: two pairs of one prompt would share their split
     count = cfg.pool * cfg.pairs
     if count * k > len(units):
         raise ValueError(f"round {k} needs {count * k} different prompts, {cfg.data} has {len(units)}: lower --pairs")
-    prompts, lengths, _ = drawn(loader, units, count, cfg.seed, k - 1)
-    sampling = Sampling(cfg.response_tokens, opened.stop_ids, tokenizer.pad)
-    groups = sample_groups(opened.model.eval(), prompts, lengths, 2, sampling, cfg.seed + k)
+    batch = drawn(loader, units, count, cfg.seed, k - 1)
+    sampling = Sampling(cfg.response_tokens, stop_ids, tokenizer.pad)
+    groups = sample_groups(opened.model.eval(), batch.prompts, batch.prompt_lengths, 2, sampling, cfg.seed + k)
     heads = None
     if cfg.order == "active":
         rm, base = f"{cfg.out}/round_{k - 1}/rm", open_pretrained(cfg.init)
         heads = load_reward_model(rm, tokenizer.fingerprint, base=base)
-    rows = []
+    rows, records = [], iter(loader.records(batch.rows))
     for g in groups:
         members = heads.member_scores(g.tokens, g.lengths, g.mask).numpy() if heads else None  # (rows, M)
         for i in range(0, len(g.tokens), 2):
-            prompt, *answers = as_texts(tokenizer, g.tokens[i : i + 2], g.lengths[i : i + 2], g.mask[i : i + 2])
-            if len({*answers}) == 2 and all(
-                answer.strip() for answer in answers
-            ):  # a rater must have something to read
+            asked = None if isinstance(loader, StartLoader) else next(records).prompt
+            prompt, *answers = as_texts(tokenizer, asked, g.tokens[i : i + 2], g.lengths[i : i + 2], g.mask[i : i + 2])
+            if len({*answers}) == 2 and all(map(str.strip, answers)):  # a rater must have something to read
                 responses = [{"model": name_of(cfg, best), "text": answer} for answer in answers]
                 urgent = float(disagreement(members[i : i + 1], members[i + 1 : i + 2])[0]) if heads else 0.0
                 rows.append((urgent, {"prompt": prompt, "responses": responses}))
@@ -210,15 +224,20 @@ def sample_pairs(cfg: Config, k: int, best: str) -> None:
     write_lines(file, (row for _, row in rows))
 
 
-def as_texts(tokenizer, tokens: torch.Tensor, lengths: torch.Tensor, mask: torch.Tensor) -> list[str]:
-    """Prompt and answers as texts that joined are the texts of the whole rows: decoded alone, an answer loses its space.
+def as_texts(
+    tokenizer, asked: str | list[dict] | None, tokens: torch.Tensor, lengths: torch.Tensor, mask: torch.Tensor
+) -> list[str | list[dict]]:
+    """Prompt and answers. Those to a conversation (asked: its messages) are texts of their own.
 
-    Where the prompt ends within a character, its text goes up to that one, and the answer begins with it.
+    Others joined with the prompt are the texts of the whole rows: decoded alone, an answer loses its space. Where the
+    beginning of a text (asked: None) ends within a character, it goes up to that one, and the answer begins with it.
     """
+    if isinstance(asked, list):
+        return [asked, *(tokenizer.decode(row[m].tolist()) for row, m in zip(tokens, mask))]
     whole = [tokenizer.decode(row[:n].tolist()) for row, n in zip(tokens, lengths)]
     prompt = tokenizer.decode(tokens[0, : int(lengths[0] - mask[0].sum())].tolist())
     prompt = os.path.commonprefix([prompt, *whole])
-    return [prompt, *(text[len(prompt) :] for text in whole)]
+    return [asked or prompt, *(text[len(prompt) :] for text in whole)]
 
 
 def name_of(cfg: Config, policy: str) -> str:
@@ -267,16 +286,17 @@ def rater_name(spec: str) -> str:
     return name if len(name) <= 100 else f"simulated by ...{name[-84:]}"
 
 
-def rows_to_rate(tokenizer, shown: Comparison, apart: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def rows_to_rate(tokenizer, shown: Comparison, as_texts: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Both answers behind their prompt: tokens (2, T), lengths (2,), mask (2, T) of the answers.
 
-    apart: a function gets prompt and answer as texts of their own, as in PPO, so they are encoded apart; a reward model
-    reads whole texts, encoded together, as data.prepare encodes the pairs that it learns from.
+    As data.prepare encodes them; or `as_texts` for a function, which gets back the very texts that were compared.
     """
-    before = [tokenizer.start, *(tokenizer.encode(shown.prompt) if apart else [])]
-    answers = [text if apart else shown.prompt + text for text in (shown.left, shown.right)]
-    rows = [[*before, *tokenizer.encode(answer), tokenizer.eos] for answer in answers]
-    tokens, lengths = pad([np.array(row) for row in rows], tokenizer.pad)
+    chat = Chat(tokenizer) if isinstance(shown.asked, list) else None
+    encoded = Encoder(tokenizer, chat).encode(Record(shown.asked, (shown.left, shown.right)))
+    before, answers = encoded.prompt, encoded.answers
+    if as_texts and not chat:
+        answers = [[*tokenizer.encode(text), tokenizer.eos] for text in (shown.left, shown.right)]
+    tokens, lengths = pad([np.array([*before, *answer]) for answer in answers], tokenizer.pad)
     t = torch.arange(tokens.shape[1])
     return tokens, lengths, (t >= len(before)) & (t < lengths[:, None])
 
@@ -300,13 +320,21 @@ def script(name: str, options: dict, further: str = "", processes: int = 1) -> l
     return [sys.executable, *launcher, str(ROOT / name), *given, *shlex.split(further)]
 
 
-def prompt_options(cfg: Config) -> dict:
-    return {name: getattr(cfg, name) for name in ("sources", "prompt_tokens", "response_tokens")}
+def prompt_options(cfg: Config, *more: str) -> dict:
+    return {name: value for name in (*PROMPTS, *more) if (value := getattr(cfg, name)) is not None}
 
 
 def votes_command(cfg: Config, here: Path) -> list[str]:
-    prepare = ["-m", "data.prepare", str(here / "preferences.jsonl")]
-    return [sys.executable, *prepare, f"--tokenizer={cfg.data}", f"--out={here / 'data'}"]
+    """The votes as data of the same tokenizer, and of the same template where the prompts are conversations."""
+    prepare = [
+        "-m",
+        "data.prepare",
+        str(here / "preferences.jsonl"),
+        f"--tokenizer={cfg.data}",
+        f"--out={here / 'data'}",
+    ]
+    template = Path(cfg.data, TEMPLATE)
+    return [sys.executable, *prepare, *([f"--template={template}"] if template.exists() else [])]
 
 
 def reward_model_command(cfg: Config, k: int) -> list[str]:
@@ -321,7 +349,7 @@ def reward_model_command(cfg: Config, k: int) -> list[str]:
 def ppo_command(cfg: Config, k: int, best: str) -> list[str]:
     here = f"{cfg.out}/round_{k}"
     options = {"init": best if cfg.start == "policy" else cfg.init, "reward": f"{here}/rm", "data": cfg.data}
-    options |= {"out": f"{here}/ppo", "seed": cfg.seed + k, **prompt_options(cfg)}
+    options |= {"out": f"{here}/ppo", "seed": cfg.seed + k, **prompt_options(cfg, *LONG)}
     return script("train_ppo.py", options, cfg.ppo, cfg.processes)
 
 
@@ -330,7 +358,7 @@ def evaluate_command(cfg: Config, k: int, best: str) -> list[str]:
     tuned = ([] if best == cfg.init else [best]) + [f"{here}/ppo"]
     options = {"base": cfg.init, "tuned": ",".join(tuned), "reward": f"{here}/rm", "judge": cfg.judge}
     options |= {"other_rewards": f"{cfg.out}/round_0/rm", "data": cfg.data, "out": f"{here}/evaluation"}
-    return script("evaluate.py", options | prompt_options(cfg), cfg.evaluate)
+    return script("evaluate.py", options | prompt_options(cfg, *LONG), cfg.evaluate)
 
 
 # the verdict, and the page of rounds

@@ -15,7 +15,8 @@ from test_bad_input import refused
 from tiny import SMALL, lines
 
 import iterate
-from data.loader import pad
+from data.batches import pad
+from data.examples import Examples
 from data.tokenizer import load_tokenizer
 from rlhf.feedback.store import Comparison, FeedbackStore
 
@@ -223,7 +224,7 @@ def test_prompt_and_answer_join_to_the_sampled_text(world, name):
         other = [*ids[:cut], *tokenizer.encode("x")]
         tokens, lengths = pad([np.array(ids), np.array(other)], tokenizer.pad)
         mask = (torch.arange(tokens.shape[1]) >= cut) & (torch.arange(tokens.shape[1]) < lengths[:, None])
-        prompt, *answers = iterate.as_texts(tokenizer, tokens, lengths, mask)
+        prompt, *answers = iterate.as_texts(tokenizer, None, tokens, lengths, mask)
         assert [prompt + answer for answer in answers] == [tokenizer.decode(ids), tokenizer.decode(other)]
 
 
@@ -253,14 +254,23 @@ def test_a_function_rates_prompt_and_answer_apart(world, tmp_path):
     store.close()
 
 
-def test_a_reward_model_rates_whole_texts(world):
-    """Encoded together, as the pairs that it learns from are."""
-    tokenizer = load_tokenizer(world.path / "data")
+def test_a_rater_reads_the_tokens_that_are_learnt_from(world, tmp_path):
+    """Those that data.prepare makes of the vote."""
     shown = Comparison(1, "The film", " was long", " bad")
-    tokens, lengths, mask = iterate.rows_to_rate(tokenizer, shown, apart=False)
-    for row, n, m, answer in zip(tokens, lengths, mask, (shown.left, shown.right)):
-        assert row[:n].tolist() == [tokenizer.start, *tokenizer.encode(shown.prompt + answer), tokenizer.eos]
-        assert m.tolist() == [0 < t < n for t in range(len(row))]
+    tokens, lengths, mask = iterate.rows_to_rate(load_tokenizer(world.path / "data"), shown, as_texts=False)
+    vote = {"prompt": "The film", "chosen": shown.left, "rejected": shown.right}
+    rows = [vote, *({"prompt": f"Film {i}", "chosen": " a", "rejected": " b"} for i in range(20))]
+    (tmp_path / "votes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["data.prepare", str(tmp_path / "votes.jsonl"), "--tokenizer=data", f"--out={tmp_path / 'data'}"]
+    assert world.start(command).wait().code == 0
+    splits = [Examples(tmp_path / "data" / name) for name in ("train", "validation", "test")]
+    (found,) = [(x, i) for x in splits for i in range(x.prompts) if x.record(i).prompt == "The film"]
+    data, prompt = found
+    answers = np.flatnonzero(data.prompt_of(np.arange(data.answers)) == prompt)
+    assert [data.record(prompt).answers[i] for i in range(2)] == [shown.left, shown.right]
+    for row, n, m, answer in zip(tokens, lengths, mask, answers):
+        assert row[:n].tolist() == data.row(answer).tolist()
+        assert int(m.sum()) == len(data.answer(answer)) and m[: n - int(m.sum())].sum() == 0
 
 
 @pytest.mark.parametrize("spec", ["out/rm", "x" * 500, "a\tb\x1b.py:f", " padded ", "x" * 86, "x" * 87])

@@ -48,9 +48,14 @@ class Comparison:
     """What a rater sees: no model names, the sides drawn by the store."""
 
     id: int
-    prompt: str  # a conversation as text, one paragraph a turn
+    asked: str | list[dict]  # a text, or messages
     left: str
     right: str
+
+    @property
+    def prompt(self) -> str:
+        """For the eye: a conversation as text, one paragraph a turn."""
+        return as_text(self.asked)
 
 
 class Vote(NamedTuple):
@@ -424,7 +429,7 @@ class FeedbackStore:
             "JOIN completion r ON r.id = c.right_id JOIN prompt p ON p.id = l.prompt_id WHERE c.id = ?",
             (comparison,),
         ).fetchone()
-        return Comparison(row[0], as_text(json.loads(row[1])), row[2], row[3])
+        return Comparison(row[0], json.loads(row[1]), row[2], row[3])
 
     def _completion(self, db, completion: int) -> sqlite3.Row:
         row = db.execute("SELECT prompt_id, text FROM completion WHERE id = ?", (completion,)).fetchone()
