@@ -20,7 +20,7 @@ import torch
 from data.examples import Examples
 from data.judge import own_judge
 from data.loader import TextLoader, in_order, open_data
-from data.records import Record, prompt_text
+from data.records import Record
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
 from evaluation import card, minimal_pairs, overoptimisation, report, safety, verifiable
 from evaluation.comparison import (
@@ -264,7 +264,7 @@ def side_by_side(results: dict[str, dict], held_out: HeldOut) -> list[dict]:
 
 def shown_prompt(record: Record) -> str:
     """What the last user said, or the whole prompt where it is plain text."""
-    return record.prompt if isinstance(record.prompt, str) else prompt_text(record.prompt[-1:])
+    return record.prompt if isinstance(record.prompt, str) else record.prompt[-1]["content"]
 
 
 WHEN = {"base": "before", "tuned": "after"}  # of samples.jsonl

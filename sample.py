@@ -1,33 +1,43 @@
-"""Text from any checkpoint: one-shot, from a file of prompts, or interactive.
+"""Text from any checkpoint: one-shot, from prompts, or a conversation.
 
 python sample.py --checkpoint=out/ppo --prompt="The film is"
-python sample.py --checkpoint=out/ppo --prompts=prompts.txt
+python sample.py --checkpoint=out/ppo --prompts=prompts.txt     # one a line; or JSON lines with messages; or prepared data
 python sample.py --checkpoint=out/ppo                           # asks for prompts until an empty line
+python sample.py --checkpoint=out/chat --chat=true              # the same as a conversation, which remembers its turns
 """
 
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from data.chat import Chat
-from data.loader import pad, prompts_from_text
-from model.generate import Sampling, generate, row_uniforms
+from data.batches import open_data, pad, prompts_of
+from data.chat import Chat, check_template
+from data.containers import rows
+from data.encoding import Encoder
+from data.formats import reader_of
+from data.records import Record
+from data.text import prompt_lines
+from data.tokenizer import Tokenizer, check_fingerprint
+from model.generate import Generated, Sampling, generate, row_uniforms
 from rlhf.infra import config, distributed
-from rlhf.lm.pretrained import open_pretrained
+from rlhf.lm.pretrained import Pretrained, open_pretrained
 
 
 @dataclass(frozen=True)
 class Config:
     checkpoint: str = "out/ppo"  # run or checkpoint directory, HF-format directory, GGUF file, or a model's name
     base: str | None = None  # the model that a run of layout adapters or branch was trained on, where it has moved
-    prompt: str | None = None  # text to continue; none = a file of prompts, or interactive
-    prompts: str | None = None  # file with one prompt per line
-    chat: bool = False  # each prompt is a user's message in the model's chat template; prints the answer alone
+    prompt: str | None = None  # text to continue; none = prompts, or interactive
+    prompts: str | None = None  # file of prompts: one a line, or JSON lines with messages; or data.prepare's directory
+    split: str = "test"  # whose prompts [prompts]
+    chat: bool = False  # each prompt is a user's message in the model's chat template; the keyboard: a conversation
+    system: str | None = None  # system message of conversations that bring none [chat]
     samples: int = 1  # continuations per prompt
     tokens: int = 24  # longest continuation
     temperature: float = 1.0  # 0 = always the likeliest token
@@ -39,53 +49,126 @@ class Config:
     def __post_init__(self):
         if self.prompt is not None and self.prompts is not None:
             raise ValueError("give --prompt or --prompts, not both")
-        if self.chat and self.prompts is not None:
-            raise ValueError(
-                "--chat takes --prompt, or messages from the keyboard; a file of prompts holds plain texts"
-            )
         config.at_least(self, samples=1, tokens=1, temperature=0, top_k=0)
         if self.temperature == 0 and (self.samples > 1 or self.top_k or self.top_p < 1):
             raise ValueError("temperature 0 always takes the likeliest token: samples, top_k and top_p have no effect")
+        if self.system is not None and not (self.chat or self.prompts):
+            raise ValueError("--system has no effect without --chat or --prompts")
+        if self.chat and self.prompt is None and self.prompts is None and self.samples > 1:
+            raise ValueError(
+                "a conversation goes on from one answer: --samples has no effect with --chat and a keyboard"
+            )
 
 
 def main() -> None:
     cfg = config.parse(Config)
     device = distributed.setup().device
     opened = open_pretrained(cfg.checkpoint, device, base=cfg.base)
-    tokenizer, model = opened.tokenizer, opened.model.eval()
-    chat = Chat(tokenizer) if cfg.chat else None
-    stop_ids = sorted({*opened.stop_ids, *chat.stop_ids()}) if chat else opened.stop_ids
+    opened.model.eval()
+    if cfg.prompts is not None and Path(cfg.prompts).is_dir():
+        for turn, (prompts, stop_ids) in enumerate(prepared(cfg, opened)):
+            write(cfg, opened.tokenizer, answer(cfg, opened, prompts, stop_ids, turn), alone=True)
+        return
+    keyboard = cfg.prompt is None and cfg.prompts is None
+    records = [] if keyboard else read_records(cfg)
+    talks = cfg.chat or any(isinstance(record.prompt, list) for record in records)
+    chat = Chat(opened.tokenizer) if talks else None
+    stop_ids = {*opened.stop_ids, *(chat.stop_ids() if chat else ())}
+    if keyboard:
+        converse(cfg, opened, chat, stop_ids)
+    encoder = Encoder(opened.tokenizer, chat)
+    for turn, start in enumerate(range(0, len(records), 64)):
+        asked = records[start : start + 64]
+        prompts = [np.array(encoder.encode(record).prompt) for record in asked]
+        write(cfg, opened.tokenizer, answer(cfg, opened, prompts, stop_ids, turn), alone=bool(chat))
 
-    sampling = Sampling(cfg.tokens, stop_ids, tokenizer.pad, cfg.temperature, cfg.top_k, cfg.top_p)
 
-    def encode(text: str) -> list[int]:
+def converse(cfg: Config, opened: Pretrained, chat: Chat | None, stop_ids: set[int]) -> None:
+    """Answers from the keyboard until an empty line; with a template they remember what was said, while it fits."""
+    encoder, room, turn = Encoder(opened.tokenizer, chat), opened.model.config.context - cfg.tokens, 0
+    talk, first = [], 1 if cfg.system else 0
+    while line := read_line():
+        asked = said(cfg, line)
+        talk = [*talk, *(asked if not talk else asked[-1:])] if chat else asked
+        while len(prompt := encoder.encode(Record(talk)).prompt) > room and len(talk) > first + 1:
+            del talk[first : first + 2]  # the oldest question and its answer
+        out = answer(cfg, opened, [np.array(prompt)], stop_ids, turn)
+        text = write(cfg, opened.tokenizer, out, alone=bool(chat))[0]
         if chat:
-            return chat.render([{"role": "user", "content": text}], add_generation_prompt=True)
-        return [tokenizer.start, *tokenizer.encode(text)]
-
-    for turn, prompts in enumerate(batches(cfg, tokenizer, encode)):
-        tokens, lengths = pad(prompts, tokenizer.pad)
-        rows = range(len(prompts) * cfg.samples)
-        uniforms = row_uniforms(cfg.seed, turn, rows, cfg.tokens).to(device) if cfg.temperature else None
-        out = generate(model, tokens.to(device), lengths.to(device), sampling, uniforms)
-        for row, start, end, logprob in zip(out.tokens, out.prompt_lengths, out.lengths, out.logprobs.sum(1)):
-            text = tokenizer.decode(row[start if chat else 0 : end].tolist())
-            prompt = tokenizer.decode(row[:start].tolist())
-            record = {"prompt": prompt, "text": text, "logprob": float(logprob), "tokens": int(end - start)}
-            print(json.dumps(record, ensure_ascii=False) if cfg.json else text, flush=True)
+            talk.append({"role": "assistant", "content": text})
+        turn += 1
 
 
-def batches(cfg: Config, tokenizer, encode: Callable[[str], list[int]]) -> Iterator[list[np.ndarray]]:
-    """Groups of prompts as token ids: one, those of a file in groups of 64, or line by line from the keyboard."""
+def answer(cfg: Config, opened: Pretrained, prompts: list[np.ndarray], stop_ids, turn: int) -> Generated:
+    device = opened.model.embed_tokens.weight.device
+    sampling = Sampling(cfg.tokens, sorted(stop_ids), opened.tokenizer.pad, cfg.temperature, cfg.top_k, cfg.top_p)
+    tokens, lengths = pad(prompts, opened.tokenizer.pad)
+    ids = range(len(prompts) * cfg.samples)
+    uniforms = row_uniforms(cfg.seed, turn, ids, cfg.tokens).to(device) if cfg.temperature else None
+    return generate(opened.model, tokens.to(device), lengths.to(device), sampling, uniforms)
+
+
+def write(cfg: Config, tokenizer: Tokenizer, out: Generated, alone: bool) -> list[str]:
+    """Prints every text, `alone` without its prompt, and returns them."""
+    texts = []
+    for row, start, end, logprob in zip(out.tokens, out.prompt_lengths, out.lengths, out.logprobs.sum(1)):
+        texts.append(tokenizer.decode(row[start if alone else 0 : end].tolist()))
+        prompt = tokenizer.decode(row[:start].tolist())
+        record = {"prompt": prompt, "text": texts[-1], "logprob": float(logprob), "tokens": int(end - start)}
+        print(json.dumps(record, ensure_ascii=False) if cfg.json else texts[-1], flush=True)
+    return texts
+
+
+# prompts
+
+
+def prepared(cfg: Config, opened: Pretrained) -> Iterator[tuple[list[np.ndarray], set[int]]]:
+    """The prompts of a split of prepared data, 64 at a time, and what ends their answers."""
+    data = open_data(cfg.prompts, cfg.split)
+    check_fingerprint(data.fingerprint, opened.tokenizer.fingerprint, cfg.checkpoint)
+    stop_ids = {*opened.stop_ids, *check_template(opened.tokenizer, data.template, cfg.checkpoint)}
+    loader = prompts_of(data, 1, cfg.seed, context=opened.model.config.context, response_tokens=cfg.tokens)
+    for start in range(0, len(loader), 64):
+        batch = loader.take(np.arange(start, min(start + 64, len(loader))))
+        yield [row[:n].numpy() for row, n in zip(batch.prompts, batch.prompt_lengths)], stop_ids
+
+
+def read_records(cfg: Config) -> list[Record]:
+    """The prompts of a file: JSON lines or an array of rows that data.prepare knows, else one a line.
+
+    Of messages the history, up to the last answer if they end with one. ValueError for a row without a prompt.
+    """
     if cfg.prompt is not None:
-        yield [np.array(encode(cfg.prompt))]
-    elif cfg.prompts is not None:
-        prompts = prompts_from_text(cfg.prompts, tokenizer)
-        for start in range(0, len(prompts), 64):
-            yield prompts[start : start + 64]
-    else:
-        while line := read_line():
-            yield [np.array(encode(line))]
+        return [Record(said(cfg, cfg.prompt))]
+    with open(cfg.prompts, "rb") as f:
+        first = f.read(1 << 12).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    if first not in (b"{", b"[") or Path(cfg.prompts).suffix == ".txt":
+        return [Record(said(cfg, line)) for line in prompt_lines(cfg.prompts)]
+    found, reader = [], None
+    for where, row in rows([cfg.prompts]):
+        if isinstance(row, dict) and ends_with_user(row.get("messages")):
+            row = {"prompt": row["messages"]}
+        reader = reader or reader_of([row], chat=cfg.chat, system=cfg.system or "")
+        try:
+            asked = reader.records(row)[1][0].prompt
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if not asked:
+            raise ValueError(f"{where}: the row has neither a prompt nor messages")
+        found.append(Record(asked))
+    return found
+
+
+def ends_with_user(messages) -> bool:
+    """A conversation that waits for an answer; in data for training that would be a row without one."""
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    return isinstance(last, dict) and last.get("role") == "user"
+
+
+def said(cfg: Config, text: str) -> str | list[dict]:
+    """A text, or with --chat what a user says, behind the system message."""
+    before = [{"role": "system", "content": cfg.system}] if cfg.system else []
+    return [*before, {"role": "user", "content": text}] if cfg.chat else text
 
 
 def read_line() -> str:

@@ -8,6 +8,7 @@ import html.entities
 import json
 import re
 import unicodedata
+from pathlib import Path
 
 SPLITS = ("train", "validation", "test")
 WORD_BYTES = bytes(ord(c.lower()) if (c := chr(i)).isalnum() and i < 128 or c == "_" else 32 for i in range(256))
@@ -49,6 +50,18 @@ def parse_json(text: str, where: str):
     except ValueError as error:
         raise ValueError(f"{where} is no JSON ({error})") from None
     return value
+
+
+def prompt_lines(path: str | Path) -> list[str]:
+    """The lines of a text file that are not blank. ValueError if there is none, or for a file that is not UTF-8."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"prompt file {path} is not UTF-8 (byte {e.start}); convert it first") from None
+    lines = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise ValueError(f"prompt file {path} is empty: 0 prompts in {len(text)} characters; write one prompt a line")
+    return lines
 
 
 def key(text: str) -> str:
