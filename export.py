@@ -23,7 +23,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.loader import TextLoader, in_order, open_data, pad, prompts_from_text, prompts_of
+from data.chat import check_template
+from data.loader import TextLoader, in_order, open_data, pad, prompts_of
+from data.text import prompt_lines
 from data.tokenizer import Tokenizer, check_fingerprint, gguf_parts, load_tokenizer, write_hf
 from evaluation import receipt
 from model.generate import Sampling, generate, row_uniforms
@@ -57,7 +59,7 @@ class Config:
     data: str | None = None  # directory made by data.prepare, or a text file with one text per line; int8 needs it
     texts: int = 128  # texts, spread over the held-out split [data]
     reward: str | None = None  # a reward whose change is measured: a directory, or file.py:function [data]
-    prompt_tokens: int = 4  # text tokens of a prompt, the beginnings of the texts [data]
+    prompt_tokens: int | None = None  # first tokens of a text as its prompt; none = the data's, or 4 of a text [data]
     response_tokens: int = 24  # longest response, tokens [data]
     max_kl: float = 0.02  # largest KL(original || export) that is written, nats per token [data]
 
@@ -210,19 +212,43 @@ WRITERS = {"hf": write_hf_model, "gguf": write_gguf, "int8": write_int8}
 
 
 def held_out_rows(cfg: Config, original: Pretrained) -> list[np.ndarray]:
-    """At most --texts texts as token ids, spread over the held-out split or the text file, neighbours of similar length."""
+    """At most --texts texts as token ids, spread over the held-out split (prompts where nobody answered them) or the text
+    file, neighbours of similar length.
+    """
     tokenizer = original.tokenizer
     if Path(cfg.data).is_file():
-        rows = prompts_from_text(cfg.data, tokenizer)
+        rows = [np.array([tokenizer.start, *tokenizer.encode(line)]) for line in prompt_lines(cfg.data)]
+        lengths, row = np.array(list(map(len, rows))), rows.__getitem__
     else:
         test = open_data(cfg.data, "test")
         check_fingerprint(test.fingerprint, tokenizer.fingerprint, str(test))
-        rows = [test.row(i) for i in range(test.answers)]
-    rows = [row[: original.model.config.context] for row in rows if len(row) > 1]
-    if not rows:
+        lengths, row = (test.row_lengths(), test.row) if test.answers else (test.prompt_lengths(), test.prompt)
+    places = np.flatnonzero(lengths > 1)
+    if not len(places):
         raise ValueError(f"{cfg.data} has no text that is longer than one token")
-    chosen = np.linspace(0, len(rows) - 1, min(cfg.texts, len(rows))).astype(np.int64)
-    return sorted((rows[i] for i in chosen), key=len)
+    chosen = places[np.linspace(0, len(places) - 1, min(cfg.texts, len(places))).astype(np.int64)]
+    chosen = chosen[np.argsort(lengths[chosen], kind="stable")]
+    return [row(int(i))[: original.model.config.context] for i in chosen]
+
+
+def held_out_prompts(cfg: Config, original: Pretrained, rows: list[np.ndarray]) -> tuple[list[tuple], dict]:
+    """Prompts for the reward in batches of 64: tokens (B, P), lengths (B,), which of the data's (B,); and how to look them
+    up. Those of the held-out split, or the beginnings of the texts.
+    """
+    if Path(cfg.data).is_file():
+        n = cfg.prompt_tokens or 4
+        starts = [row[: 1 + n] for row in rows if len(row) > 1 + n]
+        if not starts:
+            raise ValueError(f"no text of {cfg.data} is longer than {n} tokens; use shorter prompts")
+        batches = in_order(len(starts), 64)
+        return [(*pad([starts[i] for i in batch], original.tokenizer.pad), None) for batch in batches], {}
+    how = {"context": original.model.config.context, "response_tokens": cfg.response_tokens}
+    loader = prompts_of(open_data(cfg.data, "test"), 1, 1, starts=cfg.prompt_tokens, **how)
+    if not len(loader):
+        raise ValueError(f"no prompt of {cfg.data}/test can be used: {loader.summary}")
+    units = np.linspace(0, len(loader) - 1, min(cfg.texts, len(loader))).astype(np.int64)
+    units = units[np.argsort(loader.lengths(units), kind="stable")]
+    return [tuple(loader.take(units[batch])) for batch in in_order(len(units), 64)], {"records": loader.records}
 
 
 def measure(cfg: Config, original: Pretrained, place: Path, rows: list[np.ndarray]) -> dict:
@@ -240,12 +266,12 @@ def measure(cfg: Config, original: Pretrained, place: Path, rows: list[np.ndarra
     measured["bytes"] = {"before": 4 * parameters, "after": sum(file.stat().st_size for file in weights)}
     measured |= receipt.compare(models["before"], models["after"], texts)
     if cfg.reward:
-        prompts = [row[: 1 + cfg.prompt_tokens] for row in rows if len(row) > 1 + cfg.prompt_tokens]
-        if not prompts:
-            raise ValueError(f"no text of {cfg.data} is longer than {cfg.prompt_tokens} tokens; use shorter prompts")
-        score = open_scorer(cfg.reward, tokenizer, base=original).score
-        sampling = Sampling(cfg.response_tokens, original.stop_ids, tokenizer.pad)
-        measured["reward"] = receipt.reward_change(models, score, list(batches(prompts, 64)), sampling)
+        prompts, opening = held_out_prompts(cfg, original, rows)
+        score = open_scorer(cfg.reward, tokenizer, base=original, **opening).score
+        template = None if Path(cfg.data).is_file() else open_data(cfg.data, "test").template
+        stop_ids = tuple(sorted({*original.stop_ids, *check_template(tokenizer, template, cfg.init)}))
+        sampling = Sampling(cfg.response_tokens, stop_ids, tokenizer.pad)
+        measured["reward"] = receipt.reward_change(models, score, prompts, sampling)
     return measured | {"tokens_per_s": receipt.decoding_speed(models, torch.from_numpy(rows[0][:8].astype(np.int64)))}
 
 

@@ -19,10 +19,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-from data.loader import StartLoader, drawn, open_data, pad, prompts_of, unseen
 from data.chat import Chat, check_template
 from data.encoding import Encoder
 from data.judge import own_judge
+from data.loader import StartLoader, drawn, open_data, pad, prompts_of, unseen
 from data.pipeline import TEMPLATE
 from data.records import Record
 from data.tokenizer import check_fingerprint

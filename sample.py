@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.batches import open_data, pad, prompts_of
 from data.chat import Chat, check_template
 from data.containers import rows
 from data.encoding import Encoder
 from data.formats import reader_of
+from data.loader import open_data, pad, prompts_of
 from data.records import Record
 from data.text import prompt_lines
 from data.tokenizer import Tokenizer, check_fingerprint

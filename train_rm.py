@@ -91,9 +91,7 @@ class Config:
     combine: Combine = "mean"  # one score from theirs; mean - uncertainty_coef variance [average=none]
     uncertainty_coef: float = 0.5  # price of the members' variance [combine=uncertainty]
     # objective
-    objective: Objectives = (
-        None  # squared error, likelihood of 0 and 1, pairs, or both; none = data [trunk=full|adapters]
-    )
+    objective: Objectives = None  # error, likelihood of 0 and 1, pairs, both; none = data [trunk=full|adapters]
     joint_coef: float = 1.0  # weight of the squared error beside Bradley-Terry [objective=none|joint]
     soft_labels: bool = False  # a pair's label: how often raters prefer chosen (Thurstone) [objective=none|pairs|joint]
     label_smoothing: float = 0.0  # the label of a pair is 1 minus this [objective=none|pairs|joint]

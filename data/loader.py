@@ -862,15 +862,3 @@ def unseen(held_out: PromptLoader, training: PromptLoader | None = None) -> np.n
 def drawn(loader: PromptLoader, units: np.ndarray, count: int, seed: int, turn: int = 0) -> PromptBatch:
     """`count` of these units, at most all of them, in an order of `seed`; the next ones at the next turn."""
     return loader.take(units[Order(len(units), min(count, len(units)), seed).rows(turn)])
-
-
-def prompts_from_text(path: str | Path, tokenizer) -> list[np.ndarray]:
-    """bos and the tokens of every line of a text file that is not blank. ValueError if there is none."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"prompt file {path} is not UTF-8 (byte {e.start}); convert it first") from None
-    lines = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
-    if not lines:
-        raise ValueError(f"prompt file {path} is empty: 0 prompts in {len(text)} characters; write one prompt a line")
-    return [np.array([tokenizer.start, *tokenizer.encode(line)], np.int64) for line in lines]

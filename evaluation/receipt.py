@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from model.generate import Sampling, generate, row_uniforms
 from model.quantize import decoding_path
 from model.transformer import Transformer
 from rlhf.lm.language_model import predictions
+from rlhf.reward.model import Score
 from rlhf.statistics import Estimate, paired_bootstrap
 
 
@@ -44,20 +45,21 @@ def compare(original: Transformer, exported: Transformer, batches: Iterable[tupl
 @torch.no_grad()
 def reward_change(
     models: dict[str, Transformer],
-    score: Callable[[Tensor, Tensor, Tensor], Tensor],
-    prompts: list[tuple[Tensor, Tensor]],
+    score: Score,
+    prompts: list[tuple[Tensor, Tensor, Tensor | None]],
     sampling: Sampling,
     seed: int = 7,
 ) -> dict:
     """Mean reward of one response per prompt, "before" and "after", drawn with the same random numbers; the mean change
-    with its 95% bootstrap interval over prompts. prompts: batches of (B, P) tokens and their lengths (B,).
+    with its 95% bootstrap interval over prompts. prompts: batches of (B, P) tokens, their lengths (B,), and which of the
+    data's they are (B,), None where they are of none.
     """
     scores = {name: [] for name in models}
-    for nth, (tokens, lengths) in enumerate(prompts):
+    for nth, (tokens, lengths, rows) in enumerate(prompts):
         uniforms = row_uniforms(seed, nth, range(len(tokens)), sampling.max_new_tokens)
         for name, model in models.items():
             out = generate(model, tokens, lengths, sampling, uniforms)
-            scores[name].append(score(out.tokens, out.lengths, out.mask).double().cpu())
+            scores[name].append(score(out.tokens, out.lengths, out.mask, rows).double().cpu())
     before, after = (torch.cat(scores[name]).numpy() for name in ("before", "after"))
     change: np.ndarray = after - before
     low, high = paired_bootstrap(change)

@@ -150,3 +150,15 @@ def test_a_round_of_the_loop_on_conversations(world, chats, tmp_path):
     assert votes["template"] == json.loads((tmp_path / "data/manifest.json").read_text())["template"]
     for vote in lines(tmp_path / "rounds/round_1/preferences.jsonl"):
         assert len(vote["chosen"][0]["content"]) >= len(vote["rejected"][0]["content"])
+
+
+def test_export_measures_the_reward_on_the_prompts_of_the_data(world, chats, tmp_path):
+    """The verifier's assertions hold; without answers the receipt is made of the prompts."""
+    options = {"init": chats / "hf", "data": chats / "data", "reward": f"{chats / 'rewards.py'}:odd", "format": "int8"}
+    command = ["export.py", *(f"--{name}={value}" for name, value in options.items())]
+    done = world.start(
+        [*command, f"--out={tmp_path / 'int8'}", "--max_kl=9", "--texts=8", "--response_tokens=6"]
+    ).wait()
+    assert (done.code, done.err) == (0, ""), done
+    made = json.loads((tmp_path / "int8" / "receipt.json").read_text())
+    assert made["reward"]["prompts"] == 8 and made["tokens"] > 8 * 10

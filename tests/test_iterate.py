@@ -15,8 +15,8 @@ from test_bad_input import refused
 from tiny import SMALL, lines
 
 import iterate
-from data.batches import pad
 from data.examples import Examples
+from data.loader import pad
 from data.tokenizer import load_tokenizer
 from rlhf.feedback.store import Comparison, FeedbackStore
 

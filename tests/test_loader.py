@@ -15,7 +15,7 @@ from reference_model import small_model
 from test_examples import Words, encode, one_line, write
 
 from data.baselines import baselines, pair_clusters
-from data.examples import Encoded, Examples
+from data.examples import Examples
 from data.loader import (
     GroupLoader,
     MixedOrder,
@@ -26,19 +26,16 @@ from data.loader import (
     ScoredLoader,
     TextLoader,
     cut,
-    drawn,
     in_order,
     micro_batches,
     open_data,
     pack,
     pad,
-    prompts_from_text,
-    prompts_of,
     shard,
-    unseen,
 )
 from data.pairs import SomeAnswers, made_pairs, make_pairs, spread
 from data.records import Pair, Record
+from data.text import prompt_lines
 from model.packed import attend_apart
 from model.transformer import Span
 
@@ -703,41 +700,14 @@ def test_pad(rows):
 
 
 def test_prompts_of_a_text_file(tmp_path):
-    class Letters:
-        start = 1
-
-        def encode(self, text: str) -> list[int]:
-            return [ord(c) for c in text]
-
     path = tmp_path / "prompts.txt"
     path.write_text("\ufeffthe film\r\n\n  \nwas <s> very\n", encoding="utf-8")
-    prompts = prompts_from_text(path, Letters())
-    assert ["".join(map(chr, row[1:])) for row in prompts] == ["the film", "was <s> very"]
-    assert all(row[0] == 1 for row in prompts)
+    assert prompt_lines(path) == ["the film", "was <s> very"]
     path.write_text("\n \n")
     with pytest.raises(ValueError, match=r"prompt file .*prompts.txt is empty: 0 prompts"):
-        prompts_from_text(path, Letters())
+        prompt_lines(path)
     path.write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match="is not UTF-8"):
-        prompts_from_text(path, Letters())
+        prompt_lines(path)
     with pytest.raises(FileNotFoundError):
-        prompts_from_text(tmp_path / "nowhere.txt", Letters())
-
-
-def test_beginnings_of_texts_and_which_of_them_are_new(tmp_path):
-    """bos and the first tokens of every text of these sources that is longer; each prompt once, and none of the other split."""
-    texts = {"train": ["a b c d", "a b x y", "q r"], "test": ["a b c q", "z b c d", "z b c e", "z w"]}
-    encoded, known = {}, {}
-    for split, rows in texts.items():
-        ids = [[known.setdefault(word, 10 + len(known)) for word in row.split()] for row in rows]
-        records = [Record("", (row,), source=("film", "news")[i % 2]) for i, row in enumerate(rows)]
-        encoded[split] = [Encoded([1], [[*row, 2]], None, record) for row, record in zip(ids, records)]
-    data = {split: write(tmp_path / split, [rows]) for split, rows in encoded.items()}
-    train, test = (prompts_of(data[split], 1, 0, starts=3) for split in ("train", "test"))
-    assert len(train) == 2 and len(test) == 3  # longer than 3 tokens
-    units = unseen(test, train)
-    assert [row.tolist() for row in test.take(units).prompts] == [[1, known["z"], known["b"], known["c"]]]
-    assert unseen(test).tolist() == [0, 1]
-    assert len(prompts_of(data["test"], 1, 0, starts=3, sources=["news"])) == 1
-    turns = [drawn(test, np.arange(3), 1, 5, turn).rows.tolist() for turn in range(3)]
-    assert sorted(turns) == [[0], [1], [2]]
+        prompt_lines(tmp_path / "nowhere.txt")

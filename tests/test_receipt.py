@@ -49,8 +49,8 @@ def test_a_model_costs_nothing_beside_itself():
     measured = receipt.compare(model, copy.deepcopy(model), [(random_ids(1, 2, 8), masks([8, 5], 8))])
     assert measured["kl"] == 0 and measured["top1"] == 1
     assert measured["perplexity"]["before"] == measured["perplexity"]["after"]
-    score = lambda tokens, lengths, mask: (tokens * mask).sum(1).float()  # noqa: E731
-    prompts = [(random_ids(2, 4, 3), torch.tensor([3, 1, 2, 3])), (random_ids(4, 1, 2), torch.tensor([2]))]
+    score = lambda tokens, lengths, mask, rows: (tokens * mask).sum(1).float()  # noqa: E731
+    prompts = [(random_ids(2, 4, 3), torch.tensor([3, 1, 2, 3]), None), (random_ids(4, 1, 2), torch.tensor([2]), None)]
     change = receipt.reward_change({"before": model, "after": model}, score, prompts, Sampling(5, [0]))
     assert change["change"] == change["low"] == change["high"] == 0 and change["prompts"] == 5
     assert change["before"] == change["after"] > 0
@@ -60,11 +60,14 @@ def test_the_change_is_per_prompt():
     """Scores that differ by 1 everywhere have an interval without width."""
     model, calls = small_model("llama", torch.float32), []
 
-    def score(tokens, lengths, mask):
+    def score(tokens, lengths, mask, rows):
         calls.append(len(tokens))
         return torch.arange(len(tokens)) + float(len(calls) % 2 == 0)  # before, after, before, after
 
-    prompts = [(random_ids(2, 4, 3), torch.tensor([3, 1, 2, 3])), (random_ids(4, 2, 2), torch.tensor([2, 2]))]
+    prompts = [
+        (random_ids(2, 4, 3), torch.tensor([3, 1, 2, 3]), None),
+        (random_ids(4, 2, 2), torch.tensor([2, 2]), None),
+    ]
     change = receipt.reward_change({"before": model, "after": model}, score, prompts, Sampling(2, [0]))
     assert change["change"] == change["low"] == change["high"] == 1 and calls == [4, 4, 2, 2]
 
