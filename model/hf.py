@@ -58,6 +58,7 @@ class HFInfo:
     pad_id: int | None
     num_labels: int | None = None  # of a classifier; None: as many as score.weight has rows
     reward_bias: float = 0.0  # a key of ours: HF's head has no bias, so the constant part of a reward stands here
+    ours: bool = False  # `save_hf` wrote this classifier: it has that key
     score: Tensor | None = None  # (labels, D), the head of a classifier, once the weights are loaded
 
 
@@ -114,6 +115,7 @@ def read_config(directory: str | Path) -> HFInfo:
             pad_id=next(iter(special["pad_token_id"]), None),
             num_labels=size({"num_labels": labels}, "num_labels", 1) if kind == "classifier" and labels else None,
             reward_bias=float(real(raw, "reward_bias", 0.0, least=-LARGEST_REAL)),
+            ours="reward_bias" in raw,
         )
     except ValueError as error:
         raise ValueError(f"the config of {directory} is not supported: {error}") from None

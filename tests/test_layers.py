@@ -32,6 +32,7 @@ INSIDE_FUNCTIONS = {
 }
 OPEN = (
     "rlhf.lm.pretrained",
+    "rlhf.reward.bridge",
     "rlhf.reward.files",
     "rlhf.reward.finish",
     "rlhf.reward.function",

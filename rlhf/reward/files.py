@@ -6,12 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from model.hf import load_hf
 from rlhf.infra import checkpoint
 from rlhf.lm.checkpoints import new_transformer, open_stored, weights_of
 from rlhf.lm.frozen import FrozenStates
 from rlhf.lm.pretrained import Pretrained, open_base
 from rlhf.lm.trunks import LoRA
-from rlhf.reward.model import COMBINE, POOLING, POOLINGS, Ensemble, FrozenReward, RewardModel, adapted_trunk
+from rlhf.reward.model import COMBINE, POOLING, POOLINGS, Classifier, Ensemble, FrozenReward, RewardModel, adapted_trunk
 
 OLDER = {"member_gain": torch.ones(1), "member_bias": torch.zeros(1), "temperature": torch.ones(())}  # knew one head
 
@@ -36,6 +37,17 @@ def load_reward_model(
             "train the reward model from the policy's own base"
         )
     return restored(saved.config, weights_of(saved), path, device, base, frozen)
+
+
+def load_classifier(path: str, device: torch.device | str = "cpu") -> Classifier:
+    """HF's sequence classifier at `path`, which has one label. ValueError for a language model, and for several labels."""
+    model, info = load_hf(path, torch.float32, device)
+    if info.kind != "classifier":
+        raise ValueError(f"{path} is a language model; a reward model is a sequence classifier with one label")
+    if len(info.score) != 1:
+        raise ValueError(f"{path} has {len(info.score)} labels; a reward model is a sequence classifier with one")
+    classifier = Classifier(model, info.score, info.reward_bias, info.pad_id, info.ours)
+    return classifier.to(device).requires_grad_(False).eval()
 
 
 def check_kind(saved: checkpoint.Checkpoint, path: str) -> None:

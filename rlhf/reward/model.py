@@ -185,6 +185,28 @@ class RewardModel(Normalised):
         return raw, to_columns(loss, mask).sum(1) / (lengths - 1).clamp(min=1)
 
 
+class Classifier(RewardModel):
+    """HF's sequence classifier of one label: score . h + bias at the last token that is not pad_id, as its class reads it.
+
+    ours: export.py wrote it, so it knows texts with their start and end; the bias is then what its head lacks, else 0.
+    """
+
+    def __init__(self, model: Transformer, score: Tensor, bias: float, pad_id: int | None, ours: bool):
+        super().__init__(model, "last")
+        self.pad_id, self.ours = pad_id, ours
+        with torch.no_grad():
+            self.head.weight.copy_(score)
+            self.head.bias.fill_(bias)
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """tokens (B, T) right-padded, lengths (B,) -> (B, 1)"""
+        if self.pad_id is not None:
+            places = torch.arange(tokens.shape[1], device=tokens.device)
+            read = (tokens != self.pad_id) & (places < lengths[:, None])
+            lengths = 1 + torch.where(read, places, 0).amax(1)
+        return super().forward(tokens, lengths)
+
+
 def adapted_trunk(base: Transformer, lora: LoRA, depth: int | None = None) -> Transformer:
     """The frozen base with a new adapter; depth: it ends above so many layers, where FrozenStates reads, without the norm."""
     model = adapted(base, "reward", lora)

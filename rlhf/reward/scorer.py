@@ -22,10 +22,12 @@ from torch import Tensor
 from data.judge import own_judge
 from data.records import Record
 from data.tokenizer import Tokenizer
+from model.hf import read_config
 from rlhf.infra import checkpoint
 from rlhf.lm.checkpoints import open_stored, stored_config, trunk_parameters, weights_of
 from rlhf.lm.frozen import FrozenStates
-from rlhf.lm.pretrained import Pretrained
+from rlhf.lm.pretrained import Pretrained, hf_digest, is_hf
+from rlhf.reward import bridge
 from rlhf.reward.files import load_reward_model
 from rlhf.reward.function import Components, components_of, response_starts  # noqa: F401  response_starts: for readers
 from rlhf.reward.model import FrozenReward, Score
@@ -65,13 +67,13 @@ class Scorer:
         if self.kind == "data":
             return None
         if self.kind == "model":
-            return checkpoint.digest(self.spec)
+            return digest_of_model(self.spec)
         return hashlib.sha256(Path(self.spec.rpartition(":")[0]).read_bytes()).hexdigest()
 
     @cached_property
     def temperature(self) -> float:
         """At which differences of its scores become probabilities: as train_rm.py fitted it, 1 for what is no model."""
-        if self.kind != "model":
+        if self.kind != "model" or is_hf(Path(self.spec)):
             return 1.0
         return float(weights_of(open_stored(self.spec)).get("temperature", 1.0))
 
@@ -80,6 +82,8 @@ class Scorer:
         """Numbers in the trunk of a model of its own; 0 for what is no model, or stands on a frozen trunk."""
         if self.kind != "model":
             return sum(term.parameters for term in self.terms)
+        if is_hf(Path(self.spec)):
+            return trunk_parameters(read_config(self.spec).model)
         config = open_stored(self.spec).config
         if config.get("trunk", "full") != "full":
             return 0
@@ -197,6 +201,7 @@ def open_scorer(
     frozen: FrozenStates | None = None,
     data: str | None = None,
     records: Callable[[Tensor], list[Record]] | None = None,
+    template: str | None = None,
 ) -> Scorer:
     """`scorer_of(spec)`, ready to score. With `data`, a directory of data.prepare, "data" is the judge in it.
 
@@ -204,7 +209,8 @@ def open_scorer(
     trunk reads `base` where that is its own, and shares a forward pass with whoever else reads `frozen`; otherwise its
     base is opened. ValueError or FileNotFoundError for what is none of these, or does not fit.
 
-    records: rows (B,) -> the records of the data that these are, for a function that asks for messages or columns.
+    records: rows (B,) -> the records of the data that these are, for a function that asks for messages or columns, and for
+    a classifier with another chat template than `template`, the sha256 of that of the data.
     """
 
     def opened(scorer: Scorer) -> Scorer:
@@ -216,11 +222,20 @@ def open_scorer(
             return replace(scorer, components=components_of(scorer.spec, tokenizer, records))
         if scorer.kind == "data":
             return replace(scorer, components=unnamed(judge_of(data, tokenizer)))
+        if is_hf(Path(scorer.spec)):
+            score, context = bridge.score_of(scorer.spec, tokenizer, template, device, records)
+            return replace(scorer, components=unnamed(score), context=context)
         model = load_reward_model(scorer.spec, tokenizer.fingerprint, device, base, frozen)
         trunk = model.states.model if isinstance(model, FrozenReward) else model.model
-        return replace(scorer, components=unnamed(model.score), context=trunk.config.context)
+        own = unnamed(lambda tokens, lengths, mask, rows: model.score(tokens, lengths, mask))
+        return replace(scorer, components=own, context=trunk.config.context)
 
     return opened(scorer_of(spec, rules=data is not None))
+
+
+def digest_of_model(spec: str) -> str:
+    """sha256 of a reward model's weights, whoever trained it."""
+    return hf_digest(Path(spec)) if is_hf(Path(spec)) else checkpoint.digest(spec)
 
 
 def unnamed(score: Score) -> Components:
@@ -228,7 +243,7 @@ def unnamed(score: Score) -> Components:
 
     @torch.no_grad()
     def components(tokens: Tensor, lengths: Tensor, mask: Tensor, rows: Tensor | None = None) -> dict[str, Tensor]:
-        return {"": score(tokens, lengths, mask)}
+        return {"": score(tokens, lengths, mask, rows)}
 
     return components
 
@@ -238,7 +253,7 @@ def judge_of(data: str, tokenizer: Tokenizer) -> Score:
     judge = own_judge(data)
     if judge is None:
         raise ValueError(f"{data} brings no judge of its own: name one, a reward model's directory or file.py:function")
-    return lambda tokens, lengths, mask: torch.tensor(
+    return lambda tokens, lengths, mask, rows: torch.tensor(
         [judge(tokenizer.decode(row[:n].tolist())) for row, n in zip(tokens, lengths)], device=tokens.device
     )
 
