@@ -219,7 +219,8 @@ def open_asking(cfg: Config, base: Pretrained, held_out: HeldOut, tokenizer: Tok
     """The rewards and the judge; ValueError for data that bring no judge where one is needed."""
     stop_ids = tuple(sorted({*base.stop_ids, *held_out.stop_ids}))
     sampling = Sampling(cfg.response_tokens, stop_ids, tokenizer.pad, cfg.temperature)
-    opening = dict(tokenizer=tokenizer, device=device, base=base, records=held_out.records)
+    asked = {"records": held_out.records, "template": held_out.template}
+    opening = dict(tokenizer=tokenizer, device=device, base=base) | asked
     specs = (cfg.reward, *cfg.other_rewards)
     opened = {spec: open_scorer(spec, **opening) for spec in specs}
     found = {"reward" if spec == cfg.reward else spec: scorer.score for spec, scorer in opened.items()}

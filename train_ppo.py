@@ -289,7 +289,8 @@ def open_cast(cfg: Config, dist: Dist, precision: Precision) -> Cast:
     say(f"prompts: {prompts.summary}", dist.is_main)
     model, lora = base.model.eval(), lora_of(cfg)
     roles = LAYOUTS[cfg.layout](model, critic_of(cfg), cfg.temperature, lora, cfg.branch_layers)
-    reward = open_scorer(cfg.reward, tokenizer, dist.device, base, roles.frozen, records=prompts.records)
+    asked = {"records": prompts.records, "template": train.template}
+    reward = open_scorer(cfg.reward, tokenizer, dist.device, base, roles.frozen, **asked)
     sampling = Sampling(cfg.response_tokens, stop_ids, tokenizer.pad, cfg.temperature)
     respond = partial(act, roles.sampler, sampling, cfg.seed, precision)
     held_out = open_judge(cfg, dist, tokenizer, base, respond, prompts)
@@ -334,7 +335,8 @@ def open_judge(
             f"--judge_prompts={cfg.judge_prompts}: the validation split has {len(units)}; use at most those"
         )
     batch = drawn(loader, units, cfg.judge_prompts, cfg.seed)
-    score = open_scorer(cfg.judge, tokenizer, dist.device, base, data=cfg.data, records=loader.records).score
+    asked = {"records": loader.records, "template": validation.template}
+    score = open_scorer(cfg.judge, tokenizer, dist.device, base, data=cfg.data, **asked).score
     return HeldOutJudge(score, respond, *batch, cfg.judge_every, cfg.judge_patience, cfg.batch, dist)
 
 

@@ -30,8 +30,11 @@ from evaluation.words import Table, as_json, markdown_table, show
 from rlhf.calibration import reliability_bins
 from rlhf.infra import checkpoint, config, distributed, run
 from rlhf.infra.files import read_json, write_json, write_text
+from rlhf.lm.pretrained import is_hf
+from rlhf.reward.bridge import open_reader
 from rlhf.reward.files import load_reward_model
-from rlhf.reward.model import FrozenReward
+from rlhf.reward.model import FrozenReward, RewardModel
+from rlhf.reward.scorer import digest_of_model
 from rlhf.statistics import (
     Estimate,
     auc,
@@ -46,7 +49,7 @@ from rlhf.statistics import (
 
 @dataclass(frozen=True)
 class Config:
-    model: str = "out/rm"  # reward model: a run or checkpoint directory of train_rm.py
+    model: str = "out/rm"  # reward model: a run or checkpoint of train_rm.py, or an HF sequence classifier's directory
     data: str = "out/data/vader"  # directory made by data.prepare, or a JSONL file of prompt, chosen, rejected (subset)
     split: Literal["validation", "test"] | None = None  # of the directory; none = test
     out: str | None = None  # directory for card.json, card.md and the plots; none = the model's run
@@ -57,6 +60,8 @@ class Config:
 
     def __post_init__(self):
         config.at_least(self, sentences=2, probe_texts=2)
+        if self.chat and not Path(self.data).is_file():
+            raise ValueError(f"--chat has no effect: the texts of {self.data} answer no prompts")
 
 
 BINS = 10  # of the reliability diagram
@@ -70,15 +75,10 @@ def main() -> None:
     drawn = can_draw(cfg.plots)
 
     # 1. read: the model, the texts, and which of two people prefer
-    tokenizer = load_tokenizer(checkpoint.resolve(cfg.model))
+    reward_model, tokenizer, encode = open_model(cfg, device)
     material = read_material(cfg, tokenizer)
-    reward_model = load_reward_model(cfg.model, tokenizer.fingerprint, device)
-    context = (
-        reward_model.states.model if isinstance(reward_model, FrozenReward) else reward_model.model
-    ).config.context
 
     # 2. score: every text once, as it is and as the probes change it
-    encode = encoder(tokenizer, Chat(tokenizer) if cfg.chat else None, context)
     originals = [encode(*text) for text in material.texts]
     changes = planned_probes(material, originals, encode, cfg.probe_texts)
     rows = [*originals, *(row for change in changes for side in (change.before, change.after) for row in side)]
@@ -87,7 +87,7 @@ def main() -> None:
     # 3. report
     card = {
         "model": cfg.model,
-        "sha256": checkpoint.digest(cfg.model),
+        "sha256": digest_of_model(cfg.model),
         "data": cfg.data,
         "texts": len(originals),
         "pairs": len(material.chosen),
@@ -109,6 +109,31 @@ def main() -> None:
     print(f"{card['seconds']:.0f} s -> {out}: {', '.join(['card.json', 'card.md', *files])}")
 
 
+def open_model(cfg: Config, device) -> tuple[RewardModel | FrozenReward, Tokenizer, Callable[..., "Row"]]:
+    """The reward model, its tokenizer, and encode(prompt, text, ended=True) -> Row in the form that it knows."""
+    if not is_hf(Path(cfg.model)):
+        tokenizer = load_tokenizer(checkpoint.resolve(cfg.model))
+        model = load_reward_model(cfg.model, tokenizer.fingerprint, device)
+        context = (model.states.model if isinstance(model, FrozenReward) else model.model).config.context
+        return model, tokenizer, encoder(tokenizer, Chat(tokenizer) if cfg.chat else None, context)
+    reader = open_reader(cfg.model, device)
+    if reader.model.ours:
+        chat = Chat(reader.tokenizer) if cfg.chat else None
+        return reader.model, reader.tokenizer, encoder(reader.tokenizer, chat, reader.context)
+    if cfg.chat and reader.chat is None:
+        raise ValueError(f"--chat has no effect: {cfg.model} has no chat template")
+    print(
+        f"{cfg.model} is asked as HF's pipeline asks it: its own tokenizer, cut from the left to {reader.context} tokens"
+    )
+
+    def encode(prompt: str, text: str, ended: bool = True) -> Row:
+        asked = [{"role": "user", "content": prompt}]
+        ids = reader.conversation(asked, text) if cfg.chat else reader.text(prompt + text, ended)
+        return Row(reader.fitted(ids), len(ids) > reader.context)
+
+    return reader.model, reader.tokenizer, encode
+
+
 def run_of(path: str) -> Path:
     """The run directory of a checkpoint: itself, or the one that holds this step."""
     return Path(path).parent if re.fullmatch(r"step_\d+", Path(path).name) else Path(path)
@@ -122,7 +147,7 @@ def beats_length(reward: str) -> None:
     card, report = (run_of(reward) / name for name in ("card.json", "report.json"))
     if card.exists():
         found = read_json(card)
-        if found["sha256"] != checkpoint.digest(reward):
+        if found["sha256"] != digest_of_model(reward):
             raise ValueError(f"{card} is about other weights than {reward}: make it again with evaluate.py rm")
         over = found["over_length"]
         good, margin = over["low"] > 0, show(over, "+.3f")
@@ -182,15 +207,14 @@ def read_material(cfg: Config, tokenizer: Tokenizer) -> Material:
         if cfg.split:
             raise ValueError(f"--split has no effect: {cfg.data} is a file, without splits")
         return preferences(cfg)
-    if cfg.chat:
-        raise ValueError(f"--chat has no effect: the texts of {cfg.data} answer no prompts")
     return rated_sentences(cfg, tokenizer)
 
 
 def rated_sentences(cfg: Config, tokenizer: Tokenizer) -> Material:
     """Sentences with their ratings; of a file of preferences, whose ratings say nothing between pairs, the pairs alone."""
     data = open_data(cfg.data, cfg.split or "test")
-    check_fingerprint(data.fingerprint, tokenizer.fingerprint, str(data))
+    if not is_hf(Path(cfg.model)):  # what HF's classifiers are given is text
+        check_fingerprint(data.fingerprint, tokenizer.fingerprint, str(data))
     some = SomeAnswers(data, some_prompts(data, cfg.sentences, seed=1))
     ratings, chosen, rejected, gap = (
         np.array(some.column(name)) for name in ("rating", "pair_chosen", "pair_rejected", "pair_gap")

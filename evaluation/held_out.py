@@ -29,6 +29,7 @@ class HeldOut:
     stop_ids: tuple[int, ...]  # that end an answer in the data's template; none for plain text
     are_starts: bool  # the beginnings of texts, which have no prompts of their own
     summary: str
+    template: str | None = None  # sha256 of the data's chat template
 
 
 def held_out_prompts(
@@ -44,7 +45,8 @@ def held_out_prompts(
     stop_ids = check_template(tokenizer, splits[split].template, "the base")
     batch = drawn(held_out, unseen(held_out, train), count, seed)
     starts = isinstance(held_out, StartLoader)
-    return HeldOut(*batch, held_out.records, tuple(sorted(stop_ids)), starts, held_out.summary)
+    facts = (tuple(sorted(stop_ids)), starts, held_out.summary, splits[split].template)
+    return HeldOut(*batch, held_out.records, *facts)
 
 
 def sample_groups(

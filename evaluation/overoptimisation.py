@@ -65,7 +65,7 @@ def main() -> None:
     base = opened.model.eval()
     how = {name: settings[name] for name in PROMPTS} | {"context": base.config.context}
     asked = held_out_prompts(cfg.data, cfg.split, cfg.prompts, cfg.seed, tokenizer, **how)
-    opening = dict(tokenizer=tokenizer, device=device, base=opened, records=asked.records)
+    opening = dict(tokenizer=tokenizer, device=device, base=opened, records=asked.records, template=asked.template)
     proxy = open_scorer(cfg.proxy, **opening).score
     gold = open_scorer(cfg.gold, **opening, data=cfg.data).score
     prompts = asked.prompts.to(device), asked.lengths.to(device)

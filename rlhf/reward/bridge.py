@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batches import cut, pad
 from data.chat import Chat
 from data.encoding import plain
+from data.loader import cut, pad
 from data.records import Record
 from data.tokenizer import Tokenizer, load_tokenizer
 from rlhf.infra.metrics import say
