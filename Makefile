@@ -1,6 +1,7 @@
 # Every target spells out the plain commands it stands for; `make -n demo` prints them.
 #   make demo    the main job: a real language model, real human ratings; about 10 minutes on 2 cores (also: make smollm2)
 #   make scratch the same job with a language model that is trained from scratch
+#   make chat    a chat model learns a task that a program checks: fine-tuning, PPO, right answers before and after
 #   make test    all tests but the slow ones, which are make test-slow
 #   make bench   our sampler beside transformers', our PPO beside TRL's (with EXTRAS=compare)
 PYTHON ?= python3
@@ -8,12 +9,13 @@ VENV ?= .venv
 EXTRAS ?= dev
 OUT ?= out/demo
 SCRATCH ?= out/scratch
+CHAT ?= out/chat
 
 PY = $(VENV)/bin/python
 TORCHRUN = OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc_per_node=2
 READY = $(VENV)/ready-$(EXTRAS)
 
-.PHONY: demo smollm2 scratch test test-slow test-bits lint bench clean
+.PHONY: demo smollm2 scratch chat test test-slow test-bits lint bench clean
 
 demo: $(READY)
 	$(PY) export.py --init=smollm2-135m-instruct --out=$(OUT)/base
@@ -35,6 +37,16 @@ scratch: $(READY)
 	    --sources=film
 	$(PY) evaluate.py --data=$(SCRATCH)/data --base=$(SCRATCH)/lm --reward=$(SCRATCH)/rm --tuned=$(SCRATCH)/ppo --out=$(SCRATCH) \
 	    --sources=film
+
+chat: $(READY)
+	$(PY) export.py --init=smollm2-135m-instruct --out=$(CHAT)/base
+	$(PY) -m data.prepare sorting --tokenizer=$(CHAT)/base --out=$(CHAT)/data
+	$(TORCHRUN) train_lm.py --init=$(CHAT)/base --data=$(CHAT)/data --out=$(CHAT)/sft --batch=16 --epochs=0.0875 --lr=1e-4 --warmup=2
+	$(TORCHRUN) train_ppo.py --init=$(CHAT)/sft --data=$(CHAT)/data --reward=rewards/verify.py:exact --out=$(CHAT)/ppo \
+	    --layout=branch --branch_layers=8 --samples_per_prompt=8 --response_tokens=12 --kl_coef=0.01 --lam=1 \
+	    --lr=2e-4 --warmup=3 --epochs=1 --iterations=40
+	$(PY) evaluate.py --base=$(CHAT)/base --tuned=$(CHAT)/sft,$(CHAT)/ppo --data=$(CHAT)/data --reward=rewards/verify.py:exact \
+	    --out=$(CHAT) --response_tokens=12 --prompts=128 --samples=4 --greedy=true --best_of=1
 
 test: $(READY)
 	$(PY) -m pytest -m "not slow"

@@ -72,12 +72,16 @@ TEMPLATES = {  # the ideas of published ones
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
+def tiny_chat_tokenizer() -> BPETokenizer:
     merged = [merge.replace(" ", "") for merge in [*fake_gguf.MERGES, "\u010a \u010a"]]
     tokens = [*CONTROL, *fake_gguf.LETTERS, *merged, *USER_DEFINED]
     types = [3] * len(CONTROL) + [1] * (256 + len(merged)) + [4] * len(USER_DEFINED)
     return BPETokenizer(tokens, types, [*fake_gguf.MERGES, "\u010a \u010a"], "gpt-2", eos=2, bos=3, pad=0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_chat_tokenizer()
 
 
 def plain_ids(tokenizer, template, messages, add_generation_prompt=False):

@@ -1,17 +1,19 @@
 """Evaluate, sample and the loop of rounds on conversations: template, history and columns of prepared data."""
 
 import json
+import re
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from test_chat import TEMPLATES, tokenizer  # noqa: F401  a fixture
-from test_sft import model_of
+from test_sft import write_chat_model
 from tiny import lines
 
-from data.tokenizer import write_hf
+from data import larger, sorting
 from evaluation import verifiable
-from model.hf import save_hf
+from rewards.verify import exact
 
 REWARDS = """
 def odd(prompts, responses, messages, answer):
@@ -23,13 +25,24 @@ def longer(responses):
 """
 
 
+def numbers(record) -> list[int]:
+    return [int(x) for x in re.findall(r"\d+", record.prompt[-1]["content"])]
+
+
+def sort(*numbers: int) -> str:
+    return ", ".join(map(str, sorted(numbers)))
+
+
+def compare(a: int, b: int) -> str:
+    return "yes" if a > b else "no"
+
+
 @pytest.fixture(scope="module")
 def chats(world, tokenizer, tmp_path_factory):  # noqa: F811
     """A tiny chat model `hf`, and `data`: prompts with a system message, a history and the column `answer`."""
     home = tmp_path_factory.mktemp("chats")
     tokenizer.chat_template = TEMPLATES["smollm2"]
-    save_hf(home / "hf", model_of(tokenizer), eos_ids=[tokenizer.eos], pad_id=tokenizer.pad, bos_id=tokenizer.bos)
-    write_hf(tokenizer, home / "hf")
+    write_chat_model(tokenizer, home / "hf")
     tokenizer.chat_template = None
     (home / "rewards.py").write_text(REWARDS)
     rows = []
@@ -117,6 +130,19 @@ def test_a_prompt_file_that_holds_none_is_refused(world, chats, tmp_path, row, s
     (tmp_path / "bad.jsonl").write_text(row + "\n")
     done = world.run("sample.py", checkpoint=chats / "hf", prompts=tmp_path / "bad.jsonl")
     assert done.code == 2 and said in done.err and "bad.jsonl" in done.err and done.err.count("\n") == 1, done.err
+
+
+@pytest.mark.parametrize("task, rows, right", [(sorting, 3654, sort), (larger, 4851, compare)])
+def test_tasks_are_right_and_hold_out_sets(task, rows, right):
+    """Every set of numbers once; its split depends on the set alone; the gold answer is what the question asks for."""
+    records = [record for _, record in task.read_records()]
+    assert len(records) == rows == len({frozenset(numbers(record)) for record in records})
+    assert all(record.answers == (record.extra["answer"],) == (right(*numbers(record)),) for record in records)
+    shares = Counter(record.split for record in records)
+    assert all(0.08 < shares[name] / rows < 0.12 for name in ("validation", "test"))
+    assert (
+        exact([record.answers[0] for record in records], [record.extra["answer"] for record in records]) == [1.0] * rows
+    )
 
 
 @pytest.mark.slow

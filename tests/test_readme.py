@@ -17,7 +17,9 @@ from typing import NamedTuple
 import fake_ratings
 import pytest
 import test_iterate
+from test_chat import TEMPLATES, tiny_chat_tokenizer
 from test_scripts import PPO_METRICS
+from test_sft import write_chat_model
 from tiny import ROOT, SMALL, World
 from torch.distributed.run import get_args_parser
 
@@ -196,7 +198,17 @@ def test_what_ci_runs():
 LOOP = {name: value for name, value in test_iterate.LOOP.items() if name not in ("rater", "rater_noise")}
 SIZES = SMALL | {"iterate.py": LOOP | {"rounds": 1}}
 SIZES["train_ppo.py"] = SMALL["train_ppo.py"] | {"weak_reward": "true"}  # a reward model of this size may be one
-WHOLE = ("train_lm.py", "train_rm.py", "train_ppo.py", "sample.py", "evaluate.py", "export.py", "iterate.py")
+SIZES["train_dpo.py"] = {"batch": 8, "epochs": 1, "warmup": 1}
+WHOLE = (
+    "train_lm.py",
+    "train_rm.py",
+    "train_dpo.py",
+    "train_ppo.py",
+    "sample.py",
+    "evaluate.py",
+    "export.py",
+    "iterate.py",
+)
 
 
 def small(command: Command) -> list[str]:
@@ -264,6 +276,19 @@ def tuned(world, tmp_path_factory):
     return run
 
 
+def chat_files(here: Path) -> None:
+    """`chat-model` and `chats.jsonl`, as somebody has them."""
+    chat_tokenizer = tiny_chat_tokenizer()
+    chat_tokenizer.chat_template = TEMPLATES["smollm2"]
+    write_chat_model(chat_tokenizer, here / "chat-model")
+    with (here / "chats.jsonl").open("w") as f:
+        for i in range(200):
+            sides = {"chosen": f"It is {i}.", "rejected": "I do not know at all."}
+            row = {"prompt": [{"role": "user", "content": f"What is {i}?"}]}
+            row |= {name: [{"role": "assistant", "content": text}] for name, text in sides.items()}
+            f.write(json.dumps(row) + "\n")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if any(map(runnable, commands(page)))], ids=lambda p: p.name)
 def test_a_page_runs_from_top_to_bottom(world, tuned, tmp_path, page):
@@ -283,6 +308,8 @@ def test_a_page_runs_from_top_to_bottom(world, tuned, tmp_path, page):
     (tmp_path / "preferences.jsonl").write_text("".join(json.dumps(choice) + "\n" for choice in choices))
     questions = [{"prompt": f"{row[:20]} {i}", "answer": str(i)} for i, row in enumerate(rows)]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    if "chat-model" in page.read_text():
+        chat_files(tmp_path)
     (tmp_path / "rewards.py").write_text((world.path / "rewards.py").read_text())
     (tmp_path / "rewards").symlink_to(ROOT / "rewards")
     for name, code in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):

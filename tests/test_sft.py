@@ -46,6 +46,12 @@ def model_of(tokenizer, **shape) -> Transformer:  # noqa: F811
     return model
 
 
+def write_chat_model(tokenizer, directory) -> None:  # noqa: F811
+    """An HF directory with the tokenizer's template."""
+    save_hf(directory, model_of(tokenizer), eos_ids=[tokenizer.eos], pad_id=tokenizer.pad, bos_id=tokenizer.bos)
+    write_hf(tokenizer, directory)
+
+
 def prepared(tokenizer, template: str, directory) -> tuple[Examples, list]:  # noqa: F811
     """The talks in a split of their own, and what Chat made of each."""
     chat, rows = Chat(tokenizer, TEMPLATES[template]), []
