@@ -22,6 +22,7 @@ from torch import Tensor
 from data.loader import PairBatch, PairLoader, in_order, open_data, shard
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
 from rlhf.infra import config, distributed, optim
+from rlhf.infra.brakes import Brakes
 from rlhf.infra.distributed import Dist
 from rlhf.infra.metrics import Metrics, say
 from rlhf.infra.run import Run, write_json
@@ -29,6 +30,8 @@ from rlhf.lm.pretrained import Pretrained, open_pretrained
 from rlhf.lm.trunks import LoRA
 from rlhf.losses import dpo_loss, ipo_loss
 from rlhf.ppo.roles import LAYOUTS, STORED, Roles
+from rlhf.replay import dpo as replay
+from rlhf.replay.texts import rows_of
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Config:
     decay: Literal["linear", "cosine", "constant"] = "linear"  # learning rate after the warm-up
     weight_decay: float = 0.0  # AdamW, on matrices alone
     grad_clip: float = 1.0  # largest global gradient norm; 0 = unclipped
+    max_bad_steps: int = 3  # steps in a row, skipped for a number that is not finite, that end the run
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast type; bf16 and fp16 need CUDA
     seed: int = 1  # of the adapters and the order of the pairs
     # report
@@ -70,6 +74,7 @@ class Config:
         config.at_least(self, context=2, beta=1e-6, label_smoothing=0, lora_rank=1, lora_alpha=0, branch_layers=1)
         config.at_least(self, epochs=0, batch=1, micro_batch=1, lr=0, warmup=0, weight_decay=0, grad_clip=0, seed=0)
         config.at_least(self, log_every=1, eval_every=1, checkpoint_every=1, keep_checkpoints=1)
+        config.at_least(self, max_bad_steps=1)
         if self.eval_every % self.log_every:
             raise ValueError(f"eval_every {self.eval_every} is not a multiple of log_every {self.log_every}")
         if self.label_smoothing >= 0.5:
@@ -95,13 +100,16 @@ def main() -> None:
     saved_as = description(cfg, base)
     run = Run(cfg.out, options, roles.policy, optimizer, precision.scaler, dist, saved_as, files, cfg.keep_checkpoints)
     say(f"training on {loader.summary}; validation on {held_out.summary}", dist.is_main)
-    fit(cfg, roles, optimizer, loader, held_out, total, run, precision, dist)
+    fit(cfg, roles, optimizer, loader, held_out, tokenizer, total, run, precision, dist)
     dist.close()
 
 
-def fit(cfg: Config, roles: Roles, optimizer, loader, held_out, total: int, run: Run, precision, dist: Dist) -> None:
+def fit(
+    cfg: Config, roles: Roles, optimizer, loader, held_out, tokenizer, total: int, run: Run, precision, dist: Dist
+) -> None:
     """The loop: one optimiser step a batch of pairs; validation and a report."""
     learner, log = dist.wrap(roles.policy), Metrics(cfg.out, dist.is_main, run.done, CONSOLE)
+    brakes = Brakes(run, optimizer, cfg.max_bad_steps)
     for step in run.steps(total, "dpo"):
         pairs = shard(loader.order.rows(step), dist.rank, dist.world)
         weight = dist.sum(loader.take(pairs).weight.sum().double())
@@ -116,16 +124,19 @@ def fit(cfg: Config, roles: Roles, optimizer, loader, held_out, total: int, run:
         lr = optim.schedule(step, total, cfg.warmup, cfg.lr, cfg.decay)
         optim.set_lr(optimizer, lr)
         grad_norm = optim.step(optimizer, roles.policy, precision.scaler, cfg.grad_clip)
+        if not brakes.took(grad_norm, sums[0], precision.scaler):
+            skip(brakes, roles, loader.take(loader.order.rows(step)), step, micro_batch, cfg, precision, tokenizer)
 
         done = step + 1
-        if done % cfg.log_every == 0 or done == total:
+        if done % cfg.log_every == 0 or done == total or brakes.ended:
             means = (dist.sum(sums) / weight).tolist()
-            record = dict(zip(NUMBERS, means)) | {"policy/grad_norm": grad_norm, "lr": lr}
-            if done % cfg.eval_every == 0 and done < total:
+            record = dict(zip(NUMBERS, means)) | {"policy/grad_norm": grad_norm, "lr": lr, "bad/steps": brakes.count()}
+            if done % cfg.eval_every == 0 and done < total and not brakes.ended:
                 record |= validate(roles, held_out, cfg, dist)
             log.log(step, record | {"episode": done * cfg.batch})
+        brakes.check()
         if run.due(done, cfg.checkpoint_every, total):
-            run.save(done)
+            run.save(done, **brakes.state())
 
     report = {"steps": total, **validate(roles, held_out, cfg, dist), "seconds": run.seconds}
     if dist.is_main:
@@ -134,6 +145,25 @@ def fit(cfg: Config, roles: Roles, optimizer, loader, held_out, total: int, run:
             f"held-out pairs: accuracy {report['validation/accuracy']:.3f}, margin {report['validation/margin']:.3f}, "
             f"{report['seconds']:.0f} s -> {cfg.out}"
         )
+
+
+def skip(
+    brakes: Brakes, roles: Roles, batch: PairBatch, step: int, micro_batch: int, cfg: Config, precision, tokenizer
+) -> None:
+    """Count and store a step that cannot be taken; the batch is that of all ranks."""
+    device = brakes.run.dist.device
+    pairs = {name: getattr(batch, name).to(device) for name in replay.FIELDS}
+    brakes.skip(
+        f"{step:06d}",
+        step,
+        replay.step_formulas(roles, pairs, asdict(cfg) | {"micro_batch": micro_batch}, precision),
+        lambda: pairs,
+        lambda: rows_of(tokenizer, batch.tokens, batch.lengths),
+        "the gradient is not finite",
+        script="train_dpo.py",
+        rows=batch.rows.tolist(),
+        micro_batch=micro_batch,
+    )
 
 
 NUMBERS = ("loss/policy", "rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy")

@@ -26,12 +26,15 @@ from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
 from model.generate import Sampling, generate, row_uniforms
 from model.transformer import ModelConfig, Transformer
 from rlhf.infra import config, distributed, optim
+from rlhf.infra.brakes import Brakes
 from rlhf.infra.distributed import Dist
 from rlhf.infra.metrics import Metrics, say
 from rlhf.infra.run import Run, write_json
 from rlhf.lm.language_model import LanguageModel
 from rlhf.lm.pretrained import Pretrained, open_pretrained
 from rlhf.lm.trunks import LoRA, adapted
+from rlhf.replay import lm as replay
+from rlhf.replay.texts import rows_of
 
 SAMPLES = 4  # texts that are written at every evaluation, of at most so many tokens:
 SAMPLE_TOKENS = 64
@@ -66,6 +69,7 @@ class Config:
     decay: Literal["linear", "cosine", "constant"] = "cosine"  # learning rate after the warm-up
     weight_decay: float = 0.1  # AdamW, on matrices alone
     grad_clip: float = 1.0  # largest global gradient norm
+    max_bad_steps: int = 3  # steps in a row, skipped for a number that is not finite, that end the run
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast type; bf16 and fp16 need CUDA
     seed: int = 1  # of the weights, the order of the data, and the samples
     # report
@@ -77,7 +81,7 @@ class Config:
     def __post_init__(self):
         config.at_least(self, width=1, layers=1, heads=1, kv_heads=1, ffn=1, context=2, batch=1, micro_batch=1, seed=0)
         config.at_least(self, epochs=0, lr=0, warmup=0, weight_decay=0, grad_clip=0, lora_rank=1, lora_alpha=0)
-        config.at_least(self, log_every=1, eval_every=1, checkpoint_every=1)
+        config.at_least(self, log_every=1, eval_every=1, checkpoint_every=1, max_bad_steps=1)
         if self.eval_every % self.log_every:
             raise ValueError(f"eval_every {self.eval_every} is not a multiple of log_every {self.log_every}")
         if self.layout == "adapters" and not self.init:
@@ -113,7 +117,7 @@ def fit(
 ) -> None:
     """The loop: one optimiser step a batch; validation, samples and a report."""
     (loader, held_out), learner = loaders, dist.wrap(language_model)
-    log = Metrics(cfg.out, dist.is_main, run.done)
+    log, brakes = Metrics(cfg.out, dist.is_main, run.done), Brakes(run, optimizer, cfg.max_bad_steps)
     for step in run.steps(total, "lm"):
         batch = loader.batch(step)
         tokens, lengths, mask = (x.to(dist.device) for x in batch[:3])
@@ -129,17 +133,20 @@ def fit(
         lr = optim.schedule(step, total, cfg.warmup, cfg.lr, cfg.decay)
         optim.set_lr(optimizer, lr)
         grad_norm = optim.step(optimizer, language_model, precision.scaler, cfg.grad_clip)
+        if not brakes.took(grad_norm, nll, precision.scaler):
+            skip(brakes, language_model, loader, step, micro_batch, precision, tokenizer)
 
         done = step + 1
-        if done % cfg.log_every == 0 or done == total:
-            record = {"loss/train": float(dist.sum(nll)), "grad_norm": grad_norm, "lr": lr}
-            if done % cfg.eval_every == 0 and done < total:
+        if done % cfg.log_every == 0 or done == total or brakes.ended:
+            record = {"loss/train": float(dist.sum(nll)), "grad_norm": grad_norm, "lr": lr, "bad/steps": brakes.count()}
+            if done % cfg.eval_every == 0 and done < total and not brakes.ended:
                 record |= validate(language_model, held_out, tokenizer, dist)
             log.log(step, record)
+        brakes.check()
         if done % cfg.eval_every == 0 or done == total:  # before the checkpoint: a kill after it must lose nothing
             log.samples(step, samples(language_model.model, held_out, tokenizer, stop_ids, cfg.seed))
         if run.due(done, cfg.checkpoint_every, total):
-            run.save(done)
+            run.save(done, **brakes.state())
 
     report = {"steps": total, **validate(language_model, held_out, tokenizer, dist), "seconds": run.seconds}
     if dist.is_main:
@@ -148,6 +155,26 @@ def fit(
             f"validation perplexity {report['validation/perplexity']:.1f}, "
             f"{report['validation/bits_per_byte']:.3f} bits per byte, {report['seconds']:.0f} s -> {cfg.out}"
         )
+
+
+def skip(
+    brakes: Brakes, language_model, loader: TextLoader, step: int, micro_batch: int, precision, tokenizer: Tokenizer
+) -> None:
+    """Count and store a step that cannot be taken; the batch is that of all ranks."""
+    batch = loader.take(loader.order.rows(step))
+    device = next(language_model.parameters()).device
+    tokens, lengths, mask = (x.to(device) for x in batch[:3])
+    brakes.skip(
+        f"{step:06d}",
+        step,
+        replay.step_formulas(language_model, tokens, lengths, mask, micro_batch, precision),
+        lambda: {"tokens": tokens, "lengths": lengths, "mask": mask},
+        lambda: rows_of(tokenizer, batch.tokens, batch.lengths),
+        "the gradient is not finite",
+        script="train_lm.py",
+        rows=batch.rows.tolist(),
+        micro_batch=micro_batch,
+    )
 
 
 def open_splits(cfg: Config) -> tuple[Tokenizer, Examples, Examples]:
@@ -248,7 +275,7 @@ def validate(language_model: LanguageModel, data: TextLoader, tokenizer: Tokeniz
     bits = nats / math.log(2) / size if size else math.nan
     return {
         "validation/loss": nats / count,
-        "validation/perplexity": math.exp(nats / count),
+        "validation/perplexity": math.exp(nats / count) if nats / count < 700 else math.inf,
         "validation/bits_per_byte": bits,
     }
 

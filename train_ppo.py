@@ -20,6 +20,7 @@ the first ratio is exactly 1; the KL is paid for in the reward, as in the paper,
 from responses of earlier policies.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -38,6 +39,7 @@ from rlhf.advantages import ESTIMATORS
 from rlhf.doctor.diagnosis import diagnose, in_words
 from rlhf.functional import whiten
 from rlhf.infra import checkpoint, config, distributed, optim
+from rlhf.infra.brakes import Brakes
 from rlhf.infra.distributed import Dist
 from rlhf.infra.files import read_json, read_lines, write_json
 from rlhf.infra.metrics import Metrics, say
@@ -47,7 +49,8 @@ from rlhf.lm.pretrained import Pretrained, config_of, open_pretrained
 from rlhf.lm.trunks import LoRA
 from rlhf.overoptimisation import best_place
 from rlhf.ppo import update as ppo
-from rlhf.ppo.early_stop import HeldOutJudge, NoJudge, too_far
+from rlhf.ppo.early_stop import HeldOutJudge, KLBound, NoBound, NoJudge
+from rlhf.ppo.guard import Guard, Limits
 from rlhf.ppo.plan import Sizes, plan, table
 from rlhf.ppo.roles import CRITICS, LAYOUTS, STORED, Roles
 from rlhf.ppo.rollout import Experience, act, gather, judge, minibatches
@@ -106,7 +109,10 @@ class Config:
     value_clip: float | None = 0.2  # values may move this far from the old ones; none = unclipped [estimator=gae]
     entropy_coef: float = 0.0  # weight of the entropy bonus
     target_approxkl: float | None = None  # end an iteration's updates when KL(old, new) per token passes it
-    max_kl: float | None = None  # end the run when KL(policy || reference) passes it, nats per response
+    max_kl: float | None = None  # end the run at the last policy whose KL to the reference keeps it, nats per response
+    max_ratio: float | None = 10.0  # a step whose mean ratio passes it is skipped; none = any finite one
+    max_value_loss: float | None = 1e6  # the same for the mean value loss [estimator=gae]
+    max_bad_steps: int = 3  # steps in a row, skipped for these or for a number that is not finite, that end the run
     lr: float = 3e-4  # peak learning rate
     warmup: int = 5  # iterations of linear warm-up
     decay: Literal["linear", "cosine", "constant"] = "linear"  # learning rate after the warm-up
@@ -133,10 +139,11 @@ class Config:
         config.at_least(self, kl_coef=0, kl_target=0, kl_horizon=1, gamma=0, lam=0, value_coef=0, entropy_coef=0)
         config.at_least(self, iterations=1, epochs=1, minibatches=1, micro_batch=1, sample_every=1, checkpoint_every=1)
         config.at_least(self, clip=0, clip_high=0, dual_clip=1, value_clip=0, target_approxkl=0, max_kl=0)
+        config.at_least(self, max_ratio=1, max_value_loss=0, max_bad_steps=1)
         config.at_least(self, lr=0, warmup=0, weight_decay=0, adam_eps=0, grad_clip=0, seed=0)
         config.at_least(self, keep_checkpoints=1, judge_every=1, judge_patience=1, judge_prompts=1)
         config.at_least(self, lora_rank=1, lora_alpha=0, branch_layers=1)
-        config.at_most(self, gamma=1, lam=1)
+        config.at_most(self, gamma=1, lam=1, temperature=10)  # hotter, any model draws all tokens alike
         if self.layout == "full" and self.critic == "shared":
             raise ValueError("--layout=full has a critic of its own; use --layout=shared, or leave --critic=shared out")
         if self.kl_control == "adaptive" and self.kl_coef == 0:
@@ -196,21 +203,20 @@ def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch
     learner = dist.wrap(policy)
     optimizer = optim.make_optimizer(policy, cfg.lr, cfg.weight_decay, betas=(0.9, 0.999), eps=cfg.adam_eps)
     objective = ppo.Objective(cfg.clip, cfg.clip_high, cfg.dual_clip, cfg.value_clip, cfg.value_coef, cfg.entropy_coef)
-    estimator, kl_control = ESTIMATORS[cfg.estimator], kl_control_of(cfg)
+    estimator = ESTIMATORS[cfg.estimator]
     normalise = whiten if estimator.whiten else lambda advantages, mask: advantages
-
-    options, files = asdict(cfg) | cast.inputs, [cast.tokenizer.path]
-    run = Run(cfg.out, options, policy, optimizer, precision.scaler, dist, cast.saved_as, files, cfg.keep_checkpoints)
-    kl_control.load_state_dict(run.state.get("kl_control", kl_control.state_dict()))
-    held_out.verdicts = run.state.get("verdicts", [])
+    run, kl_control = open_run(cfg, cast, optimizer, dist, precision)
     last = run.done if run.state.get("stopped") and not run.changed else cfg.iterations
-    log = Metrics(cfg.out, dist.is_main, run.done, CONSOLE)
+    log = Metrics(cfg.out, dist.is_main, run.done if run.done < last else cfg.iterations + 1, CONSOLE)
     mine = torch.arange(dist.rank, cfg.batch, dist.world)  # global ids of this rank's responses
     group = torch.arange(cfg.batch, device=dist.device) // cfg.samples_per_prompt
-    why = ""
+    bound = NoBound(run) if cfg.max_kl is None else KLBound(run, cfg.max_kl)
+    guard = guard_of(cfg, cast, run, optimizer, objective, kl_control, micro_batch, precision)
+    state = partial(state_of, kl_control, held_out, guard.brakes)
+    broken = stalled = ""
 
-    for iteration in run.steps(last, "ppo"):
-        if why := held_out.stalled():
+    for iteration in run.steps(last + bound.extra * (run.done < last), "ppo"):
+        if (stalled := held_out.stalled()) and not bound.extra:
             break
         clock = Clock()
         # 1. act: sample responses to a batch of prompts with the current policy
@@ -228,7 +234,8 @@ def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch
                 cast.check_once(judged[:micro_batch].trim(), fresh=run.done == 0)
         rollout = gather(judged, dist)
         clock.lap("time/judge")
-        if why := too_far(ppo.mean_kl(rollout), cfg.max_kl):
+        broken = bound.passed(ppo.mean_kl(rollout), iteration, state())
+        if not broken and (stalled or iteration == last):
             break
 
         # 3. credit: score + KL penalty -> rewards -> advantages, returns; whitened over all ranks
@@ -240,34 +247,61 @@ def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch
         experience = Experience.of(rollout, rewards, normalise(advantages, rollout.mask), returns)
 
         # 4. learn: epochs x minibatches x micro-batches; stop early when the policy has moved far enough
-        lr = optim.schedule(iteration, cfg.iterations, cfg.warmup, cfg.lr, cfg.decay)
-        optim.set_lr(optimizer, lr)
-        updates = []
-        for rows in minibatches(cfg.batch, cfg.minibatches, cfg.epochs, cfg.seed, iteration):
+        optim.set_lr(optimizer, lr := optim.schedule(iteration, cfg.iterations, cfg.warmup, cfg.lr, cfg.decay))
+        updates, order = [], minibatches(cfg.batch, cfg.minibatches, cfg.epochs, cfg.seed, iteration)
+        for rows in guard.admitted(order, experience, iteration, batch.rows) if not broken else ():
             minibatch = experience[rows[dist.rank :: dist.world].to(dist.device)]
             update = ppo.accumulate_gradient(learner, minibatch, objective, micro_batch, dist, precision)
-            if cfg.target_approxkl is not None and update["policy/approxkl"] > cfg.target_approxkl:
-                optimizer.zero_grad()  # this step would go too far: leave it undone
-                break
-            update["policy/grad_norm"] = optim.step(optimizer, policy, precision.scaler, cfg.grad_clip)
-            updates.append(update)
+            updates += guard.step(update, experience, rows, iteration, len(updates))
         clock.lap("time/learn")
 
         # 5. report: adapt the KL coefficient, metrics, held-out judge, samples, checkpoint
         record = ppo.metrics(experience, advantages, updates, kl_control.coef, cfg.minibatches)
         record |= cast.reward.means(rollout.parts) | clock.times(record["response/length"] * cfg.batch, dist.device)
-        kl_control.update(record["objective/kl"], cfg.batch)
         done = iteration + 1
-        record |= held_out.ask(done, run)
-        log.log(iteration, record | {"lr": lr, "episode": done * cfg.batch, "iteration": iteration})
+        record |= {} if broken or guard.brakes.ended else held_out.ask(done, run)
+        record |= {"lr": lr, "episode": done * cfg.batch, "iteration": iteration, "bad/steps": guard.brakes.count()}
+        log.log(iteration, record)
+        guard.brakes.check()
+        if broken:
+            break
+        kl_control.update(record["objective/kl"], cfg.batch)
         if done % cfg.sample_every == 0 or done == last:
             log.samples(iteration, texts(experience, cast.tokenizer))
         if run.due(done, cfg.checkpoint_every, last):
-            run.save(done, stopped=False, kl_control=kl_control.state_dict(), verdicts=held_out.verdicts)
+            bound.save(done, stopped=False, **state())
 
-    if why:
-        run.save(iteration, stopped=True, kl_control=kl_control.state_dict(), verdicts=held_out.verdicts)
+    if why := broken or stalled:
+        bound.stop(iteration, stopped=True, **state())
         say(f"stopped after {iteration} iterations: {why}", dist.is_main)
+
+
+def open_run(
+    cfg: Config, cast: Cast, optimizer: torch.optim.Optimizer, dist: Dist, precision: Precision
+) -> tuple[Run, kl.FixedKL | kl.AdaptiveKL]:
+    """The run in `out`, and what weighs the KL, where they stood; the held-out judge gets its verdicts back."""
+    options, files, policy = asdict(cfg) | cast.inputs, [cast.tokenizer.path], cast.roles.policy
+    run = Run(cfg.out, options, policy, optimizer, precision.scaler, dist, cast.saved_as, files, cfg.keep_checkpoints)
+    kl_control = kl_control_of(cfg)
+    kl_control.load_state_dict(run.state.get("kl_control", kl_control.state_dict()))
+    cast.held_out.verdicts = run.state.get("verdicts", [])
+    return run, kl_control
+
+
+def state_of(kl_control: kl.FixedKL | kl.AdaptiveKL, held_out: HeldOutJudge | NoJudge, brakes: Brakes) -> dict:
+    """What a checkpoint remembers beside weights and optimiser."""
+    return {"kl_control": kl_control.state_dict(), "verdicts": [*held_out.verdicts], **brakes.state()}
+
+
+def guard_of(
+    cfg: Config, cast: Cast, run: Run, optimizer, objective, kl_control, micro_batch: int, precision: Precision
+) -> Guard:
+    """The brakes, and how the rows of a minibatch are shown."""
+    trained = ESTIMATORS[cfg.estimator].needs_values and cfg.value_coef  # else the value loss moves nothing
+    limits = Limits(cfg.max_ratio, cfg.max_value_loss if trained else None, cfg.target_approxkl)
+    rows = partial(texts, tokenizer=cast.tokenizer, most=cfg.batch)
+    brakes, how = Brakes(run, optimizer, cfg.max_bad_steps), (micro_batch, precision, cfg.grad_clip, kl_control)
+    return Guard(brakes, cast.roles.policy, objective, limits, *how, rows)
 
 
 def kl_control_of(cfg: Config) -> kl.FixedKL | kl.AdaptiveKL:
@@ -396,10 +430,10 @@ def row_counts(cfg: Config, world: int) -> int:
     return micro_batch
 
 
-def texts(experience: Experience, tokenizer: Tokenizer) -> list[dict]:
+def texts(experience: Experience, tokenizer: Tokenizer, most: int = 8) -> list[dict]:
     """The first responses of an iteration as rows for people to read, with what PPO knew about every token."""
     rows = []
-    for row in (experience[i : i + 1] for i in range(min(8, len(experience)))):
+    for row in (experience[i : i + 1] for i in range(min(most, len(experience)))):
         n, start = int(row.lengths), int(response_starts(row.lengths, row.mask))
         kl = float((row.logprobs - row.ref_logprobs).sum())
         ids = row.tokens[0, start:n].tolist()
@@ -418,10 +452,12 @@ PER_TOKEN = ("logprobs", "ref_logprobs", "values", "rewards", "advantages")  # f
 def write_report(out: str, judge_every: int) -> None:
     """report.json: the means of the last five iterations, the held-out judge's best, the seconds used; and the doctor."""
     all_rows, state = read_lines(f"{out}/metrics.jsonl"), checkpoint.load(out).state
-    rows = all_rows[-5:]
+    rows = [row for row in all_rows if row["step"] <= state["done"]][-5:]  # not of a policy that max_kl took back
     names = ("objective/scores", "objective/kl", "response/length", "response/distinct_2", "time/total")
-    report = {name: sum(row[name] for row in rows) / len(rows) for name in names}
+    finite = {name: [row[name] for row in rows if row[name] is not None] for name in names}
+    report = {name: sum(numbers) / len(numbers) if numbers else math.nan for name, numbers in finite.items()}
     report |= {"iterations": state["done"], "stopped": state["stopped"], "seconds": state["seconds"]}
+    report |= {"brake": state["brake"]} if "brake" in state else {}
     if verdicts := state["verdicts"]:
         done, mean = (best_place(verdicts) + 1) * judge_every, max(verdicts)
         report["best"] = {"iterations": done, "judge/mean": mean}

@@ -34,6 +34,7 @@ from data.pairs import MOST_PAIRS, MOST_TRAINING_PAIRS, SomeAnswers, made_pairs,
 from data.text import SPLITS
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
 from rlhf.infra import checkpoint, config, distributed, optim
+from rlhf.infra.brakes import Brakes
 from rlhf.infra.distributed import Dist
 from rlhf.infra.files import read_json, write_json
 from rlhf.infra.metrics import Metrics, say
@@ -41,6 +42,9 @@ from rlhf.infra.run import Run, begin, seconds_used, steps
 from rlhf.lm.frozen import FrozenStates
 from rlhf.lm.pretrained import Pretrained, open_pretrained
 from rlhf.lm.trunks import LoRA
+from rlhf.replay import rm as replay
+from rlhf.replay.rm import Part
+from rlhf.replay.texts import rows_of
 from rlhf.reward.files import NORMALISATION, average, restored
 from rlhf.reward.finish import (
     References,
@@ -114,6 +118,7 @@ class Config:
     decay: Literal["linear", "cosine", "constant"] = "cosine"  # learning rate after the warm-up [trunk=full|adapters]
     weight_decay: float = 0.1  # AdamW, on matrices alone [trunk=full|adapters]
     grad_clip: float = 1.0  # largest global gradient norm; 0 = unclipped [trunk=full|adapters]
+    max_bad_steps: int = 3  # steps in a row, skipped for a number that is not finite, that end it [trunk=full|adapters]
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast type; bf16 and fp16 need CUDA [trunk=full|adapters]
     seed: int = 1  # of the heads, the adapter, the order of the data, the bootstrap and the reference samples
     # normalisation: continuations by init, whose scores get mean 0 and deviation 1
@@ -130,7 +135,7 @@ class Config:
     def __post_init__(self):
         config.at_least(self, epochs=0, batch=1, micro_batch=1, lr=0, warmup=0, weight_decay=0, grad_clip=0, seed=0)
         config.at_least(self, reference_samples=2, prompt_tokens=1, response_tokens=1)
-        config.at_least(self, log_every=1, eval_every=1, checkpoint_every=1)
+        config.at_least(self, log_every=1, eval_every=1, checkpoint_every=1, max_bad_steps=1)
         config.at_least(self, sentences=2, eval_sentences=2, features=1, members=1, depth=1, lora_rank=1)
         config.at_least(self, preference_coef=0, preference_batch=1)
         config.at_least(self, uncertainty_coef=0, joint_coef=0, margin=0, center_coef=0, lm_coef=0, label_smoothing=0)
@@ -256,17 +261,21 @@ def train(cfg: Config, dist: Dist) -> None:
     total = int(cfg.epochs * loader.order.steps_per_epoch)
     if total < 1:
         raise ValueError(f"epochs {cfg.epochs} of {loader.order.steps_per_epoch} steps each is less than one step")
-    log = Metrics(cfg.out, dist.is_main, run.done)
+    log, brakes = Metrics(cfg.out, dist.is_main, run.done), Brakes(run, optimizer, cfg.max_bad_steps)
     if cfg.preferences:
         held = preference_splits(cfg, base)[0].data
         votes = GroupLoader(held, cfg.preference_batch, cfg.seed, context=base.model.config.context)
     vote_counts, share = bootstrap_counts(len(votes), cfg), len(votes) / len(loader)  # so that a pair weighs as a row
 
-    for step in run.steps(total, "rm"):
+    def parts_of(step: int, dist: Dist) -> list[Part]:
         parts = step_parts(cfg, loader, counts, step, kind, coefficients(kind, objective), dist)
         if votes:
             scale = cfg.preference_coef * share * coefficients("pairs", objective)
             parts += step_parts(cfg, votes, vote_counts, step, "pairs", scale, dist)
+        return parts
+
+    for step in run.steps(total, "rm"):
+        parts = parts_of(step, dist)
         loss = 0.0
         for part, kind_of_part, scale in parts:
             with dist.grad_sync(learner, on=part is parts[-1][0]):
@@ -277,29 +286,53 @@ def train(cfg: Config, dist: Dist) -> None:
         lr = optim.schedule(step, total, cfg.warmup, cfg.lr, cfg.decay)
         optim.set_lr(optimizer, lr)
         grad_norm = optim.step(optimizer, reward_model, precision.scaler, cfg.grad_clip)
+        if not brakes.took(grad_norm, loss, precision.scaler):
+            skip(brakes, reward_model, parts_of(step, Dist(device=dist.device)), step, objective, precision, tokenizer)
 
         done = step + 1
-        if done % cfg.log_every == 0 or done == total:
-            record = {"loss/train": float(dist.sum(loss)), "grad_norm": grad_norm, "lr": lr}
-            if done % cfg.eval_every == 0:
+        if done % cfg.log_every == 0 or done == total or brakes.ended:
+            record = {
+                "loss/train": float(dist.sum(loss)),
+                "grad_norm": grad_norm,
+                "lr": lr,
+                "bad/steps": brakes.count(),
+            }
+            if done % cfg.eval_every == 0 and not brakes.ended:
                 scores = reward_model.combined(raw_scores(reward_model, base, splits[1], dist))
                 record["validation/accuracy"] = accuracy(scores.cpu().numpy(), splits[1])["all"]
             log.log(step, record)
+        brakes.check()
         if run.due(done, cfg.checkpoint_every, total) and (done < total or run.wanted):
-            run.save(done)
+            run.save(done, **brakes.state())
 
     raw = [raw_scores(reward_model, base, split, dist) for split in splits[1:]]
     problem = normalise_and_calibrate(reward_model, base, references, raw[0], splits[1], dist)
-    run.save(total)
+    run.save(total, **brakes.state())
     extra = {"parameters": sum(x.numel() for x in reward_model.parameters() if x.requires_grad)}
     extra |= agreed(cfg, reward_model, base, dist)
     if dist.is_main:
         write_report(cfg, report_of(reward_model, raw, splits, cfg.data, problem) | extra, run.seconds)
 
 
+def skip(
+    brakes: Brakes, reward_model, parts: list[Part], step: int, objective: Objective, precision, tokenizer: Tokenizer
+) -> None:
+    """Count and store a step that cannot be taken; the parts are those of all ranks."""
+    brakes.skip(
+        f"{step:06d}",
+        step,
+        replay.step_formulas(reward_model, parts, objective, precision),
+        lambda: replay.stored(parts),
+        lambda: [row for texts, *_ in parts for row in rows_of(tokenizer, texts.tokens, texts.lengths)],
+        "the gradient is not finite",
+        script="train_rm.py",
+        **replay.facts(parts, objective),
+    )
+
+
 def step_parts(
     cfg: Config, loader, counts: torch.Tensor, step: int, kind: str, scale: torch.Tensor, dist: Dist
-) -> list[tuple[Texts, str, torch.Tensor]]:
+) -> list[Part]:
     """This rank's share of a step, cut into --micro_batch units: each with the kind of its loss, and what its sums weigh."""
     rows = shard(loader.order.rows(step), dist.rank, dist.world)
     texts = texts_of(loader.take(rows), counts[rows])

@@ -173,8 +173,8 @@ def we(sizes: Sizes, rounds: int, side: str) -> list[float]:
         updates = []
         for rows in minibatches(sizes.batch, sizes.minibatches, sizes.epochs, 1, iteration):
             update = ppo.accumulate_gradient(roles.policy, experience[rows], objective, micro_batch, dist, precision)
-            optim.step(optimizer, roles.policy, precision.scaler, 1.0)
-            updates.append(update)
+            norm = optim.step(optimizer, roles.policy, precision.scaler, 1.0)
+            updates.append(update | {"policy/grad_norm": norm, "bad/steps": 0.0})
         ppo.metrics(experience, advantages, updates, 0.05, sizes.minibatches)
         seconds.append(time.process_time() - start)
     return seconds

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 FORMULAS = {f"rlhf.{file.stem}" for file in (ROOT / "rlhf").glob("*.py") if file.stem != "__init__"}  # rlhf/ itself
-FOLDERS = ("infra", "lm", "reward", "ppo", "feedback", "check", "doctor", "serve")
+FOLDERS = ("infra", "lm", "reward", "ppo", "feedback", "check", "doctor", "replay", "serve")
 PACKAGES = ("model", "data", "evaluation", "rewards", "rlhf", *(f"rlhf.{folder}" for folder in FOLDERS))
 ALWAYS = {"torch", "numpy", "sentencepiece", "tiktoken", "regex", "safetensors", "tqdm", "pytest", "hypothesis"}
 INSIDE_FUNCTIONS = {
@@ -91,8 +91,9 @@ MAY_IMPORT = {  # room -> the rooms of ours that it may import
 JOINS = BELOW | {"data", "open", "rlhf.lm", "rlhf.reward", "rlhf.ppo", "rlhf.feedback"}
 MAY_IMPORT |= {
     "rlhf.serve": JOINS | {"rlhf.serve"},
+    "rlhf.replay": JOINS | {"rlhf.replay"},
     "evaluation": JOINS | {"evaluation", "rlhf.doctor"},
-    "script": JOINS | {"rlhf.check", "rlhf.doctor", "evaluation", "script"},
+    "script": JOINS | {"rlhf.check", "rlhf.doctor", "rlhf.replay", "evaluation", "script"},
 }
 MAY_IMPORT |= dict.fromkeys(("tests", "bench", "docs"), MAY_IMPORT["script"] | {"tests", "rlhf.serve", "rewards"})
 

@@ -197,15 +197,17 @@ def test_a_scaled_step_that_is_not_finite_is_skipped_and_says_so(poison, clip):
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_without_a_loss_scale_a_gradient_that_is_not_finite_ends_the_run(poison):
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_without_a_loss_scale_a_step_that_is_not_finite_is_left_to_the_caller(poison, clip):
+    """Not taken, and the gradients stay as they are: they show which parameter it was."""
     net = make_net()
-    optimizer, scaler = optim.make_optimizer(net, 1e-2, 0.1), torch.amp.GradScaler("cpu", enabled=False)
+    optimizer, scaler = optim.make_optimizer(net, 1e-2), torch.amp.GradScaler("cpu", enabled=False)
     backward(net, 0, 1.0)
     net[2].weight.grad[0, 0] = poison
-    weights = bits(net)
-    with pytest.raises(ValueError, match="diverged"):
-        optim.step(optimizer, net, scaler, 1.0)
-    assert bits(net) == weights
+    weights, held = bits(net), [p.grad.clone() for p in net.parameters()]
+    assert not math.isfinite(optim.step(optimizer, net, scaler, clip))
+    assert bits(net) == weights and not optimizer.state
+    assert all(torch.equal(a.nan_to_num(), p.grad.nan_to_num()) for a, p in zip(held, net.parameters()))
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.01])

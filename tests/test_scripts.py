@@ -30,7 +30,7 @@ PPO_METRICS = set(
     response/length response/eos_rate response/truncated_rate response/distinct_2
     rollout/logprob_diff_mean rollout/logprob_diff_max
     time/rollout time/judge time/learn time/total perf/tokens_per_s perf/peak_memory_gb
-    lr episode iteration step
+    lr episode iteration step bad/steps
     """.split()
 )
 
@@ -179,12 +179,18 @@ def test_target_approxkl_ends_an_iteration(world, tmp_path):
 
 
 def test_max_kl_ends_the_run_for_good(world, tmp_path):
-    """Before the update that would follow: every reported iteration is within the bound."""
+    """At the last policy that kept it: the one that did not is taken back, and its KL is in metrics and report."""
     options = {"max_kl": 2.0, "lr": 1e-3, "iterations": 40, "checkpoint_every": 10, "kl_coef": 0.0}
-    rows = ppo(world, tmp_path / "ppo", **options)
-    assert 1 < len(rows) < 40 and all(row["objective/kl"] <= 2.0 for row in rows)
+    world.ok("train_ppo.py", out=tmp_path / "ppo", **options)
+    rows = lines(tmp_path / "ppo/metrics.jsonl")
+    kls = [row["objective/kl"] for row in rows]
+    assert 2 < len(rows) < 40 and max(kls[:-1]) <= 2.0 < kls[-1] and all(row.keys() == PPO_METRICS for row in rows)
     report = json.loads((tmp_path / "ppo/report.json").read_text())
-    assert report["stopped"] and report["iterations"] == len(rows)
+    kept = len(rows) - 2  # iterations behind the policy of the row before the last
+    assert report["stopped"] and report["iterations"] == kept and report["objective/kl"] <= 2.0
+    assert report["brake"] == {
+        "name": "max_kl", "limit": 2.0, "objective/kl": kls[-1], "iteration": kept + 1, "restored": kept
+    }  # fmt: skip
     before = weights(tmp_path / "ppo")
     world.ok("train_ppo.py", out=tmp_path / "ppo", **options)  # the same command again: nothing left to do
     assert lines(tmp_path / "ppo/metrics.jsonl") == rows

@@ -75,21 +75,20 @@ def amp(device: torch.device, dtype: Literal["fp32", "bf16", "fp16"] = "fp32") -
 def step(optimizer: torch.optim.Optimizer, module: nn.Module, scaler: torch.amp.GradScaler, clip: float) -> float:
     """One optimiser step on the gradients in place; returns their global norm before it was clipped.
 
-    `clip` is the largest norm that passes unchanged, 0 = any. In fp16 a norm that is not finite says that the step was
-    skipped and the loss scale lowered; without a loss scale it raises ValueError, weights and optimiser as before.
+    `clip` is the largest norm that passes unchanged, 0 = any. A norm that is not finite says that no step was taken: weights
+    and optimiser are as before. In fp16 the loss scale was lowered, so that the next step will do; without a loss scale the
+    gradients stay, for whoever looks for the culprit.
     """
     scaler.unscale_(optimizer)
     parameters = [p for p in module.parameters() if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters])
+    finite = math.isfinite(norm)
+    if not finite and not scaler.is_enabled():
+        return float(norm)
     if clip > 0:
         clip_grads_with_norm_(parameters, clip, norm)
-    norm = float(norm)
-    if not math.isfinite(norm) and not scaler.is_enabled():
-        raise ValueError(
-            f"the gradient is {norm}: training has diverged; use a smaller --lr, and look at metrics.jsonl"
-        )
-    if math.isfinite(norm):
+    if finite:
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return float(norm)

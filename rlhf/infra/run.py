@@ -234,10 +234,14 @@ class Run:
         with self.stop:
             for step in steps(self.done, total, name, self.dist):
                 yield step
-                if self.wanted:
-                    stopped = f"stopped by {name_of(self.wanted)} after step {step + 1}"
-                    say(f"{stopped}: the same command goes on from there", self.dist.is_main)
-                    self.dist.close(128 + self.wanted)
+                self.leave_if_wanted(step + 1)
+
+    def leave_if_wanted(self, done: int) -> None:
+        """End the process with 128 + the number of the signal that came before the checkpoint after `done` steps."""
+        if self.wanted:
+            stopped = f"stopped by {name_of(self.wanted)} after step {done}"
+            say(f"{stopped}: the same command goes on from there", self.dist.is_main)
+            self.dist.close(128 + self.wanted)
 
     def due(self, done: int, every: int, total: int) -> bool:
         """Is it time for a checkpoint after `done` steps: by the schedule, at the end, or since a signal came to some rank?

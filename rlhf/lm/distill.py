@@ -91,7 +91,8 @@ def distill(
             loss = distillation_loss(logits, target).mean()
         loss.backward()
         optim.set_lr(optimizer, optim.schedule(step, steps, min(warmup, steps // 2), lr))
-        optim.step(optimizer, student, precision.scaler, grad_clip)
+        if not math.isfinite(norm := optim.step(optimizer, student, precision.scaler, grad_clip)):
+            raise ValueError(f"the gradient of step {step} is {norm}: the student has diverged; use a smaller rate")
         losses.append(float(loss.detach()))
     student.requires_grad_(False).eval()
     return losses

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from model.generate import Generated
+from rlhf.infra import checkpoint
 from rlhf.infra.distributed import Dist
 from rlhf.infra.run import Run
 from rlhf.overoptimisation import best_place, has_stalled
@@ -71,6 +72,70 @@ class HeldOutJudge:
         return {"judge/mean": mean}
 
 
-def too_far(kl: float, max_kl: float | None) -> str:
-    """Why a policy at `kl` nats per response from the reference should not go on; empty if it may. None = no bound."""
-    return f"KL to the reference passed max_kl {max_kl} nats" if max_kl is not None and kl > max_kl else ""
+class NoBound:
+    """No policy is too far away."""
+
+    extra = 0
+
+    def __init__(self, run: Run):
+        self.run = run
+
+    def passed(self, kl: float, iteration: int, state: dict) -> str:
+        return ""
+
+    def save(self, done: int, **state) -> None:
+        self.run.save(done, **state)
+
+    def stop(self, iteration: int, **state) -> None:
+        """The checkpoint of a run that ends before its time."""
+        self.run.save(iteration, **state)
+
+
+class KLBound:
+    """Ends the run at the first policy further than `max_kl` from the reference, and brings the one before back.
+
+    What a policy's KL is (nats per response) shows when it has acted. So its checkpoint is written then, `save` remembers
+    what for; the last policy acts once more (`extra`); and the trained weights of the one before stay in memory. The
+    optimiser is not rolled back. A resumed run starts from a policy that has passed.
+    """
+
+    def __init__(self, run: Run, max_kl: float):
+        self.run, self.max_kl = run, max_kl
+        self.extra = 1
+        self.brake: dict | None = None  # what broke the bound, for report.json
+        self.unproven: tuple | None = (
+            None  # arguments of the save that waits, whether it is scheduled, and who waits for it
+        )
+        self.kept: tuple[int, dict[str, Tensor], dict] | None = (
+            None  # the last policy that passed: iteration, weights, state
+        )
+
+    def save(self, done: int, **state) -> None:
+        self.unproven = (done, state, self.run.scheduled, self.run.wanted)
+        self.run.wanted = 0  # a signal waits too
+
+    def passed(self, kl: float, iteration: int, state: dict) -> str:
+        """Why the run ends after what the policy of `iteration` did; "" while it may go on. `state` is for a checkpoint."""
+        if kl <= self.max_kl:
+            if self.unproven:
+                done, saved, self.run.scheduled, wanted = self.unproven
+                self.run.save(done, **saved)
+                self.run.wanted, self.unproven = wanted, None
+                self.run.leave_if_wanted(done)
+            weights = checkpoint.trained_state(self.run.module)
+            self.kept = (iteration, {name: x.detach().clone() for name, x in weights.items()}, state)
+            return ""
+        why = f"the policy after {iteration} iterations is {kl:.4g} nats from the reference, above max_kl {self.max_kl}"
+        self.brake = {"name": "max_kl", "limit": self.max_kl, "objective/kl": kl, "iteration": iteration}
+        if self.kept is None:  # the first of a new run, or of one whose bound was lowered: there is no other
+            self.kept = (iteration, checkpoint.trained_state(self.run.module), state)
+        else:
+            why += f"; the one after {self.kept[0]}, which kept it, is restored"
+        return why
+
+    def stop(self, iteration: int, **state) -> None:
+        if self.brake:
+            iteration, weights, kept = self.kept
+            checkpoint.load_weights(self.run.module, weights, "memory")
+            state |= kept | {"brake": self.brake | {"restored": iteration}}
+        self.run.save(iteration, **state)

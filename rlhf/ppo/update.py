@@ -1,5 +1,6 @@
 """One PPO minibatch: the loss of a micro-batch, the gradient of an optimiser step, and the numbers worth looking at."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -75,13 +76,21 @@ def accumulate_gradient(
     return dict(zip(total, means.tolist()))
 
 
+NO_UPDATE = dict.fromkeys(
+    "loss/policy loss/value policy/approxkl policy/clipfrac policy/entropy policy/ratio value/clipfrac "
+    "policy/grad_norm".split(),
+    math.nan,
+)  # what is known of an iteration from which nothing was learned
+
+
 def metrics(
     experience: Experience, advantages: Tensor, updates: list[dict[str, float]], kl_coef: float, minibatches: int
 ) -> dict[str, float]:
     """The numbers of an iteration in the field's names; `advantages` (B, T) are those before whitening.
 
-    KL is the policy that acted against the reference, nats per response. The updates' means are over all of them, the
-    first ratio excepted. Explained variance is 1 - Var(R - V) / Var(R).
+    KL is the policy that acted against the reference, nats per response. The updates' means are over all of them that
+    were taken, or else over those that were not ("bad/steps" of an update is 1 then); the first ratio is of the first.
+    Explained variance is 1 - Var(R - V) / Var(R).
     """
     mask, returns = experience.mask, experience.returns
     score = float(experience.scores.mean())
@@ -109,9 +118,11 @@ def metrics(
         "value/mean": float(masked_mean(experience.values, mask)),
         "value/explained_var": float(explained_variance(experience.values, returns, mask)),
     }
-    record |= {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
-    record |= {"policy/ratio_first": updates[0]["policy/ratio"], "policy/epochs_run": len(updates) / minibatches}
-    return record
+    taken = [update for update in updates if not update["bad/steps"]]
+    means = taken or updates or [NO_UPDATE]
+    record |= {name: sum(update[name] for update in means) / len(means) for name in NO_UPDATE}
+    first = (updates or [NO_UPDATE])[0]["policy/ratio"]
+    return record | {"policy/ratio_first": first, "policy/epochs_run": len(taken) / minibatches}
 
 
 def mean_kl(rollout: Rollout) -> float:

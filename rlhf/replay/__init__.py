@@ -1,0 +1,1 @@
+"""A step that a bad number made impossible, computed again."""
