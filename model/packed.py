@@ -3,8 +3,8 @@
     hidden = text_states(model, tokens, lengths)  # (B, T, D), as model.trunk(tokens) where tokens are real
     last = last_states(model, tokens, lengths)  # (B, D), of the last real token alone
 
-Linear layers and norms then see real tokens only, and what rows 2i and 2i + 1 (the sides of a pair) begin with in common is
-computed once. On a GPU many small attentions cost more than padding does: there the rows stay padded.
+Linear layers and norms then see real tokens only, and what neighbouring rows (the sides of a pair, all answers to a prompt)
+begin with in common is computed once. On a GPU many small attentions cost more than padding does: there the rows stay padded.
 """
 
 from functools import partial
@@ -64,18 +64,19 @@ def attend_apart(
     """`attend` of every text to itself: k and v (1, G, N, K), q (1, H, N, K), or (1, H, B, K) of the last tokens.
 
     sizes: tokens of every text that stand in the row; shared: those that come before them, and stand at the beginning of
-    the text before.
+    the last text before that shares nothing.
     """
-    out, before = [], None
+    out, first = [], None
     texts = zip(q.split(1 if last else sizes, 2), k.split(sizes, 2), v.split(sizes, 2))
     for (own_q, own_k, own_v), size, common in zip(texts, sizes, shared):
         mask, keys, values = None, own_k, own_v
         if common:
-            keys, values = (torch.cat((x[:, :, :common], y), 2) for x, y in zip(before, (own_k, own_v)))
+            keys, values = (torch.cat((x[:, :, :common], y), 2) for x, y in zip(first, (own_k, own_v)))
             if not last:
                 mask = torch.ones(size, common + size, dtype=torch.bool, device=q.device).tril(common)
+        else:
+            first = own_k, own_v
         out.append(attend(own_q, keys, values, mask, scale, softcap, causal=not last))
-        before = own_k, own_v
     return torch.cat(out, 2)
 
 
@@ -90,7 +91,7 @@ def pack(model: Transformer, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, S
     own = (t >= shared[:, None]) & (t < lengths[:, None])  # (B, T) what is computed for this row
     sizes = lengths - shared
     start = sizes.cumsum(0) - lengths  # (B,) column of a row's first token, were it not shared
-    columns = torch.where(t < shared[:, None], start.roll(1)[:, None], start[:, None]) + t  # (B, T)
+    columns = torch.where(t < shared[:, None], start[first_of(shared)][:, None], start[:, None]) + t  # (B, T)
     columns = torch.where(t < lengths[:, None], columns, 0)
     positions = t.expand_as(tokens)[own][None]  # (1, N)
     apart = partial(attend_apart, sizes=sizes.tolist(), shared=shared.tolist())
@@ -99,10 +100,28 @@ def pack(model: Transformer, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, S
 
 
 def common_beginnings(tokens: Tensor, lengths: Tensor) -> Tensor:
-    """How many tokens row 2i + 1 begins with that row 2i begins with too; 0 for row 2i and where it does not pay. (B,)"""
-    even = slice(0, len(tokens) // 2 * 2, 2)
-    same = (tokens[even] == tokens[1::2]).long().cumprod(1).sum(1)
-    same = torch.minimum(same, torch.minimum(lengths[even], lengths[1::2]) - 1)  # the last token is a row's own
-    shared = torch.zeros_like(lengths)
-    shared[1::2] = torch.where(same >= LEAST_SHARED, same, 0)
+    """How many tokens every row begins with that the last row before it that shares nothing begins with too. (B,)
+
+    0 where that does not pay, and for a row that the next one shares more with than itself with that one.
+    """
+    shared, first = torch.zeros_like(lengths), 0
+    if len(tokens) > 1:
+        after = [*alike(tokens[:-1], tokens[1:], lengths[:-1], lengths[1:]).tolist(), 0]  # with the next row
+    for i in range(1, len(tokens)):
+        same = int(alike(tokens[first], tokens[i], lengths[first], lengths[i]))
+        if same >= LEAST_SHARED and same >= after[i]:
+            shared[i] = same
+        else:
+            first = i
     return shared
+
+
+def alike(a: Tensor, b: Tensor, a_lengths: Tensor, b_lengths: Tensor) -> Tensor:
+    """How many tokens two texts begin with in common, the last of either aside, which is its own. (., T) -> (.)"""
+    return torch.minimum((a == b).long().cumprod(-1).sum(-1), torch.minimum(a_lengths, b_lengths) - 1)
+
+
+def first_of(shared: Tensor) -> Tensor:
+    """Which row each shares its beginning with: itself, or the last before it that shares nothing. (B,) -> (B,)"""
+    rows = torch.arange(len(shared))
+    return torch.where(shared == 0, rows, 0).cummax(0).values

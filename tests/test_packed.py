@@ -80,15 +80,57 @@ def test_last_states_and_their_gradients(family, made):
     assert_same(gradient(model, (ours * weigh).sum()), gradient(model, (expected * weigh).sum()), 1e-8)
 
 
-@given(made=pairs)
-def test_a_beginning_is_shared_between_the_sides_of_a_pair_alone(made):
-    rows = rows_of(made)
-    shared = common_beginnings(*padded(rows)).tolist()
-    for i, n in enumerate(shared):
-        same = 0  # by the definition, one token at a time; the last token of either is its own
-        while i % 2 and same < min(len(rows[i - 1]), len(rows[i])) - 1 and rows[i - 1][same] == rows[i][same]:
+def slowly_shared(rows: list[list[int]]) -> list[int]:
+    """By the definition, one token at a time; the last token of a row is its own."""
+
+    def alike(a: list[int], b: list[int]) -> int:
+        same = 0
+        while same < min(len(a), len(b)) - 1 and a[same] == b[same]:
             same += 1
-        assert n == (same if same >= 3 else 0)
+        return same
+
+    found, first = [], rows[0]
+    for i, row in enumerate(rows):
+        same = alike(first, row) if i else 0
+        after = alike(row, rows[i + 1]) if i + 1 < len(rows) else 0
+        found.append(same if same >= 3 and same >= after else 0)
+        first = row if found[-1] == 0 else first
+    return found
+
+
+@given(made=pairs)
+def test_a_beginning_is_shared_with_the_first_of_a_group(made):
+    rows = rows_of(made)
+    assert common_beginnings(*padded(rows)).tolist() == slowly_shared(rows)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@settings(max_examples=8, deadline=None)
+@given(
+    prompts=st.lists(
+        st.tuples(text, st.lists(text.map(lambda ids: ids[:7]), min_size=1, max_size=5)), min_size=1, max_size=3
+    ),
+    system=st.lists(st.integers(0, VOCABULARY - 1), max_size=6),
+)
+def test_any_number_of_answers_to_a_prompt(family, prompts, system):
+    """A common system prompt is shared between prompts, a longer prompt between its answers."""
+    model = small_model(family)
+    rows = [system + prompt + answer for prompt, answers in prompts for answer in answers]
+    tokens, lengths = padded(rows)
+    hidden, last = text_states(model, tokens, lengths), last_states(model, tokens, lengths)
+    for ours, end, expected, n in zip(hidden, last, one_by_one(model, rows), lengths):
+        torch.testing.assert_close(ours[:n], expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(end, expected[-1], rtol=1e-9, atol=1e-9)
+    weigh = torch.randn(last.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = torch.stack([h[-1] for h in one_by_one(model, rows)])
+    assert_same(gradient(model, (last * weigh).sum()), gradient(model, (expected * weigh).sum()), 1e-8)
+
+
+def test_answers_that_stand_together_read_their_prompt_once():
+    prompt, answers = list(range(1, 11)), [[1, 2], [3], [4, 5, 6]]
+    other = [9, 8, 7, 6, 5]
+    rows = [prompt + answer for answer in answers] + [other + [1], other + [2]]
+    assert common_beginnings(*padded(rows)).tolist() == [0, 10, 10, 0, 5]
 
 
 def pair_gradient(model: RewardModel, tokens, lengths, micro_batch: int, forward=None) -> dict[str, Tensor]:
