@@ -26,7 +26,6 @@ from data.loader import (
     PairLoader,
     ScoredBatch,
     ScoredLoader,
-    in_order,
     open_data,
     shard,
 )
@@ -50,17 +49,17 @@ from rlhf.reward.finish import (
     References,
     accuracy_table,
     agreement,
+    batches_of,
     in_words,
     normalise_and_calibrate,
-    pair_rows,
     raw_scores,
     read,
     references_from,
     report_of,
 )
-from rlhf.reward.model import Ensemble, Feature, Normalised, RewardModel, adapted_trunk, text_features
+from rlhf.reward.model import Ensemble, Feature, Normalised, RewardModel, adapted_trunk, stretch, text_features
 from rlhf.reward.objective import Objective, Texts, coefficients, reward_losses
-from rlhf.reward.ridge import Fit, fit_heads, head_of, refitted
+from rlhf.reward.ridge import Fit, Judged, fit_heads, head_of, refitted
 
 Trunk = Literal["full", "frozen", "adapters"]
 Pooling = Literal["last", "mean", "attention"]
@@ -83,6 +82,7 @@ class Config:
     average: tuple[str, ...] | None = None  # train nothing: the mean of these runs' weights (WARM), on init's samples
     # model
     trunk: Trunk = "full"  # train all of it, a head on init alone, or LoRA and a head [average=none]
+    reads: Literal["text", "answer"] | None = None  # what is pooled; none = the answers of data that have prompts
     reset: bool = False  # draw new weights in the shape of init: shows what pretraining is worth [trunk=full]
     pooling: Pooling = "mean"  # last token's state, mean of all, or weighted by a query [trunk=full|adapters]
     lora_rank: int = 16  # of the adapter [trunk=adapters]
@@ -95,15 +95,15 @@ class Config:
     combine: Combine = "mean"  # one score from theirs; mean - uncertainty_coef variance [average=none]
     uncertainty_coef: float = 0.5  # price of the members' variance [combine=uncertainty]
     # objective
-    objective: Objectives = None  # error, likelihood of 0 and 1, pairs, both; none = data [trunk=full|adapters]
-    joint_coef: float = 1.0  # weight of the squared error beside Bradley-Terry [objective=none|joint]
-    soft_labels: bool = False  # a pair's label: how often raters prefer chosen (Thurstone) [objective=none|pairs|joint]
-    label_smoothing: float = 0.0  # the label of a pair is 1 minus this [objective=none|pairs|joint]
-    margin: float = 0.0  # by how much chosen must win, per point of rating gap [objective=none|pairs|joint]
-    center_coef: float = 0.0  # weight of (chosen + rejected)^2, which keeps scores near 0 [objective=none|pairs|joint]
+    objective: Objectives = None  # squared error of scores, labels of 0 and 1, pairs, both; none = as the data
+    joint_coef: float = 1.0  # weight of the squared error beside Bradley-Terry [average=none]
+    soft_labels: bool = False  # pairs of ratings: how often raters prefer one (Thurstone) [trunk=full|adapters]
+    label_smoothing: float = 0.0  # the label of a pair is 1 minus this [trunk=full|adapters]
+    margin: float = 0.0  # by how much chosen must win, per point of gap [trunk=full|adapters]
+    center_coef: float = 0.0  # weight of (chosen + rejected)^2 [trunk=full|adapters]
     lm_coef: float = 0.0  # weight of the next-token loss on the same texts, nats per token [trunk=full|adapters]
     # frozen trunk: ridge regression of the ratings, what to read chosen by the validation split
-    sentences: int | None = 1600  # most training sentences, every source with its share; none = all [trunk=frozen]
+    sentences: int | None = 1600  # most training prompts, or texts, every source its share; none = all [trunk=frozen]
     eval_sentences: int | None = 500  # most of the validation and of the test split, each; none = all [trunk=frozen]
     depths: Depths = None  # candidates: states above so many layers; none = 2/5 and 1/2 of them [trunk=frozen]
     poolings: Poolings = ("mean",)  # candidates; last suffers when a text is cut off [trunk=frozen]
@@ -111,8 +111,8 @@ class Config:
     ridge: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)  # candidates: weight of the head's squared norm [trunk=frozen]
     # optimisation
     epochs: float = 2.0  # passes over the training split [trunk=full|adapters]
-    batch: int = 32  # sentences (or pairs) per optimiser step, over all ranks [trunk=full|adapters]
-    micro_batch: int | None = None  # sentences (or pairs) per forward on a rank; none = its share [trunk=full|adapters]
+    batch: int = 32  # texts, pairs, or prompts with all answers per step, over all ranks [trunk=full|adapters]
+    micro_batch: int | None = None  # of these per forward on a rank; none = its share [trunk=full|adapters]
     lr: float = 1e-3  # peak learning rate [trunk=full|adapters]
     warmup: int = 50  # steps of linear warm-up [trunk=full|adapters]
     decay: Literal["linear", "cosine", "constant"] = "cosine"  # learning rate after the warm-up [trunk=full|adapters]
@@ -177,6 +177,8 @@ class Inputs(NamedTuple):
     tokenizer: Tokenizer
     splits: list[SomeAnswers]  # train, validation, test, in the tokens of the base
     stop_ids: tuple[int, ...]  # that end an answer
+    kind: str  # of the objective
+    reads: str  # answers, or whole texts
     checksums: dict[str, str]  # for run.json
 
 
@@ -196,7 +198,10 @@ def open_inputs(cfg: Config, dist: Dist) -> Inputs:
         votes = preference_splits(cfg, base)[0].data
         check_fingerprint(votes.fingerprint, tokenizer.fingerprint, str(votes))
         inputs["preferences_sha256"] = votes.digest
-    return Inputs(base, tokenizer, splits, stop_ids, inputs)
+    reads = cfg.reads or ("answer" if bool((data[0].prompt_lengths() > 1).any()) else "text")
+    kind = objective_for(cfg, splits[0])
+    say(f"objective: {kind}, read: {'answers' if reads == 'answer' else 'whole texts'}", dist.is_main)
+    return Inputs(base, tokenizer, splits, stop_ids, kind, reads, inputs)
 
 
 def some_answers(cfg: Config, data: Examples, context: int, prompts: np.ndarray | None = None) -> SomeAnswers:
@@ -239,24 +244,21 @@ def write_report(cfg: Config, report: dict, seconds: float) -> None:
 
 def train(cfg: Config, dist: Dist) -> None:
     precision = optim.amp(dist.device, cfg.precision)
-    base, tokenizer, splits, stop_ids, inputs = open_inputs(cfg, dist)
-    kind, objective = objective_for(cfg, splits[0]), objective_of(cfg, splits[0])
+    inputs = open_inputs(cfg, dist)
+    base, tokenizer, splits, stop_ids, kind, reads, checksums = inputs
+    objective = objective_of(cfg, splits[0])
     references = references_of(cfg, base, splits[0], cfg.trunk)
-    reward_model = BUILDERS[cfg.trunk](cfg, base, stop_ids).to(dist.device)
+    reward_model = BUILDERS[cfg.trunk](cfg, base, stop_ids, reads).to(dist.device)
     if cfg.start:
-        inputs["start_sha256"] = start_at(cfg, base, reward_model)
+        checksums["start_sha256"] = start_at(cfg, base, reward_model)
     optimizer = optim.make_optimizer(reward_model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.95))
 
-    options, saved_as, files_to_save = (
-        asdict(cfg) | inputs,
-        description(cfg, base, tokenizer, stop_ids),
-        [tokenizer.path],
-    )
-    run = Run(cfg.out, options, reward_model, optimizer, precision.scaler, dist, saved_as, files_to_save)
+    options, saved_as = asdict(cfg) | checksums, description(cfg, inputs)
+    run = Run(cfg.out, options, reward_model, optimizer, precision.scaler, dist, saved_as, [tokenizer.path])
 
     learner = dist.wrap(reward_model)
     loader = loader_for(cfg, kind, splits[0], base.model.config.context)
-    say(f"objective {kind}; training on {loader.summary}", dist.is_main)
+    say(f"training on {loader.summary}{reading(loader)}", dist.is_main)
     votes, counts = (), bootstrap_counts(len(loader), cfg)
     total = int(cfg.epochs * loader.order.steps_per_epoch)
     if total < 1:
@@ -342,21 +344,21 @@ def step_parts(
     return [(Texts(*(x.to(dist.device) for x in part)), kind, scale.float().to(dist.device)) for part in parts]
 
 
-def whole_model(cfg: Config, base: Pretrained, stop_ids: tuple[int, ...]) -> RewardModel:
+def whole_model(cfg: Config, base: Pretrained, stop_ids: tuple[int, ...], reads: str) -> RewardModel:
     generator = torch.Generator().manual_seed(cfg.seed)
     model = copy.deepcopy(base.model).requires_grad_(True)  # whose own weights may be mapped from a file
     if cfg.reset:
         model.init_weights(generator)
-    return RewardModel(model, cfg.pooling, generator, ensemble_of(cfg), language=cfg.lm_coef > 0)
+    return RewardModel(model, cfg.pooling, generator, ensemble_of(cfg), language=cfg.lm_coef > 0, reads=reads)
 
 
-def adapted_model(cfg: Config, base: Pretrained, stop_ids: tuple[int, ...]) -> RewardModel:
+def adapted_model(cfg: Config, base: Pretrained, stop_ids: tuple[int, ...], reads: str) -> RewardModel:
     if cfg.depth is not None and cfg.depth > base.model.config.layers:
         raise ValueError(f"--depth={cfg.depth}: {cfg.init} has {base.model.config.layers} layers")
     generator = torch.Generator().manual_seed(cfg.seed)
     lora = LoRA(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
     trunk = adapted_trunk(base.model, lora, cfg.depth)
-    reward_model = RewardModel(trunk, cfg.pooling, generator, ensemble_of(cfg), stop_ids, cfg.lm_coef > 0)
+    reward_model = RewardModel(trunk, cfg.pooling, generator, ensemble_of(cfg), stop_ids, cfg.lm_coef > 0, reads)
     if cfg.depth is not None:  # no norm there: random heads would begin with a squared error of 23 on SmolLM2, not of 1
         torch.nn.init.zeros_(reward_model.head.weight)
     return reward_model
@@ -369,12 +371,14 @@ def ensemble_of(cfg: Config) -> Ensemble:
     return Ensemble(cfg.members, cfg.combine, cfg.uncertainty_coef)
 
 
-def description(cfg: Config, base: Pretrained, tokenizer: Tokenizer, stop_ids: tuple[int, ...]) -> dict:
+def description(cfg: Config, inputs: Inputs) -> dict:
     """The config of a checkpoint: all that is needed to build the module that its tensors fill."""
-    saved_as = {"kind": "reward", "trunk": cfg.trunk, "tokenizer": tokenizer.fingerprint} | asdict(ensemble_of(cfg))
+    base, template = inputs.base, inputs.splits[0].data.template
+    saved_as = {"kind": "reward", "trunk": cfg.trunk, "tokenizer": inputs.tokenizer.fingerprint}
+    saved_as |= {"reads": inputs.reads, "template": template, "objective": inputs.kind} | asdict(ensemble_of(cfg))
     if cfg.trunk == "full":
         return saved_as | {"model": base.model.config.stored(), "pooling": cfg.pooling, "language": cfg.lm_coef > 0}
-    saved_as |= {"base": cfg.init, "base_digest": base.digest, "stop_ids": stop_ids}
+    saved_as |= {"base": cfg.init, "base_digest": base.digest, "stop_ids": inputs.stop_ids}
     if cfg.trunk == "adapters":
         names = ("pooling", "lora_rank", "lora_alpha", "lora_targets", "depth")
         saved_as |= {name: getattr(cfg, name) for name in names} | {"language": cfg.lm_coef > 0}
@@ -386,7 +390,7 @@ def start_at(cfg: Config, base: Pretrained, reward_model: RewardModel) -> str:
     """Start the head where a run on the frozen trunk has ended, since the adapter starts as no change; -> its checksum."""
     saved = checkpoint.load(cfg.start)
     pooling = "last" if cfg.pooling == "last" else "mean"  # attention starts as the mean
-    wanted = {"base_digest": base.digest, "depths": [cfg.depth], "poolings": [pooling]}
+    wanted = {"base_digest": base.digest, "depths": [cfg.depth], "poolings": [pooling], "reads": reward_model.reads}
     for name, value in wanted.items():
         if saved.config.get(name) != value:
             raise ValueError(f"--start={cfg.start} has {name} {saved.config.get(name)}; {value} is needed")
@@ -409,12 +413,10 @@ def objective_for(cfg: Config, train: SomeAnswers) -> str:
     if kind != "pairs" and not rated or kind == "labels" and not binary:
         lacking = "no scores" if not rated else "other scores than 0 and 1"
         raise ValueError(f"--objective={kind}: {data} has {lacking}; use --objective={follows}")
-    if kind in ("regression", "labels"):
-        for name in ("soft_labels", "label_smoothing", "margin", "center_coef"):
-            if getattr(cfg, name):
-                raise ValueError(
-                    f"--{name} is of pairs, the objective is {kind}: leave it out, or use --objective=pairs"
-                )
+    unused = ("soft_labels", "label_smoothing", "margin", "center_coef") if kind in ("regression", "labels") else ()
+    for name in unused + (("joint_coef",) if kind != "joint" else ()):
+        if getattr(cfg, name) != getattr(Config, name):
+            raise ValueError(f"--{name} has no effect: the objective is {kind}; leave it out, or choose --objective")
     return kind
 
 
@@ -431,14 +433,22 @@ def loader_for(cfg: Config, kind: str, train: SomeAnswers, context: int) -> Scor
 
 
 def texts_of(batch: ScoredBatch | PairBatch | GroupBatch, counts: torch.Tensor) -> Texts:
-    tokens, lengths, scores = batch.tokens, batch.lengths, batch.scores.flatten()
-    rows, none, nothing = torch.arange(len(tokens)), torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+    scores, rows, none = batch.scores.flatten(), torch.arange(len(batch.tokens)), torch.zeros(0)
+    texts = batch.tokens, batch.lengths, batch.prompt_lengths
     if isinstance(batch, ScoredBatch):
-        return Texts(tokens, lengths, rows, scores, none, none, nothing, nothing, nothing, counts)
+        return Texts(*texts, rows, scores, none.long(), none.long(), none, none, none, counts)
     facts = (batch.p, batch.gap, batch.weight)
     if isinstance(batch, PairBatch):
-        return Texts(tokens, lengths, rows // 2, scores, rows[0::2], rows[1::2], *facts, counts)
-    return Texts(tokens, lengths, batch.group, scores, batch.winner, batch.loser, *facts, counts)
+        return Texts(*texts, rows // 2, scores, rows[0::2], rows[1::2], *facts, counts)
+    return Texts(*texts, batch.group, scores, batch.winner, batch.loser, *facts, counts)
+
+
+def reading(loader: ScoredLoader | PairLoader | GroupLoader) -> str:
+    """How many tokens an epoch reads, where prompts are read once for all their answers."""
+    if not isinstance(loader, GroupLoader):
+        return ""
+    once, apart = loader.tokens()
+    return f"; {once:,} tokens, prompts once for all their answers ({apart:,} with each answer)"
 
 
 def objective_of(cfg: Config, train: SomeAnswers) -> Objective:
@@ -463,47 +473,49 @@ def bootstrap_counts(rows: int, cfg: Config) -> torch.Tensor:
 
 def fit_frozen(cfg: Config, dist: Dist) -> None:
     """Nothing is written before the head is complete: what is interrupted starts again."""
-    base, tokenizer, splits, stop_ids, inputs = open_inputs(cfg, dist)
+    inputs = open_inputs(cfg, dist)
+    base, tokenizer, splits, stop_ids, kind, reads, checksums = inputs
     candidates = [(depth, pooling) for depth in depths_of(cfg, base) for pooling in dict.fromkeys(cfg.poolings)]
     references = references_of(cfg, base, splits[0], cfg.trunk)
-    begin(cfg.out, asdict(cfg) | inputs, dist)
+    begin(cfg.out, asdict(cfg) | checksums, dist)
     if already_finished(cfg, dist):
         return
 
-    # 1. read: pooled hidden states of some sentences of every split, at all candidate depths
+    # 1. read: pooled hidden states of some answers of every split, at all candidate depths
     states = FrozenStates(base.model).read(depth for depth, _ in candidates)
     counts, context = (cfg.sentences, cfg.eval_sentences, cfg.eval_sentences), base.model.config.context
     some = [
         some_answers(cfg, split.data, context, some_prompts(split.data, n, cfg.seed))
         for split, n in zip(splits, counts)
     ]
-    features = [read_features(states, candidates, answers, stop_ids, dist) for answers in some]
+    judged = [judged_of(answers, read_features(states, candidates, answers, inputs, dist)) for answers in some]
 
     # 2. fit: one head per set of at most --features features; the validation split decides which set
-    ratings = [torch.from_numpy(answers.column("rating")) for answers in some]
-    fits = fit_heads(candidates, features[0], ratings[0], features[1], ratings[1], cfg.ridge, cfg.features)
+    fits = fit_heads(candidates, *judged[:2], cfg.ridge, cfg.features, kind, cfg.joint_coef)
     best, columns = fits[0], [candidates.index(feature) for feature in fits[0].features]
     if cfg.members > 1 or cfg.preferences:
-        votes = read_pairs(cfg, base, states, best.features, stop_ids, dist) if cfg.preferences else None
-        best = refitted(best, features[0][:, columns], ratings[0], cfg.members, cfg.seed, votes, cfg.preference_coef)
-    reward_model = head_of(best, states, stop_ids, ensemble_of(cfg)).to(dist.device)
+        votes = read_votes(cfg, states, best.features, inputs, dist) if cfg.preferences else None
+        best = refitted(
+            best, judged[0].of(columns), cfg.members, cfg.seed, votes, cfg.preference_coef, kind, cfg.joint_coef
+        )
+    reward_model = head_of(best, states, stop_ids, ensemble_of(cfg), reads).to(dist.device)
 
     # 3. normalise and calibrate
-    raw = [head_predictions(best, x[:, columns]).to(dist.device) for x in features[1:]]
+    raw = [head_predictions(best, x.of(columns).features).to(dist.device) for x in judged[1:]]
     problem = normalise_and_calibrate(reward_model, base, references, raw[0], some[1], dist)
 
     # 4. save and report
     extra = agreed(cfg, reward_model, base, dist)
     if dist.is_main:
         depths, poolings = zip(*best.features)
-        saved_as = description(cfg, base, tokenizer, stop_ids) | {"depths": depths, "poolings": poolings}
+        saved_as = description(cfg, inputs) | {"depths": depths, "poolings": poolings}
         state = {"done": 1, "seconds": seconds_used()}
         checkpoint.save_step(cfg.out, 1, reward_model.state_dict(), saved_as, state, files=[tokenizer.path])
         table = [describe(fit, some[1]) for fit in fits]
         print(f"{'validation, best first':<28}{'ridge':>8}{'error':>8}{'gap 1':>8}")
         for row in table[:8]:
             print(f"{row['features']:<28}{row['ridge']:8g}{row['error']:8.3f}{row['accuracy']['1']:8.3f}")
-        print(f"{len(some[2])} test sentences; head fitted to {len(some[0])} sentences")
+        print(f"{len(some[2])} test answers; head fitted to {len(some[0])} answers")
         extra |= {"parameters": sum(p.numel() for p in reward_model.parameters()), "chosen": table[0]}
         extra |= {"candidates": table, "sentences": dict(zip(SPLITS, map(len, some)))}
         report = report_of(reward_model, raw, [splits[0], *some[1:]], cfg.data, problem)
@@ -532,36 +544,37 @@ def depths_of(cfg: Config, base: Pretrained) -> list[int]:
 
 @torch.no_grad()
 def read_features(
-    states: FrozenStates,
-    candidates: list[Feature],
-    data: SomeAnswers,
-    stop_ids: tuple[int, ...],
-    dist: Dist,
-    batch: int = 16,
+    states: FrozenStates, candidates: list[Feature], data: SomeAnswers, inputs: Inputs, dist: Dist, batch: int = 16
 ) -> torch.Tensor:
     """Features of all rows (rows, F, D) in their order; the batches are shared out over the ranks.
 
-    Which rows share a batch depends on their lengths alone, so the features are the same for any number of ranks.
+    Which rows share a batch depends on their prompts and lengths alone, so the features are the same for any number of
+    ranks. A prompt is read once for its answers in a batch.
     """
     model = states.model.config
     features = torch.zeros(len(data), len(candidates), model.width)
-    by_length = data.lengths().argsort(kind="stable")
-    batches = list(in_order(len(data), batch))[dist.rank :: dist.world]
+    together = data.data.answers > data.data.prompts
+    batches = batches_of(data, batch)[dist.rank :: dist.world]
     for i in steps(0, len(batches), f"states of {data.data.paths[0].name}", dist):
-        rows = by_length[batches[i]]
-        tokens, lengths, _ = (x.to(dist.device) for x in read(data, rows, model.context))
-        features[rows] = text_features(states(tokens), candidates, tokens, lengths, stop_ids).float().cpu()
+        tokens, lengths, begins = (x.to(dist.device) for x in read(data, batches[i], model.context))
+        first, end = stretch(tokens, lengths, begins if inputs.reads == "answer" else None, inputs.stop_ids)
+        pooled = text_features(states(tokens, lengths if together else None), candidates, first, end)
+        features[batches[i]] = pooled.float().cpu()
     return dist.sum(features)
 
 
-def read_pairs(
-    cfg: Config, base: Pretrained, states: FrozenStates, features: list[Feature], stop_ids: tuple[int, ...], dist: Dist
-) -> torch.Tensor:
-    """Features of the chosen answer minus those of the rejected one, of every pair of --preferences: (P, F, D)."""
-    votes = preference_splits(cfg, base)[0]
-    read = read_features(states, features, votes, stop_ids, dist)
-    chosen, rejected = pair_rows(votes)
-    return read[chosen] - read[rejected]
+def judged_of(data: SomeAnswers, features: torch.Tensor) -> Judged:
+    """These answers with what people thought of them: scores where there are some, and pairs."""
+    scores = data.column("rating") if data.data.has(data.column_name) else np.full(len(data), np.nan)
+    facts = (torch.from_numpy(data.column(f"pair_{name}")) for name in ("chosen", "rejected", "p", "weight"))
+    chosen, rejected, p, weight = facts
+    return Judged(features, torch.from_numpy(scores), chosen.long(), rejected.long(), p, weight)
+
+
+def read_votes(cfg: Config, states: FrozenStates, features: list[Feature], inputs: Inputs, dist: Dist) -> Judged:
+    """The training pairs of --preferences."""
+    votes = preference_splits(cfg, inputs.base)[0]
+    return judged_of(votes, read_features(states, features, votes, inputs, dist))
 
 
 def head_predictions(fit: Fit, features: torch.Tensor) -> torch.Tensor:
@@ -579,12 +592,13 @@ def describe(fit: Fit, validation: SomeAnswers) -> dict:
 
 
 def average_runs(cfg: Config, dist: Dist) -> None:
-    base, tokenizer, splits, stop_ids, inputs = open_inputs(cfg, dist)
+    inputs = open_inputs(cfg, dist)
+    base, tokenizer, splits, stop_ids, kind, reads, checksums = inputs
     saved_as, tensors = average(cfg.average)
     check_fingerprint(splits[0].data.fingerprint, saved_as["tokenizer"], cfg.average[0])
     references = references_of(cfg, base, splits[0], saved_as.get("trunk", "full"))
-    inputs["average_sha256"] = [checkpoint.digest(path) for path in cfg.average]
-    begin(cfg.out, asdict(cfg) | inputs, dist)
+    checksums["average_sha256"] = [checkpoint.digest(path) for path in cfg.average]
+    begin(cfg.out, asdict(cfg) | checksums, dist)
     if already_finished(cfg, dist):
         return
     reward_model = restored(saved_as, tensors, cfg.average[0], dist.device, base)

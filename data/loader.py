@@ -688,6 +688,14 @@ class GroupLoader(_Loader):
         long = self.data.prompt_lengths(prompts) + longest > self.context
         return kept.astype(np.int64), left_out, int((kept & long).sum())
 
+    def tokens(self) -> tuple[int, int]:
+        """Tokens of all units with the prompt once, and with the prompt before every answer."""
+        prompts, _ = self.units.locate(np.arange(len(self)))
+        ranges, longest = self.data.answers_of(prompts), self._longest(prompts)
+        before = np.minimum(self.data.prompt_lengths(prompts), self.context - longest)
+        own = int(self.data.answer_lengths(flat(ranges)).sum())
+        return own + int(before.sum()), own + int((before * np.diff(ranges)[:, 0]).sum())
+
     def _sums(self, values: np.ndarray, ranges: np.ndarray) -> np.ndarray:
         """Of a shard's values: sums up to the beginning and the end of each range, (N, 2)."""
         return np.append(0, np.cumsum(values))[ranges - (ranges[0, 0] if len(ranges) else 0)]

@@ -115,6 +115,7 @@ class SomeAnswers:
             self.answers, rating = self.answers[~np.isnan(rating)], rating[~np.isnan(rating)]
             count = min(most_pairs, PAIRS_PER_ANSWER * len(self))
             self._columns = {"rating": rating} | make_pairs(rating, self.column("domain"), count, seed=0)
+            self._columns |= {name: np.ones(self.pairs, np.float32) for name in ("pair_p", "pair_weight")}
             return
         pairs = data.pair(flat(data.pairs_of(prompts)))
         place = np.full(data.answers, -1, np.int64)
@@ -122,7 +123,9 @@ class SomeAnswers:
         chosen, rejected = place[pairs.winner], place[pairs.loser]
         there = (chosen >= 0) & (rejected >= 0)
         chosen, rejected, gap = chosen[there], rejected[there], pairs.gap[there]
-        self._columns = {"pair_chosen": chosen, "pair_rejected": rejected, "pair_gap": gap.astype(np.float32)}
+        facts = {"gap": gap, "p": pairs.p[there], "weight": pairs.weight[there]}
+        self._columns = {f"pair_{name}": x.astype(np.float32) for name, x in facts.items()}
+        self._columns |= {"pair_chosen": chosen, "pair_rejected": rejected}
         if data.has("score"):
             self._columns["rating"] = data.column("score", self.answers).astype(np.float32)
         else:
@@ -156,7 +159,9 @@ class SomeAnswers:
         return all(name in self._columns or self.data.has(name) for name in names)
 
     def column(self, name: str) -> np.ndarray:
-        """Per answer rating, domain (which of `domains`) or an extra column; per pair pair_chosen, pair_rejected, pair_gap."""
+        """Per answer rating, domain (which of `domains`) or an extra column; per pair pair_chosen, pair_rejected,
+        pair_gap, pair_p, pair_weight.
+        """
         if name == "domain":
             return self.data.source(self.data.prompt_of(self.answers))
         return self._columns[name] if name in self._columns else self.data.column(name, self.answers)

@@ -176,6 +176,7 @@ class Text(NamedTuple):
 class Row(NamedTuple):
     tokens: np.ndarray  # (T,)
     shortened: bool  # to the model's context
+    begins: int = 0  # where the answer begins
 
 
 @dataclass(frozen=True)
@@ -283,11 +284,11 @@ def encoder(tokenizer: Tokenizer, chat: Chat | None, context: int) -> Callable[.
         ids = continued(tokenizer, text) if prompt and not chat else tokenizer.encode(text)
         before, answer = np.array(before, np.int64), np.array([*ids, *[tokenizer.eos] * ended], np.int64)
         if len(before) + len(answer) <= context:
-            return Row(np.append(before, answer), False)
+            return Row(np.append(before, answer), False, len(before))
         kept = before[cut(before, max(1, context - len(answer)), tokenizer.start)]
         if len(kept) + len(answer) > context:
             answer = np.append(answer[: context - len(kept) - 1], answer[-1])
-        return Row(np.append(kept, answer), True)
+        return Row(np.append(kept, answer), True, len(kept))
 
     return encode
 
@@ -300,7 +301,11 @@ def score_rows(
     reward_model, rows: Sequence[Row], pad_id: int, device, tokens_per_batch: int = 4096
 ) -> tuple[np.ndarray, np.ndarray]:
     """Score (N,) and the members' scores (N, M) of every row; equal rows are read once, those of equal length together."""
-    places = {row.tokens.tobytes(): row for row in rows}
+
+    def key(row: Row) -> tuple[bytes, int]:
+        return row.tokens.tobytes(), row.begins
+
+    places = {key(row): row for row in rows}
     distinct = sorted(places.values(), key=lambda row: len(row.tokens))
     batches, start = [], 0
     for i, row in enumerate(distinct):  # the longest so far is the last
@@ -311,10 +316,10 @@ def score_rows(
     found = {}
     for batch in tqdm(batches, desc="score", leave=False, disable=None):
         tokens, lengths = (x.to(device) for x in pad([row.tokens for row in batch], pad_id))
-        raw = reward_model(tokens, lengths)  # (B, M)
+        raw = reward_model(tokens, lengths, torch.tensor([row.begins for row in batch], device=device))  # (B, M)
         both = torch.cat([reward_model.combined(raw)[:, None], reward_model.members_of(raw)], 1)
-        found |= dict(zip((row.tokens.tobytes() for row in batch), both.double().cpu().numpy()))
-    both = np.stack([found[row.tokens.tobytes()] for row in rows])
+        found |= dict(zip(map(key, batch), both.double().cpu().numpy()))
+    both = np.stack([found[key(row)] for row in rows])
     return both[:, 0], both[:, 1:]
 
 
@@ -525,7 +530,7 @@ def swapped_prompts(material: Material, originals: list[Row], encode: Callable, 
             own, theirs = originals[i].tokens, originals[j].tokens
             enough = min(len(own), len(theirs)) > PROMPT_TOKENS + 2  # bos and eos
             tokens = np.concatenate([theirs[: 1 + PROMPT_TOKENS], own[1 + PROMPT_TOKENS :]])
-            changed = Row(tokens, False) if enough else None
+            changed = Row(tokens, False, originals[i].begins) if enough else None
         if changed is not None:
             rows.append(i)
             after.append(changed)

@@ -7,6 +7,7 @@ Linear layers and norms then see real tokens only, and what neighbouring rows (t
 begin with in common is computed once. On a GPU many small attentions cost more than padding does: there the rows stay padded.
 """
 
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -24,6 +25,16 @@ def text_states(model: Transformer, tokens: Tensor, lengths: Tensor) -> Tensor:
     ids, span, columns, _ = pack(model, tokens, lengths)
     hidden = model.norm(model.blocks(model.embed(ids, span), span))[0]  # (N, D)
     return hidden.index_select(0, columns.flatten()).view(*tokens.shape, -1)
+
+
+def states_between(model: Transformer, tokens: Tensor, lengths: Tensor, depths: Iterable[int]) -> dict[int, Tensor]:
+    """Hidden states above so many layers, without the final norm: (B, T, D) each, anything on padding. On a CPU."""
+    ids, span, columns, _ = pack(model, tokens, lengths)
+    hidden, states, done = model.embed(ids, span), {}, 0
+    for depth in sorted(depths):
+        hidden, done = model.blocks(hidden, span, done, depth), depth
+        states[depth] = hidden[0].index_select(0, columns.flatten()).view(*tokens.shape, -1)
+    return states
 
 
 def last_states(model: Transformer, tokens: Tensor, lengths: Tensor) -> Tensor:

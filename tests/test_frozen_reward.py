@@ -20,8 +20,8 @@ from rlhf.infra import checkpoint
 from rlhf.lm.frozen import FrozenStates
 from rlhf.lm.pretrained import open_pretrained
 from rlhf.reward.files import load_reward_model
-from rlhf.reward.model import FrozenReward, text_features
-from rlhf.reward.ridge import fit_heads, head_of, ridge
+from rlhf.reward.model import FrozenReward, stretch, text_features
+from rlhf.reward.ridge import Judged, fit_heads, head_of, ridge
 from rlhf.reward.scorer import open_scorer
 
 pytestmark = pytest.mark.bits
@@ -89,7 +89,7 @@ def test_features_by_the_definition():
     features = [(depth, pooling) for depth in range(3) for pooling in ("mean", "last")]
     states = FrozenStates(model).read(range(3))
     tokens, lengths, _ = batch([text + [1] for text in TEXTS], 12)
-    got = text_features(states(tokens), features, tokens, lengths, STOPS)  # (B, 6, D)
+    got = text_features(states(tokens), features, *stretch(tokens, lengths, None, STOPS))  # (B, 6, D)
     assert got.shape == (ROWS, 6, 24)
     for i, text in enumerate(TEXTS):
         row = torch.tensor([text])
@@ -156,10 +156,16 @@ def made_up(n: int, seed: int):
 NAMES = [(1, "mean"), (2, "mean"), (2, "last")]
 
 
+def rated(features, scores) -> Judged:
+    """Answers with scores and without pairs."""
+    none = torch.zeros(0)
+    return Judged(features, scores, none.long(), none.long(), none, none)
+
+
 def test_the_fit_finds_what_tells_the_rating():
     train, ratings = made_up(60, 0)
     unseen, truth = made_up(40, 1)
-    fits = fit_heads(NAMES, train, ratings, unseen, truth, (0.01, 1.0))
+    fits = fit_heads(NAMES, rated(train, ratings), rated(unseen, truth), (0.01, 1.0))
     assert len(fits) == 6 and {f.features for f in fits} >= {(name,) for name in NAMES}
     assert [f.error for f in fits] == sorted(f.error for f in fits)
     assert fits[0].error < 0.05 and NAMES[1] in fits[0].features and fits[0].penalty == 0.01
@@ -174,12 +180,14 @@ def test_the_fit_finds_what_tells_the_rating():
 
 def test_validation_decides_which_head_and_never_how_it_looks():
     train, ratings = made_up(60, 0)
-    choices = [fit_heads(NAMES, train, ratings, *made_up(40, seed), (0.01, 1.0, 100.0)) for seed in (1, 2)]
+    choices = [
+        fit_heads(NAMES, rated(train, ratings), rated(*made_up(40, seed)), (0.01, 1.0, 100.0)) for seed in (1, 2)
+    ]
     by_set = [{(f.features, f.penalty): f.weight for f in fits} for fits in choices]
     for key in by_set[0].keys() & by_set[1].keys():
         assert torch.equal(by_set[0][key], by_set[1][key])
     noise = torch.randn(40, generator=torch.Generator().manual_seed(9))
-    fits = fit_heads(NAMES, train, ratings, made_up(40, 1)[0], noise, (0.01, 1.0, 100.0))
+    fits = fit_heads(NAMES, rated(train, ratings), rated(made_up(40, 1)[0], noise), (0.01, 1.0, 100.0))
     assert fits[0].penalty == 100.0  # where nothing can be told, it is best to say little
 
 
@@ -187,9 +195,9 @@ def test_the_head_of_a_fit_predicts_the_same_from_tokens():
     states = FrozenStates(small_model("llama")).read([1, 2])
     tokens, lengths, mask = batch(TEXTS)
     names = [(1, "mean"), (2, "last")]
-    features = text_features(states(tokens), names, tokens, lengths, STOPS)
+    features = text_features(states(tokens), names, *stretch(tokens, lengths, None, STOPS))
     ratings = torch.arange(ROWS).double()
-    for fit in fit_heads(names, features, ratings, features, ratings, (0.5,)):
+    for fit in fit_heads(names, rated(features, ratings), rated(features, ratings), (0.5,)):
         got = head_of(fit, states, STOPS)(tokens, lengths)
         torch.testing.assert_close(got.double(), fit.predictions, rtol=1e-4, atol=1e-4)
 
@@ -285,7 +293,7 @@ def test_train_rm_frozen(world, tmp_path, monkeypatch):
     for out, ranks in zip(outs, (0, 2)):
         done = world.spawn(world.command("train_rm.py", out=out, **OPTIONS), ranks)
         assert done.code == 0, done
-        assert "reward model" in done.out and "head fitted to 120 sentences" in done.out
+        assert "reward model" in done.out and "head fitted to 120 answers" in done.out
     heads = [checkpoint.load(out).tensors for out in outs]
     for name in ("head.weight", "head.bias", "gain", "bias"):
         torch.testing.assert_close(heads[0][name], heads[1][name], rtol=1e-6, atol=1e-6)

@@ -14,6 +14,7 @@ from reference_model import small_model
 from test_bad_input import refused
 from test_frozen_reward import ROWS, STOPS, TEXTS, Base, batch
 from tiny import SMALL, lines
+from torch.nn.functional import logsigmoid
 
 from data.examples import Examples
 from data.loader import PairLoader
@@ -25,9 +26,9 @@ from rlhf.lm.frozen import FrozenStates
 from rlhf.lm.pretrained import open_pretrained
 from rlhf.lm.trunks import LoRA
 from rlhf.reward.files import average, load_reward_model, restored
-from rlhf.reward.model import POOLINGS, Ensemble, FrozenReward, RewardModel, adapted_trunk
+from rlhf.reward.model import POOLINGS, READS, Ensemble, FrozenReward, RewardModel, adapted_trunk
 from rlhf.reward.objective import Objective, Texts, coefficients, reward_losses
-from rlhf.reward.ridge import fit_heads, refitted
+from rlhf.reward.ridge import Judged, fit_heads, refitted
 from rlhf.reward.scorer import open_scorer
 
 BASE = Base(small_model("llama", torch.float32))
@@ -160,9 +161,10 @@ def test_bagged_heads_are_ridge_on_the_drawn_sentences():
     train = torch.from_numpy(rng.normal(size=(30, 2, 3)))
     ratings = train[:, 0, 0] + torch.from_numpy(rng.normal(size=30))
     names = [(1, "mean"), (2, "mean")]
-    fit = fit_heads(names, train, ratings, train, ratings, (0.5,))[0]
+    judged = rated(train, ratings)
+    fit = fit_heads(names, judged, judged, (0.5,))[0]
     columns = [names.index(f) for f in fit.features]
-    heads = refitted(fit, train[:, columns], ratings, 3, seed=7)
+    heads = refitted(fit, judged.of(columns), 3, seed=7)
     flat = train[:, columns].flatten(1).numpy()
     x = (flat - flat.mean(0)) / flat.std(0)
     y = ((ratings - ratings.mean()) / ratings.std(unbiased=False)).numpy()
@@ -175,6 +177,12 @@ def test_bagged_heads_are_ridge_on_the_drawn_sentences():
         np.testing.assert_allclose(flat @ weight.numpy() + float(constant), x @ solution[:-1] + solution[-1], atol=1e-9)
 
 
+def rated(features, scores) -> Judged:
+    """Answers with scores and without pairs."""
+    none = torch.zeros(0)
+    return Judged(features, torch.as_tensor(scores), none.long(), none.long(), none, none)
+
+
 @pytest.mark.parametrize("members", [1, 2])
 def test_votes_beside_ratings_by_plain_minimisation(members):
     """The same loss written out row by row, minimised by another method, with an intercept that costs nothing."""
@@ -182,8 +190,11 @@ def test_votes_beside_ratings_by_plain_minimisation(members):
     train = torch.from_numpy(rng.normal(size=(40, 1, 4)) * [1, 2, 0.5, 3] + 1)
     ratings = train[:, 0, 0] + torch.from_numpy(rng.normal(size=40))
     votes = torch.from_numpy(rng.normal(size=(25, 1, 4)))
-    fit = fit_heads([(1, "mean")], train, ratings, train, ratings, (0.5,), 1)[0]
-    heads = refitted(fit, train, ratings, members, 3, votes, vote_coef=2.0)
+    judged = rated(train, ratings)
+    fit = fit_heads([(1, "mean")], judged, judged, (0.5,), 1)[0]
+    both, ones, pairs = torch.cat([votes, 0 * votes]), torch.ones(25), torch.arange(25)
+    cast = Judged(both, torch.full((50,), torch.nan), pairs, pairs + 25, ones, ones)
+    heads = refitted(fit, judged, members, 3, cast, vote_coef=2.0)
     x, deviation = train[:, 0], train[:, 0].std(0, unbiased=False)
     y = (ratings - ratings.mean()) / ratings.std(unbiased=False)
     draws = np.random.default_rng(3)
@@ -193,6 +204,65 @@ def test_votes_beside_ratings_by_plain_minimisation(members):
             rows, pairs = (np.repeat(np.arange(n), draws.multinomial(n, np.full(n, 1 / n))) for n in (40, 25))
         wanted = minimum(x[rows] / deviation, y[rows], votes[pairs, 0] / deviation, 0.5, 2.0)
         torch.testing.assert_close(torch.cat([weight * deviation, constant[None]]), wanted, atol=1e-6, rtol=0)
+
+
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 2**20), kind=st.sampled_from(["labels", "pairs", "joint"]), beside=st.booleans())
+def test_heads_of_every_objective_by_plain_minimisation(seed, kind, beside):
+    """The loss written out answer by answer and pair by pair, for soft labels and weights too, minimised by another method."""
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(6, 20))
+    x = torch.from_numpy(rng.normal(size=(n, 2, 2)) * [[[1], [3]]] + 1)
+    scores = rng.integers(0, 2, n).astype(float) if kind == "labels" else rng.normal(size=n)
+    scores[:2] = 0, 1
+    scores = torch.from_numpy(np.where(rng.random(n) < 0.2, np.nan, scores))
+    made = [(i, j) for i in range(n) for j in range(n) if i != j and rng.random() < 0.3] or [(0, 1)]
+    winner, loser = torch.tensor(made).T
+    p, weight = (torch.from_numpy(rng.uniform(low, 1, len(made))) for low in (0.5, 0.2))
+    judged = Judged(x, scores, winner, loser, torch.where(p > 0.9, 1.0, p), weight)
+    names, known = [(1, "mean"), (2, "mean")], scores[~scores.isnan()]
+    fit = next(f for f in fit_heads(names, judged, judged, (0.5,), 2, kind, 0.7) if len(f.features) == 2)
+    votes = judged._replace(features=x.flip(0)) if beside else None
+    heads = refitted(fit, judged, 1, 0, votes, 0.5, kind, 0.7)
+    flat, deviation, center = x.flatten(1), x.flatten(1).std(0, unbiased=False), x.flatten(1).mean(0)
+    z = ((x.flatten(1) - center) / deviation, (x.flip(0).flatten(1) - center) / deviation)
+    found = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([found], max_iter=2000, tolerance_grad=1e-13, tolerance_change=1e-18, history_size=30)
+
+    def choices(z) -> torch.Tensor:
+        total = 0.0
+        for w, l, q, weight_ in zip(*(column.tolist() for column in judged[2:])):
+            d = (z[w] - z[l]) @ found[:-1]
+            total = total - weight_ * (q * logsigmoid(d) + (1 - q) * logsigmoid(-d))
+        return total
+
+    def loss():
+        raw = z[0] @ found[:-1] + found[-1]
+        value = 0.5 * (found[:-1] ** 2).sum() / 2
+        if kind == "labels":
+            value = value - sum(logsigmoid(r if s else -r) for r, s in zip(raw, scores) if not s.isnan()) / len(known)
+        if kind == "joint":
+            y = (scores - known.mean()) / known.std(unbiased=False)
+            value = value + 0.7 * sum((r - t) ** 2 / 2 for r, t in zip(raw, y) if not t.isnan()) / len(known)
+        if kind != "labels":
+            value = value + choices(z[0]) / judged.weight.sum()
+        if beside:
+            value = value + 0.5 * choices(z[1]) / (len(made) if kind == "pairs" else len(known))
+        optimizer.zero_grad()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    ours = flat @ heads.weight[0] + heads.constant[0]
+    wanted = (z[0] @ found[:-1] + found[-1]).detach()
+    if kind == "pairs":
+        ours, wanted = ours - ours.mean(), wanted - wanted.mean()
+    torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=0)
+    if not beside:
+        torch.testing.assert_close(heads.weight, fit.weight)
+        assert fit.error == pytest.approx(
+            float(loss().detach()) - 0.5 * float((found[:-1].detach() ** 2).sum()) / 2, abs=1e-6
+        )
 
 
 def minimum(x, y, d, penalty: float, coef: float):
@@ -242,27 +312,32 @@ def ragged(draws, kind: str, members: int = 2) -> Texts:
     winner, loser = np.array(pairs, np.int64).reshape(-1, 2).T
     facts = (draws.uniform(0.5, 1, len(pairs)), draws.uniform(0, 3, len(pairs)), draws.uniform(0.2, 1, len(pairs)))
     counts = draws.integers(0, 3, (len(sizes), members)).astype(float)
+    begins = torch.from_numpy(draws.integers(1, lengths.numpy()))
     arrays = (torch.from_numpy(np.ascontiguousarray(x)) for x in (group, scores, winner, loser, *facts, counts))
-    return Texts(tokens, lengths, *arrays)
+    return Texts(tokens, lengths, begins, *arrays)
 
 
 @functools.cache
-def small_reward_model() -> RewardModel:
+def small_reward_model(reads: str) -> RewardModel:
     generator = torch.Generator().manual_seed(0)
-    model = RewardModel(small_model("llama"), "mean", generator, Ensemble(2), language=True)
+    model = RewardModel(small_model("llama"), "mean", generator, Ensemble(2), language=True, reads=reads)
     return model.double().requires_grad_(False)
 
 
 @pytest.mark.parametrize(("kind", "o"), OBJECTIVES, ids=str)
 @settings(max_examples=10, deadline=None)
-@given(seed=st.integers(0, 2**20))
-def test_losses_by_the_definition(kind, o, seed):
+@given(seed=st.integers(0, 2**20), reads=st.sampled_from(READS))
+def test_losses_by_the_definition(kind, o, seed, reads):
     """One text, one pair, one head, one number at a time, for prompts with any number of answers."""
-    model = small_reward_model()
+    model = small_reward_model(reads)
     texts = ragged(np.random.default_rng(seed), kind)
     got = reward_losses(model, texts, kind, o)
     rows = [row[:n][None] for row, n in zip(texts.tokens, texts.lengths)]
-    raw = [model(row, torch.tensor([row.shape[1]]))[0].tolist() for row in rows]
+    begins = [b if reads == "answer" else 0 for b in texts.begins.tolist()]
+    raw = []
+    for row, begin in zip(rows, begins):
+        pooled = model.model.trunk(row)[0, begin:].mean(0)
+        raw.append((model.head.weight @ pooled + model.head.bias).tolist())
     score_loss = pairs_loss = nats = 0.0
     for r, (mine, score) in enumerate(zip(raw, texts.scores.tolist())):
         for m in range(2):
@@ -280,9 +355,9 @@ def test_losses_by_the_definition(kind, o, seed):
             loss += o.center_coef * (raw[w][m] + raw[l][m]) ** 2
             pairs_loss += float(texts.counts[texts.group[w], m]) * weight * loss / 2
     if o.lm_coef:
-        for row in rows:
+        for row, begin in zip(rows, begins):
             logprobs = model.model(row)[0].log_softmax(-1)
-            own = [-float(logprobs[t - 1, row[0, t]]) for t in range(1, row.shape[1])]
+            own = [-float(logprobs[t - 1, row[0, t]]) for t in range(max(1, begin), row.shape[1])]
             nats += sum(own) / len(own)
     torch.testing.assert_close(
         got, torch.tensor([score_loss, pairs_loss, nats], dtype=torch.float64), rtol=1e-9, atol=1e-9
@@ -295,7 +370,7 @@ def test_losses_by_the_definition(kind, o, seed):
 @given(seed=st.integers(0, 2**20), size=st.integers(1, 4))
 def test_parts_of_a_batch_add_up_to_it(seed, size):
     """Cut between prompts at any size: the same texts, pairs and losses."""
-    model, o = small_reward_model(), Objective(0.5, 2.0, margin=0.2, lm_coef=0.1)
+    model, o = small_reward_model("answer"), Objective(0.5, 2.0, margin=0.2, lm_coef=0.1)
     texts = ragged(np.random.default_rng(seed), "joint")
     parts = [texts.part(first, first + size) for first in range(0, len(texts.counts), size)]
     whole = reward_losses(model, texts, "joint", o)
@@ -439,7 +514,17 @@ def test_it_learns(trunk, pooling):
     tokens, lengths = batch(TEXTS)[:2]
     rows, ones = torch.arange(8), torch.ones(4)
     texts = Texts(
-        tokens, lengths, rows // 2, rows * torch.nan, rows[::2], rows[1::2], ones, ones, ones, torch.ones(4, 2)
+        tokens,
+        lengths,
+        0 * rows,
+        rows // 2,
+        rows * torch.nan,
+        rows[::2],
+        rows[1::2],
+        ones,
+        ones,
+        ones,
+        torch.ones(4, 2),
     )
     optimizer, losses = make_optimizer(model, 1e-2), []
     for _ in range(60):
@@ -480,7 +565,9 @@ def test_two_processes_train_the_same(world, tmp_path, options):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"margin": 1}, ("--margin", "objective is regression")),
+        ({"margin": 1}, ("--margin has no effect", "objective is regression")),
+        ({"joint_coef": 2, "objective": "pairs"}, ("--joint_coef has no effect", "objective is pairs")),
+        ({"objective": "labels"}, ("other scores than 0 and 1", "--objective=regression")),
         ({"lora_rank": 4}, ("--lora_rank", "no effect", "--trunk=full")),
         ({"combine": "min"}, ("--combine=min", "--members=1")),
         ({"members": 2, "uncertainty_coef": 1}, ("--uncertainty_coef", "--combine=mean")),

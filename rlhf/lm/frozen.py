@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from model.packed import states_between
 from model.transformer import Transformer
 
 
@@ -28,8 +29,14 @@ class FrozenStates:
         return self
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor) -> dict[int, Tensor]:
-        """tokens (B, T) int64 -> {depth: (B, T, D)}; column t is about the tokens up to t."""
+    def __call__(self, tokens: Tensor, lengths: Tensor | None = None) -> dict[int, Tensor]:
+        """tokens (B, T) int64 -> {depth: (B, T, D)}; column t is about the tokens up to t.
+
+        With lengths (B,) rows stand one after the other on a CPU, and what neighbours begin with in common is read once;
+        anything may stand on padding then. Nothing is kept of it.
+        """
+        if lengths is not None and tokens.is_cpu:
+            return states_between(self.model, tokens, lengths, self.depths)
         if self._tokens is None or self._tokens.shape != tokens.shape or not torch.equal(self._tokens, tokens):
             span = self.model.span(tokens)
             hidden, states, done = self.model.embed(tokens, span), {}, 0

@@ -12,7 +12,17 @@ from rlhf.lm.checkpoints import new_transformer, open_stored, weights_of
 from rlhf.lm.frozen import FrozenStates
 from rlhf.lm.pretrained import Pretrained, open_base
 from rlhf.lm.trunks import LoRA
-from rlhf.reward.model import COMBINE, POOLING, POOLINGS, Classifier, Ensemble, FrozenReward, RewardModel, adapted_trunk
+from rlhf.reward.model import (
+    COMBINE,
+    POOLING,
+    POOLINGS,
+    READS,
+    Classifier,
+    Ensemble,
+    FrozenReward,
+    RewardModel,
+    adapted_trunk,
+)
 
 OLDER = {"member_gain": torch.ones(1), "member_bias": torch.zeros(1), "temperature": torch.ones(())}  # knew one head
 
@@ -68,7 +78,9 @@ def restored(
     """The reward model of a checkpoint's config and tensors."""
     ensemble = Ensemble(*(config.get(field.name, field.default) for field in dataclasses.fields(Ensemble)))
     trunk, pooling = config.get("trunk", "full"), config.get("pooling", "mean")
-    unknown = [x for x, known in ((trunk, TRUNKS), (pooling, POOLINGS), (ensemble.combine, COMBINE)) if x not in known]
+    reads = config.get("reads", "text")
+    choices = ((trunk, TRUNKS), (pooling, POOLINGS), (ensemble.combine, COMBINE), (reads, READS))
+    unknown = [x for x, known in choices if x not in known]
     if unknown:
         raise ValueError(f"{path} has {unknown[0]!r}, which is unknown here: it is damaged, or from a newer version")
     if trunk == "full":
@@ -79,10 +91,10 @@ def restored(
         lora = LoRA(config["lora_rank"], config["lora_alpha"], config["lora_targets"])
         model, stop_ids = adapted_trunk(base.model, lora, config["depth"]), config["stop_ids"]
     if trunk == "frozen":
-        reward_model = frozen_reward(config, path, base, frozen, ensemble)
+        reward_model = frozen_reward(config, path, base, frozen, ensemble, reads)
     else:
         language = config.get("language", False)
-        reward_model = RewardModel(model, pooling, None, ensemble, stop_ids, language)
+        reward_model = RewardModel(model, pooling, None, ensemble, stop_ids, language, reads)
     checkpoint.load_weights(reward_model, OLDER | tensors, path)
     return reward_model.to(device).requires_grad_(False).eval()
 
@@ -101,14 +113,16 @@ def trunk_of(
     return base, FrozenStates(base.model) if frozen is None else frozen
 
 
-def frozen_reward(config: dict, path: str, base: Pretrained, frozen: FrozenStates, ensemble: Ensemble) -> FrozenReward:
+def frozen_reward(
+    config: dict, path: str, base: Pretrained, frozen: FrozenStates, ensemble: Ensemble, reads: str
+) -> FrozenReward:
     deepest = base.model.config.layers
     features = list(zip(config["depths"], config["poolings"], strict=True))
     if wrong := [f for f in features if not 0 <= f[0] <= deepest or f[1] not in POOLING]:
         raise ValueError(
             f"{path} reads {wrong[0]} of a trunk of {deepest} layers: it is damaged, or from a newer version"
         )
-    return FrozenReward(frozen, features, config["stop_ids"], ensemble)
+    return FrozenReward(frozen, features, config["stop_ids"], ensemble, reads)
 
 
 NORMALISATION = ("gain", "bias", "member_gain", "member_bias", "temperature")

@@ -44,12 +44,18 @@ def references_from(
 def raw_scores(reward_model: Normalised, base: Pretrained, data: SomeAnswers, dist: Dist, batch: int = 64) -> Tensor:
     """Raw scores of every row (N, M), shared out over the ranks and added up again."""
     scores = torch.zeros(len(data), reward_model.ensemble.members, device=dist.device)
-    by_length = data.lengths().argsort(kind="stable")  # rows of equal length share a batch: less padding
-    for places in list(in_order(len(data), batch))[dist.rank :: dist.world]:
-        rows = by_length[places]
-        tokens, lengths, _ = (x.to(dist.device) for x in read(data, rows, base.model.config.context))
-        scores[torch.from_numpy(rows)] = reward_model(tokens, lengths)
+    for rows in batches_of(data, batch)[dist.rank :: dist.world]:
+        scores[rows] = reward_model(*(x.to(dist.device) for x in read(data, rows, base.model.config.context)))
     return dist.sum(scores)
+
+
+def batches_of(data: SomeAnswers, batch: int) -> list[np.ndarray]:
+    """All rows once: answers to one prompt behind one another, since what they share is read once, then by length."""
+    lengths, prompts = data.lengths(), data.data.prompt_of(data.answers)
+    longest = np.zeros(data.data.prompts, np.int64)
+    np.maximum.at(longest, prompts, lengths)
+    order = np.lexsort((np.arange(len(data)), prompts, longest[prompts]))
+    return [order[rows] for rows in in_order(len(data), batch)]
 
 
 def read(data: SomeAnswers, rows: np.ndarray, context: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,7 +101,7 @@ def reference_scores(reward_model: Normalised, base: Pretrained, references: Ref
     uniforms = row_uniforms(seed, 0, rows.tolist(), longest).to(device)
     prompts, lengths = prompts.to(device), lengths.to(device)
     samples = generate(base.model, prompts, lengths, Sampling(longest, base.stop_ids, base.tokenizer.pad), uniforms)
-    return reward_model(samples.tokens, samples.lengths)
+    return reward_model(samples.tokens, samples.lengths, lengths)
 
 
 def pair_margins(reward_model: Normalised, raw: Tensor, data: SomeAnswers) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from data.records import Record, prompt_text
 from data.tokenizer import Tokenizer
 from rlhf.infra.metrics import say
+from rlhf.reward.model import response_starts
 
 TEXTS = ("prompts", "responses", "messages")  # what a parameter can ask for beside the columns of the data
 PATIENCE = 60.0  # seconds after which a function that has not answered is named
@@ -116,11 +117,6 @@ def columns_of(records: Sequence[Record], columns: Sequence[str], spec: str) -> 
 def messages_of(record: Record) -> list[dict]:
     """The history of a record; a plain prompt is one message of the user."""
     return [{"role": "user", "content": record.prompt}] if isinstance(record.prompt, str) else record.prompt
-
-
-def response_starts(lengths: Tensor, mask: Tensor) -> Tensor:
-    """Where the response of each row begins: (B,), (B, T) -> (B,). A row without response is all prompt."""
-    return torch.where(mask.any(1), mask.int().argmax(1), lengths)
 
 
 # What it says, and what goes wrong

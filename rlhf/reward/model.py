@@ -1,4 +1,4 @@
-"""The reward: a model that reads a whole text, or any Python function that does. All are `score(tokens, lengths, mask)`.
+"""The reward: a model that reads an answer or a whole text, or any Python function. All are `score(tokens, lengths, mask)`.
 
 A model has a trunk of its own or a frozen one with its own adapter (RewardModel), or is a linear head on a frozen one that
 others read too (FrozenReward). Each may have several heads, whose scores are combined into one (Ensemble).
@@ -20,23 +20,54 @@ from rlhf.losses import next_token_loss
 Score = Callable[..., Tensor]  # (tokens (B, T), lengths (B,), mask (B, T) of the response[, rows (B,)]) -> (B,)
 
 
-def last_token(hidden: Tensor, lengths: Tensor) -> Tensor:
-    """Hidden state of the last real token: (B, T, D), (B,) -> (B, D). By length, never by the id of the padding."""
-    return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+def response_starts(lengths: Tensor, mask: Tensor) -> Tensor:
+    """Where the response of each row begins: (B,), (B, T) -> (B,). A row without response is all prompt."""
+    return torch.where(mask.any(1), mask.int().argmax(1), lengths)
 
 
-def real_tokens(hidden: Tensor, lengths: Tensor) -> Tensor:
-    """True on real tokens: (B, T, D), (B,) -> (B, T)."""
-    return torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
+# What is pooled: the tokens from `first` up to `end`, of every row
 
 
-def mean_token(hidden: Tensor, lengths: Tensor) -> Tensor:
-    """Mean hidden state of the real tokens: (B, T, D), (B,) -> (B, D)."""
-    return torch.where(real_tokens(hidden, lengths)[..., None], hidden, 0).sum(1) / lengths[:, None]
+def stretch(
+    tokens: Tensor, lengths: Tensor, begins: Tensor | None, stop_ids: Iterable[int] | None
+) -> tuple[Tensor, Tensor]:
+    """Where what is read begins and ends: tokens (B, T), lengths (B,), begins (B,) of the answers -> (B,), (B,).
+
+    begins None: the whole text. With stop_ids its first token, bos, is left out: its state is the same in every text, and
+    many times larger than the others; and a final stop token, also of an answer: whether a response ended or was cut off
+    then changes no score, and PPO cannot earn by either (train_ppo.py has eos_penalty for that). Where nothing would be
+    left, it is read at its last token. ValueError for a whole text that holds nothing but bos.
+    """
+    end = lengths
+    if stop_ids is not None:
+        if begins is None and int(lengths.min()) < 2:
+            raise ValueError("a text of one token has nothing after bos that could be scored")
+        stops = torch.tensor(sorted(stop_ids), device=tokens.device)
+        end = lengths - torch.isin(tokens.gather(1, lengths[:, None] - 1)[:, 0], stops).long()  # (B,)
+    first = torch.full_like(lengths, int(stop_ids is not None)) if begins is None else begins
+    first = torch.minimum(first, lengths - 1)
+    return first, torch.maximum(end, first + 1)
+
+
+def last_token(hidden: Tensor, end: Tensor, first: Tensor | int = 0) -> Tensor:
+    """Hidden state of the last token: (B, T, D), (B,) -> (B, D). By length, never by the id of the padding."""
+    return hidden[torch.arange(len(hidden), device=hidden.device), end - 1]
+
+
+def tokens_between(hidden: Tensor, end: Tensor, first: Tensor | int = 0) -> Tensor:
+    """True on the tokens from first up to end: (B, T, D), (B,) -> (B, T)."""
+    t, first = torch.arange(hidden.shape[1], device=hidden.device), torch.as_tensor(first, device=hidden.device)
+    return (t >= first.view(-1, 1)) & (t < end[:, None])
+
+
+def mean_token(hidden: Tensor, end: Tensor, first: Tensor | int = 0) -> Tensor:
+    """Mean hidden state of these tokens: (B, T, D), (B,) -> (B, D)."""
+    read = tokens_between(hidden, end, first)
+    return torch.where(read[..., None], hidden, 0).sum(1) / read.sum(1)[:, None]
 
 
 class AttentionPooling(nn.Module):
-    """Weighted mean of the real tokens' hidden states, weights softmax_t(q h_t / sqrt(D)) with one learned query q (D,).
+    """Weighted mean of the tokens' hidden states, weights softmax_t(q h_t / sqrt(D)) with one learned query q (D,).
 
     q starts at zero: at first this is the mean.
     """
@@ -45,17 +76,18 @@ class AttentionPooling(nn.Module):
         super().__init__()
         self.query = nn.Parameter(torch.zeros(width))
 
-    def forward(self, hidden: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, end: Tensor, first: Tensor | int = 0) -> Tensor:
         """(B, T, D), (B,) -> (B, D)"""
-        real = real_tokens(hidden, lengths)
-        hidden = torch.where(real[..., None], hidden, 0)
+        read = tokens_between(hidden, end, first)
+        hidden = torch.where(read[..., None], hidden, 0)
         logits = (hidden * self.query).sum(-1) / hidden.shape[-1] ** 0.5  # (B, T)
-        weights = torch.where(real, logits, -torch.inf).softmax(1)
+        weights = torch.where(read, logits, -torch.inf).softmax(1)
         return (weights[..., None] * hidden).sum(1)
 
 
 POOLING = {"last": last_token, "mean": mean_token}
 POOLINGS = (*POOLING, "attention")
+READS = ("text", "answer")
 
 
 # Several heads, one score
@@ -88,12 +120,13 @@ class Normalised(nn.Module):
 
     Every member is put at mean 0 and deviation 1 on reference samples, so that their scores can be compared; they are
     combined; and gain and bias put the combination there too. All of it is stored, and so is `temperature`:
-    P(a beats b) = sigmoid((score_a - score_b) / temperature).
+    P(a beats b) = sigmoid((score_a - score_b) / temperature). reads: what the heads see the states of, the answer (behind
+    its prompt) or the whole text.
     """
 
-    def __init__(self, ensemble: Ensemble = ONE_HEAD):
+    def __init__(self, ensemble: Ensemble = ONE_HEAD, reads: str = "text"):
         super().__init__()
-        self.ensemble = ensemble
+        self.ensemble, self.reads = ensemble, reads
         self.register_buffer("member_gain", torch.ones(ensemble.members))  # (M,); with one member 1, and bias 0:
         self.register_buffer("member_bias", torch.zeros(ensemble.members))  # there is nobody to be compared with
         self.register_buffer("gain", torch.ones(()))
@@ -102,11 +135,21 @@ class Normalised(nn.Module):
 
     def score(self, tokens: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
         """Normalised score: tokens (B, T), lengths (B,), mask (B, T) of the response -> (B,)."""
-        return self.combined(self(tokens, lengths))
+        return self.combined(self(tokens, lengths, self.begins(lengths, mask)))
 
     def member_scores(self, tokens: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
         """What every member says, on the scale of `score`, which is their mean or minimum where it is so combined. (B, M)"""
-        return self.members_of(self(tokens, lengths))
+        return self.members_of(self(tokens, lengths, self.begins(lengths, mask)))
+
+    def begins(self, lengths: Tensor, mask: Tensor) -> Tensor | None:
+        """Where the answers begin, for a model that reads them alone."""
+        return response_starts(lengths, mask) if self.reads == "answer" else None
+
+    def read(self, tokens: Tensor, lengths: Tensor, begins: Tensor | None, stop_ids) -> tuple[Tensor, Tensor]:
+        """`stretch` of what this model reads; ValueError for an answer of which nobody says where it begins."""
+        if self.reads == "answer" and begins is None:
+            raise ValueError("this reward model reads answers: say where they begin")
+        return stretch(tokens, lengths, begins if self.reads == "answer" else None, stop_ids)
 
     def members_of(self, raw: Tensor) -> Tensor:
         """`member_scores` of raw scores: (N, M) -> (N, M)."""
@@ -139,8 +182,8 @@ def to_standard(scores: Tensor, gain: Tensor, bias: Tensor) -> None:
 class RewardModel(Normalised):
     """A trunk, a pooling and linear heads; of the trunk all is trained, or its adapter (see `adapted_trunk`).
 
-    The heads start at N(0, 1/sqrt(width + 1)) (Ziegler et al. 2019, arXiv:1909.08593). With `stop_ids` the pooling reads
-    the text alone, see `text_lengths`. `language`: keep what a language-modelling loss beside the reward loss needs.
+    The heads start at N(0, 1/sqrt(width + 1)) (Ziegler et al. 2019, arXiv:1909.08593). What is pooled, and what `stop_ids`
+    leave out of it: see `stretch`. `language`: keep what a language-modelling loss beside the reward loss needs.
     """
 
     def __init__(
@@ -151,8 +194,9 @@ class RewardModel(Normalised):
         ensemble: Ensemble = ONE_HEAD,
         stop_ids: Iterable[int] | None = None,
         language: bool = False,
+        reads: str = "text",
     ):
-        super().__init__(ensemble)
+        super().__init__(ensemble, reads)
         self.model = model
         if not language:
             self.model.lm_head = None  # predicts no tokens: an idle parameter would stall DDP
@@ -163,26 +207,28 @@ class RewardModel(Normalised):
         nn.init.normal_(self.head.weight, std=(model.config.width + 1) ** -0.5, generator=generator)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, tokens: Tensor, lengths: Tensor, language: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Raw scores of every text: tokens (B, T) right-padded, lengths (B,) -> (B, M). This is what training sees.
+    def forward(
+        self, tokens: Tensor, lengths: Tensor, begins: Tensor | None = None, language: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Raw scores of every text: tokens (B, T) right-padded, lengths (B,), begins (B,) of the answers -> (B, M).
 
-        language: also the mean negative log-likelihood of each text's tokens, nats per token. (B,)
+        This is what training sees. language: also the mean negative log-likelihood of what is read, nats per token. (B,)
         """
-        text = None if self.stop_ids is None else text_lengths(tokens, lengths, self.stop_ids)
+        first, end = self.read(tokens, lengths, begins, self.stop_ids)
         if self.pooling == "last" and not language:
-            pooled = last_states(self.model, tokens, lengths if text is None else 1 + text)  # (B, D)
+            pooled = last_states(self.model, tokens, end)  # (B, D)
         else:
             hidden = text_states(self.model, tokens, lengths)  # (B, T, D)
-            pooled = self.pool(hidden, lengths) if text is None else self.pool(hidden[:, 1:], text)
+            pooled = self.pool(hidden, end, first)
         with torch.autocast(pooled.device.type, enabled=False):  # half precision would round the ranking away
             raw = self.head(pooled.to(self.head.weight.dtype))
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         if not language:
             return raw
-        mask = real_tokens(hidden, lengths)
+        mask = tokens_between(hidden, lengths, first)  # with the token that ends it
         mask[:, 0] = False
         loss = next_token_loss(*predictions(self.model, hidden[:, :-1], tokens, mask))  # (N,)
-        return raw, to_columns(loss, mask).sum(1) / (lengths - 1).clamp(min=1)
+        return raw, to_columns(loss, mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
 class Classifier(RewardModel):
@@ -198,8 +244,8 @@ class Classifier(RewardModel):
             self.head.weight.copy_(score)
             self.head.bias.fill_(bias)
 
-    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """tokens (B, T) right-padded, lengths (B,) -> (B, 1)"""
+    def forward(self, tokens: Tensor, lengths: Tensor, begins: Tensor | None = None) -> Tensor:
+        """tokens (B, T) right-padded, lengths (B,) -> (B, 1), wherever answers begin"""
         if self.pad_id is not None:
             places = torch.arange(tokens.shape[1], device=tokens.device)
             read = (tokens != self.pad_id) & (places < lengths[:, None])
@@ -218,32 +264,12 @@ def adapted_trunk(base: Transformer, lora: LoRA, depth: int | None = None) -> Tr
 # A head on a frozen trunk
 
 
-def text_lengths(tokens: Tensor, lengths: Tensor, stop_ids: Iterable[int]) -> Tensor:
-    """How many tokens after the first are text: tokens (B, T), lengths (B,) -> (B,).
-
-    The first token, bos, is left out: its state is the same in every text, and many times larger than the others. So is
-    a final stop token: whether a response ended or was cut off then changes no score, and PPO cannot earn by either
-    (train_ppo.py has eos_penalty for that). ValueError for a row that holds nothing but bos.
-    """
-    if int(lengths.min()) < 2:
-        raise ValueError("a text of one token has nothing after bos that could be scored")
-    stops = torch.tensor(sorted(stop_ids), device=tokens.device)
-    ended = torch.isin(last_token(tokens, lengths), stops)  # (B,)
-    return (lengths - 1 - ended.long()).clamp(min=1)  # an empty text is read at its stop token
-
-
 Feature = tuple[int, str]  # depth and pooling: (15, "mean") is the mean of what the first 15 layers made of the text
 
 
-def text_features(
-    states: dict[int, Tensor], features: Iterable[Feature], tokens: Tensor, lengths: Tensor, stop_ids: Iterable[int]
-) -> Tensor:
-    """Pooled hidden states of the text alone: (B, T, D) per depth, tokens (B, T), lengths (B,) -> (B, features, D).
-
-    See `text_lengths` for what belongs to the text.
-    """
-    text = text_lengths(tokens, lengths, stop_ids)
-    return torch.stack([POOLING[pooling](states[depth][:, 1:], text) for depth, pooling in features], 1)
+def text_features(states: dict[int, Tensor], features: Iterable[Feature], first: Tensor, end: Tensor) -> Tensor:
+    """Pooled hidden states from first to end: (B, T, D) per depth, (B,), (B,) -> (B, features, D). See `stretch`."""
+    return torch.stack([POOLING[pooling](states[depth], end, first) for depth, pooling in features], 1)
 
 
 class FrozenReward(Normalised):
@@ -258,19 +284,18 @@ class FrozenReward(Normalised):
         features: Sequence[Feature],
         stop_ids: Iterable[int],
         ensemble: Ensemble = ONE_HEAD,
+        reads: str = "text",
     ):
-        super().__init__(ensemble)
+        super().__init__(ensemble, reads)
         self.states, self.features, self.stop_ids = states, tuple(features), tuple(stop_ids)
         states.read(depth for depth, _ in self.features)
         self.head = nn.Linear(len(self.features) * states.model.config.width, ensemble.members)
         nn.init.zeros_(self.head.weight)  # until a fit or a checkpoint fills it
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Raw scores of every text, standardised ratings: tokens (B, T) right-padded, lengths (B,) -> (B, M)."""
-        pooled = text_features(self.states(tokens), self.features, tokens, lengths, self.stop_ids)  # (B, F, D)
+    def forward(self, tokens: Tensor, lengths: Tensor, begins: Tensor | None = None) -> Tensor:
+        """Raw scores of every text: tokens (B, T) right-padded, lengths (B,), begins (B,) of the answers -> (B, M)."""
+        first, end = self.read(tokens, lengths, begins, self.stop_ids)
+        pooled = text_features(self.states(tokens), self.features, first, end)  # (B, F, D)
         # no matmul: under autocast that would round the scores to half precision
         return (pooled.flatten(1).to(self.head.weight.dtype)[:, None] * self.head.weight).sum(-1) + self.head.bias
-
-
-# Files

@@ -28,6 +28,7 @@ class Texts(NamedTuple):
 
     tokens: Tensor  # (R, T)
     lengths: Tensor  # (R,)
+    begins: Tensor  # (R,) where the answer begins
     group: Tensor  # (R,) which unit, 0 ... G - 1
     scores: Tensor  # (R,) what people thought of it; NaN where nobody said
     winner: Tensor  # (P,) which text
@@ -45,7 +46,7 @@ class Texts(NamedTuple):
         width = int(self.lengths[rows].max())
         return Texts(
             self.tokens[rows, :width],
-            *(x[rows] for x in (self.lengths, self.group - first, self.scores)),
+            *(x[rows] for x in (self.lengths, self.begins, self.group - first, self.scores)),
             *(x[pairs] - before for x in (self.winner, self.loser)),
             *(x[pairs] for x in (self.p, self.gap, self.weight)),
             self.counts[first:end],
@@ -73,7 +74,8 @@ def reward_losses(learner: nn.Module, texts: Texts, kind: str, o: Objective) -> 
     center_coef (r_w + r_l)^2, of soft labels p where the data have them. All texts go through one forward.
     """
     language = o.lm_coef > 0
-    raw, nats = learner(texts.tokens, texts.lengths, True) if language else (learner(texts.tokens, texts.lengths), None)
+    read = texts.tokens, texts.lengths, texts.begins
+    raw, nats = learner(*read, True) if language else (learner(*read), None)
     rows, pairs = texts.counts[texts.group], texts.counts[texts.group[texts.winner]]  # (R, M), (P, M)
     scored = ~texts.scores.isnan()
     loss = SCORE_LOSSES[kind](raw[scored], texts.scores[scored][:, None].expand_as(raw[scored]), o)
