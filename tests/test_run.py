@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
 from rlhf.infra import checkpoint, config, distributed, optim, run  # noqa: E402
 from rlhf.infra.metrics import Metrics  # noqa: E402
+from rlhf.infra.peers import fate  # noqa: E402
 from rlhf.infra.signals import NUMBERS  # noqa: E402
 
 OPTIONS = {"lr": 0.01, "steps": 12, "every": 4, "pause": 0.0, "override": []}
@@ -95,13 +96,24 @@ def start(out: Path, ignored: tuple = (), **options) -> Child:
     return Child(process, said, errors)
 
 
-def torchrun(out: Path, **options) -> subprocess.Popen:
+def torchrun(out: Path, restarts: int = 0, patience: str = "300", **options) -> subprocess.Popen:
     words = [f"{name}={json.dumps(value)}" for name, value in options.items()]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"]
     return subprocess.Popen(
         [sys.executable, *launcher, __file__, str(out), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}, start_new_session=True,
+        cwd=ROOT, start_new_session=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PLAIN_RLHF_TIMEOUT": patience},
     )  # fmt: skip
+
+
+def ranks_of(process: subprocess.Popen) -> dict[int, int]:
+    """{rank: process} of what torchrun has started."""
+    found = {}
+    for pid in map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()):
+        for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            if entry.startswith(b"RANK="):
+                found[int(entry[5:])] = pid
+    return found
 
 
 def lines(out: Path) -> list[dict]:
@@ -204,8 +216,7 @@ def test_all_ranks_end_after_the_same_step(tmp_path, whom):
     process = torchrun(out, pause=0.2)
     wait_for(out, 5, lambda: process.poll() is None)
     if whom == "rank 1":
-        workers = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
-        os.kill(next(w for w in workers if b"\0RANK=1\0" in Path(f"/proc/{w}/environ").read_bytes()), signal.SIGTERM)
+        os.kill(ranks_of(process)[1], signal.SIGTERM)
     elif whom == "the group":  # Ctrl-C in a terminal; torchrun passes it on once more
         os.killpg(process.pid, signal.SIGINT)
     else:
@@ -217,6 +228,87 @@ def test_all_ranks_end_after_the_same_step(tmp_path, whom):
     process = torchrun(out)
     process.communicate()
     assert process.returncode == 0 and left(out) == left(reference)
+
+
+# ---- a lost rank
+
+
+def ours(errors: str) -> list[str]:
+    """What stands on stderr without torchrun's own log and traceback."""
+    return [line for line in errors.splitlines() if line.startswith(("[rank", "error: ", "lost"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank, pause", [(0, 0.2), (1, 0.2), (1, 1000)])
+def test_a_killed_rank_is_named(tmp_path, rank, pause):
+    """By one line of the other, before torchrun's pages; also where the other computes for long and meets nobody."""
+    out = tmp_path / "out"
+    process = torchrun(out, pause=pause)
+    wait_for(out, 1, lambda: process.poll() is None)
+    os.kill(ranks_of(process)[rank], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    (line,) = ours(errors)
+    assert line.startswith(f"[rank {1 - rank}] lost another rank of this run: rank {rank} was killed by SIGKILL"), (
+        errors
+    )
+    assert line.endswith("the same command goes on from the last checkpoint")
+    assert errors.index(line) < errors.index("Traceback") and errors.index(line) < errors.index("exitcode: -9")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_ends_the_others_in_time(tmp_path, rank):
+    out = tmp_path / "out"
+    process = torchrun(out, patience="3", pause=0.1)
+    wait_for(out, 2, lambda: process.poll() is None)
+    pids = ranks_of(process)
+    os.kill(pids[rank], signal.SIGSTOP)
+    began = time.monotonic()
+    try:
+        while fate(pids[1 - rank]) == "" and time.monotonic() - began < 60:
+            time.sleep(0.05)
+        assert time.monotonic() - began < 60
+    finally:
+        os.kill(pids[rank], signal.SIGKILL)  # torchrun would wait 30 s for it to heed SIGTERM
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    (line,) = ours(errors)
+    assert line.startswith(f"[rank {1 - rank}] lost another rank of this run: rank {rank} was stopped"), errors
+    assert errors.index(line) < errors.index("Traceback")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_starts_a_lost_rank_again_and_the_run_is_the_same(tmp_path, rank):
+    reference, out = tmp_path / "reference", tmp_path / "out"
+    process = torchrun(reference)
+    process.communicate()
+    process = torchrun(out, restarts=1, pause=0.1)
+    wait_for(out, 6, lambda: process.poll() is None)
+    os.kill(ranks_of(process)[rank], signal.SIGKILL)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0 and left(out) == left(reference) and len(ours(errors)) == 1, errors
+
+
+@pytest.mark.parametrize("patience", ["", "soon", "0", "-1", "nan", "inf", "1e99"])
+def test_the_patience_with_other_ranks_is_a_number_of_seconds(monkeypatch, patience):
+    monkeypatch.setenv("PLAIN_RLHF_TIMEOUT", patience)
+    with pytest.raises(ValueError, match=rf"PLAIN_RLHF_TIMEOUT={patience} is not a number of seconds"):
+        distributed.patience()
+
+
+def test_the_fate_of_a_process():
+    """As the kernel tells it, while nobody has waited for it."""
+    for code, words in (("0", "has ended with 0"), ("3", "has ended with 3"), ("-9", "was killed by SIGKILL")):
+        script = f"import os; n = {code}; os.kill(os.getpid(), -n) if n < 0 else os._exit(n)"
+        process = subprocess.Popen([sys.executable, "-c", script])
+        while not (found := fate(process.pid)):
+            time.sleep(0.01)
+        assert found.startswith(words)
+        process.wait()
+        assert fate(process.pid) == "has ended"
+    assert fate(os.getpid()) == ""
 
 
 # ---- one run at a time, with its own options
@@ -345,7 +437,10 @@ def test_what_a_kill_left_is_removed(tmp_path, begin):
     out = begun(tmp_path)
     for name in (".run.json.tmp-12", ".report.json.tmp-7", ".metrics.jsonl.tmp"):
         (out / name).write_text("half")
+    for name in (".step_000006.tmp-5", ".step_000004.old-5", ".best.old-5"):  # there is no other best
+        shutil.copytree(out / "step_000004", out / name)
     begin(OLD)
+    shutil.rmtree(out / ".best.old-5")
     assert sorted(path.name for path in out.glob(".*")) == [".metrics.jsonl.tmp"]  # which Metrics writes anew
 
 

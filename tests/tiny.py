@@ -110,6 +110,8 @@ class World:
         """A process of its own that runs the command; `before()` is called in it first."""
         log = self.path / "logs" / str(time.perf_counter_ns())
         log.mkdir(parents=True)
+        for name in ("out", "err"):  # a process may be killed before it opens them
+            (log / name).touch()
         process = SERVER.Process(target=child, args=(command, self.path, self.environment(**env or {}), log, before))
         process.start()
         return Running(process, log)

@@ -24,7 +24,7 @@ import types
 import typing
 from pathlib import Path
 
-from rlhf.infra import signals
+from rlhf.infra import peers, signals
 
 
 def parse(Config: type, argv: list[str] | None = None):
@@ -252,6 +252,7 @@ def one_line(error: Exception) -> str | None:
 
 
 LOST = "lost another rank of this run: "  # how the line of one begins that only noticed
+GO_ON = "; the same command goes on from the last checkpoint"
 CONNECTION = (
     "closed by peer",
     "reset by peer",
@@ -265,11 +266,15 @@ CONNECTION = (
 def lost_rank(error: RuntimeError) -> str | None:
     """The line of a process whose peer is gone or silent; None for another error. gloo and nccl say it in many words."""
     text = str(error)
-    if "imed out" in text or "imeout" in text and type(error).__name__.startswith("Dist"):
-        return f"{LOST}it has not answered in time: it hangs, or its machine is gone"
-    if any(words in text for words in CONNECTION):
-        return f"{LOST}it has ended, and torchrun says below how; killed by signal 9 it was perhaps out of memory"
-    return None
+    late = "imed out" in text or "imeout" in text and type(error).__name__.startswith("Dist")
+    if not late and not any(words in text for words in CONNECTION):
+        return None
+    end = time.monotonic() + 0.3  # a connection closes a moment before its process is seen to have ended
+    while not (found := peers.fates()) and not late and time.monotonic() < end:
+        time.sleep(0.02)
+    known = " and ".join(f"rank {rank} {word}" for rank, word in found.items())
+    unknown = "it has not answered in time: it hangs, or its machine is gone" if late else "it has ended"
+    return f"{LOST}{known or unknown}{GO_ON}"
 
 
 def complain(line: str) -> None:
@@ -287,6 +292,8 @@ def complain(line: str) -> None:
         return
     prefix = f"[rank {rank}] " if rank != "0" or noticed else ""
     print(f"{prefix}{line.removeprefix('error: ') if noticed else line}", file=sys.stderr, flush=True)
+    if noticed:
+        time.sleep(0.5)  # torchrun looks every 0.1 s, and calls the first that it finds the root cause
 
 
 def told_file() -> Path | None:

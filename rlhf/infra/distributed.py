@@ -9,13 +9,17 @@ import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from rlhf.infra import config, peers
+
 TIMEOUT = 900.0  # seconds that a rank waits for the others: rank 0 writes checkpoints, a reward may ask a server
+LONGEST = 30 * 86400.0  # torch counts in nanoseconds
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class Dist:
         exception" when all work is done, and torchrun then reports a failure that was none.
         """
         if self.world > 1:
+            peers.PIDS.clear()  # from here on they may end
             self.barrier()
             sys.stdout.flush()
             sys.stderr.flush()
@@ -134,6 +139,56 @@ def setup() -> Dist:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
         if device.type == "cpu" and os.environ.get("LOCAL_WORLD_SIZE") == str(world):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: no need that its host name resolves
-    patience = timedelta(seconds=float(os.environ.get("PLAIN_RLHF_TIMEOUT", TIMEOUT)))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
-    return Dist(int(os.environ["RANK"]), world, device)
+    rank, timeout = int(os.environ["RANK"]), timedelta(seconds=patience())
+    place = dict(store=store, rank=rank, world_size=world) if (store := store_of_attempt(world, timeout)) else {}
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **place)
+    joined = Dist(rank, world, device)
+    know_peers(joined)
+    return joined
+
+
+def store_of_attempt(world: int, timeout: timedelta) -> dist.Store | None:
+    """torchrun's store, under a name of this attempt. With --max-restarts a new rank may otherwise read where one of the
+    attempt before listened, and wait for it (torch 2.13).
+
+    None, as torch does it, without torchrun, and on several machines, which may count their attempts differently.
+    """
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not shared or os.environ.get("LOCAL_WORLD_SIZE") != str(world):
+        return None
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, False, timeout)
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def patience() -> float:
+    """Seconds that a rank waits for the others."""
+    text = os.environ.get("PLAIN_RLHF_TIMEOUT", str(TIMEOUT))
+    try:
+        if 0 < (seconds := float(text)) <= LONGEST:
+            return seconds
+    except ValueError:
+        pass
+    raise ValueError(f"PLAIN_RLHF_TIMEOUT={text} is not a number of seconds from 0 to {LONGEST:.0f}")
+
+
+def know_peers(joined: Dist) -> None:
+    """Tell the others on this machine which process this is, and watch theirs: who is killed cannot say so itself."""
+    machine = hashlib.sha256(f"{os.uname().nodename} {boot()}".encode()).digest()
+    rows = joined.all_gather_rows(torch.tensor([[os.getpid(), int.from_bytes(machine[:7])]]))  # (world, 2)
+    here = rows[joined.rank, 1]
+    peers.PIDS |= {rank: int(pid) for rank, (pid, place) in enumerate(rows) if place == here and rank != joined.rank}
+    peers.watch(end_with_them)
+
+
+def boot() -> str:
+    """What two machines of the same name do not share."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def end_with_them(lost: str) -> None:
+    """Without one rank the others train on nothing: say which, and end."""
+    config.complain(f"{config.LOST}{lost}{config.GO_ON}")
+    os._exit(2)

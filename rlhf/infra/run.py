@@ -154,10 +154,11 @@ def hold(out: str | Path, inherit: bool = False) -> None:
 
 
 def remove_halves(out: str | Path) -> None:
-    """What a killed write_text() left."""
-    for half in Path(out).glob(".*.tmp-*"):
-        if half.is_file():
-            half.unlink()
+    """What was killed while it wrote: half files and checkpoints, and the old one where the new one is whole."""
+    checkpoint.remove(Path(out).glob(".*.tmp-*"))
+    for old in Path(out).glob(".*.old-*"):
+        if checkpoint.is_complete(old.with_name(old.name[1:].rpartition(".old-")[0])):
+            checkpoint.remove([old])
 
 
 def has_lines(out: str | Path) -> bool:
