@@ -10,9 +10,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import regex  # tiktoken's own dependency
 
 NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+ANCHOR = "\x01"  # a token by itself: no piece of a vocabulary joins it with what follows
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 LARGEST_VOCABULARY = 2**24  # the largest published ones have 2**18
 WORD = r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]"
@@ -76,6 +78,54 @@ class Cut:
             done = max(done, end)
         if done < len(text):
             yield text[done:], None
+
+
+class TextEncoder:
+    """What both kinds of tokenizer do with a text before they differ: added tokens are cut out, and the rest is encoded."""
+
+    _cut: Cut
+    _rubs = False  # does what begins a text lose, or get, something at its edge?
+
+    def encode(self, text: str, after: str = "nothing") -> list[int]:
+        """Ids of a text. "<|im_end|>" in it is ordinary characters: user text cannot become a control token.
+
+        after: what stands before it: nothing, a control "token", or other "text", which it then goes on from: the bytes
+        of its ids are those of the text, where the tokenizer keeps texts as they are.
+        ValueError for half a surrogate pair, which has no bytes.
+        """
+        return self.encode_array(text, after).tolist()
+
+    def encode_array(self, text: str, after: str = "nothing") -> np.ndarray:
+        """The same as an array, (n,) uint32."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise half_a_pair(text, error) from None
+        if after == "text" and self._rubs:
+            return self._encode_array(ANCHOR + text, "token")[len(self._encode_array(ANCHOR, "token")) :]
+        return self._encode_array(text, after)
+
+    def _encode_array(self, text: str, after: str) -> np.ndarray:
+        found = []
+        for stretch, i in self._cut.of(text):
+            found.append(self._encode_stretch(stretch, after) if i is None else as_bytes([i]))
+            after = "token"
+        return np.frombuffer(b"".join(found), "<u4")
+
+    def _encode_stretch(self, text: str, after: str) -> bytes:
+        """Ids of what lies between added tokens, four bytes each."""
+        raise NotImplementedError
+
+
+def as_bytes(ids: Sequence[int]) -> bytes:
+    return np.array(ids, "<u4").tobytes()
+
+
+def half_a_pair(text: str, error: UnicodeEncodeError) -> ValueError:
+    start = max(0, error.start - 20)
+    return ValueError(
+        f"character {error.start} of {text[start : error.start + 20]!r} is half a surrogate pair, which has no bytes"
+    )
 
 
 def read_json(file: Path) -> dict:

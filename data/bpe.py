@@ -21,19 +21,23 @@ from data.beside import (
     LARGEST_VOCABULARY,
     Added,
     Cut,
+    TextEncoder,
     added_token,
+    as_bytes,
     bos_first,
     bos_of,
     read_beside,
     read_json,
     write_files,
 )
-from data.words import ONE_PATTERN, hf_form, named, normalized, words_of, words_of_hf
+from data.words import ONE_PATTERN, hf_form, named, normalized, rubs, words_of, words_of_hf
 
 BPE_FILE = "bpe.json"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # GGUF's token types
 LONG_SPACE = re.compile(r"\s{10000}")
-MOST_WORDS_KEPT = 2**17  # whose ids are remembered
+MOST_WORDS_KEPT, LONGEST_KEPT = 2**17, 24  # whose ids are remembered; characters
+# In none of ONE_PATTERN does a word begin before such a space and end behind it, or depend on what lies beyond it.
+SPACE_BETWEEN = re.compile(r"(?<=\S) (?=\S)")
 
 # vocabularies spell each byte as one printable letter: those that are printable as themselves, the others from U+0100
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -43,7 +47,7 @@ TO_BYTES = {ord(letter): byte for byte, letter in LETTERS.items()}  # for str.tr
 ALPHABET = set(LETTERS.values())
 
 
-class BPETokenizer:
+class BPETokenizer(TextEncoder):
     """A byte-level BPE; bos and eos are added by whoever builds the sequence, never by `encode`.
 
     tokens: spelling of each id; types: GGUF's kind of each; merges: "left right", earliest first; pre: how a text becomes
@@ -103,7 +107,8 @@ class BPETokenizer:
         for text, token in self.added.items():
             if not token.special:
                 self._bytes[token.id] = text.encode()
-        self._words, self._known = words, {}
+        self._words, self._known, self._known_words = words, {}, {}
+        self._rubs = rubs(words.normalizer)
         self._cut = Cut({text: token for text, token in self.added.items() if not token.normalized})
         self._cut_normalized = Cut(
             {normalized(text, words.normalizer): token for text, token in self.added.items() if token.normalized}
@@ -114,24 +119,6 @@ class BPETokenizer:
         self._ranks, pattern = ranks, ONE_PATTERN.get(words.splits)
         self._one_pattern = pattern is not None and self._pairs is None
         self._core = tiktoken.Encoding("", pat_str=pattern or "(?!)", mergeable_ranks=ranks, special_tokens={})
-
-    def encode(self, text: str, after: str = "nothing") -> list[int]:
-        """Ids of a text. "<|im_end|>" in it is ordinary characters: user text cannot become a control token.
-
-        after: what stands before it (nothing, text, or a control token); for sentencepiece it makes a difference.
-        ValueError for half a surrogate pair, which has no bytes.
-        """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise half_a_pair(text, error) from None
-        ids = []
-        for stretch, i in self._cut.of(text):
-            ids += self._encode_stretch(stretch) if i is None else [i]
-        return ids
-
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without control tokens; bytes that are no UTF-8 become U+FFFD."""
@@ -154,37 +141,60 @@ class BPETokenizer:
         self.path.write_bytes(dump(self.parts()))
         return self.path
 
-    def _encode_stretch(self, text: str) -> list[int]:
+    def _encode_stretch(self, text: str, after: str) -> bytes:
         """Ids of what lies between added tokens, but for those that are looked for in normalised texts."""
-        ids = []
-        for stretch, i in self._cut_normalized.of(normalized(text, self._words.normalizer)):
-            ids += self._encode_ordinary(stretch) if i is None else [i]
-        return ids
+        if self._cut_normalized.pattern is None:
+            return self._encode_ordinary(normalized(text, self._words.normalizer))
+        found = self._cut_normalized.of(normalized(text, self._words.normalizer))
+        return b"".join(self._encode_ordinary(stretch) if i is None else as_bytes([i]) for stretch, i in found)
 
-    def _encode_ordinary(self, text: str) -> list[int]:
+    def _encode_ordinary(self, text: str) -> bytes:
+        """Ids of the pieces between single spaces, most of which were seen before; see SPACE_BETWEEN."""
         if not self._one_pattern:
             return self._encode_words(text)
+        first, *pieces = text.split(" ")
+        found = list(map(self._known.get, pieces))
+        new = [piece for piece, ids in zip(pieces, found) if ids is None] if None in found else ()
+        if first[-1:].isspace() or any(map(unclear, new)):
+            first, *pieces = SPACE_BETWEEN.split(text)
+            found = list(map(self._known.get, pieces))
+        if None in found:
+            found = [self._remembered(piece, " " + piece) if i is None else i for piece, i in zip(pieces, found)]
+        begin = self._known.get(" " + first)  # the others begin with no space: it is for the one without one before it
+        return b"".join([self._remembered(" " + first, first) if begin is None else begin, *found])
+
+    def _remembered(self, key: str, text: str) -> bytes:
+        """Ids of a piece of a text, to be found by its key the next time."""
+        ids = self._encode_chunk(text)
+        if len(text) <= LONGEST_KEPT:
+            if len(self._known) >= MOST_WORDS_KEPT:
+                self._known.clear()
+            self._known[key] = ids
+        return ids
+
+    def _encode_chunk(self, text: str) -> bytes:
+        """By tiktoken."""
         raw = text.encode()
         if self._missing and len(raw.translate(None, self._missing)) < len(raw):
             return self._encode_words(text)
         if len(text) > 10000 and LONG_SPACE.search(text):  # a million spaces end tiktoken's regex, and the process
             return self._encode_words(text)
         ids = self._ids
-        return [ids[rank] for rank in self._core.encode_ordinary(text)]
+        return as_bytes([ids[rank] for rank in self._core.encode_ordinary(text)])
 
-    def _encode_words(self, text: str) -> list[int]:
+    def _encode_words(self, text: str) -> bytes:
         """The same, word by word; bytes that have no token are dropped before their neighbours merge, as HF does."""
-        ids, known = [], self._known
+        found, known = [], self._known_words
         for word in self._words.of(text):
-            found = known.get(word)
-            if found is None:
+            ids = known.get(word)
+            if ids is None:
                 raw = word.encode().translate(None, self._missing)
-                found = [self._ids[rank] for rank in self._merge(raw)]
+                ids = as_bytes([self._ids[rank] for rank in self._merge(raw)])
                 if len(known) >= MOST_WORDS_KEPT:
                     known.clear()
-                known[word] = found
-            ids += found
-        return ids
+                known[word] = ids
+            found.append(ids)
+        return b"".join(found)
 
     def _merge(self, raw: bytes) -> list[int]:
         """Ranks of a word's pieces."""
@@ -197,11 +207,9 @@ class BPETokenizer:
         return merge([self._ranks[raw[k : k + 1]] for k in range(len(raw))], self._pairs)
 
 
-def half_a_pair(text: str, error: UnicodeEncodeError) -> ValueError:
-    start = max(0, error.start - 20)
-    return ValueError(
-        f"character {error.start} of {text[start : error.start + 20]!r} is half a surrogate pair, which has no bytes"
-    )
+def unclear(piece: str) -> bool:
+    """Is there nothing between two spaces, or more space beside one of them?"""
+    return not piece or piece[0].isspace() or piece[-1].isspace()
 
 
 def read_more(beside: str | None) -> dict:

@@ -259,7 +259,10 @@ def check_message(message: dict) -> None:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
         raise ValueError(f"message {message!r:.100}: an object with a role and content was expected")
     try:
-        json.dumps(message, ensure_ascii=False, default=str).encode()
+        if list(message) == ["role", "content"] and isinstance(message["content"], str):
+            message["role"].encode(), message["content"].encode()
+        else:
+            json.dumps(message, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         raise ValueError(f"message {message!r:.100} holds half a surrogate pair, which has no bytes") from None
     except (ValueError, RecursionError) as error:

@@ -93,7 +93,7 @@ class _File:
     """A file of items of one dtype, written as they come."""
 
     def __init__(self, path: Path, dtype: str):
-        self.path, self.dtype, self.length = path, dtype, 0
+        self.path, self.dtype, self.length = path, np.dtype(dtype), 0
         self._waiting, self._file = [], None
 
     def extend(self, items: Iterable) -> None:
@@ -101,16 +101,25 @@ class _File:
         if len(self._waiting) >= BUFFER:
             self._flush()
 
-    def _flush(self) -> None:
-        self.write(np.array(self._waiting, self.dtype).tobytes())
-        self._waiting = []
+    def append(self, item) -> None:
+        self._waiting.append(item)
+        if len(self._waiting) >= BUFFER:
+            self._flush()
 
-    def write(self, items: bytes) -> None:
+    def write(self, items: Sequence[int]) -> None:
+        """Many at a time; a file that is written in this way has nothing waiting."""
+        self.write_bytes(np.asarray(items).astype(self.dtype).tobytes())
+
+    def write_bytes(self, items: bytes) -> None:
         if items and self._file is None:
             self._file = open(self.path, "wb")
         if items:
             self._file.write(items)
-            self.length += len(items) // np.dtype(self.dtype).itemsize
+            self.length += len(items) // self.dtype.itemsize
+
+    def _flush(self) -> None:
+        self.write_bytes(np.array(self._waiting, self.dtype).tobytes())
+        self._waiting = []
 
     def close(self) -> None:
         self._flush()
@@ -172,24 +181,27 @@ class ShardWriter:
 
     def add(self, encoded: Encoded) -> None:
         """ValueError if the tokens do not fit the record: see `faults`, which a reader of strange data asks first."""
-        record, files = encoded.record, self._files
         if found := faults(encoded, self.tokenizer.vocab_size):
             raise ValueError(f"record {self.prompts} of {self.directory} {found}")
+        self.add_checked(encoded)
+
+    def add_checked(self, encoded: Encoded) -> None:
+        """`add` for who has asked `faults`."""
+        record, files, count = encoded.record, self._files, len(encoded.answers)
         if encoded.prompt_loss is not None and any(encoded.prompt_loss):
             missing = len(files["prompts.bin"]) - len(files["prompt_loss.bin"])
-            files["prompt_loss.bin"].extend(bytes(missing))  # of the records before, which had none
-            files["prompt_loss.bin"].extend(map(int, encoded.prompt_loss))
+            files["prompt_loss.bin"].write_bytes(bytes(missing))  # of the records before, which had none
+            files["prompt_loss.bin"].write(encoded.prompt_loss)
         elif len(files["prompt_loss.bin"]):
-            files["prompt_loss.bin"].extend(bytes(len(encoded.prompt)))
-        files["prompts.bin"].extend(encoded.prompt)
-        files["prompt_offsets.bin"].extend([len(files["prompts.bin"])])
-        files["source.bin"].extend([self._source(record.source)])
-        files["group.bin"].extend([int(record.group, 16)])
+            files["prompt_loss.bin"].write_bytes(bytes(len(encoded.prompt)))
+        files["prompts.bin"].write(encoded.prompt)
+        files["prompt_offsets.bin"].append(files["prompts.bin"].length)
+        files["source.bin"].append(self._source(record.source))
+        files["group.bin"].append(int(record.group, 16))
         for answer in encoded.answers:
-            files["answers.bin"].extend(answer)
-            files["answer_offsets.bin"].extend([len(files["answers.bin"])])
-        count = len(encoded.answers)
-        files["answer_prompt.bin"].extend([self.prompts] * count)
+            files["answers.bin"].write(answer)
+            files["answer_offsets.bin"].append(files["answers.bin"].length)
+            files["answer_prompt.bin"].append(self.prompts)
         if record.scores:
             missing = self.answers - len(files["score.bin"])
             files["score.bin"].extend([np.nan] * missing + list(record.scores))
@@ -198,12 +210,13 @@ class ShardWriter:
             files["score.bin"].extend([np.nan] * count)
         for i, name in enumerate(self.columns):
             files[f"column_{i}.bin"].extend(numbers(record.extra.get(name), count))
-        for name in ("winner", "loser"):
-            files[f"{name}.bin"].extend(self.answers + getattr(pair, name) for pair in record.pairs)
-        for name in ("p", "gap", "weight"):
-            files[f"{name}.bin"].extend(getattr(pair, name) for pair in record.pairs)
-        files["records.jsonl"].write(json_line(record.to_json()))
-        files["record_offsets.bin"].extend([len(files["records.jsonl"])])
+        if record.pairs:
+            for name in ("winner", "loser"):
+                files[f"{name}.bin"].extend(self.answers + getattr(pair, name) for pair in record.pairs)
+            for name in ("p", "gap", "weight"):
+                files[f"{name}.bin"].extend(getattr(pair, name) for pair in record.pairs)
+        files["records.jsonl"].write_bytes(json_line(record.to_json()))
+        files["record_offsets.bin"].append(files["records.jsonl"].length)
         self.prompts, self.answers, self.pairs = self.prompts + 1, self.answers + count, self.pairs + len(record.pairs)
 
     def _source(self, name: str) -> int:
@@ -231,7 +244,7 @@ class ShardWriter:
             "labels": self.labels,
             "tokenizer": tokenizer_facts(self.tokenizer),
             "template": self.template,
-            "dtypes": {name: file.dtype for name, file in self._files.items() if len(file)},
+            "dtypes": {name: file.dtype.str for name, file in self._files.items() if len(file)},
             "sha256": {name: sha256(file.path) for name, file in self._files.items() if len(file)},
             "made": self.made,
         }
@@ -268,11 +281,11 @@ def faults(encoded: Encoded, vocab_size: int) -> str:
         return "has a prompt or an answer without a token"
     if encoded.prompt_loss is not None and len(encoded.prompt_loss) != len(encoded.prompt):
         return f"has {len(encoded.prompt)} tokens in its prompt, but {len(encoded.prompt_loss)} marks for the loss"
-    least, most = (extreme(extreme(ids) for ids in (encoded.prompt, *answers)) for extreme in (min, max))
-    if least < 0 or most >= vocab_size:
-        return f"has token {least if least < 0 else most}, but the vocabulary has {vocab_size}"
+    for ids in map(np.asarray, (encoded.prompt, *answers)):
+        if ids.min() < 0 or ids.max() >= vocab_size:
+            return f"has token {ids.min() if ids.min() < 0 else ids.max()}, but the vocabulary has {vocab_size}"
     for pair in record.pairs:
-        if list(answers[pair.winner]) == list(answers[pair.loser]):
+        if np.array_equal(answers[pair.winner], answers[pair.loser]):
             return f"has a pair of equal answers, {pair.winner} and {pair.loser}"
     return ""
 

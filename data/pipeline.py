@@ -317,6 +317,10 @@ def fates_of(directory: Path, unit: Unit) -> np.ndarray:
     return np.fromfile((directory / shard_name(unit.number)).with_suffix(".fate"), np.uint8)
 
 
+def groups_of(directory: Path, unit: Unit) -> np.ndarray:
+    return np.fromfile((directory / shard_name(unit.number)).with_suffix(".group"), np.uint64)
+
+
 def kept_records(directory: Path, units: Sequence[Unit]) -> Iterator[tuple[Unit, int, Record]]:
     """(unit, place, record) of the records that stay, one after the other."""
     for unit in units:
@@ -417,7 +421,7 @@ def encode(job: Encode) -> None:
         shutil.rmtree(directory, ignore_errors=True)
     encoder = encoder_of(job.data, job.template, job.prompt_tokens)
     card, prompts = Card(), {split: set() for split, _ in job.shards}
-    fates = iter(fates_of(job.scanned, job.unit))
+    fates, groups = iter(fates_of(job.scanned, job.unit)), iter(groups_of(job.scanned, job.unit))
     with ExitStack() as stack:
         rejects = stack.enter_context(written(note.with_suffix(".rejects")))
         shards = {
@@ -426,7 +430,7 @@ def encode(job: Encode) -> None:
         }
 
         def keep(split: str, encoded: Encoded) -> None:
-            shards[split].add(encoded)
+            shards[split].add_checked(encoded)
             card.add(split, encoded)
             if encoded.record.prompt:
                 prompts[split].add(hash_of(json.dumps(encoded.record.prompt)))
@@ -434,7 +438,9 @@ def encode(job: Encode) -> None:
         joined = Joined(keep)
         for item in items(job.unit):
             outcome = item.record
-            fate = next(fates) if isinstance(outcome, Record) else KEPT
+            fate = KEPT
+            if isinstance(outcome, Record):
+                fate, outcome = next(fates), replace(outcome, group=f"{next(groups):016x}")
             card.read(item.form)
             if fate in (DUPLICATE, NEAR) or isinstance(outcome, Duplicate):
                 card.duplicate("near" if fate == NEAR else "exact")
@@ -511,7 +517,7 @@ def join(several: list[Encoded]) -> Encoded:
         values = [record.extra.get(name) for record in records]
         extra[name] = values[0] if all(value == values[0] for value in values) else values
     ids = [answer for encoded in several for answer in encoded.answers]
-    pairs = pairs_by_score([str(list(answer)) for answer in ids], scores)  # of different tokens
+    pairs = pairs_by_score([np.asarray(answer).tobytes() for answer in ids], scores)  # of different tokens
     record = replace(first.record, answers=answers, scores=scores, extra=extra, pairs=pairs)
     return Encoded(first.prompt, ids, first.prompt_loss, record)
 

@@ -37,9 +37,8 @@ class Record:
     pairs: tuple[Pair, ...] = ()
     extra: dict = field(default_factory=dict)  # every other column of the row, JSON values
     source: str = ""  # the file's stem, or what the row says of its domain
-    group: str = (
-        ""  # records of a group share a split: 16 hex digits, by default of the prompt (of the text without one)
-    )
+    # records of a group share a split: 16 hex digits, by default of the prompt (of the text without one)
+    group: str = field(default_factory=str)
 
     def __post_init__(self):
         if self.scores is not None and len(self.scores) != len(self.answers):
@@ -54,8 +53,14 @@ class Record:
                     f"a pair with p {pair.p}, gap {pair.gap}, weight {pair.weight}: not 0.5 ... 1, >= 0, > 0"
                 )
         if not self.group:
-            first = self.answers[0] if self.answers else ""
-            object.__setattr__(self, "group", group_of(asked(self.prompt) or first))
+            object.__delattr__(self, "group")  # made when someone asks
+
+    def __getattr__(self, name: str):
+        if name != "group":
+            raise AttributeError(name)
+        first = self.answers[0] if self.answers else ""
+        object.__setattr__(self, "group", group_of(asked(self.prompt) or first))
+        return self.group
 
     @property
     def split(self) -> str:
@@ -95,7 +100,7 @@ def group_of(text: str) -> str:
     return hashlib.sha256(key(text).encode()).hexdigest()[:16]
 
 
-def pairs_by_score(answers: Sequence[str], scores: Sequence[float], most: int = 10) -> tuple[Pair, ...]:
+def pairs_by_score(answers: Sequence[str | bytes], scores: Sequence[float], most: int = 10) -> tuple[Pair, ...]:
     """Pairs of different answers whose scores differ, the widest gaps first, at most `most`."""
     pairs = [
         Pair(i, j, gap=a - b)

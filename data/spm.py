@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
@@ -19,15 +19,17 @@ from data.beside import (
     LARGEST_VOCABULARY,
     Added,
     Cut,
+    TextEncoder,
     added_token,
+    as_bytes,
     bos_first,
     bos_of,
     read_beside,
     read_json,
     write_files,
 )
-from data.bpe import BPETokenizer, dump, half_a_pair, made_as_listed, merge, read_hf
-from data.words import normalized, normalizer_of, steps_of
+from data.bpe import BPETokenizer, dump, made_as_listed, merge, read_hf
+from data.words import normalized, normalizer_of, rubs, steps_of
 
 MODEL_FILE = "tokenizer.model"
 SPACE = "\u2581"  # sentencepiece's own letter for a space
@@ -40,7 +42,7 @@ DOUBLED = {"type": "Replace", "pattern": {"Regex": "\\A" + SPACE}, "content": 2 
 PROBE = "\ufb01  \u00bd\n"  # what NFKC and the collapse of spaces would change
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(TextEncoder):
     """A trained sentencepiece model; bos and eos are added by whoever builds the sequence, never by `encode`.
 
     blob: the content of the model file where there is no file yet. chat_template: in place of the file's own. beside:
@@ -97,6 +99,9 @@ class SentencePieceTokenizer:
         if self.prefix != "model":
             spec += field(2, b"") + field(4, 0) + field(5, 1)  # and nothing else is done to it
         self._bare = processor(self._model + field(3, spec), where)
+        self._rubs = (
+            rubs(self.normalizer) if self.prefix != "model" else self._bare.encode(" a") == self._bare.encode("a")
+        )
         self._nul = NUL.encode() in self._model
         self._pairs = self._pairs_of(self.beside["merges"], where) if "merges" in self.beside else None
         raw, late = {}, {}
@@ -104,25 +109,6 @@ class SentencePieceTokenizer:
             (late if token.normalized and self.prefix != "model" else raw)[text] = token
         self._cut = Cut(raw)
         self._cut_late = Cut({self._spelled(text): token for text, token in late.items()})
-
-    def encode(self, text: str, after: str = "nothing") -> list[int]:
-        """Ids of a text. "<s>" in it is three ordinary characters: user text cannot become a control token.
-
-        after: what stands before it: nothing, a control "token", or other "text", which it then goes on from.
-        ValueError for half a surrogate pair, which has no bytes.
-        """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise half_a_pair(text, error) from None
-        ids = []
-        for stretch, i in self._cut.of(text):
-            ids += self._encode_stretch(stretch, after) if i is None else [i]
-            after = "token"
-        return ids
-
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        return list(map(self.encode, texts))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without control tokens and pad; bytes that are no UTF-8 become U+FFFD."""
@@ -199,21 +185,21 @@ class SentencePieceTokenizer:
             text = SPACE * (prefix and self.prefix == "prepend" and text != "") + text.replace(" ", SPACE)
         return text
 
-    def _encode_stretch(self, text: str, after: str) -> list[int]:
+    def _encode_stretch(self, text: str, after: str) -> bytes:
         """Ids of what lies between added tokens."""
         if self.prefix == "model":
-            return (self._bare if after == "text" else self.model).encode(text)
-        ids = []
+            return as_bytes((self._bare if after == "text" else self.model).encode(text))
+        found = []
         text = self._spelled(text, after != "text")
         for stretch, i in self._cut_late.of(text):
             if i is not None:
-                ids.append(i)
+                found.append(i)
             else:
                 wanted = self.prefix == "always" and after != "text" or self.prefix == "first" and after == "nothing"
                 space = SPACE if wanted and not stretch.startswith((" ", SPACE)) else ""
-                ids += self._encode_bare(space + stretch)
+                found += self._encode_bare(space + stretch)
             after = "token"
-        return ids
+        return as_bytes(found)
 
     def _pairs_of(self, merges: list, where: str) -> dict[tuple[int, int], tuple[int, int]]:
         """ids of two pieces -> (when they merge, id of what they make)"""

@@ -158,6 +158,11 @@ def normalized(text: str, steps: Sequence[dict]) -> str:
     return text
 
 
+def rubs(steps: Sequence[dict]) -> bool:
+    """Do these normalizers treat the beginning of a text otherwise than what stands within?"""
+    return any(step["type"] in ("Strip", "Prepend") or "Regex" in step.get("pattern", ()) for step in steps)
+
+
 # --- HF's form ---
 
 

@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from data.baselines import CEILINGS, GAPS, agreement, learned_scores, pair_clusters
 from data.chat import Chat
-from data.encoding import continued
 from data.judge import own_judge
 from data.loader import cut, open_data, pad
 from data.pairs import MOST_TRAINING_PAIRS, SomeAnswers, some_prompts
@@ -281,7 +280,7 @@ def encoder(tokenizer: Tokenizer, chat: Chat | None, context: int) -> Callable[.
             before = chat.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
         else:
             before = [tokenizer.start, *tokenizer.encode(prompt)]
-        ids = continued(tokenizer, text) if prompt and not chat else tokenizer.encode(text)
+        ids = tokenizer.encode(text, "text" if prompt and not chat else "nothing")
         before, answer = np.array(before, np.int64), np.array([*ids, *[tokenizer.eos] * ended], np.int64)
         if len(before) + len(answer) <= context:
             return Row(np.append(before, answer), False, len(before))

@@ -171,9 +171,41 @@ def test_long_texts_of_one_character():
     for pre in NAMED:
         tokenizer = tiny(pre)
         for text in (" " * 12_000 + "x", "\n" * 11_000, " \t" * 6_000 + "1"):
-            assert tokenizer.encode(text) == tokenizer._encode_words(text)
+            assert tokenizer.encode_array(text).tobytes() == tokenizer._encode_words(text)
             assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tiny("gpt-2").encode("\t" * 1_000_001 + "x")) == 1_000_002
+
+
+one_of = cache(tiny)
+SPACES = [" ", "  ", "\n", "\t", "\r\n", "\xa0", "\u2003", "\x1c", "\x85", "\u2028"]
+LETTERS_AND_MORE = [
+    "a",
+    "the",
+    "A",
+    "'s",
+    "'",
+    "1",
+    "12",
+    "!",
+    "?!",
+    "é",
+    "e\u0301",
+    "中",
+    "\u0378",
+    "\U0001f600",
+    "\u200d",
+    "_",
+]
+
+
+@pytest.mark.parametrize("pre", NAMED)
+@given(st.lists(st.sampled_from([*SPACES, *[" "] * 9, *LETTERS_AND_MORE]), max_size=24).map("".join))
+def test_ids_of_pieces_between_spaces_are_those_of_words(pre, text):
+    """Pieces are remembered; words, which the regex module finds in the whole text, are the slow way."""
+    tokenizer = one_of(pre)
+    for _ in range(2):
+        words = tokenizer._encode_words(normalized(text, tokenizer._words.normalizer))
+        assert tokenizer.encode_array(text).tobytes() == words
 
 
 def test_half_a_surrogate_pair_is_refused(sentencepiece_tokenizer):

@@ -19,7 +19,7 @@ from test_formats import COUNTS, TURNED_AWAY, VALUES
 
 from data import pipeline, vader
 from data.chat import Chat
-from data.encoding import Encoder, continued
+from data.encoding import Encoder
 from data.examples import Examples
 from data.pipeline import main
 from data.records import Record
@@ -229,7 +229,7 @@ def test_texts_are_messages_with_chat(tmp_path, tokenizer_dir):
 def test_an_answer_continues_its_prompt(tokenizer_dir, text):
     """The bytes that its tokens add are the answer's, with no space that sentencepiece puts before what stands alone."""
     tokenizer = load_tokenizer(tokenizer_dir)
-    added = b"".join(map(tokenizer.token_bytes, continued(tokenizer, text)))
+    added = b"".join(map(tokenizer.token_bytes, tokenizer.encode(text, "text")))
     assert added == text.replace("\u2581", " ").encode()
 
 
@@ -239,7 +239,7 @@ def test_what_a_policy_writes_is_encoded_as_it_wrote_it(tokenizer_dir):
     encoder = Encoder(tokenizer)
     for prompt in ("A prompt", "ends in\n\n", "a space "):
         for _ in range(50):
-            ids = continued(tokenizer, rng.choice(["", " "]) + sentence(rng))
+            ids = tokenizer.encode(rng.choice(["", " "]) + sentence(rng), "text")
             text = b"".join(map(tokenizer.token_bytes, ids)).decode()
             encoded = encoder.encode(Record(prompt, (text,)))
             assert list(encoded.answers[0]) == [*ids, tokenizer.eos]

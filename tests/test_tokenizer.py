@@ -58,10 +58,6 @@ def test_decode_drops_control_tokens_and_survives_any_ids(tokenizer):
         assert isinstance(tokenizer.decode([i, i]), str)
 
 
-def test_encode_many_is_encode(tokenizer):
-    assert tokenizer.encode_many(CORPUS[:20]) == [tokenizer.encode(text) for text in CORPUS[:20]]
-
-
 def test_training_again_elsewhere_gives_the_same_bytes(tokenizer, tmp_path):
     again = train_sentencepiece(iter(CORPUS), tmp_path / "another" / "name.model", vocab_size=330)
     assert again.fingerprint == tokenizer.fingerprint
