@@ -22,7 +22,7 @@ from responses of earlier policies.
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -33,7 +33,7 @@ from data.chat import check_template
 from data.loader import PromptLoader, drawn, open_data, prompts_of, unseen
 from data.tokenizer import Detokenizer, Tokenizer, check_fingerprint, load_tokenizer
 from evaluation.card import beats_length
-from model.generate import Generated, Sampling
+from model.generate import Sampling
 from rlhf import kl
 from rlhf.advantages import ESTIMATORS
 from rlhf.doctor.diagnosis import diagnose, in_words
@@ -49,6 +49,7 @@ from rlhf.lm.pretrained import Pretrained, config_of, open_pretrained
 from rlhf.lm.trunks import LoRA
 from rlhf.overoptimisation import best_place
 from rlhf.ppo import update as ppo
+from rlhf.ppo.acting import Acted, Acting, Resampling, group_metrics
 from rlhf.ppo.early_stop import HeldOutJudge, KLBound, NoBound, NoJudge
 from rlhf.ppo.guard import Guard, Limits
 from rlhf.ppo.plan import Sizes, plan, table
@@ -87,6 +88,8 @@ class Config:
     batch: int = 64  # responses per iteration, over all ranks
     samples_per_prompt: int = 1  # responses to the same prompt, in neighbouring rows
     temperature: float = 1.0  # of sampling, and of every log-prob
+    resample_flat: bool = False  # sample groups whose scores are all equal again, of further prompts (DAPO)
+    resample_tries: int = 3  # at most so often in an iteration [resample_flat=true]
     # credit
     kl_coef: float = 0.3  # weight of KL(policy || reference) in the reward, per nat
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # of the KL penalty per token
@@ -102,9 +105,10 @@ class Config:
     epochs: int = 2  # passes over the responses of one iteration
     minibatches: int = 4  # optimiser steps per epoch
     micro_batch: int | None = None  # responses per forward on one rank; none = all of its share of a minibatch
-    clip: float = 0.2  # ratio may move this far from 1
+    policy_loss: Literal["ppo", "gspo", "cispo"] = "ppo"  # gspo: a ratio per response; cispo: clipped weights
+    clip: float = 0.2  # ratio may move this far from 1; for gspo some 3e-4
     clip_high: float | None = None  # upper bound instead of clip, for ratios above 1
-    dual_clip: float | None = None  # bound for negative advantages, > 1
+    dual_clip: float | None = None  # bound for negative advantages, > 1 [policy_loss=ppo]
     value_coef: float = 0.5  # weight of the value loss [estimator=gae]
     value_clip: float | None = 0.2  # values may move this far from the old ones; none = unclipped [estimator=gae]
     entropy_coef: float = 0.0  # weight of the entropy bonus
@@ -139,7 +143,7 @@ class Config:
         config.at_least(self, kl_coef=0, kl_target=0, kl_horizon=1, gamma=0, lam=0, value_coef=0, entropy_coef=0)
         config.at_least(self, iterations=1, epochs=1, minibatches=1, micro_batch=1, sample_every=1, checkpoint_every=1)
         config.at_least(self, clip=0, clip_high=0, dual_clip=1, value_clip=0, target_approxkl=0, max_kl=0)
-        config.at_least(self, max_ratio=1, max_value_loss=0, max_bad_steps=1)
+        config.at_least(self, max_ratio=1, max_value_loss=0, max_bad_steps=1, resample_tries=1)
         config.at_least(self, lr=0, warmup=0, weight_decay=0, adam_eps=0, grad_clip=0, seed=0)
         config.at_least(self, keep_checkpoints=1, judge_every=1, judge_patience=1, judge_prompts=1)
         config.at_least(self, lora_rank=1, lora_alpha=0, branch_layers=1)
@@ -152,6 +156,8 @@ class Config:
             )
         if self.batch % self.samples_per_prompt:
             raise ValueError(f"batch {self.batch} is not a multiple of samples_per_prompt {self.samples_per_prompt}")
+        if self.resample_flat and self.samples_per_prompt < 2:
+            raise ValueError("--resample_flat compares responses to one prompt; set --samples_per_prompt to 2 or more")
         if ESTIMATORS[self.estimator].needs_group and self.samples_per_prompt < 2:
             raise ValueError(
                 f"estimator {self.estimator} compares responses to one prompt; set samples_per_prompt >= 2"
@@ -169,8 +175,7 @@ class Cast:
 
     roles: Roles
     reward: Scorer
-    prompts: PromptLoader
-    act: Callable[..., Generated]  # (prompts, lengths, ids, iteration), see rollout.act
+    act: Callable[[int], Acted]  # of an iteration
     held_out: HeldOutJudge | NoJudge
     check_once: Callable[..., None]  # (rollout, fresh=), see self_check.check_once
     tokenizer: Tokenizer
@@ -202,13 +207,12 @@ def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch
     policy, reference, held_out = cast.roles.policy, cast.roles.reference, cast.held_out
     learner = dist.wrap(policy)
     optimizer = optim.make_optimizer(policy, cfg.lr, cfg.weight_decay, betas=(0.9, 0.999), eps=cfg.adam_eps)
-    objective = ppo.Objective(cfg.clip, cfg.clip_high, cfg.dual_clip, cfg.value_clip, cfg.value_coef, cfg.entropy_coef)
+    objective = objective_of(cfg)
     estimator = ESTIMATORS[cfg.estimator]
     normalise = whiten if estimator.whiten else lambda advantages, mask: advantages
     run, kl_control = open_run(cfg, cast, optimizer, dist, precision)
     last = run.done if run.state.get("stopped") and not run.changed else cfg.iterations
     log = Metrics(cfg.out, dist.is_main, run.done if run.done < last else cfg.iterations + 1, CONSOLE)
-    mine = torch.arange(dist.rank, cfg.batch, dist.world)  # global ids of this rank's responses
     group = torch.arange(cfg.batch, device=dist.device) // cfg.samples_per_prompt
     bound = NoBound(run) if cfg.max_kl is None else KLBound(run, cfg.max_kl)
     guard = guard_of(cfg, cast, run, optimizer, objective, kl_control, micro_batch, precision)
@@ -220,16 +224,13 @@ def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch
             break
         clock = Clock()
         # 1. act: sample responses to a batch of prompts with the current policy
-        batch, rows = cast.prompts.batch(iteration), mine // cfg.samples_per_prompt
-        samples = cast.act(batch.prompts[rows], batch.prompt_lengths[rows], mine, iteration)
+        acted = cast.act(iteration)
         clock.lap("time/rollout")
 
         # 2. judge: policy, reference and value of every token; one score per response
         with precision.autocast():
-            sizes = (micro_batch, cast.prompts.width(iteration))
-            judged = judge(
-                samples, policy, reference, cast.reward.detailed, *sizes, cast.roles.features, batch.rows[rows]
-            )
+            asked, shared = (cast.reward.detailed, micro_batch, acted.width), cast.roles.features
+            judged = judge(acted.samples, policy, reference, *asked, shared, acted.rows, acted.said)
             if iteration == run.done:
                 cast.check_once(judged[:micro_batch].trim(), fresh=run.done == 0)
         rollout = gather(judged, dist)
@@ -249,7 +250,7 @@ def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch
         # 4. learn: epochs x minibatches x micro-batches; stop early when the policy has moved far enough
         optim.set_lr(optimizer, lr := optim.schedule(iteration, cfg.iterations, cfg.warmup, cfg.lr, cfg.decay))
         updates, order = [], minibatches(cfg.batch, cfg.minibatches, cfg.epochs, cfg.seed, iteration)
-        for rows in guard.admitted(order, experience, iteration, batch.rows) if not broken else ():
+        for rows in guard.admitted(order, experience, iteration, acted.prompts) if not broken else ():
             minibatch = experience[rows[dist.rank :: dist.world].to(dist.device)]
             update = ppo.accumulate_gradient(learner, minibatch, objective, micro_batch, dist, precision)
             updates += guard.step(update, experience, rows, iteration, len(updates))
@@ -257,7 +258,8 @@ def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch
 
         # 5. report: adapt the KL coefficient, metrics, held-out judge, samples, checkpoint
         record = ppo.metrics(experience, advantages, updates, kl_control.coef, cfg.minibatches)
-        record |= cast.reward.means(rollout.parts) | clock.times(record["response/length"] * cfg.batch, dist.device)
+        record |= cast.reward.means(rollout.parts) | group_metrics(scores, cfg.samples_per_prompt) | acted.counts
+        record |= clock.times(record["response/length"] * cfg.batch, dist.device)
         done = iteration + 1
         record |= {} if broken or guard.brakes.ended else held_out.ask(done, run)
         record |= {"lr": lr, "episode": done * cfg.batch, "iteration": iteration, "bad/steps": guard.brakes.count()}
@@ -304,6 +306,11 @@ def guard_of(
     return Guard(brakes, cast.roles.policy, objective, limits, *how, rows)
 
 
+def objective_of(cfg: Config) -> ppo.Objective:
+    """The options of the loss, by their names."""
+    return ppo.Objective(**{field.name: getattr(cfg, field.name) for field in fields(ppo.Objective)})
+
+
 def kl_control_of(cfg: Config) -> kl.FixedKL | kl.AdaptiveKL:
     """What weighs the KL, and how that moves."""
     if cfg.kl_control == "adaptive":
@@ -332,7 +339,19 @@ def open_cast(cfg: Config, dist: Dist, precision: Precision) -> Cast:
     check = partial(check_once, roles.policy, score=alone, eos=stop_ids, dist=dist, precision=cfg.precision)
     inputs = {"init_sha256": base.digest, "data_sha256": train.digest}
     inputs |= {"reward_sha256": reward.digest, "judge_sha256": cfg.judge and scorer_of(cfg.judge, rules=True).digest}
-    return Cast(roles, reward, prompts, respond, held_out, check, tokenizer, inputs, description(cfg, base, stop_ids))
+    acting = acting_of(cfg, respond, prompts, reward, dist, precision)
+    return Cast(roles, reward, acting, held_out, check, tokenizer, inputs, description(cfg, base, stop_ids))
+
+
+def acting_of(
+    cfg: Config, respond, prompts: PromptLoader, reward: Scorer, dist: Dist, precision: Precision
+) -> Acting | Resampling:
+    """How an iteration gets its responses."""
+    how = (respond, prompts, cfg.samples_per_prompt, dist)
+    if not cfg.resample_flat:
+        return Acting(*how)
+    further, at_once = replace(prompts, seed=cfg.seed + 1), row_counts(cfg, dist.world)
+    return Resampling(*how, further, reward.detailed, cfg.resample_tries, cfg.eos_penalty, at_once, precision)
 
 
 def prompt_options(cfg: Config, base: Pretrained) -> dict:

@@ -59,10 +59,16 @@ def gspo_loss(
     hands its share of the gradient on: s_t = stop(s) pi_new,t / stop(pi_new,t). clip is two orders smaller than PPO's (3e-4).
     """
     _same_shape(new_logprobs=new_logprobs, logprobs=logprobs, advantages=advantages, mask=mask)
-    moved = masked_sum(new_logprobs - logprobs, mask, 1) / mask.sum(1).clamp(min=1)  # (B,)
     new = torch.where(mask, new_logprobs, 0)
-    log_ratio = moved.detach()[:, None] + new - new.detach()  # (B, T): the value of s, the gradient of its token
+    moved = mean_log_ratio(new_logprobs, logprobs, mask).detach()
+    log_ratio = moved + new - new.detach()  # (B, T): the value of s, the gradient of its token
     return torch.maximum(*_surrogates(log_ratio, torch.zeros_like(new), advantages, clip, clip_high))
+
+
+def mean_log_ratio(new_logprobs: Tensor, logprobs: Tensor, mask: Tensor) -> Tensor:
+    """log s of GSPO (arXiv:2507.18071, eq. 7): mean_t log(pi_new / pi_old) of the response, on each of its tokens. (B, T)"""
+    moved = masked_sum(new_logprobs - logprobs, mask, 1) / mask.sum(1).clamp(min=1)  # (B,)
+    return torch.where(mask, moved[:, None], 0)
 
 
 def cispo_loss(

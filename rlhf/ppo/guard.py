@@ -13,10 +13,10 @@ from rlhf.infra import optim
 from rlhf.infra.brakes import LARGEST, Brakes, Formula, first_bad, gradients, weights
 from rlhf.infra.optim import Precision
 from rlhf.kl import AdaptiveKL, FixedKL
-from rlhf.losses import policy_loss, value_loss
+from rlhf.losses import value_loss
 from rlhf.ppo.roles import ActorCritic
 from rlhf.ppo.rollout import Experience
-from rlhf.ppo.update import Objective
+from rlhf.ppo.update import POLICY_LOSSES, Objective
 
 
 class Limits(NamedTuple):
@@ -56,7 +56,7 @@ def step_formulas(
     yield Formula("ratio", ratio)
     if limits.ratio is not None:
         yield Formula("mean ratio", masked_mean(ratio, mask), limits.ratio, ratio)
-    loss = policy_loss(logprobs, batch.logprobs, batch.advantages, o.clip, o.clip_high, o.dual_clip)
+    loss = POLICY_LOSSES[o.policy_loss](logprobs, batch, o)
     yield Formula("policy loss", torch.where(mask, loss, 0))
     loss = torch.where(mask, value_loss(values, batch.values, batch.returns, o.value_clip), 0)
     yield Formula("value loss", loss)

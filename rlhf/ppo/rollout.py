@@ -121,16 +121,18 @@ def judge(
     width: int,
     features: Callable[[Tensor], Tensor] = no_features,
     prompts: Tensor | None = None,
+    said: Tensor | None = None,
 ) -> Rollout:
     """Policy, reference and value of every token, one score per response; `width` is the T of the result.
 
     prompts (B,): which of the data's the rows answer, for a score that looks them up; None = nobody does. A score of
-    (B, 1 + K) also says what it is the sum of.
+    (B, 1 + K) also says what it is the sum of. said (B, 1 + K): what it said already; it is then not asked again.
 
     The policy's log-probs are computed on the micro-batches of the first learning epoch, so that its first ratio is
     exactly 1: the same rows with the same padding go through the same kernels.
     """
     blank = torch.zeros_like(samples.logprobs)
+    known = blank[:, :1] if said is None else said
     facts = Rollout(
         tokens=samples.tokens,
         mask=samples.mask,
@@ -141,8 +143,8 @@ def judge(
         entropy=blank,
         ref_logprobs=blank,
         values=blank,
-        scores=blank[:, 0],
-        parts=blank[:, :0],
+        scores=known[:, 0],
+        parts=known[:, 1:],
         features=blank[..., None][..., :0],
     )
     judged = []
@@ -150,15 +152,15 @@ def judge(
     for rows, which in zip(facts.split(micro_batch), asked):
         frozen = features(rows.tokens)  # (B, T, D), and what the reward model reads of the same trunk is ready too
         output = policy(rows.tokens, rows.mask, frozen)
-        said = score(rows.tokens, rows.lengths, rows.mask, *which).reshape(len(rows), -1)  # (B, 1 + K)
+        if said is None:
+            told = score(rows.tokens, rows.lengths, rows.mask, *which).reshape(len(rows), -1)  # (B, 1 + K)
+            rows = replace(rows, scores=told[:, 0], parts=told[:, 1:])
         rows = replace(
             rows,
             logprobs=output.logprobs,
             entropy=output.entropy,
             values=output.values,
             ref_logprobs=reference(rows.tokens, rows.mask, frozen),
-            scores=said[:, 0],
-            parts=said[:, 1:],
             features=frozen,
         )
         judged.append(rows.pad(width))
@@ -177,13 +179,17 @@ def gather(rollout: Rollout, dist: Dist) -> Rollout:
     and whitening are then global without further thought, and a minibatch is the same set of rows for every world size.
     """
 
-    def interleave(x: Tensor) -> Tensor:
-        if x.numel() == 0:  # no features: nothing to send
-            return x.new_zeros(dist.world * len(x), *x.shape[1:])
-        parts = dist.all_gather_rows(x).reshape(dist.world, *x.shape)  # (world, B, ...)
-        return parts.transpose(0, 1).reshape(dist.world * len(x), *x.shape[1:])
+    return rollout if dist.world == 1 else rollout.map(lambda x: interleaved(x, dist))
 
-    return rollout if dist.world == 1 else rollout.map(interleave)
+
+def interleaved(x: Tensor, dist: Dist) -> Tensor:
+    """The rows of all ranks in global order: (B, ...) -> (world B, ...)."""
+    if dist.world == 1:
+        return x
+    if x.numel() == 0:  # no features: nothing to send
+        return x.new_zeros(dist.world * len(x), *x.shape[1:])
+    parts = dist.all_gather_rows(x).reshape(dist.world, *x.shape)  # (world, B, ...)
+    return parts.transpose(0, 1).reshape(dist.world * len(x), *x.shape[1:])
 
 
 def minibatches(rows: int, count: int, epochs: int, seed: int, iteration: int) -> Iterator[Tensor]:

@@ -9,7 +9,16 @@ from torch import Tensor
 from rlhf.functional import explained_variance, masked_mean, masked_sum, masked_var
 from rlhf.infra.distributed import Dist
 from rlhf.infra.optim import Precision
-from rlhf.losses import approx_kl, clip_fraction, policy_loss, value_clip_fraction, value_loss
+from rlhf.losses import (
+    approx_kl,
+    cispo_loss,
+    clip_fraction,
+    gspo_loss,
+    mean_log_ratio,
+    policy_loss,
+    value_clip_fraction,
+    value_loss,
+)
 from rlhf.ppo.roles import PolicyOutput
 from rlhf.ppo.rollout import Experience, Rollout
 
@@ -24,12 +33,25 @@ class Objective:
     value_clip: float | None = 0.2  # values may move this far from the old ones; None = unclipped
     value_coef: float = 0.5
     entropy_coef: float = 0.0
+    policy_loss: str = "ppo"  # of POLICY_LOSSES
+
+
+POLICY_LOSSES = {  # (log-probs now (B, T), what was experienced, the numbers) -> per token (B, T)
+    "ppo": lambda new, b, o: policy_loss(new, b.logprobs, b.advantages, o.clip, o.clip_high, o.dual_clip),
+    "gspo": lambda new, b, o: gspo_loss(new, b.logprobs, b.advantages, b.mask, o.clip, o.clip_high),
+    "cispo": lambda new, b, o: cispo_loss(new, b.logprobs, b.advantages, o.clip, o.clip_high),
+}
+CLIPPED = {  # what `clip_fraction` is asked about: (new, old, the sign that makes it count)
+    "ppo": lambda new, b: (new, b.logprobs, b.advantages),
+    "gspo": lambda new, b: (b.logprobs + mean_log_ratio(new, b.logprobs, b.mask), b.logprobs, b.advantages),
+    "cispo": lambda new, b: (new, b.logprobs, new - b.logprobs),  # its weights are clipped on both sides
+}
 
 
 def ppo_loss(output: PolicyOutput, batch: Experience, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum of the loss over the masked tokens, and the sums of what is logged. The caller divides by the step's tokens."""
     o, mask = objective, batch.mask
-    policy = policy_loss(output.logprobs, batch.logprobs, batch.advantages, o.clip, o.clip_high, o.dual_clip)  # (B, T)
+    policy = POLICY_LOSSES[o.policy_loss](output.logprobs, batch, o)  # (B, T)
     value = value_loss(output.values, batch.values, batch.returns, o.value_clip)  # (B, T)
     loss = masked_sum(policy, mask) + o.value_coef * masked_sum(value, mask)
     if o.entropy_coef:
@@ -39,7 +61,7 @@ def ppo_loss(output: PolicyOutput, batch: Experience, objective: Objective) -> t
             "loss/policy": policy,
             "loss/value": value,
             "policy/approxkl": approx_kl(output.logprobs, batch.logprobs),
-            "policy/clipfrac": clip_fraction(output.logprobs, batch.logprobs, batch.advantages, o.clip, o.clip_high),
+            "policy/clipfrac": clip_fraction(*CLIPPED[o.policy_loss](output.logprobs, batch), o.clip, o.clip_high),
             "policy/entropy": output.entropy,
             "policy/ratio": torch.exp(output.logprobs - batch.logprobs),
             "value/clipfrac": value_clip_fraction(output.values, batch.values, batch.returns, o.value_clip),
