@@ -97,7 +97,8 @@ def score_again(
             data, 1, 0, starts=options["prompt_tokens"], context=base.model.config.context,
             response_tokens=options["response_tokens"],
         ).records  # fmt: skip
-        reward = open_scorer(options["reward"], tokenizer, batch.tokens.device, base, roles.frozen, records=records)
+        asked = {"records": records, "template": data.template}
+        reward = open_scorer(options["reward"], tokenizer, batch.tokens.device, base, roles.frozen, **asked)
         each = torch.arange(len(batch)) // options["samples_per_prompt"]
         return reward.score(batch.tokens, batch.lengths, batch.mask, prompts[each])
     except (OSError, ValueError) as error:
