@@ -149,7 +149,7 @@ def begin(cfg: Config) -> None:
     ours["rater_sha256"] = None if cfg.rater == "people" else scorer_of(cfg.rater).digest
     if not path.exists():
         write_json(path, ours)
-    theirs = {name: value for name, value in read_json(path).items() if name in ours}
+    theirs = {name: value for name, value in (config.defaults(Config) | read_json(path)).items() if name in ours}
     if changed := run.differences(theirs, ours):
         begun, says = (", ".join(f"{name}={pair[i]}" for name, pair in changed.items()) for i in (0, 1))
         raise ValueError(

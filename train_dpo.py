@@ -98,7 +98,18 @@ def main() -> None:
     inputs = {"init_sha256": base.digest, "data_sha256": loader.data.digest}
     options, files = asdict(cfg) | inputs, [tokenizer.path]
     saved_as = description(cfg, base)
-    run = Run(cfg.out, options, roles.policy, optimizer, precision.scaler, dist, saved_as, files, cfg.keep_checkpoints)
+    run = Run(
+        cfg.out,
+        options,
+        roles.policy,
+        optimizer,
+        precision.scaler,
+        dist,
+        saved_as,
+        files,
+        cfg.keep_checkpoints,
+        defaults=config.defaults(Config),
+    )
     say(f"training on {loader.summary}; validation on {held_out.summary}", dist.is_main)
     fit(cfg, roles, optimizer, loader, held_out, tokenizer, total, run, precision, dist)
     dist.close()

@@ -106,7 +106,9 @@ def main() -> None:
     # an adapter's checkpoint names its parts as a policy's does
     module = language_model if cfg.layout == "adapters" else language_model.model
     options, files = asdict(cfg) | inputs, [tokenizer.path]
-    run = Run(cfg.out, options, module, optimizer, precision.scaler, dist, saved_as, files)
+    run = Run(
+        cfg.out, options, module, optimizer, precision.scaler, dist, saved_as, files, defaults=config.defaults(Config)
+    )
     announce(language_model, loaders, total, cfg, dist)
     fit(cfg, language_model, optimizer, loaders, tokenizer, saved_as["stop_ids"], total, run, precision, dist)
     dist.close()

@@ -254,7 +254,17 @@ def train(cfg: Config, dist: Dist) -> None:
     optimizer = optim.make_optimizer(reward_model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.95))
 
     options, saved_as = asdict(cfg) | checksums, description(cfg, inputs)
-    run = Run(cfg.out, options, reward_model, optimizer, precision.scaler, dist, saved_as, [tokenizer.path])
+    run = Run(
+        cfg.out,
+        options,
+        reward_model,
+        optimizer,
+        precision.scaler,
+        dist,
+        saved_as,
+        [tokenizer.path],
+        defaults=config.defaults(Config),
+    )
 
     learner = dist.wrap(reward_model)
     loader = loader_for(cfg, kind, splits[0], base.model.config.context)
@@ -477,7 +487,7 @@ def fit_frozen(cfg: Config, dist: Dist) -> None:
     base, tokenizer, splits, stop_ids, kind, reads, checksums = inputs
     candidates = [(depth, pooling) for depth in depths_of(cfg, base) for pooling in dict.fromkeys(cfg.poolings)]
     references = references_of(cfg, base, splits[0], cfg.trunk)
-    begin(cfg.out, asdict(cfg) | checksums, dist)
+    begin(cfg.out, asdict(cfg) | checksums, dist, config.defaults(Config))
     if already_finished(cfg, dist):
         return
 
@@ -598,7 +608,7 @@ def average_runs(cfg: Config, dist: Dist) -> None:
     check_fingerprint(splits[0].data.fingerprint, saved_as["tokenizer"], cfg.average[0])
     references = references_of(cfg, base, splits[0], saved_as.get("trunk", "full"))
     checksums["average_sha256"] = [checkpoint.digest(path) for path in cfg.average]
-    begin(cfg.out, asdict(cfg) | checksums, dist)
+    begin(cfg.out, asdict(cfg) | checksums, dist, config.defaults(Config))
     if already_finished(cfg, dist):
         return
     reward_model = restored(saved_as, tensors, cfg.average[0], dist.device, base)

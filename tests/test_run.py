@@ -327,9 +327,9 @@ def test_two_at_once(tmp_path, undisturbed):
 def begin(tmp_path):
     """begin() as each of several processes would call it; what one held is let go."""
 
-    def call(options: dict, out: Path = tmp_path / "out") -> dict:
+    def call(options: dict, out: Path = tmp_path / "out", defaults: dict | None = None) -> dict:
         try:
-            return run.begin(str(out), options, distributed.Dist())
+            return run.begin(str(out), options, distributed.Dist(), defaults)
         finally:
             for place in run.HELD:
                 os.close(place)
@@ -372,6 +372,20 @@ def test_what_changes_no_number_may_change(tmp_path, begin):
         begin(OLD | {"reward": "r.py:other"})
     with pytest.raises(ValueError, match="init=lm2, init_sha256=cc"):
         begin(OLD | {"init": "lm2", "init_sha256": "c" * 64})
+
+
+def test_an_option_that_did_not_exist_then_was_at_its_default(tmp_path, begin):
+    """A newer version goes on with the runs of an older one, again and again, unless one asks for something else."""
+    out, defaults = begun(tmp_path), {"new": 7, "names": (), "lr": 3.0}
+    newer = OLD | {"new": 7, "names": ()}
+    with pytest.raises(ValueError, match="started with new=7; this command says new=8"):
+        begin(newer | {"new": 8}, defaults=defaults)
+    assert begin(newer, defaults=defaults) == {}
+    assert begin(newer, defaults=defaults) == {}  # run.json knows the option now, the checkpoint does not
+    (out / "run.json").unlink()
+    assert begin(newer, defaults=defaults) == {}
+    with pytest.raises(ValueError, match="lr=0.1; this command says lr=3.0"):  # what the run does say is no default
+        begin(newer | {"lr": 3.0}, defaults=defaults)
 
 
 def test_an_override_is_recorded(tmp_path, begin):

@@ -126,6 +126,12 @@ def convert(text: str, kind):
     raise TypeError(f"an option cannot be of type {kind}")
 
 
+def defaults(Config: type) -> dict:
+    """{option: what it is where nobody names it}, of those that have a default."""
+    fields = [field for field in dataclasses.fields(Config) if field.default is not dataclasses.MISSING]
+    return {field.name: field.default for field in fields}
+
+
 def at_least(config, **least: float) -> None:
     """ValueError unless every named option is at least so large; `none` passes. For a Config's __post_init__."""
     for name, bound in least.items():

@@ -45,13 +45,14 @@ REPORT = (
 FREE = (*REPORT, "out", "plan", "override")  # change no number of a run; a run may be moved
 
 
-def begin(out: str, options: dict, dist: Dist) -> dict[str, list]:
+def begin(out: str, options: dict, dist: Dist, defaults: dict | None = None) -> dict[str, list]:
     """Start the run in `out`, or find that it was started with the same options; -> those that changed, {name: [old, new]},
     which options["override"] has to name.
 
     Rank 0 holds the directory for this process, sets damaged checkpoints aside, and says so. A path may change where what
-    lies there has the same sha256 ("init" and "init_sha256"). ValueError if another process holds `out`, or if it holds a
-    run with other options: going on would mix two experiments.
+    lies there has the same sha256 ("init" and "init_sha256"). An option that did not exist then was at its default, see
+    config.defaults. ValueError if another process holds `out`, or if it holds a run with other options: going on would mix
+    two experiments.
     """
     path, override = Path(out) / "run.json", options.get("override") or ()
     if dist.is_main:
@@ -66,7 +67,7 @@ def begin(out: str, options: dict, dist: Dist) -> dict[str, list]:
         if newest is None and not has_lines(out):
             write_json(path, options)  # a command that failed before its first step must not hold the directory
     dist.barrier()
-    started_with, repaired = options_of(out, options)
+    started_with, repaired = options_of(out, options, defaults or {})
     say(repaired, dist.is_main and bool(repaired))
     changed = differences(started_with, options)
     refused = {name: pair for name, pair in changed.items() if name.removesuffix("_sha256") not in override}
@@ -86,16 +87,18 @@ def begin(out: str, options: dict, dist: Dist) -> dict[str, list]:
     return changed
 
 
-def options_of(out: str, options: dict) -> tuple[dict, str]:
+def options_of(out: str, options: dict, defaults: dict) -> tuple[dict, str]:
     """What the run in `out` was started with: run.json, which must agree with the newest checkpoint, or that alone, which
     is then told in the second value.
     """
     path, newest = Path(out) / "run.json", checkpoint.latest(out)
     stored = checkpoint.load(newest).state.get("options") if newest else None
+    stored = None if stored is None else defaults | stored
     try:
         started_with = checkpoint.read_json(path)
         if not isinstance(started_with, dict):
             raise ValueError(f"{path} holds no options")
+        started_with = defaults | started_with
     except (FileNotFoundError, ValueError) as error:
         if newest is None:
             return options, ""  # nothing is left of it
@@ -191,8 +194,9 @@ class Run:
         config: dict,
         files: list[str | Path],
         keep: int | None = 2,
+        defaults: dict | None = None,
     ):
-        self.changed = begin(out, options, dist)
+        self.changed = begin(out, options, dist, defaults)
         self.out, self.module, self.optimizer, self.scaler, self.dist = out, module, optimizer, scaler, dist
         self.config, self.files, self.keep = config, files, keep
         self.options = {name: value for name, value in options.items() if name not in FREE}
