@@ -274,7 +274,10 @@ WHEN = {"base": "before", "tuned": "after"}  # of samples.jsonl
 def open_models(cfg: Config, tokenizer: Tokenizer, device) -> dict[str, Pretrained]:
     """The base and the tuned models by their names in the tables, all of the tokenizer of the data."""
     names = ("base", "tuned") if len(cfg.tuned) == 1 else ("base", *cfg.tuned)
-    models = {name: open_pretrained(spec, device) for name, spec in zip(names, (cfg.base, *cfg.tuned))}
+    specs = zip(
+        names, (cfg.base, *cfg.tuned)
+    )  # a run of adapters or a branch finds its base there, wherever that has moved
+    models = {name: open_pretrained(spec, device, near=(cfg.base,)) for name, spec in specs}
     for model in models.values():
         check_fingerprint(tokenizer.fingerprint, model.tokenizer.fingerprint, model.spec)
         model.model.eval()

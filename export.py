@@ -49,6 +49,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 @dataclass(frozen=True)
 class Config:
     init: str = "out/ppo"  # run or checkpoint directory, HF-format directory, GGUF file, or a model's name
+    base: str | None = None  # the model that a run of layout adapters or branch was trained on, where it has moved
     out: str = "out/export"  # directory to write, or file for --format=gguf
     format: Literal["hf", "gguf", "peft", "int8"] = "hf"  # peft: a LoRA policy alone; int8: of our own
     part: Literal["policy", "critic"] = "policy"  # of a PPO run; the critic becomes a sequence classifier
@@ -101,6 +102,10 @@ def main() -> None:
     if kind == "reward":
         if cfg.data is not None:
             raise ValueError(f"{cfg.init} is a reward model: a receipt is made of language models, leave --data out")
+        if cfg.base is not None:
+            raise ValueError(
+                f"{cfg.init} is a reward model: only one of a whole model is exported, --base has no effect"
+            )
         if cfg.format != "hf" or cfg.part != "policy":
             raise ValueError(f"{cfg.init} is a reward model: only --format=hf can hold it")
         export_reward_model(cfg, saved)
@@ -121,7 +126,7 @@ def our_checkpoint(spec: str) -> checkpoint.Checkpoint | None:
 
 def export_language_model(cfg: Config) -> None:
     plain = cfg.data is None and cfg.format == "hf" and cfg.dtype != "F32"
-    original = open_pretrained(cfg.init, dtype=None if plain else torch.float32)
+    original = open_pretrained(cfg.init, dtype=None if plain else torch.float32, base=cfg.base)
     rows = held_out_rows(cfg, original) if cfg.data else []  # before anything is written
     with new_place(cfg) as place:
         pruned, about = prune(cfg, original) if cfg.drop_layers else (original, {})
@@ -296,7 +301,7 @@ def export_critic(cfg: Config, saved: checkpoint.Checkpoint | None) -> None:
     if not saved or not any(name.startswith("value_head.") for name in saved.tensors):
         raise ValueError(f"{cfg.init} has no critic: name a run of train_ppo.py with --estimator=gae")
     score, bias = reward_head(value_head_of(saved))
-    write_classifier(cfg, critic_trunk(saved, cfg.init), score, bias, load_tokenizer(saved.path))
+    write_classifier(cfg, critic_trunk(saved, cfg.init, base=cfg.base), score, bias, load_tokenizer(saved.path))
 
 
 def value_head_of(saved: checkpoint.Checkpoint) -> nn.Linear:
@@ -317,11 +322,11 @@ def write_classifier(cfg: Config, model, score: torch.Tensor, bias: float, token
 def export_adapter(cfg: Config, saved: checkpoint.Checkpoint | None) -> None:
     if not saved or saved.config.get("layout") != "adapters":
         raise ValueError(f"{cfg.init} has no adapter: name a run of train_ppo.py --layout=adapters")
-    base = open_base(saved.config, cfg.init)
+    base = open_base(saved.config, cfg.init, base=cfg.base)
     tensors = {name.removeprefix(PREFIX): x for name, x in saved.tensors.items() if name.startswith(PREFIX)}
     scale = saved.config["lora_alpha"] / saved.config["lora_rank"]
     load_adapter(base.model, policy_adapter(tensors), scale, "policy")
-    save_peft(cfg.out, base.model, "policy", str(saved.config["base"]), base.family)
+    save_peft(cfg.out, base.model, "policy", base.spec, base.family)
 
 
 class tokenizer_files(tempfile.TemporaryDirectory):

@@ -34,6 +34,7 @@ KEY = "PLAIN_RLHF_KEY"  # the environment variable for --key
 class Config:
     # What is served
     init: str  # run or checkpoint directory, HF-format or int8 directory, GGUF file, or a model's name
+    base: str | None = None  # the model that a run of layout adapters or branch was trained on, where it has moved
     reference: str | None = None  # the model before tuning: /v1/tokens tells the KL to it
     reward: str | None = None  # directory of train_rm.py, or file.py:function: /v1/score
     feedback: str | None = None  # file of a feedback store: comparisons are shown and votes taken
@@ -132,13 +133,14 @@ def work(cfg: Config, key: str | None, listener: socket.socket, rank: int, ready
     device = torch.device(cfg.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", rank % max(1, torch.cuda.device_count()))
-    opened = open_pretrained(cfg.init, device)
+    opened = open_pretrained(cfg.init, device, base=cfg.base)
     reference = open_pretrained(cfg.reference, device) if cfg.reference else None
     if reference and reference.tokenizer.fingerprint != opened.tokenizer.fingerprint:
         raise ValueError(f"{cfg.reference} reads other tokens than {cfg.init}: the KL between them means nothing")
     reward = None
     if cfg.reward:
-        reward = open_scorer(cfg.reward, opened.tokenizer, device, base=reference or opened)
+        under = reference or (open_pretrained(cfg.base, device) if cfg.base else opened)
+        reward = open_scorer(cfg.reward, opened.tokenizer, device, base=under)
     asyncio.run(serve(cfg, key, listener, rank, ready, opened, reference, reward))
 
 
@@ -164,7 +166,11 @@ async def serve(
         model, tokenizer, stop_ids, cfg.max_batch, cfg.cache_tokens // cfg.max_batch, cfg.queue, deliver_to(loop)
     )
     scorer = Scorer(
-        model, reference.model.eval() if reference else None, reward, load_values(cfg.init, model), tokenizer.eos
+        model,
+        reference.model.eval() if reference else None,
+        reward,
+        load_values(cfg.init, model, cfg.base),
+        tokenizer.eos,
     )
     service = Service(
         scheduler, scorer, tokenizer, chat, cfg.name or Path(cfg.init).name, opened.digest[:16],

@@ -85,7 +85,7 @@ def main() -> None:
 
     # 3. PPO: every checkpoint answers the same prompts, with the random numbers of the pool's first samples
     for path in tqdm(steps, desc="checkpoints", leave=False, disable=None):
-        policy = open_pretrained(path, device).model.eval()
+        policy = open_pretrained(path, device, near=(cfg.base,)).model.eval()
         groups = sample_groups(policy, *prompts, 1, sampling, cfg.seed)
         means = {name: scores(score, groups, asked.rows)[:, 0] for name, score in (("proxy", proxy), ("gold", gold))}
         gains = {f"{name}_gain": x - pool[name][:, 0] for name, x in means.items()}

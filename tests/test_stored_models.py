@@ -161,7 +161,10 @@ def test_a_checkpoint_of_ours_is_never_taken_for_one_of_another_kind(tmp_path):
 
 
 def probe(path: Path, **options) -> torch.Tensor:
-    model = open_pretrained(path, **options).model
+    return logits(open_pretrained(path, **options).model)
+
+
+def logits(model) -> torch.Tensor:
     return model.unembed(model.trunk(torch.arange(9)[None]))
 
 
@@ -217,6 +220,36 @@ def test_a_base_that_is_far_away_can_be_named(runs):
         open_pretrained("out/ppo", base="far/other")
     with pytest.raises(ValueError, match="has no effect"):
         open_pretrained("far/other", base="far/away/lm")
+
+
+def test_commands_take_the_place_of_a_base_that_is_far_away(runs, monkeypatch):
+    """export.py by --base, as sample.py and serve.py, the comparison by its own base; a whole model has no use for one."""
+    import evaluate
+    import export
+
+    wanted, tokenizer = probe("out/ppo"), open_pretrained("out/lm").tokenizer
+    Path("far/away").mkdir(parents=True)
+    Path("out/lm").rename("far/away/lm")
+
+    def exported(*options: str) -> None:
+        monkeypatch.setattr("sys.argv", ["export.py", "--init=out/ppo", *options])
+        with torch.enable_grad():  # export.py turns it off for good
+            export.main()
+
+    with pytest.raises(FileNotFoundError, match="say with --base="):
+        exported("--out=hf")
+    exported("--out=hf", "--base=far/away/lm")
+    assert torch.allclose(probe("hf"), wanted, atol=1e-5)
+    exported("--out=adapter", "--format=peft", "--base=far/away/lm")
+    assert torch.allclose(probe("adapter"), wanted, atol=1e-5)
+    Path("far/away/lm").rename("lm")
+    assert torch.allclose(probe("adapter", base="lm"), wanted, atol=1e-5)
+    with pytest.raises(ValueError, match="hf is a whole model: --base=lm has no effect"):
+        open_pretrained("hf", base="lm")
+
+    cfg = evaluate.Config(base="lm", tuned=("out/ppo",))
+    models = evaluate.open_models(cfg, tokenizer, "cpu")
+    assert torch.equal(logits(models["tuned"].model), wanted)
 
 
 def test_a_policy_on_a_policy(runs):

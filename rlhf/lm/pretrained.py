@@ -6,6 +6,7 @@ The one room in which a tokenizer of data/ meets a model of model/.
 
 import difflib
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,17 +46,21 @@ def open_pretrained(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = torch.float32,
     base: str | None = None,
+    near: Sequence[str] = (),
 ) -> Pretrained:
     """The model that `spec` means: the name of one of data.fetch.MODELS, a GGUF file, an HF-format directory, a PEFT
     adapter, which comes merged into its base, a run or checkpoint directory of train_lm.py or train_ppo.py, or an int8
     directory of export.py.
 
     dtype: of the weights; None keeps what an HF directory stores. On the CPU, weights that need no conversion stay
-    memory-mapped: never write into them in place. base: where the model lies that a run of layout adapters or branch was
-    trained on; None looks for it, see `find_base`. FileNotFoundError, or ValueError in one line for what is none of these.
+    memory-mapped: never write into them in place. base: where the model lies that a run of layout adapters or branch, or a
+    PEFT adapter, was trained on; None looks for it, first among `near`, see `find_base`. FileNotFoundError, or ValueError in
+    one line for what is none of these.
     """
     spec, family = str(spec), None
     path = locate(spec)
+    if base is not None and (path.is_file() or is_hf(path) and not is_peft(path)):
+        raise ValueError(f"{spec} is a whole model: --base={base} has no effect")
     if path.is_file():
         model, metadata = load_gguf(path, dtype or torch.float32)
         tokenizer, stop_ids, digest = (
@@ -64,7 +69,7 @@ def open_pretrained(
             sha256(path),
         )
     elif is_peft(path):
-        model, tokenizer, stop_ids, digest = open_adapter(path, device, dtype)
+        model, tokenizer, stop_ids, digest = open_adapter(path, device, dtype, base)
     elif is_hf(path):
         model, info = load_hf(path, dtype, device)
         if info.kind != "causal":
@@ -72,7 +77,7 @@ def open_pretrained(
         tokenizer, stop_ids, digest = load_tokenizer(path), info.eos_ids, hf_digest(path)
         family = info.family
     else:
-        model, tokenizer, stop_ids, digest = open_checkpoint(path, device, base)
+        model, tokenizer, stop_ids, digest = open_checkpoint(path, device, base, near)
     ends = tuple(sorted({tokenizer.eos, *stop_ids}))
     if (model.config.vocab_size or 0) < tokenizer.vocab_size:
         raise ValueError(
@@ -82,14 +87,14 @@ def open_pretrained(
 
 
 def open_adapter(
-    path: Path, device: torch.device | str, dtype: torch.dtype | None
+    path: Path, device: torch.device | str, dtype: torch.dtype | None, base: str | None = None
 ) -> tuple[Transformer, Tokenizer, tuple[int, ...], str]:
     """Model, tokenizer, stop ids and digest of a PEFT directory: its base with the adapter merged in."""
-    base = open_pretrained(adapter_base(path), device, dtype)
-    model = merge(load_peft(path, base.model, "peft", base.family), "peft").requires_grad_(True)
+    on = open_pretrained(base or adapter_base(path), device, dtype)
+    model = merge(load_peft(path, on.model, "peft", on.family), "peft").requires_grad_(True)
     own = [name for name in ("tokenizer.json", "tokenizer.model") if (path / name).exists()]
-    tokenizer = load_tokenizer(path) if own else base.tokenizer
-    return model, tokenizer, base.stop_ids, adapter_digest(path, base.digest)
+    tokenizer = load_tokenizer(path) if own else on.tokenizer
+    return model, tokenizer, on.stop_ids, adapter_digest(path, on.digest)
 
 
 def adapter_base(path: Path) -> str:
@@ -113,7 +118,7 @@ def adapter_digest(path: Path, base: str) -> str:
 
 
 def open_checkpoint(
-    path: Path, device: torch.device | str, base: str | None = None
+    path: Path, device: torch.device | str, base: str | None = None, near: Sequence[str] = ()
 ) -> tuple[Transformer, Tokenizer, tuple[int, ...], str]:
     """Model, tokenizer, stop ids and digest of a checkpoint of ours, on its base where it holds only what was trained."""
     saved = open_stored(path)
@@ -124,7 +129,8 @@ def open_checkpoint(
     if base is not None and not on_a_base:
         raise ValueError(f"{path} is a whole model: --base={base} has no effect")
     if on_a_base:
-        model = tuned_model(open_base(saved.config, saved.path, device, base).model, saved.config, weights_of(saved))
+        on = open_base(saved.config, saved.path, device, base, near)
+        model = tuned_model(on.model, saved.config, weights_of(saved))
     elif saved.config.get("kind") == "int8":
         model = load_quantized(stored_config(saved.config["model"], path), weights_of(saved), path)
     else:
@@ -134,7 +140,11 @@ def open_checkpoint(
 
 
 def open_base(
-    config: dict, where: str | Path, device: torch.device | str = "cpu", base: str | None = None
+    config: dict,
+    where: str | Path,
+    device: torch.device | str = "cpu",
+    base: str | None = None,
+    near: Sequence[str] = (),
 ) -> Pretrained:
     """The base model of the checkpoint `where`: at `base`, or where its config names it, or else where `find_base` finds it.
 
@@ -143,13 +153,13 @@ def open_base(
     named, digest, there = config["base"], config["base_digest"], ""
     if base is not None or named in MODELS or Path(named).exists():
         check_chain(base or named, Path(where))
-        opened = open_pretrained(base or named, device)
+        opened = open_pretrained(base or named, device, near=near)
         if opened.digest == digest:
             return opened
         there = opened.digest
-    if base is None and (place := find_base(config, where)):
+    if base is None and (place := find_base(config, where, near)):
         check_chain(place, Path(where))
-        return open_pretrained(place, device)
+        return open_pretrained(place, device, near=near)
     belongs = f"{where} belongs to the base model {named} with sha256 {digest[:12]}"
     if base is not None:
         raise ValueError(f"{belongs}; --base={base} is {there[:12]}")
@@ -158,16 +168,18 @@ def open_base(
     raise FileNotFoundError(f"{belongs}, which is neither there nor near the checkpoint: say with --base= where it is")
 
 
-def find_base(config: dict, where: str | Path) -> str | None:
-    """Where the base of a checkpoint lies that was moved or copied: at the path that it had, or the end of that path, from
-    any directory above the checkpoint, or in a run beside it. It is known by its sha256; None where it is nowhere.
+def find_base(config: dict, where: str | Path, near: Sequence[str] = ()) -> str | None:
+    """Where the base of a checkpoint lies that was moved or copied: in one of `near`, at the path that it had, or the end of
+    that path, from any directory above the checkpoint, or in a run beside it. It is known by its sha256; None where it is
+    nowhere.
     """
     here, parts = Path(where).resolve(), Path(config["base"]).parts
     ends = [Path(*parts[i:]) for i in range(Path(config["base"]).is_absolute(), len(parts))]
     above = [place / end for place in here.parents for end in ends]
     beside = [place for room in here.parents[:2] for place in sorted(room.glob("*/")) if checkpoint.latest(place)]
-    for place in dict.fromkeys(above + beside):
-        if place.exists() and place not in (here, *here.parents):
+    for place in dict.fromkeys([*near, *above, *beside]):
+        known = place in near or place.exists() and place not in (here, *here.parents)  # near may be a model's name
+        if known:
             try:
                 if digest_of(place) == config["base_digest"]:
                     return str(place)
@@ -192,14 +204,19 @@ def check_chain(spec: str, where: Path) -> None:
         spec = named
 
 
-def critic_trunk(saved: checkpoint.Checkpoint, where: str | Path, device: torch.device | str = "cpu") -> Transformer:
-    """The transformer that the value head of the policy checkpoint `where` reads: the policy's, or the critic's own."""
+def critic_trunk(
+    saved: checkpoint.Checkpoint, where: str | Path, device: torch.device | str = "cpu", base: str | None = None
+) -> Transformer:
+    """The transformer that the value head of the policy checkpoint `where` reads: the policy's, or the critic's own.
+
+    base: where its base lies, see open_pretrained.
+    """
     stored = weights_of(saved)
     prefix = "value_trunk." if any(name.startswith("value_trunk.") for name in stored) else PREFIX
     tensors = {name.removeprefix(prefix): x for name, x in stored.items() if name.startswith(prefix)}
     if saved.config.get("layout") in LAYOUTS_ON_A_BASE:
         tensors = {PREFIX + name.replace(".critic", ".policy"): x for name, x in tensors.items()}
-        return tuned_model(open_base(saved.config, where, device).model, saved.config, tensors)
+        return tuned_model(open_base(saved.config, where, device, base).model, saved.config, tensors)
     model = new_transformer(saved.config["model"], where)
     model.lm_head = None  # a critic predicts no tokens
     tensors.pop("lm_head.weight", None)

@@ -70,10 +70,10 @@ def number(value: float | None, what: str) -> float | None:
     return value
 
 
-def load_values(path: str | Path, model: Transformer):
+def load_values(path: str | Path, model: Transformer, base: str | None = None):
     """tokens (1, T) -> V before each token after the first, (T-1,), from a policy checkpoint; None where it holds no critic.
 
-    model: the checkpoint's policy, which a shared critic reads.
+    model: the checkpoint's policy, which a shared critic reads. base: where its base lies, see open_pretrained.
     """
     if checkpoint.latest(path) is None and checkpoint.read_config(Path(path)) is None:
         return None  # a model of another format
@@ -83,7 +83,7 @@ def load_values(path: str | Path, model: Transformer):
         return None
     trunk = model
     if any(name.startswith("value_trunk.") for name in tensors):
-        trunk = critic_trunk(saved, path, device).requires_grad_(False).eval()
+        trunk = critic_trunk(saved, path, device, base).requires_grad_(False).eval()
     weight, bias = (tensors[f"value_head.{name}"].to(device) for name in ("weight", "bias"))
 
     def values(tokens: Tensor) -> Tensor:
