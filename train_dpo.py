@@ -98,17 +98,9 @@ def main() -> None:
     inputs = {"init_sha256": base.digest, "data_sha256": loader.data.digest}
     options, files = asdict(cfg) | inputs, [tokenizer.path]
     saved_as = description(cfg, base)
+    old = config.defaults(Config)  # where a run is older than an option
     run = Run(
-        cfg.out,
-        options,
-        roles.policy,
-        optimizer,
-        precision.scaler,
-        dist,
-        saved_as,
-        files,
-        cfg.keep_checkpoints,
-        defaults=config.defaults(Config),
+        cfg.out, options, roles.policy, optimizer, precision.scaler, dist, saved_as, files, cfg.keep_checkpoints, old
     )
     say(f"training on {loader.summary}; validation on {held_out.summary}", dist.is_main)
     fit(cfg, roles, optimizer, loader, held_out, tokenizer, total, run, precision, dist)

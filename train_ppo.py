@@ -283,17 +283,9 @@ def open_run(
 ) -> tuple[Run, kl.FixedKL | kl.AdaptiveKL]:
     """The run in `out`, and what weighs the KL, where they stood; the held-out judge gets its verdicts back."""
     options, files, policy = asdict(cfg) | cast.inputs, [cast.tokenizer.path], cast.roles.policy
+    old = config.defaults(Config)  # where a run is older than an option
     run = Run(
-        cfg.out,
-        options,
-        policy,
-        optimizer,
-        precision.scaler,
-        dist,
-        cast.saved_as,
-        files,
-        cfg.keep_checkpoints,
-        defaults=config.defaults(Config),
+        cfg.out, options, policy, optimizer, precision.scaler, dist, cast.saved_as, files, cfg.keep_checkpoints, old
     )
     kl_control = kl_control_of(cfg)
     kl_control.load_state_dict(run.state.get("kl_control", kl_control.state_dict()))

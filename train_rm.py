@@ -254,16 +254,9 @@ def train(cfg: Config, dist: Dist) -> None:
     optimizer = optim.make_optimizer(reward_model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.95))
 
     options, saved_as = asdict(cfg) | checksums, description(cfg, inputs)
+    old = config.defaults(Config)  # where a run is older than an option
     run = Run(
-        cfg.out,
-        options,
-        reward_model,
-        optimizer,
-        precision.scaler,
-        dist,
-        saved_as,
-        [tokenizer.path],
-        defaults=config.defaults(Config),
+        cfg.out, options, reward_model, optimizer, precision.scaler, dist, saved_as, [tokenizer.path], defaults=old
     )
 
     learner = dist.wrap(reward_model)
