@@ -36,7 +36,7 @@ from evaluation.card import beats_length
 from model.generate import Sampling
 from rlhf import kl
 from rlhf.advantages import ESTIMATORS
-from rlhf.doctor.diagnosis import diagnose, in_words
+from rlhf.doctor.diagnosis import diagnose, in_words, stops_of
 from rlhf.functional import whiten
 from rlhf.infra import checkpoint, config, distributed, optim
 from rlhf.infra.brakes import Brakes
@@ -488,7 +488,8 @@ def write_report(out: str, judge_every: int) -> None:
     print(
         f"score {report['objective/scores']:.2f} at {report['objective/kl']:.1f} nats, {report['seconds']:.0f} s -> {out}"
     )
-    print(in_words(diagnose(all_rows, read_json(f"{out}/run.json"), read_lines(f"{out}/samples.jsonl")), len(all_rows)))
+    options, samples = read_json(f"{out}/run.json"), read_lines(f"{out}/samples.jsonl")
+    print(in_words(diagnose(all_rows, options, samples, stops_of(out)), len(all_rows)))
 
 
 if __name__ == "__main__":

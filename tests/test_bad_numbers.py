@@ -2,18 +2,23 @@
 
 import json
 import math
+import os
+import re
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_bad_input import refused
+from test_resume import assert_equal_runs, killed_after, numbers, wait_for
 from tiny import Done, lines
 
-from rlhf.infra import checkpoint
+from rlhf.infra import checkpoint, config
 from rlhf.infra.brakes import LARGEST, Finding, Formula, first_bad, in_words
+from rlhf.lm.pretrained import open_pretrained
 
 REWARDS = """
 import os
@@ -204,3 +209,142 @@ def test_a_ratio_out_of_bounds_skips_the_step(world, run):
     assert row["bad/steps"] >= 1 and row["policy/epochs_run"] + row["bad/steps"] == 8
     file = max(out.glob("bad/*.safetensors"))
     assert "\nreproduced: mean ratio" in replay(world, file).out
+
+
+# ---- max_kl
+
+
+JUMPS = {"max_kl": 2.0, "lr": 4e-4, "kl_coef": 0.0, "iterations": 40, "checkpoint_every": 3, "sample_every": 5}
+
+
+@pytest.mark.slow
+def test_max_kl_brings_back_the_weights_of_the_last_policy_that_kept_it(world, run):
+    """Bit for bit those of a run without a bound at that iteration."""
+    done, out = run("bounded", **JUMPS)
+    kept = json.loads((out / "report.json").read_text())["brake"]["restored"]
+    assert done.code == 0 and checkpoint.resolve(out).name == f"step_{kept:06d}" and kept > 0
+    free = JUMPS | {"max_kl": "none", "checkpoint_every": 1, "keep_checkpoints": "none"}
+    process = world.start(world.command("train_ppo.py", out=out.parent / "free", **free))
+    assert wait_for(lambda: (out.parent / f"free/step_{kept + 1:06d}/config.json").exists(), process.process.is_alive)
+    process.process.kill()
+    process.wait()
+    ours, theirs = (load_file(path / "model.safetensors") for path in (
+        checkpoint.resolve(out), out.parent / f"free/step_{kept:06d}"))  # fmt: skip
+    assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+    assert numbers(out)[:kept] == numbers(out.parent / "free")[:kept]
+
+
+@pytest.mark.slow
+@pytest.mark.bits
+def test_a_bounded_run_resumes_exactly(world, tmp_path):
+    """Killed, and stopped by a signal, which waits until the policy has shown its KL: the bound breaks at the same place."""
+    world.ok("train_ppo.py", out=tmp_path / "undisturbed", **JUMPS)
+    total = len(lines(tmp_path / "undisturbed/metrics.jsonl"))
+    command = world.command("train_ppo.py", out=tmp_path / "killed", **JUMPS)
+    assert total > 8
+    killed = [killed_after(world, tmp_path / "killed", at_least, command) for at_least in (2, total // 2, total - 1)]
+    assert any(killed)
+    assert world.start(command).wait().code == 0
+    assert_equal_runs(tmp_path / "killed", tmp_path / "undisturbed")
+
+    command = world.command("train_ppo.py", out=tmp_path / "stopped", **JUMPS)
+    running = world.start(command)
+    wait_for(lambda: len(lines(tmp_path / "stopped/metrics.jsonl")) >= 2, running.process.is_alive)
+    os.kill(running.process.pid, signal.SIGTERM)
+    done = running.wait()
+    assert done.code in (128 + signal.SIGTERM, 0), done
+    assert checkpoint.latest(tmp_path / "stopped")
+    assert world.start(command).wait().code == 0
+    assert_equal_runs(tmp_path / "stopped", tmp_path / "undisturbed")
+
+
+def test_max_kl_of_a_run_with_one_iteration(run):
+    """Its only update is judged as well: the policy acts once more."""
+    done, out = run(lr=0.03, max_kl=0.5, iterations=1)
+    assert done.code == 0 and "the one after 0, which kept it, is restored" in done.out
+    assert [row["objective/kl"] > 0.5 for row in lines(out / "metrics.jsonl")] == [False, True]
+    assert "doctor: max_kl reached: the policy after 1 iterations was" in done.out
+
+
+# ---- resuming, ranks, the doctor
+
+
+@pytest.mark.slow
+@pytest.mark.bits
+def test_skipped_steps_survive_a_kill(world, tmp_path):
+    """The count in a row is in the checkpoint, and the files of bad steps are written again with the same bytes."""
+    (tmp_path / "bad.py").write_text(REWARDS)
+    options = {"reward": f"{tmp_path}/bad.py:funny", "iterations": 12, "checkpoint_every": 1, "max_bad_steps": 99}
+    world.ok("train_ppo.py", out=tmp_path / "undisturbed", **options)
+    assert 0 < sum(row["bad/steps"] for row in lines(tmp_path / "undisturbed/metrics.jsonl"))
+    command = world.command("train_ppo.py", out=tmp_path / "killed", **options)
+    for at_least in (3, 7):
+        killed_after(world, tmp_path / "killed", at_least, command)
+    assert world.start(command).wait().code == 0
+    assert_equal_runs(tmp_path / "killed", tmp_path / "undisturbed")
+    ours, theirs = (
+        {file.name: file.read_bytes() for file in (tmp_path / name / "bad").glob("*.*")}
+        for name in ("killed", "undisturbed")
+    )
+    differing = [name for name in theirs if name.endswith(".safetensors") and ours.get(name) != theirs[name]]
+    assert ours.keys() == theirs.keys() and not differing
+
+
+@pytest.mark.slow
+def test_a_bad_number_on_the_second_rank_alone(world, run):
+    """Both skip, count and go on together, with the same weights as one process that meets it."""
+    done, out = run("two", ranks=2, reward="second_rank")
+    assert done.code == 0 and "step 1: skipped, scores = 3e+30" in done.out, done.err
+    assert [row["bad/steps"] for row in lines(out / "metrics.jsonl")] == [0, 1, 0, 0]
+    done, _ = run("dead", ranks=2, reward="huge")
+    assert done.code == 1 and done.err.count("error: 3 steps in a row were skipped") == 1
+    assert done.err.index("scores = -1e+38") < done.err.index("ChildFailedError")
+
+
+def test_the_doctor_names_skipped_steps(world, run):
+    _, out = run(reward="huge")
+    done = world.start(["rlhf.doctor", str(out)]).wait()
+    assert done.code == 1 and done.out.startswith("doctor: bad numbers: 3 skipped steps are stored, 3 for scores")
+    assert f"Try python -m rlhf.replay {out}/bad/000002.safetensors" in done.out
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize("option", ["lr", "kl_coef", "value_coef", "eos_penalty", "temperature", "max_ratio", "clip"])
+@pytest.mark.parametrize("value", ["inf", "nan", "-inf", "1e999"])
+def test_options_refuse_what_is_not_finite(option, value):
+    import train_ppo
+
+    with pytest.raises(ValueError, match=f"--{option}={value} is not valid"):
+        config.parse(train_ppo.Config, [f"--{option}={value}"])
+
+
+@pytest.mark.parametrize("value", [11, 1e9])
+def test_a_temperature_at_which_every_token_is_alike(value):
+    import train_ppo
+
+    with pytest.raises(ValueError, match="temperature=.* is too large; it must be at most 10"):
+        config.parse(train_ppo.Config, [f"--temperature={value}"])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("kind", ["hf", "ours"])
+def test_a_damaged_init_is_refused_by_its_tensor(world, tmp_path, kind, value):
+    if kind == "hf":
+        done = world.start(["export.py", "--init=lm", f"--out={tmp_path}/init", "--format=hf"]).wait()
+        assert done.code == 0, done.err
+        path, name = tmp_path / "init/model.safetensors", "model.layers.1.mlp.up_proj.weight"
+        tensors = {key: x.clone() for key, x in load_file(path).items()}
+        tensors[name][3, 5] = value
+        save_file(tensors, path)
+        name = name.removeprefix("model.")
+    else:
+        saved = checkpoint.load(world.path / "lm")
+        name, tensors = "layers.1.mlp.up_proj.weight", {key: x.clone() for key, x in saved.tensors.items()}
+        tensors[name][3, 5] = value
+        files = [saved.path / file for file in saved.files if file.startswith(("bpe", "tokenizer"))]
+        checkpoint.save(tmp_path / "init", tensors, saved.config, saved.state, files=files)
+    with pytest.raises(ValueError, match=f"{name}'? holds {re.escape(f'{value:g}')}") as error:
+        open_pretrained(tmp_path / "init")
+    assert "damaged" in str(error.value) and "\n" not in str(error.value)

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from rlhf.doctor.diagnosis import diagnose, in_words
+from rlhf.doctor.diagnosis import diagnose, in_words, stops_of
 from rlhf.infra import config
 from rlhf.infra.files import read_json, read_lines
 
@@ -17,7 +17,7 @@ def main() -> None:
         raise FileNotFoundError(f"{run} has no metrics.jsonl: the directory of a PPO run was expected")
     rows = [row for row in read_lines(run / "metrics.jsonl") if "objective/kl" in row]
     options = read_json(run / "run.json") if (run / "run.json").exists() else {}
-    found = diagnose(rows, options, read_lines(run / "samples.jsonl"))
+    found = diagnose(rows, options, read_lines(run / "samples.jsonl"), stops_of(run))
     print(in_words(found, len(rows)))
     sys.stdout.flush()
     raise SystemExit(1 if found else 0)

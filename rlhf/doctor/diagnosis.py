@@ -5,9 +5,12 @@ Thresholds stand between what healthy and broken runs of a tiny model show (test
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from rlhf.infra.files import read_json
 
 FEW_ROWS, FEW_SAMPLES = 5, 16  # below these nothing is said
 
@@ -55,19 +58,55 @@ def mean(x: np.ndarray) -> float:
     return float(x.mean()) if len(x) else float("nan")
 
 
-def diagnose(rows: Sequence[dict], options: dict, samples: Sequence[dict] = ()) -> list[Finding]:
+def diagnose(
+    rows: Sequence[dict], options: dict, samples: Sequence[dict] = (), stops: Sequence[Finding] = ()
+) -> list[Finding]:
     """What is wrong with the run, the likeliest first; [] for a healthy one, and for one too short to tell.
 
-    rows: of metrics.jsonl; options: run.json; samples: of samples.jsonl, which alone show what the reward pays for.
+    rows: of metrics.jsonl; options: run.json; samples: of samples.jsonl, which alone show what the reward pays for; stops:
+    what the run itself has noticed, see `stops_of`.
     """
     if len(rows) < FEW_ROWS:
-        return []
-    facts, found = Facts(rows, options, samples), []
+        return [*stops]
+    facts, found = Facts(rows, options, samples), [*stops]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of a column that is NaN all the way down
         for look in LOOKS:  # a cause explains away the symptoms below it
             if not any(finding.name in EXPLAINED.get(look, ()) for finding in found):
                 found += look(facts)
+    return found
+
+
+def stops_of(run: str | Path) -> list[Finding]:
+    """The brakes that a run has met: steps that bad numbers made impossible (OUT/bad), and max_kl (report.json)."""
+    room, report = Path(run) / "bad", Path(run) / "report.json"
+    culprits = {}
+    for file in sorted(room.glob("*.json")):
+        culprit = read_json(file).get("culprit")
+        culprits[file] = culprit if isinstance(culprit, dict) else {}
+    found = []
+    for file, culprit in [*culprits.items()][-1:]:
+        same = sum(x.get("formula") == culprit.get("formula") for x in culprits.values())
+        found.append(
+            Finding(
+                "bad numbers",
+                f"{len(culprits)} skipped steps are stored, {same} for {culprit.get('formula')}; the last: "
+                f"{culprit.get('words')}",
+                str(culprit.get("cause")),
+                f"python -m rlhf.replay {file.with_suffix('.safetensors')}",
+            )
+        )
+    brake = read_json(report).get("brake") if report.exists() else None
+    if isinstance(brake, dict):
+        found.append(
+            Finding(
+                f"{brake.get('name')} reached",
+                f"the policy after {brake.get('iteration')} iterations was {brake.get('objective/kl')} nats from the "
+                f"reference, above {brake.get('limit')}; the one after {brake.get('restored')} was kept",
+                "The bound did its work; a policy that jumps over it in few iterations learns too fast",
+                "a smaller --lr or a larger --kl_coef, to come further within the bound",
+            )
+        )
     return found
 
 

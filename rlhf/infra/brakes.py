@@ -131,8 +131,9 @@ class Brakes:
         if self.run.dist.is_main:
             finding = first_bad(formulas) or Finding(f"{seen} (every row alone is finite on rank 0)", math.nan)
             rows = texts()
-            line = f"{in_words(finding, rows)}. {cause(finding, rows)}"
-            where = self.store(name, step, finding, tensors(), rows, line, facts)
+            words = {"words": in_words(finding, rows), "cause": cause(finding, rows)}
+            line = ". ".join(words.values())
+            where = self.store(name, step, finding._asdict() | words, tensors(), rows, facts)
             say(f"step {step}: skipped, {line}{where and f' ({where})'}")
             if self.in_a_row >= self.most:
                 self.ended = f"{self.in_a_row} steps in a row were skipped, the last at step {step}: {line}"
@@ -148,14 +149,7 @@ class Brakes:
             raise ValueError(self.ended)
 
     def store(
-        self,
-        name: str,
-        step: int,
-        finding: Finding,
-        tensors: dict[str, Tensor],
-        texts: Sequence[dict],
-        line: str,
-        facts,
+        self, name: str, step: int, culprit: dict, tensors: dict[str, Tensor], texts: Sequence[dict], facts: dict
     ) -> str:
         """Write the minibatch, what is known about it, and the weights if they are new; -> the file, "" if there are many."""
         room = Path(self.run.out) / "bad"
@@ -171,7 +165,7 @@ class Brakes:
         beside = file.with_name(f".{file.name}.tmp-{os.getpid()}")
         checkpoint.write_tensors(beside, {key: x.contiguous().cpu() for key, x in tensors.items()})
         os.replace(beside, file)
-        culprit = finding._asdict() | {"value": str(finding.value), "words": line}
+        culprit = culprit | {"value": str(culprit["value"])}
         record = {"name": name, "step": step, "model": model, "options": self.run.options, "culprit": culprit, **facts}
         write_json(file.with_suffix(".json"), record | {"texts": [*texts]})
         return str(file)

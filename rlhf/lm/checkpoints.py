@@ -42,13 +42,19 @@ def weights_of(saved: checkpoint.Checkpoint) -> dict[str, Tensor]:
         if least > held:
             what = f"its config describes {least:,} weights, model.safetensors has {held:,} bytes"
             raise ValueError(f"{saved.path}: {what}: damaged, or of another architecture")
-    for name, tensor in (tensors := saved.tensors).items():
-        if tensor.is_floating_point() and tensor.numel():
-            least, most = map(float, tensor.aminmax())  # either is NaN where one number is
-            if not -LARGEST_WEIGHT <= least <= most <= LARGEST_WEIGHT:
-                file, found = saved.path / "model.safetensors", least if most <= LARGEST_WEIGHT else most
-                raise ValueError(f"{file}: {name} holds {found:g}: it is damaged, or its training diverged")
+    tensors = saved.tensors
+    check_numbers(tensors.items(), saved.path / "model.safetensors")
     return tensors
+
+
+def check_numbers(tensors: Iterable[tuple[str, Tensor]], where: str | Path) -> None:
+    """ValueError, naming the tensor, where one holds a number that no training leaves."""
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and tensor.numel():
+            least, most = map(float, tensor.detach().aminmax())  # either is NaN where one number is
+            if not -LARGEST_WEIGHT <= least <= most <= LARGEST_WEIGHT:
+                found = least if most <= LARGEST_WEIGHT else most
+                raise ValueError(f"{where}: {name} holds {found:g}: it is damaged, or its training diverged")
 
 
 def on_no_base(config: dict) -> bool:

@@ -23,7 +23,14 @@ from model.peft import load_peft, read_peft_config
 from model.quantize import load_quantized
 from model.transformer import ModelConfig, Transformer
 from rlhf.infra import checkpoint
-from rlhf.lm.checkpoints import language_model_of, new_transformer, open_stored, stored_config, weights_of
+from rlhf.lm.checkpoints import (
+    check_numbers,
+    language_model_of,
+    new_transformer,
+    open_stored,
+    stored_config,
+    weights_of,
+)
 from rlhf.lm.trunks import PREFIX, tuned_model
 
 LAYOUTS_ON_A_BASE = ("adapters", "branch")  # their checkpoints hold what was trained, and name the model it belongs to
@@ -78,6 +85,8 @@ def open_pretrained(
         family = info.family
     else:
         model, tokenizer, stop_ids, digest = open_checkpoint(path, device, base, near)
+    if path.is_file() or is_peft(path) or is_hf(path):  # a checkpoint of ours is looked at as it is read
+        check_numbers(model.named_parameters(), spec)
     ends = tuple(sorted({tokenizer.eos, *stop_ids}))
     if (model.config.vocab_size or 0) < tokenizer.vocab_size:
         raise ValueError(

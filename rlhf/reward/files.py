@@ -6,10 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from data.examples import Examples
 from model.hf import load_hf
 from rlhf.infra import checkpoint
-from rlhf.lm.checkpoints import new_transformer, open_stored, weights_of
+from rlhf.lm.checkpoints import check_numbers, new_transformer, open_stored, weights_of
 from rlhf.lm.frozen import FrozenStates
 from rlhf.lm.pretrained import Pretrained, open_base
 from rlhf.lm.trunks import LoRA
@@ -50,21 +49,6 @@ def load_reward_model(
     return restored(saved.config, weights_of(saved), path, device, base, frozen)
 
 
-def template_of(path: str) -> str | None:
-    """sha256 of the chat template that the reward model at `path` was trained through; None for plain texts."""
-    return open_stored(path).config.get("template")
-
-
-def check_form(path: str, template: str | None, data: Examples) -> None:
-    """ValueError where data are rendered otherwise than those that the reward model at `path` was trained on."""
-    if data.template != template:
-        known, theirs = (f"the chat template {x[:12]}" if x else "plain texts" for x in (template, data.template))
-        raise ValueError(
-            f"{path} was trained on {known}, {data} has {theirs}: prepare the data again with the model's tokenizer "
-            "(--tokenizer), or train the reward model on such data"
-        )
-
-
 def load_classifier(path: str, device: torch.device | str = "cpu") -> Classifier:
     """HF's sequence classifier at `path`, which has one label. ValueError for a language model, and for several labels."""
     model, info = load_hf(path, torch.float32, device)
@@ -72,6 +56,7 @@ def load_classifier(path: str, device: torch.device | str = "cpu") -> Classifier
         raise ValueError(f"{path} is a language model; a reward model is a sequence classifier with one label")
     if len(info.score) != 1:
         raise ValueError(f"{path} has {len(info.score)} labels; a reward model is a sequence classifier with one")
+    check_numbers([*model.named_parameters(), ("score.weight", info.score)], path)
     classifier = Classifier(model, info.score, info.reward_bias, info.pad_id, info.ours)
     return classifier.to(device).requires_grad_(False).eval()
 
