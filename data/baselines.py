@@ -31,12 +31,14 @@ def accuracy(scores: np.ndarray, file: SomeAnswers) -> dict[str, float]:
     )
 
 
-def pair_clusters(file: SomeAnswers) -> np.ndarray:
-    """What was sampled, by pair, for `rlhf.statistics.cluster_bootstrap`: both its texts, (pairs, 2); but where no text is in
-    two pairs, as in preferences, the pair itself, (pairs, 1). Two independent counts would make its intervals too wide.
+def pair_clusters(some: SomeAnswers) -> np.ndarray:
+    """What was sampled, by pair, for `rlhf.statistics.cluster_bootstrap`: both its texts, (pairs, 2), where pairs are made of
+    scores; else its prompt, (pairs, 1), with all that stands under one group.
     """
-    pairs = np.stack([file.column("pair_chosen"), file.column("pair_rejected")], 1)
-    return pairs if len(np.unique(pairs)) < pairs.size else np.arange(len(pairs))[:, None]
+    if some.made:
+        return np.stack([some.column("pair_chosen"), some.column("pair_rejected")], 1)
+    prompts = some.data.prompt_of(some.answers[some.column("pair_chosen")])
+    return np.unique(some.data.group(prompts), return_inverse=True)[1][:, None]
 
 
 def baselines(
@@ -55,10 +57,10 @@ def baselines(
 
 def learned_scores(train: SomeAnswers, test: SomeAnswers) -> dict[str, np.ndarray]:
     """A score for every test text by what all of `train` teaches a bag of words, and by length: (rows,) each."""
-    length = train.lengths().astype(float)
+    length = train.answer_lengths().astype(float)
     sign = 1.0 if accuracy(length, train)["all"] >= 0.5 else -1.0  # people like long texts or short ones: train decides
     bow = BagOfWords(train.texts, train.column("rating"))
-    return {"bow": bow.scores(test.texts), "length": sign * test.lengths()}
+    return {"bow": bow.scores(test.texts), "length": sign * test.answer_lengths()}
 
 
 # whose mean is the score, and whose the truth. Two halves of the raters: what ten people say about ten others; one against

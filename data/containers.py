@@ -107,6 +107,17 @@ def rows(names: Iterable[str | Path], known: Collection[str] = ()) -> Iterator[t
             yield place(container, number), row
 
 
+def rows_with(path: str | Path, names: Collection[str]) -> Iterator[tuple[str, dict]]:
+    """(where, row) of every row of a file, each with these texts and whatever else. ValueError names the row that has not."""
+    for where, row in rows([path], names):
+        if isinstance(row, Bad):
+            raise ValueError(f"{where}: {row.reason}")
+        for name in names:
+            if not isinstance(row.get(name), str):
+                raise ValueError(f"{where} has no text {name!r}; it has {', '.join(row) or 'nothing'}")
+        yield where, row
+
+
 def place(container: Container, number: int) -> str:
     return f"{container.shown}, {'row' if container.kind == 'parquet' else 'line'} {number}"
 

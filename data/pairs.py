@@ -155,6 +155,9 @@ class SomeAnswers:
     def lengths(self) -> np.ndarray:
         return self.data.row_lengths(self.answers)  # (rows,), prompts included
 
+    def answer_lengths(self) -> np.ndarray:
+        return self.data.answer_lengths(self.answers)  # (rows,)
+
     def has(self, *names: str) -> bool:
         return all(name in self._columns or self.data.has(name) for name in names)
 

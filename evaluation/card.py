@@ -6,6 +6,7 @@ python evaluate.py rm --model=out/rm --data=pairs.jsonl --out=out/card
 """
 
 import importlib.util
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -19,10 +20,13 @@ from tqdm import tqdm
 
 from data.baselines import CEILINGS, GAPS, agreement, learned_scores, pair_clusters
 from data.chat import Chat
+from data.containers import Bad, Piece, read, sniff
+from data.encoding import Encoder
+from data.formats import KNOWN, reader_of
 from data.judge import own_judge
 from data.loader import cut, open_data, pad
 from data.pairs import MOST_TRAINING_PAIRS, SomeAnswers, some_prompts
-from data.preferences import read_preferences
+from data.records import Message, Record
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
 from evaluation import probes
 from evaluation.words import Table, as_json, markdown_table, show
@@ -31,7 +35,7 @@ from rlhf.infra import checkpoint, config, distributed, run
 from rlhf.infra.files import read_json, write_json, write_text
 from rlhf.lm.pretrained import is_hf
 from rlhf.reward.bridge import open_reader
-from rlhf.reward.files import load_reward_model
+from rlhf.reward.files import check_form, load_reward_model, template_of
 from rlhf.reward.model import FrozenReward, RewardModel
 from rlhf.reward.scorer import digest_of_model
 from rlhf.statistics import (
@@ -49,18 +53,18 @@ from rlhf.statistics import (
 @dataclass(frozen=True)
 class Config:
     model: str = "out/rm"  # reward model: a run or checkpoint of train_rm.py, or an HF sequence classifier's directory
-    data: str = "out/data/vader"  # directory made by data.prepare, or a JSONL file of prompt, chosen, rejected (subset)
+    data: str = "out/data/vader"  # directory made by data.prepare, or a file of comparisons in any form that it reads
     split: Literal["validation", "test"] | None = None  # of the directory; none = test
     out: str | None = None  # directory for card.json, card.md and the plots; none = the model's run
-    sentences: int | None = None  # at most so many sentences, every domain with its share (or lines of the file)
+    sentences: int | None = None  # at most so many prompts or texts, every source with its share; none = all
     probe_texts: int = 200  # at most so many texts are changed by each probe
-    chat: bool = False  # a file's prompts are a user's messages in the model's chat template; otherwise plain text
+    chat: bool | None = None  # texts as prompts of a file are a user's messages; none = if the model learned from such
     plots: bool | None = None  # draw the plots, which needs matplotlib; none = if it is installed
 
     def __post_init__(self):
         config.at_least(self, sentences=2, probe_texts=2)
-        if self.chat and not Path(self.data).is_file():
-            raise ValueError(f"--chat has no effect: the texts of {self.data} answer no prompts")
+        if self.chat is not None and not Path(self.data).is_file():
+            raise ValueError(f"--chat has no effect: {self.data} was prepared with a template, or without")
 
 
 BINS = 10  # of the reliability diagram
@@ -78,7 +82,7 @@ def main() -> None:
     material = read_material(cfg, tokenizer)
 
     # 2. score: every text once, as it is and as the probes change it
-    originals = [encode(*text) for text in material.texts]
+    originals = [encode(text, text.text) for text in material.texts]
     changes = planned_probes(material, originals, encode, cfg.probe_texts)
     rows = [*originals, *(row for change in changes for side in (change.before, change.after) for row in side)]
     scores, members = score_rows(reward_model, rows, tokenizer.pad, device)
@@ -90,7 +94,7 @@ def main() -> None:
         "data": cfg.data,
         "texts": len(originals),
         "pairs": len(material.chosen),
-        "dropped": material.dropped,
+        "dropped": list(material.dropped),
         "shortened": sum(row.shortened for row in originals),
         **report(material, scores[: len(originals)], members[: len(originals)], float(reward_model.temperature)),
         "probes": probe_results(material, changes, scores, len(originals)),
@@ -109,12 +113,17 @@ def main() -> None:
 
 
 def open_model(cfg: Config, device) -> tuple[RewardModel | FrozenReward, Tokenizer, Callable[..., "Row"]]:
-    """The reward model, its tokenizer, and encode(prompt, text, ended=True) -> Row in the form that it knows."""
+    """The reward model, its tokenizer, and encode(asked, text, ended=True) -> Row in the form that it knows."""
     if not is_hf(Path(cfg.model)):
-        tokenizer = load_tokenizer(checkpoint.resolve(cfg.model))
+        tokenizer, template = load_tokenizer(checkpoint.resolve(cfg.model)), template_of(cfg.model)
+        if cfg.chat and template is None:
+            raise ValueError(f"--chat=true: {cfg.model} was trained without a chat template; leave it out")
+        if Path(cfg.data).is_dir():
+            check_form(cfg.model, template, open_data(cfg.data, cfg.split or "test"))
         model = load_reward_model(cfg.model, tokenizer.fingerprint, device)
         context = (model.states.model if isinstance(model, FrozenReward) else model.model).config.context
-        return model, tokenizer, encoder(tokenizer, Chat(tokenizer) if cfg.chat else None, context)
+        chat = Chat(tokenizer) if template and cfg.chat is not False else None
+        return model, tokenizer, encoder(tokenizer, chat, context)
     reader = open_reader(cfg.model, device)
     if reader.model.ours:
         chat = Chat(reader.tokenizer) if cfg.chat else None
@@ -125,9 +134,12 @@ def open_model(cfg: Config, device) -> tuple[RewardModel | FrozenReward, Tokeniz
         f"{cfg.model} is asked as HF's pipeline asks it: its own tokenizer, cut from the left to {reader.context} tokens"
     )
 
-    def encode(prompt: str, text: str, ended: bool = True) -> Row:
-        asked = [{"role": "user", "content": prompt}]
-        ids = reader.conversation(asked, text) if cfg.chat else reader.text(prompt + text, ended)
+    def encode(asked: Text, text: str, ended: bool = True) -> Row:
+        messages = asked.prompt if isinstance(asked.prompt, list) else [{"role": "user", "content": asked.prompt}]
+        if cfg.chat or isinstance(asked.prompt, list):
+            ids = reader.conversation(messages, text, ended)
+        else:
+            ids = reader.text(asked.prompt + text, ended)
         return Row(reader.fitted(ids), len(ids) > reader.context)
 
     return reader.model, reader.tokenizer, encode
@@ -168,8 +180,9 @@ def beats_length(reward: str) -> None:
 
 
 class Text(NamedTuple):
-    prompt: str  # "" where the text answers nothing
+    prompt: str | list[Message]  # "" where the text answers nothing
     text: str
+    before: np.ndarray | None = None  # tokens of the prompt as data.prepare made them
 
 
 class Row(NamedTuple):
@@ -193,7 +206,7 @@ class Material:
     ratings: np.ndarray | None  # (texts,) mean human rating
     baselines: dict[str, np.ndarray]  # (texts,) scores of what the reward model has to beat, "length" among them
     ceilings: dict[str, tuple[np.ndarray, np.ndarray]]  # (pairs,) right, (pairs,) gap: what people reach
-    dropped: int = 0  # pairs of two equal texts
+    dropped: tuple[str, ...] = ()  # rows of a file that were turned away, and why
 
     @property
     def answers(self) -> bool:
@@ -202,38 +215,40 @@ class Material:
 
 
 def read_material(cfg: Config, tokenizer: Tokenizer) -> Material:
-    """The pairs of a token file or of a JSONL file; ValueError for options that have no effect on what --data is."""
+    """The pairs of prepared data or of a file; ValueError for options that have no effect on what --data is."""
     if Path(cfg.data).is_file():
         if cfg.split:
             raise ValueError(f"--split has no effect: {cfg.data} is a file, without splits")
-        return preferences(cfg)
-    return rated_sentences(cfg, tokenizer)
+        return comparisons(cfg)
+    return prepared(cfg, tokenizer)
 
 
-def rated_sentences(cfg: Config, tokenizer: Tokenizer) -> Material:
-    """Sentences with their ratings; of a file of preferences, whose ratings say nothing between pairs, the pairs alone."""
+def prepared(cfg: Config, tokenizer: Tokenizer) -> Material:
+    """Answers with their pairs, and with their ratings where people gave some."""
     data = open_data(cfg.data, cfg.split or "test")
-    if not is_hf(Path(cfg.model)):  # what HF's classifiers are given is text
+    ours = not is_hf(Path(cfg.model))  # what HF's classifiers are given is text
+    if ours:
         check_fingerprint(data.fingerprint, tokenizer.fingerprint, str(data))
     some = SomeAnswers(data, some_prompts(data, cfg.sentences, seed=1))
     ratings, chosen, rejected, gap = (
         np.array(some.column(name)) for name in ("rating", "pair_chosen", "pair_rejected", "pair_gap")
     )
     if not len(gap):
-        raise ValueError(f"{data} has no pairs among {len(some)} sentences: use more (--sentences)")
+        raise ValueError(f"{data} has no pairs among {len(some)} answers: use more (--sentences)")
     baselines = learned_scores(SomeAnswers(open_data(cfg.data, "train"), most_pairs=MOST_TRAINING_PAIRS), some)
     if rules := own_judge(cfg.data):
         baselines["rules"] = np.array([rules(text) for text in some.texts])
+    prompts = data.prompt_of(some.answers)
     return Material(
-        texts=[Text("", text) for text in some.texts],
+        texts=texts_of(some, prompts, ours),
         group=np.array(some.column("domain")),
         groups=some.domains,
         chosen=chosen,
         rejected=rejected,
-        gaps={name: gap > least for name, least in GAPS.items()},
+        gaps={name: gap > least for name, least in GAPS.items() if (gap > least).any()},
         clusters=pair_clusters(some),
-        text_clusters=np.arange(len(some))[:, None] // (1 if some.made else 2),
-        ratings=ratings if some.made else None,
+        text_clusters=np.unique(prompts, return_inverse=True)[1][:, None],
+        ratings=ratings if data.has("score") and not np.isnan(ratings).any() else None,
         baselines=baselines,
         ceilings={
             name: agreement(*map(some.column, columns), some)
@@ -243,45 +258,81 @@ def rated_sentences(cfg: Config, tokenizer: Tokenizer) -> Material:
     )
 
 
-def preferences(cfg: Config) -> Material:
-    found, same = read_preferences(cfg.data)
+def texts_of(some: SomeAnswers, prompts: np.ndarray, tokens: bool) -> list[Text]:
+    """The answers behind their prompts: (answers,) numbers. tokens: the prompts' own, too."""
+    first, found, last = some.data.answers_of(prompts)[:, 0], [], -1
+    for prompt, nth in zip(prompts, some.answers - first):
+        if prompt != last:
+            record, before, last = some.data.record(prompt), some.data.prompt(prompt) if tokens else None, prompt
+        found.append(Text(record.prompt, record.answers[nth], before))
+    return found
+
+
+def comparisons(cfg: Config) -> Material:
+    """The comparisons of a file, in any form that data.prepare reads; of several answers all that people compared."""
+    records, turned_away = read_file(cfg.data)
+    records = [record for record in records if record.pairs]
+    if not records:
+        why = f" ({len(turned_away)} rows turned away: {turned_away[0]})" if turned_away else ""
+        raise ValueError(f"{cfg.data} holds no comparison of two different answers{why}")
     if cfg.sentences is not None:
-        found = [found[i] for i in np.sort(np.random.default_rng(1).permutation(len(found))[: cfg.sentences])]
-    groups = list(dict.fromkeys(row.subset for row in found))
-    places = {prompt: i for i, prompt in enumerate(dict.fromkeys(row.prompt for row in found))}
-    prompt = np.array([places[row.prompt] for row in found])
-    longer = np.array([len(text) for row in found for text in (row.chosen, row.rejected)], float)
-    liked = win_rate(longer[::2], longer[1::2]).mean() >= 0.5  # in hindsight: no training split could tell
+        records = [records[i] for i in np.sort(np.random.default_rng(1).permutation(len(records))[: cfg.sentences])]
+    groups = list(dict.fromkeys(record.source for record in records))
+    number = {group: i for i, group in enumerate(dict.fromkeys(record.group for record in records))}
+    texts = [Text(record.prompt, answer) for record in records for answer in record.answers]
+    sizes = [len(record.answers) for record in records]
+    first = np.cumsum(sizes) - sizes
+    pairs = np.array([(n + x.winner, n + x.loser) for n, record in zip(first, records) for x in record.pairs])
+    prompt = np.repeat([number[record.group] for record in records], sizes)
+    longer = np.array([len(text.text) for text in texts], float)
+    liked = win_rate(longer[pairs[:, 0]], longer[pairs[:, 1]]).mean() >= 0.5  # in hindsight: no training split to tell
     return Material(
-        texts=[Text(row.prompt, text) for row in found for text in (row.chosen, row.rejected)],
-        group=np.array([groups.index(row.subset) for row in found]).repeat(2),
+        texts=texts,
+        group=np.repeat([groups.index(record.source) for record in records], sizes),
         groups=groups,
-        chosen=np.arange(0, 2 * len(found), 2),
-        rejected=np.arange(1, 2 * len(found), 2),
-        gaps={"all": np.ones(len(found), bool)},
-        clusters=prompt[:, None],
-        text_clusters=prompt.repeat(2)[:, None],
+        chosen=pairs[:, 0],
+        rejected=pairs[:, 1],
+        gaps={"all": np.ones(len(pairs), bool)},
+        clusters=prompt[pairs[:, :1]],
+        text_clusters=prompt[:, None],
         ratings=None,
         baselines={"length": longer if liked else -longer},
         ceilings={},
-        dropped=same,
+        dropped=tuple(turned_away),
     )
 
 
-def encoder(tokenizer: Tokenizer, chat: Chat | None, context: int) -> Callable[..., Row]:
-    """encode(prompt, text, ended=True) -> Row: start token, prompt, text, eos; at most `context` tokens.
+def read_file(path: str) -> tuple[list[Record], list[str]]:
+    """The records of a file, and the rows that are none, each with its line and the reason."""
+    container = sniff(Path(path), KNOWN)
+    sample = (row for _, row in itertools.islice(read(Piece(container)), 100))
+    reader, records, turned_away = reader_of(sample, source=Path(path).name.split(".")[0]), [], []
+    for line, row in read(Piece(container)):
+        try:
+            _, found = reader.records(row)
+        except ValueError as e:
+            found = [Bad(str(e))]
+        turned_away += [f"line {line}: {one.reason}" for one in found if isinstance(one, Bad)]
+        records += [one for one in found if isinstance(one, Record)]
+    return records, turned_away
 
-    Prompt and text are encoded apart, as a policy continues an encoded prompt. Of what is too long the prompt is cut from the
-    left, and only where the text alone does not fit it keeps its beginning and its end.
+
+def encoder(tokenizer: Tokenizer, chat: Chat | None, context: int) -> Callable[..., Row]:
+    """encode(asked, text, ended=True) -> Row: the prompt of `asked` and this text behind it; at most `context` tokens.
+
+    Both are encoded apart, as a policy continues an encoded prompt, and as data.prepare does: conversations, and with
+    `chat` plain prompts as a message of the user, in the template. Of what is too long the prompt is cut from the left, and
+    only where the text alone does not fit it keeps its beginning and its end. ended: with what ends an answer.
     """
 
-    def encode(prompt: str, text: str, ended: bool = True) -> Row:
-        if chat:
-            before = chat.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
-        else:
-            before = [tokenizer.start, *tokenizer.encode(prompt)]
-        ids = tokenizer.encode(text, "text" if prompt and not chat else "nothing")
-        before, answer = np.array(before, np.int64), np.array([*ids, *[tokenizer.eos] * ended], np.int64)
+    def encode(asked: Text, text: str, ended: bool = True) -> Row:
+        prompt = asked.prompt
+        if isinstance(prompt, str) and prompt and chat:
+            prompt = [{"role": "user", "content": prompt}]
+        encoded = Encoder(tokenizer, chat).encode(Record(prompt, (text,)))
+        answer = np.array(encoded.answers[0], np.int64)
+        before = np.array(encoded.prompt if asked.before is None else asked.before, np.int64)
+        answer = answer if ended else answer[:-1]
         if len(before) + len(answer) <= context:
             return Row(np.append(before, answer), False, len(before))
         kept = before[cut(before, max(1, context - len(answer)), tokenizer.start)]
@@ -359,7 +410,9 @@ def report(material: Material, scores: np.ndarray, members: np.ndarray, temperat
     groups = {
         name: {gap: ours[name, gap] for gap in ("all", "1") if (name, gap) in ours} for name in material.groups if name
     }
+    right_in = {name: inside for (name, gap), inside in by_group.items() if gap == "all"}
     result = {
+        **rewardbench(right["reward model"], right_in, material.clusters),
         "accuracy": {gap: ours[gap] for gap in material.gaps if gap in ours},
         "baselines": table,
         "over_length": over["all"],
@@ -371,6 +424,7 @@ def report(material: Material, scores: np.ndarray, members: np.ndarray, temperat
         "length_correlation": length_correlation(material, scores, length),
     }
     if material.ratings is not None:
+        result["middle"] = middle_of(material.ratings)
         result["spearman"] = correlate(spearman, material.text_clusters, scores, material.ratings)
         for i, name in enumerate(material.groups):
             rows = material.group == i
@@ -406,6 +460,46 @@ def accuracies(right: dict[str, np.ndarray], groups: dict, clusters: np.ndarray)
     return {name: dict(zip(groups, found[i :: len(right)])) for i, name in enumerate(right)}
 
 
+SECTIONS = {  # of RewardBench (Lambert et al. 2024, arXiv:2403.13787, table 1)
+    "Chat": ("alpacaeval-easy", "alpacaeval-length", "alpacaeval-hard", "mt-bench-easy", "mt-bench-med"),
+    "Chat Hard": (
+        "mt-bench-hard", "llmbar-natural", "llmbar-adver-neighbor", "llmbar-adver-GPTInst", "llmbar-adver-GPTOut",
+        "llmbar-adver-manual",
+    ),
+    "Safety": (
+        "refusals-dangerous", "refusals-offensive", "xstest-should-refuse", "xstest-should-respond", "donotanswer",
+    ),
+    "Reasoning": ("math-prm", "hep-cpp", "hep-go", "hep-java", "hep-js", "hep-python", "hep-rust"),
+}  # fmt: skip
+
+
+def rewardbench(right: np.ndarray, groups: dict[str, np.ndarray], clusters: np.ndarray) -> dict:
+    """RewardBench's sections and its score, their mean, where all four are there; {} for other data. right (pairs,)
+
+    A section is the mean over its pairs; in Reasoning math weighs as much as all of the code (section 4.3 of the paper).
+    """
+    weights = {}
+    for section, subsets in SECTIONS.items():
+        there = {name: groups[name] for name in subsets if name in groups and groups[name].any()}
+        if not there:
+            return {}
+        weight = sum(inside.astype(float) for inside in there.values())
+        code = sum(inside.sum() for name, inside in there.items() if name != "math-prm")
+        if "math-prm" in there and code:
+            weight[there["math-prm"]] *= code / there["math-prm"].sum()
+        weights[section] = weight
+
+    def means(w: np.ndarray) -> np.ndarray:
+        found = np.array([(x * w) @ right / ((x * w).sum() or np.nan) for x in weights.values()])
+        return np.append(found, found.mean())
+
+    points, intervals = means(np.ones(len(right))), cluster_bootstrap(means, clusters)
+    counts = [int((x > 0).sum()) for x in weights.values()]
+    names = [*SECTIONS, "RewardBench"]
+    found = zip(names, points, intervals, [*counts, sum(counts)])
+    return {"rewardbench": {name: estimate(x, interval, n) for name, x, interval, n in found}}
+
+
 def correlate(measure: Callable, clusters: np.ndarray, *columns: np.ndarray) -> dict:
     """measure(*columns, weights) with its interval."""
     (interval,) = cluster_bootstrap(lambda w: measure(*columns, w), clusters)
@@ -413,14 +507,20 @@ def correlate(measure: Callable, clusters: np.ndarray, *columns: np.ndarray) -> 
 
 
 def ranking(material: Material, scores: np.ndarray) -> dict:
-    """AUC of one text at a time: rated above 0 against below 0, or chosen against rejected over all prompts."""
+    """AUC of one text at a time: rated above the middle against below, or chosen against rejected over all prompts."""
     if material.ratings is None:
         label = np.zeros(len(scores), bool)
         label[material.chosen] = True
         kept = np.ones(len(scores), bool)
     else:
-        label, kept = material.ratings > 0, material.ratings != 0
+        middle = middle_of(material.ratings)
+        label, kept = material.ratings > middle, material.ratings != middle
     return correlate(auc, material.text_clusters[kept], scores[kept], label[kept])
+
+
+def middle_of(ratings: np.ndarray) -> float:
+    """What divides good from bad: 0 on a scale with both signs, else the mean."""
+    return 0.0 if ratings.min() < 0 < ratings.max() else float(ratings.mean())
 
 
 def calibration(difference: np.ndarray, clusters: np.ndarray, temperature: float) -> dict:
@@ -500,12 +600,12 @@ def planned_probes(material: Material, originals: list[Row], encode: Callable, c
     for probe in probes.probes(material.answers):
         rows, before, after = [], [], []
         for i in chosen:
-            prompt, text = material.texts[i]
+            asked, text = material.texts[i], material.texts[i].text
             changed = probe.change(text, int(i))
             if changed is not None and changed != text:
                 rows.append(i)
-                before.append(encode(prompt, probe.against(text, int(i))) if probe.against else originals[i])
-                after.append(encode(prompt, changed, probe.ended))
+                before.append(encode(asked, probe.against(text, int(i))) if probe.against else originals[i])
+                after.append(encode(asked, changed, probe.ended))
         if rows:
             planned.append(Comparison(probe.name, probe.expect, np.array(rows), before, after, probe.against is None))
     return [*planned, *swapped_prompts(material, originals, encode, chosen)]
@@ -522,8 +622,8 @@ def swapped_prompts(material: Material, originals: list[Row], encode: Callable, 
     rows, after = [], []
     for i, j in zip(chosen, np.roll(chosen, -1)):
         if material.answers:
-            others = (material.texts[k].prompt for k in np.roll(chosen, -int(np.searchsorted(chosen, i))))
-            other = next((prompt for prompt in others if prompt != material.texts[i].prompt), None)
+            others = (material.texts[k] for k in np.roll(chosen, -int(np.searchsorted(chosen, i))))
+            other = next((text for text in others if text.prompt != material.texts[i].prompt), None)
             changed = None if other is None else encode(other, material.texts[i].text)
         else:
             own, theirs = originals[i].tokens, originals[j].tokens
@@ -570,12 +670,6 @@ def can_draw(wanted: bool | None) -> bool:
     if wanted and not installed:
         raise ValueError("--plots=true needs matplotlib: install the extra plot, or leave --plots out")
     return installed if wanted is None else wanted
-
-
-UNSEEN_TEMPLATE = (
-    "**The prompts stand in a chat template, and nothing in the checkpoint says that this model was trained with one**: "
-    "where it was not (data.prepare joins plain texts), these numbers say little of it; compare them without --chat."
-)
 
 
 NAMES = {
@@ -626,21 +720,24 @@ def headlines(card: dict) -> list[str]:
     return [
         f"# Report card: {card['model']}",
         f"{card['texts']} texts, {card['pairs']} pairs of {card['data']}; 95% intervals by resampling "
-        + ("sentences" if "spearman" in card else "prompts, or pairs where no prompt is known")
-        + (f"; {card['dropped']} pairs of equal texts dropped" if card["dropped"] else "")
+        + ("texts" if "spearman" in card else "prompts")
+        + (f"; {len(card['dropped'])} rows turned away ({card['dropped'][0]})" if card["dropped"] else "")
         + (f"; {card['shortened']} texts shortened to the model's context" if card["shortened"] else ""),
-        *([UNSEEN_TEMPLATE] if card.get("options", {}).get("chat") else []),
         "\n".join(said),
     ]
 
 
 def accuracy_part(card: dict) -> list[str]:
     """Pairs beside the baselines, one text at a time, and by domain."""
-    rank = "rated above 0 against below 0" if "spearman" in card else "chosen against rejected, over all prompts"
+    middle = f"{card.get('middle', 0):.3g}"
+    rank = f"rated above {middle} against below" if "spearman" in card else "chosen against rejected, over all prompts"
     alone = f"One text at a time: AUC {show(card['auc'])} ({rank})"
     if "spearman" in card:
         alone += f"; Spearman with the mean rating {show(card['spearman'])}"
     tables = [accuracy_table(card), *([groups_table(card["groups"])] if card["groups"] else [])]
+    if sections := card.get("rewardbench"):
+        rows = [[name, show(x), str(x["n"])] for name, x in sections.items()]
+        tables.append(Table(["section of RewardBench", "accuracy", "pairs"], rows))
     first, *groups = (markdown_table(*table) for table in tables)
     return [first, alone, *groups]
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from data.containers import rows_with
 from data.loader import in_order, pad
-from data.preferences import text_rows
 from evaluation.comparison import mean_and_interval
 from evaluation.words import markdown_table, show
 from rlhf.statistics import win_rate
@@ -27,7 +27,7 @@ class MinimalPair(NamedTuple):
 def read_pairs(path: str | Path, tokenizer, context: int) -> list[MinimalPair]:
     """All pairs of a file; ValueError, naming the line, for one that is none, is twice the same, or exceeds the context."""
     found = []
-    for where, row in text_rows(path, ("sentence_good", "sentence_bad")):
+    for where, row in rows_with(path, ("sentence_good", "sentence_bad")):
         texts = [row[name].strip() for name in ("sentence_good", "sentence_bad")]
         if not all(texts) or texts[0] == texts[1]:
             raise ValueError(

@@ -11,8 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from data.chat import Chat
+from data.containers import rows_with
 from data.loader import pad
-from data.preferences import text_rows
 from evaluation.comparison import mean_and_interval
 from evaluation.held_out import divergence, sample_groups, scores
 from evaluation.words import markdown_table, show
@@ -38,7 +38,7 @@ def read_probes(path: str | Path, tokenizer, context: int, stop_ids: Sequence[in
 
     ValueError for a file without any, and for a prompt that leaves no room in the context.
     """
-    texts = [row["prompt"] for _, row in text_rows(path, ("prompt",))]
+    texts = [row["prompt"] for _, row in rows_with(path, ("prompt",))]
     if not texts:
         raise ValueError(f"{path} holds no prompt")
     if tokenizer.chat_template:

@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import ROOT
 
+from data.containers import rows
 from data.loader import pad
-from data.preferences import read_preferences
 from data.tokenizer import load_tokenizer
 from rlhf.feedback.__main__ import page
 from rlhf.feedback.preferences import disagreement, majority, preference_rows
@@ -400,8 +400,8 @@ def test_blank_answers_are_left_out_and_counted(tmp_path):
     while shown := store.next_comparison("ana"):
         store.vote(shown.id, "ana", "left", nonce=f"vote on {shown.id}")
     assert store.export_jsonl(tmp_path / "out.jsonl")["blank"] == 2
-    (preference,), _ = read_preferences(tmp_path / "out.jsonl")
-    assert preference.prompt == "p0"
+    ((_, row),) = rows([tmp_path / "out.jsonl"])
+    assert row["prompt"] == "p0"
     store.close()
 
 

@@ -66,7 +66,7 @@ def test_a_line_of_blimp(tmp_path, tokenizer):  # noqa: F811
             {"sentence_good": "a", "sentence_bad": "x y z x y z x y z"},
             "tokens do not fit into the model's context of 8",
         ),
-        ("[]", "an object with sentence_good and sentence_bad was expected"),
+        ("[]", "holds no pair"),
         ("", "holds no pair"),
     ],
 )

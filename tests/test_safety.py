@@ -48,7 +48,7 @@ def test_prompts_go_through_the_template_where_there_is_one(tmp_path, tokenizer)
     [
         ({"text": "a"}, "line 1 has no text 'prompt'; it has text"),
         ({"prompt": "x y z x y z x y z"}, "the model's context is 8; leave it out"),
-        ("[]", "an object with prompt was expected"),
+        ("[]", "holds no prompt"),
         ("", "holds no prompt"),
     ],
 )

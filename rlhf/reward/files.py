@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from data.examples import Examples
 from model.hf import load_hf
 from rlhf.infra import checkpoint
 from rlhf.lm.checkpoints import check_numbers, new_transformer, open_stored, weights_of
@@ -47,6 +48,21 @@ def load_reward_model(
             "train the reward model from the policy's own base"
         )
     return restored(saved.config, weights_of(saved), path, device, base, frozen)
+
+
+def template_of(path: str) -> str | None:
+    """sha256 of the chat template that the reward model at `path` was trained through; None for plain texts."""
+    return open_stored(path).config.get("template")
+
+
+def check_form(path: str, template: str | None, data: Examples) -> None:
+    """ValueError where data are rendered otherwise than those that the reward model at `path` was trained on."""
+    if data.template != template:
+        known, theirs = (f"the chat template {x[:12]}" if x else "plain texts" for x in (template, data.template))
+        raise ValueError(
+            f"{path} was trained on {known}, {data} has {theirs}: prepare the data again with the model's tokenizer "
+            "(--tokenizer), or train the reward model on such data"
+        )
 
 
 def load_classifier(path: str, device: torch.device | str = "cpu") -> Classifier:
