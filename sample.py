@@ -1,7 +1,7 @@
 """Text from any checkpoint: one-shot, from prompts, or a conversation.
 
 python sample.py --checkpoint=out/ppo --prompt="The film is"
-python sample.py --checkpoint=out/ppo --prompts=prompts.txt     # one a line; or JSON lines with messages; or prepared data
+python sample.py --checkpoint=out/ppo --prompts=prompts.txt     # one a line, or messages as JSON lines, or data
 python sample.py --checkpoint=out/ppo                           # asks for prompts until an empty line
 python sample.py --checkpoint=out/chat --chat=true              # the same as a conversation, which remembers its turns
 """

@@ -24,6 +24,7 @@ from evaluation.comparison import GATE, pairs_table, results_table, rounds_table
 from evaluation.overoptimisation import fits_table, points_table
 from evaluation.page import Block, Microscope, Plots, Sample, Shade, Table, Text, plain, write
 from evaluation.words import number, show
+from rlhf.doctor.diagnosis import diagnose, in_words
 from rlhf.infra import config
 from rlhf.infra.files import read_json, read_lines, write_text
 from rlhf.overoptimisation import CURVES
@@ -301,6 +302,20 @@ def rounds_of(name: str, content: dict) -> list[Block]:
 
 def ends(x: dict) -> tuple[float, float, float]:
     return tuple(x[key] for key in ("mean" if "mean" in x else "value", "low", "high"))
+
+
+# --- doctor ---
+
+
+def findings(sources: list[Source]) -> list[Block]:
+    """What is wrong with each PPO run, in the doctor's words."""
+
+    def of_run(source: Source) -> list[Block]:
+        rows = [row for row in source.files["metrics.jsonl"] if "objective/kl" in row]
+        found = diagnose(rows, source.files.get("run.json", {}), source.files.get("samples.jsonl", []))
+        return [Text(line) for line in in_words(found, len(rows)).split("\n")]
+
+    return each([source for source in sources if source.kind == "PPO"], "metrics.jsonl", of_run)
 
 
 # --- curves ---
@@ -606,6 +621,7 @@ SECTIONS: dict[str, tuple[Callable[[list[Source]], list[Block]], str]] = {  # ti
     "Results": (results, "summary.json, by evaluate.py"),
     "What was run": (runs, "run.json, by train_*.py"),
     "Rounds": (rounds, "rounds.json, by iterate.py"),
+    "What the doctor says": (findings, "metrics.jsonl, by train_ppo.py"),
     "Learning curves": (curves, "metrics.jsonl, by train_*.py"),
     "KL and reward": (frontier, "summary.json, by evaluate.py"),
     "Over-optimisation": (overoptimisation, "overoptimisation.json, by evaluate.py overoptimisation"),
