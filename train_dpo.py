@@ -26,10 +26,10 @@ from rlhf.infra.brakes import Brakes
 from rlhf.infra.distributed import Dist
 from rlhf.infra.metrics import Metrics, say
 from rlhf.infra.run import Run, write_json
-from rlhf.lm.pretrained import Pretrained, open_pretrained
-from rlhf.lm.trunks import LoRA
+from rlhf.lm.pretrained import Pretrained, open_pretrained, policy_config
+from rlhf.lm.trunks import lora_of
 from rlhf.losses import dpo_loss, ipo_loss
-from rlhf.ppo.roles import LAYOUTS, STORED, Roles
+from rlhf.ppo.roles import LAYOUTS, Roles
 from rlhf.replay import dpo as replay
 from rlhf.replay.texts import rows_of
 
@@ -87,8 +87,7 @@ def main() -> None:
     precision = optim.amp(dist.device, cfg.precision)
     base = open_pretrained(cfg.init, dist.device)
     tokenizer, loader, held_out = open_pairs(cfg, base)
-    lora = LoRA(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
-    roles = LAYOUTS[cfg.layout](base.model.eval(), "none", 1.0, lora, cfg.branch_layers)
+    roles = LAYOUTS[cfg.layout](base.model.eval(), "none", 1.0, lora_of(cfg), cfg.branch_layers)
     total = int(cfg.epochs * loader.order.steps_per_epoch)
     if total < 1:
         raise ValueError(
@@ -97,7 +96,7 @@ def main() -> None:
     optimizer = optim.make_optimizer(roles.policy, cfg.lr, cfg.weight_decay, betas=(0.9, 0.999))
     inputs = {"init_sha256": base.digest, "data_sha256": loader.data.digest}
     options, files = asdict(cfg) | inputs, [tokenizer.path]
-    saved_as = description(cfg, base)
+    saved_as = policy_config(base, cfg, base.stop_ids)
     old = config.defaults(Config)  # where a run is older than an option
     run = Run(
         cfg.out, options, roles.policy, optimizer, precision.scaler, dist, saved_as, files, cfg.keep_checkpoints, old
@@ -115,7 +114,7 @@ def fit(
     brakes = Brakes(run, optimizer, cfg.max_bad_steps)
     for step in run.steps(total, "dpo"):
         pairs = shard(loader.order.rows(step), dist.rank, dist.world)
-        weight = dist.sum(loader.take(pairs).weight.sum().double())
+        weight = dist.sum(loader.weights(pairs).sum().double())
         micro_batch, sums = cfg.micro_batch or len(pairs), 0.0
         for begin in range(0, len(pairs), micro_batch):
             batch = loader.take(pairs[begin : begin + micro_batch])
@@ -229,16 +228,6 @@ def open_pairs(cfg: Config, base: Pretrained) -> tuple[Tokenizer, PairLoader, Pa
     if cfg.batch > len(loader):
         raise ValueError(f"--batch={cfg.batch}: {loader.summary}; use at most {len(loader)}")
     return tokenizer, loader, held_out
-
-
-def description(cfg: Config, base: Pretrained) -> dict:
-    """The config of a checkpoint, a policy's as train_ppo.py saves it."""
-    saved_as = {"kind": "policy", "layout": cfg.layout, "model": base.model.config.stored()}
-    saved_as |= {"tokenizer": base.tokenizer.fingerprint, "stop_ids": base.stop_ids}
-    if cfg.layout in STORED:
-        saved_as |= {"base": cfg.init, "base_digest": base.digest}
-        saved_as |= {name: getattr(cfg, name) for name in STORED[cfg.layout]}
-    return saved_as
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from rlhf.infra.metrics import Metrics, say
 from rlhf.infra.run import Run, write_json
 from rlhf.lm.language_model import LanguageModel
 from rlhf.lm.pretrained import Pretrained, open_pretrained
-from rlhf.lm.trunks import LoRA, adapted
+from rlhf.lm.trunks import adapted, lora_of, stored_of
 from rlhf.replay import lm as replay
 from rlhf.replay.texts import rows_of
 
@@ -203,7 +203,7 @@ def open_init(cfg: Config, tokenizer: Tokenizer) -> Pretrained | None:
 def start(cfg: Config, base: Pretrained | None, tokenizer: Tokenizer) -> Transformer:
     """The model that training starts from."""
     if base and cfg.layout == "adapters":
-        return adapted(base.model, "policy", LoRA(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed))
+        return adapted(base.model, "policy", lora_of(cfg))
     if base:
         return base.model.requires_grad_(True)
     names = ("width", "layers", "heads", "kv_heads", "ffn")
@@ -246,10 +246,7 @@ def description(cfg: Config, model: Transformer, base: Pretrained | None, tokeni
         "tokenizer": tokenizer.fingerprint,
         "stop_ids": sorted(stops),
     }
-    saved |= {"template": data.template}
-    if cfg.layout == "adapters":
-        saved |= {"layout": "adapters", "base": cfg.init, "base_digest": base.digest}
-        saved |= {name: getattr(cfg, name) for name in ("lora_rank", "lora_alpha", "lora_targets")}
+    saved |= {"template": data.template} | (stored_of(cfg, base.digest) if base else {})
     return saved
 
 

@@ -45,15 +45,15 @@ from rlhf.infra.files import read_json, read_lines, write_json
 from rlhf.infra.metrics import Metrics, say
 from rlhf.infra.optim import Precision
 from rlhf.infra.run import Clock, Run, peak_memory_gb, resident_bytes
-from rlhf.lm.pretrained import Pretrained, config_of, open_pretrained
-from rlhf.lm.trunks import LoRA
+from rlhf.lm.pretrained import Pretrained, config_of, open_pretrained, policy_config
+from rlhf.lm.trunks import lora_of
 from rlhf.overoptimisation import best_place
 from rlhf.ppo import update as ppo
 from rlhf.ppo.acting import Acted, Acting, Resampling, group_metrics
 from rlhf.ppo.early_stop import HeldOutJudge, KLBound, NoBound, NoJudge
 from rlhf.ppo.guard import Guard, Limits
 from rlhf.ppo.plan import Sizes, plan, table
-from rlhf.ppo.roles import CRITICS, LAYOUTS, STORED, Roles
+from rlhf.ppo.roles import CRITICS, LAYOUTS, Roles
 from rlhf.ppo.rollout import Experience, act, gather, judge, minibatches
 from rlhf.ppo.self_check import check_once
 from rlhf.reward.scorer import Scorer, open_scorer, response_starts, scorer_of
@@ -343,7 +343,7 @@ def open_cast(cfg: Config, dist: Dist, precision: Precision) -> Cast:
     inputs = {"init_sha256": base.digest, "data_sha256": train.digest}
     inputs |= {"reward_sha256": reward.digest, "judge_sha256": cfg.judge and scorer_of(cfg.judge, rules=True).digest}
     acting = acting_of(cfg, respond, prompts, reward, dist, precision)
-    return Cast(roles, reward, acting, held_out, check, tokenizer, inputs, description(cfg, base, stop_ids))
+    return Cast(roles, reward, acting, held_out, check, tokenizer, inputs, policy_config(base, cfg, stop_ids))
 
 
 def acting_of(
@@ -373,10 +373,6 @@ def critic_of(cfg: Config) -> str:
     return (cfg.critic or CRITICS[cfg.layout]) if ESTIMATORS[cfg.estimator].needs_values else "none"
 
 
-def lora_of(cfg: Config) -> LoRA:
-    return LoRA(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
-
-
 def open_judge(
     cfg: Config, dist: Dist, tokenizer: Tokenizer, base: Pretrained, respond, prompts: PromptLoader
 ) -> HeldOutJudge | NoJudge:
@@ -394,16 +390,6 @@ def open_judge(
     asked = {"records": loader.records, "template": validation.template}
     score = open_scorer(cfg.judge, tokenizer, dist.device, base, data=cfg.data, **asked).score
     return HeldOutJudge(score, respond, *batch, cfg.judge_every, cfg.judge_patience, cfg.batch, dist)
-
-
-def description(cfg: Config, base: Pretrained, stop_ids: tuple[int, ...]) -> dict:
-    """The config of a checkpoint: all that is needed to build the model that its tensors fill."""
-    saved_as = {"kind": "policy", "layout": cfg.layout, "model": base.model.config.stored()}
-    saved_as |= {"tokenizer": base.tokenizer.fingerprint, "stop_ids": stop_ids}
-    if cfg.layout in STORED:  # only what was trained is stored: the rest is in the base
-        saved_as |= {"base": cfg.init, "base_digest": base.digest}
-        saved_as |= {name: getattr(cfg, name) for name in STORED[cfg.layout]}
-    return saved_as
 
 
 def memory_plan(cfg: Config, dist: Dist, micro_batch: int) -> float:

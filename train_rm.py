@@ -40,7 +40,7 @@ from rlhf.infra.metrics import Metrics, say
 from rlhf.infra.run import Run, begin, seconds_used, steps
 from rlhf.lm.frozen import FrozenStates
 from rlhf.lm.pretrained import Pretrained, open_pretrained
-from rlhf.lm.trunks import LoRA
+from rlhf.lm.trunks import lora_of
 from rlhf.replay import rm as replay
 from rlhf.replay.rm import Part
 from rlhf.replay.texts import rows_of
@@ -359,8 +359,7 @@ def adapted_model(cfg: Config, base: Pretrained, stop_ids: tuple[int, ...], read
     if cfg.depth is not None and cfg.depth > base.model.config.layers:
         raise ValueError(f"--depth={cfg.depth}: {cfg.init} has {base.model.config.layers} layers")
     generator = torch.Generator().manual_seed(cfg.seed)
-    lora = LoRA(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
-    trunk = adapted_trunk(base.model, lora, cfg.depth)
+    trunk = adapted_trunk(base.model, lora_of(cfg), cfg.depth)
     reward_model = RewardModel(trunk, cfg.pooling, generator, ensemble_of(cfg), stop_ids, cfg.lm_coef > 0, reads)
     if cfg.depth is not None:  # no norm there: random heads would begin with a squared error of 23 on SmolLM2, not of 1
         torch.nn.init.zeros_(reward_model.head.weight)

@@ -633,6 +633,10 @@ class PairLoader(_Loader):
         winner, loser = self._pairs(self.units.locate(units)[0])[:2]
         return np.minimum(np.maximum(self.data.row_lengths(winner), self.data.row_lengths(loser)), self.context)
 
+    def weights(self, units: np.ndarray) -> Tensor:
+        """Weights of these units, (M,): no answer is read."""
+        return torch.from_numpy(self._pairs(self.units.locate(units)[0]).weight.astype(np.float32))
+
     def take(self, units: np.ndarray) -> PairBatch:
         rows, _ = self.units.locate(units)
         pairs = self._pairs(rows)

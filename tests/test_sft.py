@@ -1,5 +1,8 @@
 """Supervised fine-tuning: the loss is transformers' on the same ids and mask, packed rows and adapters change nothing else."""
 
+import json
+import random
+
 import pytest
 import torch
 from test_chat import CONTROL, TEMPLATES, tokenizer  # noqa: F401  a fixture
@@ -7,6 +10,7 @@ from test_chat import CONTROL, TEMPLATES, tokenizer  # noqa: F401  a fixture
 from data.chat import Chat
 from data.examples import Encoded, Examples, write_shard, write_split
 from data.loader import TextLoader
+from data.pipeline import main
 from data.records import Record
 from data.tokenizer import write_hf
 from model.hf import save_hf
@@ -114,3 +118,27 @@ def test_the_mask_is_that_of_a_template_with_generation_tags(tokenizer, tmp_path
         ours = chat.encode(messages[:-1], messages[-1]["content"])
         ids, n = ours.prompt + ours.answer, len(ours.trained)
         assert out["input_ids"][:n] == ids and out["assistant_masks"][:n] == [int(t) for t in ours.trained]
+
+
+@pytest.mark.slow
+def test_two_ranks_with_packing_and_accumulation_are_one(world, tmp_path):
+    """Chats of several turns, loss on answers: every step's loss and gradient are those of one process and whole batches."""
+    rng = random.Random(0)
+    say = lambda: " ".join(rng.choices("apple bread cloud dream earth flame".split(), k=rng.randint(1, 12)))  # noqa: E731
+    chats = [[("user", say()), ("assistant", say())] * rng.randint(1, 3) for _ in range(150)]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main([str(tmp_path / "chats.jsonl"), f"--out={tmp_path / 'data'}"])
+    steps = {}
+    for name, ranks, micro_batch in (("one", 0, None), ("two", 2, 2)):
+        out = tmp_path / name
+        options = dict(data=tmp_path / "data", out=out, batch=12, epochs=2, log_every=1, eval_every=100, warmup=2)
+        done = world.spawn(world.command("train_lm.py", **options, micro_batch=micro_batch), ranks)
+        assert done.code == 0 and "loss on answers" in done.out, done
+        steps[name] = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps["one"]) == len(steps["two"]) >= 12
+    for one, two in zip(*steps.values()):
+        for name in ("loss/train", "grad_norm"):
+            assert two[name] == pytest.approx(one[name], rel=1e-5), (name, one, two)
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in steps]
+    assert reports[1]["validation/loss"] == pytest.approx(reports[0]["validation/loss"], rel=1e-5)

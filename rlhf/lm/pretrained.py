@@ -31,9 +31,7 @@ from rlhf.lm.checkpoints import (
     stored_config,
     weights_of,
 )
-from rlhf.lm.trunks import PREFIX, tuned_model
-
-LAYOUTS_ON_A_BASE = ("adapters", "branch")  # their checkpoints hold what was trained, and name the model it belongs to
+from rlhf.lm.trunks import PREFIX, STORED, stored_of, tuned_model
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,12 @@ class Pretrained:
     digest: str  # sha256 of the weights; of a tuned model, of what was trained
     spec: str  # what it was opened as
     family: str | None = None  # the model_type of an HF-format directory, whose names an adapter's file uses
+
+
+def policy_config(base: Pretrained, cfg, stop_ids: tuple[int, ...]) -> dict:
+    """The config of a policy's checkpoint: all that is needed to build the model that its tensors fill."""
+    facts = {"kind": "policy", "layout": cfg.layout, "model": base.model.config.stored()}
+    return facts | {"tokenizer": base.tokenizer.fingerprint, "stop_ids": stop_ids} | stored_of(cfg, base.digest)
 
 
 def open_pretrained(
@@ -134,7 +138,7 @@ def open_checkpoint(
     tokenizer = load_tokenizer(saved.path)
     if saved.config.get("tokenizer") != tokenizer.fingerprint:
         raise ValueError(f"{saved.path} was trained with another tokenizer than the one that lies in it")
-    on_a_base = saved.config.get("layout") in LAYOUTS_ON_A_BASE
+    on_a_base = saved.config.get("layout") in STORED
     if base is not None and not on_a_base:
         raise ValueError(f"{path} is a whole model: --base={base} has no effect")
     if on_a_base:
@@ -204,7 +208,7 @@ def check_chain(spec: str, where: Path) -> None:
         saved = open_stored(path)
         if saved.path.resolve() in seen:
             raise ValueError(f"{saved.path} is its own base: its config.json is damaged, or made to mislead")
-        if saved.config.get("layout") not in LAYOUTS_ON_A_BASE:
+        if saved.config.get("layout") not in STORED:
             return
         seen.append(saved.path.resolve())
         named = saved.config["base"]
@@ -223,7 +227,7 @@ def critic_trunk(
     stored = weights_of(saved)
     prefix = "value_trunk." if any(name.startswith("value_trunk.") for name in stored) else PREFIX
     tensors = {name.removeprefix(prefix): x for name, x in stored.items() if name.startswith(prefix)}
-    if saved.config.get("layout") in LAYOUTS_ON_A_BASE:
+    if saved.config.get("layout") in STORED:
         tensors = {PREFIX + name.replace(".critic", ".policy"): x for name, x in tensors.items()}
         return tuned_model(open_base(saved.config, where, device, base).model, saved.config, tensors)
     model = new_transformer(saved.config["model"], where)

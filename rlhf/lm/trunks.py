@@ -23,6 +23,28 @@ class LoRA:
     seed: int = 0  # of the start
 
 
+STORED = {  # layouts whose checkpoints hold what was trained, and name the base; and what else they have to say
+    "adapters": ("lora_rank", "lora_alpha", "lora_targets"),
+    "branch": ("branch_layers",),
+}
+
+
+def lora_of(cfg) -> LoRA:
+    """What the options of a script say of its adapters."""
+    return LoRA(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
+
+
+def stored_of(cfg, base_digest: str) -> dict:
+    """What a checkpoint of these options says beside its tensors, so that `tuned_model` finds what was not trained.
+
+    cfg: layout, init and the options of the layout. Nothing for a layout whose checkpoints hold a whole model.
+    """
+    if cfg.layout not in STORED:
+        return {}
+    known = {"layout": cfg.layout, "base": cfg.init, "base_digest": base_digest}
+    return known | {name: getattr(cfg, name) for name in STORED[cfg.layout]}
+
+
 def shared_copy(base: Transformer, own: Iterable[nn.Parameter] = ()) -> Transformer:
     """A model with modules of its own and the base's frozen parameters, but for trainable copies of those in `own`."""
     base.requires_grad_(False)
@@ -55,7 +77,7 @@ def tuned_model(base: Transformer, config: dict, tensors: dict[str, Tensor]) -> 
     trained shares the base's memory. ValueError where the tensors do not fit the base.
     """
     kind, layout = config.get("kind"), config.get("layout")
-    if kind not in ("policy", "lm") or layout not in ("adapters", "branch"):
+    if kind not in ("policy", "lm") or layout not in STORED:
         raise ValueError(f"a {kind} checkpoint of layout {layout} holds no part of a tuned model")
     tensors = {name.removeprefix(PREFIX): x for name, x in tensors.items() if name.startswith(PREFIX)}
     if layout == "adapters":

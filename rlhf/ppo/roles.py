@@ -155,10 +155,6 @@ def branch(base: Transformer, critic: str, temperature: float, lora: LoRA, branc
 LAYOUTS = {"full": models, "shared": models, "adapters": adapters, "branch": branch}
 # where nobody chose; an adapter of its own lets the policy gain more per nat than the value head on the policy's (LOG.md)
 CRITICS = {"full": "separate", "shared": "shared", "adapters": "separate", "branch": "shared"}
-STORED = {
-    "adapters": ("lora_rank", "lora_alpha", "lora_targets"),
-    "branch": ("branch_layers",),
-}  # with what was trained
 
 
 # A tuned model from its base and a checkpoint
