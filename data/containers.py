@@ -40,11 +40,15 @@ REFUSED = {  # first bytes of what people also have, and what to do with it
     b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it with `zstd -d` first",
     b"\xfd7zXZ\x00": "compressed with xz; unpack it with `xz -d` first",
     b"BZh": "compressed with bzip2; unpack it with `bzip2 -d` first",
-    b"\xff\xfe": "UTF-16, and UTF-8 was expected; convert it with `iconv -f UTF-16 -t UTF-8` first",
-    b"\xfe\xff": "UTF-16, and UTF-8 was expected; convert it with `iconv -f UTF-16 -t UTF-8` first",
     b"ARROW1": "an arrow file; write it as parquet first",
     b"\xff\xff\xff\xff": "an arrow stream; write it as parquet first",
     b"SQLite format 3": "a SQLite file; export its rows as JSON lines first",
+}
+MARKS = {  # byte order marks, the longer ones first
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
 }
 csv.field_size_limit(LONGEST_ROW)  # 128 kB otherwise
 
@@ -73,6 +77,8 @@ class Container:
     path: Path
     kind: str  # jsonl, json, objects, csv, text, parquet
     zipped: bool = False
+    encoding: str = ""  # what its byte order mark says: utf-16 or utf-32; "" = UTF-8
+    returns: bool = False  # its lines end at \r
     delimiter: str = ","  # of a table
     quoting: int = csv.QUOTE_MINIMAL  # of a table
     columns: tuple[str, ...] = ()  # of a table: its first row
@@ -82,7 +88,13 @@ class Container:
     def __str__(self) -> str:
         tables = {",": "comma-separated", "\t": "tab-separated", ";": "semicolon-separated"}
         names = {"jsonl": "JSON lines", "json": "JSON array", "objects": "JSON objects", "text": f"{self.unit}s"}
-        return (names | {"csv": tables[self.delimiter]}).get(self.kind, self.kind) + ", gzipped" * self.zipped
+        shown = (names | {"csv": tables[self.delimiter]}).get(self.kind, self.kind)
+        return shown + f", {self.encoding.upper()}" * bool(self.encoding) + ", gzipped" * self.zipped
+
+    @property
+    def plain(self) -> bool:
+        """Are its bytes what is read, so that it can be cut?"""
+        return not (self.zipped or self.encoding or self.returns)
 
     @property
     def shown(self) -> str:
@@ -169,18 +181,30 @@ def sniff(path: Path, known: Collection[str] = (), unit: str = "paragraph", name
     with open(path, "rb") as file:
         container = replace(container, zipped=file.read(2) == b"\x1f\x8b")
     with opened(container) as stream:
+        begins = stream.read(4)
+    encoding = next((encoding for mark, encoding in MARKS.items() if begins.startswith(mark)), "")
+    container = replace(container, encoding=encoding)
+    with opened(container) as stream:
         head = stream.read(HEAD)
-        head += stream.readline(LONGEST_ROW) if len(head) == HEAD else b""
+        cut_off = len(head) == HEAD
+        returns = head.count(b"\r") - head.count(b"\r\n") > head.count(b"\n")
+        if not returns:
+            head += stream.readline(LONGEST_ROW) if cut_off else b""
     for magic, what in REFUSED.items():
         if head.startswith(magic):
             raise ValueError(f"{container.shown} is {what}")
     if head.startswith(b"PAR1"):
         return replace(container, kind="parquet")
     if (zeros := head[:4096].count(0)) * 100 > len(head[:4096]):  # a few are a bad line
-        what = "UTF-16 or UTF-32, and UTF-8 was expected" if zeros * 8 > len(head[:4096]) else "binary"
-        raise ValueError(
-            f"{container.shown} is {what}; what is read here are {', '.join(ENDINGS)} files, gzipped or not"
-        )
+        if zeros * 8 > len(head[:4096]):
+            what = "UTF-16 or UTF-32 without a byte order mark; convert it with `iconv -f UTF-16LE -t UTF-8`"
+        else:
+            what = f"binary; what is read here are {', '.join(ENDINGS)} files, gzipped or not"
+        raise ValueError(f"{container.shown} is {what}")
+    if returns:
+        container, head = replace(container, returns=True), head.replace(b"\r", b"\n")
+        head = head[: head.rfind(b"\n") + 1] if cut_off else head
+    check_utf8(head, container)
     text = head.decode("utf-8-sig", "replace")
     if kind := json_kind(text, ending(container.shown)):
         return replace(container, kind=kind)
@@ -188,6 +212,20 @@ def sniff(path: Path, known: Collection[str] = (), unit: str = "paragraph", name
         return replace(container, kind="csv", **table)
     # lines without any JSON in a file that says they are JSON are bad lines, not a text
     return replace(container, kind="jsonl") if ending(container.shown) in JSON_ENDINGS else container
+
+
+def check_utf8(head: bytes, container: Container) -> None:
+    """ValueError where most lines are in some other encoding; a few that are not UTF-8 are bad lines."""
+    lines = [line for line in head.splitlines() if line.strip()]
+    wrong = [line for line in lines if not line.isascii() and "\ufffd" in line.decode("utf-8", "replace")]
+    if len(wrong) >= 3 and len(wrong) * 2 > len(lines):
+        try:
+            head.decode("utf-8")
+        except UnicodeDecodeError as e:
+            raise ValueError(
+                f"{container.shown} is not UTF-8, first at byte {e.start:,} ({head[e.start]:#x}), nor are {len(wrong)} of "
+                f"its first {len(lines)} lines; convert it, e.g. with `iconv -f WINDOWS-1252 -t UTF-8`"
+            ) from None
 
 
 def json_kind(text: str, ending: str) -> str:
@@ -252,21 +290,56 @@ def table_kind(text: str, ending: str, known: Collection[str]) -> dict:
 
 @contextmanager
 def opened(container: Container, start: int = 0) -> Iterator[BinaryIO]:
-    """The bytes of a file, unzipped. ValueError, in one line, where the archive is damaged."""
+    """The bytes of a file, unzipped, in UTF-8, from `start`. ValueError, in one line, where the archive is damaged."""
     try:
         with open(container.path, "rb") as file:
             stream = io.BufferedReader(gzip.GzipFile(fileobj=file), BLOCK) if container.zipped else file
-            stream.seek(start)
+            if container.encoding or container.returns:
+                stream = io.BufferedReader(Recoded(stream, container.encoding or None, container.returns), BLOCK)
+                while start:
+                    start -= len(stream.read(min(start, BLOCK)))
+            else:
+                stream.seek(start)
             yield stream
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise ValueError(f"{container.shown} is a damaged gzip file ({e}); get it again") from None
 
 
+class Recoded(io.RawIOBase):
+    """The bytes of another stream in UTF-8, and with \\n where its lines end at \\r. What is no text there is none here."""
+
+    def __init__(self, stream: BinaryIO, encoding: str | None, returns: bool):
+        self.stream, self.returns, self.waiting, self.ended = stream, returns, b"", False
+        self.decoder = codecs.getincrementaldecoder(encoding)("surrogatepass") if encoding else None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self.waiting and not self.ended:
+            block = self.stream.read(BLOCK)
+            self.ended = not block
+            self.waiting = self.decoded(block).replace(b"\r", b"\n") if self.returns else self.decoded(block)
+        size = min(len(buffer), len(self.waiting))
+        buffer[:size], self.waiting = self.waiting[:size], self.waiting[size:]
+        return size
+
+    def decoded(self, block: bytes) -> bytes:
+        if self.decoder is None:
+            return block
+        try:
+            return self.decoder.decode(block, self.ended).encode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:  # half a character at the end, or a number beyond all characters
+            self.decoder.reset()
+            self.ended = True
+            return b"\xff"
+
+
 def unzip(container: Container, target: Path) -> Container:
-    """The same file without gzip, written to `target`."""
+    """The same file without gzip and in UTF-8, written to `target`."""
     with opened(container) as stream, open(target, "wb") as file:
         shutil.copyfileobj(stream, file, BLOCK)
-    return replace(container, path=target, zipped=False, name=container.shown)
+    return replace(container, path=target, zipped=False, encoding="", returns=False, name=container.shown)
 
 
 def save_stdin(target: Path) -> Path:

@@ -630,7 +630,7 @@ def open_inputs(options: Options, work: Path) -> tuple[list[str], list[tuple[Con
         if str(path) == "-":
             path = save_stdin(inputs / "stdin")
         container = sniff(path, known, options.unit, shown)
-        if container.zipped and (container.kind == "parquet" or path.stat().st_size > UNIT // 16):
+        if not container.plain and (container.kind == "parquet" or path.stat().st_size > UNIT // 16):
             container = unzip(container, inputs / f"{number}")  # to be cut
         reader = file_reader(container, options)
         known_as = FORMS[reader.form].what + f" ({reader.form})" if reader.form else "no known form in its first rows"
@@ -656,7 +656,7 @@ def units_of(modules: list[str], files: list[tuple[Container, Reader, bool]]) ->
             if of_test is not test:
                 continue
             total = container.path.stat().st_size
-            pieces = cut(container, UNIT) if total > UNIT and not container.zipped else [Piece(container)]
+            pieces = cut(container, UNIT) if total > UNIT and container.plain else [Piece(container)]
             for piece in pieces:
                 share = total // max(1, len(pieces))
                 if parts and size + share > UNIT:

@@ -50,6 +50,19 @@ FILES = {  # the same rows
 }
 
 
+TEXTS = ("jsonl", "array over lines", "objects over lines", "csv", "tsv")
+FILES |= {f"{name} in {code}": ("\ufeff" + FILES[name].decode("utf-8-sig")).encode(code)
+          for name in TEXTS for code in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")}  # fmt: skip
+FILES |= {
+    "jsonl with CR": json_lines(ROWS, "\r"),
+    "array with CR": json.dumps(ROWS, indent=2).replace("\n", "\r").encode(),
+    "csv with CR": table(ROWS, lineterminator="\r", quoting=csv.QUOTE_ALL),
+    "tsv with CR in UTF-16": table(ROWS, delimiter="\t", lineterminator="\r", quoting=csv.QUOTE_ALL)
+    .decode()
+    .encode("utf-16"),
+}
+
+
 def values(path, known=KNOWN) -> list:
     return [row for _, row in rows([path], known)]
 
@@ -216,12 +229,26 @@ def test_any_bytes_are_rows_or_refused_in_one_line(tmp_path_factory, blob, size)
         assert [row for piece in cut(container, size) for row in read(piece)] == whole
 
 
+LEGACY = [{"text": f"é {i}"} for i in range(4)]
+
+
 @pytest.mark.parametrize(
     "blob, reason",
     [
-        (json_lines(ROWS).decode().encode("utf-16"), "UTF-16"),
-        (json_lines(ROWS).decode().encode("utf-16-le"), "UTF-16"),
-        (json_lines(ROWS).decode().encode("utf-32-be"), "UTF-32"),
+        (
+            json_lines(ROWS).decode().encode("utf-16-le"),
+            "UTF-16 or UTF-32 without a byte order mark; convert it with `iconv",
+        ),
+        (json_lines(ROWS).decode().encode("utf-32-be"), "UTF-16 or UTF-32 without"),
+        (
+            json_lines(LEGACY).decode().encode("cp1252"),
+            "not UTF-8, first at byte 10 .0xe9., nor are 4 of its first 4 lines; .*`iconv",
+        ),
+        (
+            json_lines(LEGACY, "\r").decode().encode("latin-1"),
+            "not UTF-8, first at byte 10 .*`iconv -f WINDOWS-1252 -t UTF-8`",
+        ),
+        (json_lines(LEGACY).decode().replace("é", "語").encode("shift-jis"), "not UTF-8, first at byte 10"),
         (b"PK\x03\x04....", "zip"),
         (b"\x28\xb5\x2f\xfd....", "zstd"),
         (b"\x89PNG\r\n\x1a\n\0\0\0" + b"x" * 90, "binary"),
@@ -235,6 +262,27 @@ def test_what_is_refused(tmp_path, blob, reason):
     with pytest.raises(ValueError, match=reason) as error:
         values(tmp_path / "f.jsonl")
     assert str(tmp_path / "f.jsonl") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_text_whose_lines_end_with_a_return(tmp_path):
+    (tmp_path / "t.txt").write_bytes(b"one\rtwo\r\r" + b"three\r" * 300_000)
+    found = list(read(Piece(sniff(tmp_path / "t.txt"))))
+    assert [number for number, _ in found] == [1, 4] and found[0][1] == {"text": "one\ntwo"}
+    assert found[1][1]["text"].count("three\n") == 299_999
+
+
+def test_one_line_in_another_encoding_is_one_bad_line(tmp_path):
+    good, bad = json_lines(LEGACY), '{"text": "caf\xe9"}\n'.encode("latin-1")
+    (tmp_path / "f.jsonl").write_bytes(bad + good + bad)
+    assert [isinstance(row, Bad) for row in values(tmp_path / "f.jsonl")] == [True, *[False] * 4, True]
+
+
+def test_half_a_character_of_utf16_is_a_bad_line(tmp_path):
+    blob = json_lines(LEGACY).decode().encode("utf-16")
+    for damaged in (blob[:-1], blob + b"\x00\xd8", blob + '"\ud800"\n'.encode("utf-16-le", "surrogatepass")):
+        (tmp_path / "f.jsonl").write_bytes(damaged)
+        found = values(tmp_path / "f.jsonl")
+        assert found[:3] == LEGACY[:3] and sum(isinstance(row, Bad) for row in found) <= 1 and len(found) in (4, 5)
 
 
 def test_names_globs_and_directories(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """data.prepare: what is written, that every row is accounted for, and that no process and no kill changes a byte."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -407,6 +408,20 @@ def test_standard_input_and_several_containers(tmp_path, tokenizer_dir):
     assert manifest_of(tmp_path / "out")["rows"]["kept"] == 90
     assert {record.source for record in records_of(tmp_path / "out")} == {"stdin", "a", "b"}
     assert "standard input: JSON lines, comparisons (preference)" in result.stdout
+
+
+def test_other_encodings_are_the_same_rows(tmp_path, tokenizer_dir, monkeypatch):
+    monkeypatch.setattr(pipeline, "UNIT", 10_000)  # so that all of them are unpacked to be cut
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows_of("text", 300))
+    (tmp_path / "plain.jsonl").write_text(text, encoding="utf-8")
+    (tmp_path / "marked.jsonl").write_text("\ufeff" + text, encoding="utf-16-be")
+    (tmp_path / "returns.jsonl").write_bytes(text.replace("\n", "\r").encode())
+    (tmp_path / "zipped.jsonl").write_bytes(gzip.compress(text.encode("utf-16")))
+    found = []
+    for file in sorted(tmp_path.glob("*.jsonl")):
+        main([str(file), f"--out={tmp_path / file.stem}", f"--tokenizer={tokenizer_dir}"])
+        found.append((manifest_of(tmp_path / file.stem)["rows"], [r.answers for r in records_of(tmp_path / file.stem)]))
+    assert found[0][0]["kept"] == 300 and all(sorted(rows) == sorted(found[0][1]) for _, rows in found)
 
 
 # --- neither processes nor interruptions change a byte ---
