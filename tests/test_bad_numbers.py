@@ -36,6 +36,33 @@ def once(prompts, responses, calls=[0]):
 def funny(prompts, responses):  # a function of the text alone, and rarely absurd
     return [3e30 if "weak" in response else -float(len(response)) for response in responses]
 
+def nan(prompts, responses):
+    return [float("nan") if i == 3 else 1.0 for i, _ in enumerate(responses)]
+
+def inf(prompts, responses):
+    return [float("inf")] * len(responses)
+
+def text(prompts, responses):
+    return responses
+
+def too_few(prompts, responses):
+    return [1.0]
+
+def leaves(prompts, responses):
+    raise SystemExit(0)
+
+def raises(prompts, responses, calls=[0]):
+    calls[0] += 1
+    if calls[0] == 3:
+        raise KeyError("gone")
+    return [-float(len(response)) for response in responses]
+
+def constant(prompts, responses):
+    return [1.0] * len(responses)
+
+def nan_on_the_second_rank(prompts, responses):
+    return [float("nan") if os.environ.get("RANK") == "1" else 1.0 for _ in responses]
+
 def second_rank(prompts, responses, calls=[0]):
     calls[0] += 1
     bad = os.environ.get("RANK") == "1" and calls[0] == 2
@@ -348,3 +375,73 @@ def test_a_damaged_init_is_refused_by_its_tensor(world, tmp_path, kind, value):
     with pytest.raises(ValueError, match=f"{name}'? holds {re.escape(f'{value:g}')}") as error:
         open_pretrained(tmp_path / "init")
     assert "damaged" in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- every row of the table of bad numbers that were once provoked by hand, with its verdict now
+
+DIED = "3 steps in a row were skipped"
+ROWS = {  # what is provoked: (script, options, exit code, words of the one line or, where it ends well, of the output)
+    "reward nan": ("train_ppo.py", {"reward": "bad.py:nan"}, 2, ("bad.py:nan", "nan", "response")),
+    "reward inf": ("train_ppo.py", {"reward": "bad.py:inf"}, 2, ("bad.py:inf", "inf", "response")),
+    "reward text": ("train_ppo.py", {"reward": "bad.py:text"}, 2, ("bad.py:text",)),
+    "reward too few": ("train_ppo.py", {"reward": "bad.py:too_few"}, 2, ("bad.py:too_few", "16")),
+    "reward calls SystemExit(0)": ("train_ppo.py", {"reward": "bad.py:leaves"}, 2, ("bad.py:leaves",)),
+    "reward raises in its 3rd call": ("train_ppo.py", {"reward": "bad.py:raises"}, 2, ("bad.py:raises", "gone")),
+    "reward constant, gae": (
+        "train_ppo.py", {"reward": "bad.py:constant", "iterations": 6}, 0, ("doctor: constant reward",)),
+    "reward constant, rloo, kl_coef 0": (
+        "train_ppo.py",
+        {"reward": "bad.py:constant", "iterations": 6, "kl_coef": 0, "estimator": "rloo", "samples_per_prompt": 2},
+        0, ("doctor: constant reward",)),
+    "rewards of 1e38": ("train_ppo.py", {"reward": "bad.py:huge"}, 2, (DIED, "scores", "--reward")),
+    "rewards of 1e6 a character": ("train_ppo.py", {"reward": "bad.py:million"}, 2, (DIED, "value loss", "--reward")),
+    **{f"ppo, lr {lr}": ("train_ppo.py", {"lr": lr}, 2, (DIED, "--lr")) for lr in (1e6, 1e30)},
+    **{f"lm, lr {lr}": ("train_lm.py", {"lr": lr}, 2, (DIED, "--lr")) for lr in (1e6, 1e30)},
+    "rm, lr 1e30": ("train_rm.py", {"lr": 1e30}, 2, (DIED, "--lr")),
+    "lr 1e6, one step an iteration": (
+        "train_ppo.py", {"lr": 1e6, "epochs": 1, "iterations": 8}, 2, (DIED, "value loss", "--lr")),
+    **{f"{name} inf": ("train_ppo.py", {name: "inf"}, 2, (f"--{name}=inf is not valid",))
+       for name in ("lr", "kl_coef", "value_coef", "eos_penalty", "temperature")},
+    "temperature 1e9": ("train_ppo.py", {"temperature": 1e9}, 2, ("temperature", "at most 10")),
+    **{f"{value} in a weight of --init, {script}": (script, {"init": f"init-{value}"}, 2, ("up_proj.weight holds",))
+       for value in ("nan", "inf", "1e+30") for script in ("train_ppo.py", "train_lm.py", "train_rm.py")},
+    "nan in the reward model": ("train_ppo.py", {"reward": "rm-nan"}, 2, ("rm-nan", "holds nan")),
+    "max_kl passed after the first iteration": (
+        "train_ppo.py", {"lr": 3e-2, "max_kl": 0.5, "iterations": 3}, 0, ("max_kl reached", "is restored")),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def damaged(world, votes):
+    """Models with one bad weight, beside the whole ones; and the rewards."""
+    (world.path / "bad.py").write_text(REWARDS)
+    for run, out, value, name in [
+        *(("lm", f"init-{x:g}", x, "layers.1.mlp.up_proj.weight") for x in (math.nan, math.inf, 1e30)),
+        ("rm", "rm-nan", math.nan, "model.layers.1.mlp.up_proj.weight"),
+    ]:
+        saved = checkpoint.load(world.path / run)
+        tensors = {key: x.clone() for key, x in saved.tensors.items()}
+        tensors[name][3, 5] = value
+        files = [saved.path / file for file in saved.files if file.startswith(("bpe", "tokenizer"))]
+        checkpoint.save(world.path / out, tensors, saved.config, saved.state, files=files)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROWS)
+def test_what_was_provoked_by_hand(world, damaged, tmp_path, name):
+    script, options, code, words = ROWS[name]
+    shape = dict.fromkeys(("width", "layers", "heads")) if script == "train_lm.py" and "init" in options else {}
+    done = world.run(script, out=tmp_path / "run", **options, **shape)
+    if code:
+        refused(done, *words)
+    else:
+        assert (done.code, done.err) == (0, "") and not [word for word in words if word not in done.out], done
+    if DIED in words:
+        assert lines(tmp_path / "run/metrics.jsonl")[-1]["bad/steps"] >= 1 and stored(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_nan_of_a_reward_on_the_second_rank_alone(run):
+    """The reward function's own line, once, before torchrun's."""
+    done, _ = run(ranks=2, reward="nan_on_the_second_rank")
+    assert done.code == 1 and done.err.count("error: ") == 1 and "nan_on_the_second_rank" in done.err.splitlines()[0]
