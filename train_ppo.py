@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from data.chat import check_template
-from data.loader import PromptLoader, drawn, open_data, prompts_of, unseen
+from data.loader import PromptLoader, StartLoader, drawn, micro_batches, open_data, prompts_of, unseen
 from data.tokenizer import Detokenizer, Tokenizer, check_fingerprint, load_tokenizer
 from evaluation.card import beats_length
 from model.generate import Sampling
@@ -54,7 +55,7 @@ from rlhf.ppo.early_stop import HeldOutJudge, KLBound, NoBound, NoJudge
 from rlhf.ppo.guard import Guard, Limits
 from rlhf.ppo.plan import Sizes, plan, table
 from rlhf.ppo.roles import CRITICS, LAYOUTS, Roles
-from rlhf.ppo.rollout import Experience, act, gather, judge, minibatches
+from rlhf.ppo.rollout import Cut, Experience, act, gather, judge, minibatches
 from rlhf.ppo.self_check import check_once
 from rlhf.reward.scorer import Scorer, open_scorer, response_starts, scorer_of
 from rlhf.rewards import missing_eos, shape_rewards
@@ -105,6 +106,7 @@ class Config:
     epochs: int = 2  # passes over the responses of one iteration
     minibatches: int = 4  # optimiser steps per epoch
     micro_batch: int | None = None  # responses per forward on one rank; none = all of its share of a minibatch
+    micro_batch_tokens: int | None = None  # instead: rows of like length together, so many tokens with their padding
     policy_loss: Literal["ppo", "gspo", "cispo"] = "ppo"  # gspo: a ratio per response; cispo: clipped weights
     clip: float = 0.2  # ratio may move this far from 1; for gspo some 3e-4
     clip_high: float | None = None  # upper bound instead of clip, for ratios above 1
@@ -142,6 +144,7 @@ class Config:
         )
         config.at_least(self, kl_coef=0, kl_target=0, kl_horizon=1, gamma=0, lam=0, value_coef=0, entropy_coef=0)
         config.at_least(self, iterations=1, epochs=1, minibatches=1, micro_batch=1, sample_every=1, checkpoint_every=1)
+        config.at_least(self, micro_batch_tokens=2)
         config.at_least(self, clip=0, clip_high=0, dual_clip=1, value_clip=0, target_approxkl=0, max_kl=0)
         config.at_least(self, max_ratio=1, max_value_loss=0, max_bad_steps=1, resample_tries=1)
         config.at_least(self, lr=0, warmup=0, weight_decay=0, adam_eps=0, grad_clip=0, seed=0)
@@ -156,6 +159,13 @@ class Config:
             )
         if self.batch % self.samples_per_prompt:
             raise ValueError(f"batch {self.batch} is not a multiple of samples_per_prompt {self.samples_per_prompt}")
+        if Path(self.data).is_file():
+            raise ValueError(
+                f"--data={self.data} is a file: prepare it first, python -m data.prepare {self.data} --tokenizer={self.init} "
+                f"--out=out/data/{Path(self.data).stem}, and give that directory"
+            )
+        if self.micro_batch and self.micro_batch_tokens:
+            raise ValueError("--micro_batch counts rows and --micro_batch_tokens tokens of the same forwards; give one")
         if self.resample_flat and self.samples_per_prompt < 2:
             raise ValueError("--resample_flat compares responses to one prompt; set --samples_per_prompt to 2 or more")
         if ESTIMATORS[self.estimator].needs_group and self.samples_per_prompt < 2:
@@ -176,6 +186,8 @@ class Cast:
     roles: Roles
     reward: Scorer
     act: Callable[[int], Acted]  # of an iteration
+    cut: Cut | None  # of a minibatch's rows on this rank, by tokens; None: by rows
+    cut_rollout: Cut | None  # the same of all rows of this rank
     held_out: HeldOutJudge | NoJudge
     check_once: Callable[..., None]  # (rollout, fresh=), see self_check.check_once
     tokenizer: Tokenizer
@@ -230,7 +242,7 @@ def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch
         # 2. judge: policy, reference and value of every token; one score per response
         with precision.autocast():
             asked, shared = (cast.reward.detailed, micro_batch, acted.width), cast.roles.features
-            judged = judge(acted.samples, policy, reference, *asked, shared, acted.rows, acted.said)
+            judged = judge(acted.samples, policy, reference, *asked, shared, acted.rows, acted.said, cast.cut_rollout)
             if iteration == run.done:
                 cast.check_once(judged[:micro_batch].trim(), fresh=run.done == 0)
         rollout = gather(judged, dist)
@@ -252,7 +264,7 @@ def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch
         updates, order = [], minibatches(cfg.batch, cfg.minibatches, cfg.epochs, cfg.seed, iteration)
         for rows in guard.admitted(order, experience, iteration, acted.prompts) if not broken else ():
             minibatch = experience[rows[dist.rank :: dist.world].to(dist.device)]
-            update = ppo.accumulate_gradient(learner, minibatch, objective, micro_batch, dist, precision)
+            update = ppo.accumulate_gradient(learner, minibatch, objective, micro_batch, dist, precision, cast.cut)
             updates += guard.step(update, experience, rows, iteration, len(updates))
         clock.lap("time/learn")
 
@@ -343,7 +355,9 @@ def open_cast(cfg: Config, dist: Dist, precision: Precision) -> Cast:
     inputs = {"init_sha256": base.digest, "data_sha256": train.digest}
     inputs |= {"reward_sha256": reward.digest, "judge_sha256": cfg.judge and scorer_of(cfg.judge, rules=True).digest}
     acting = acting_of(cfg, respond, prompts, reward, dist, precision)
-    return Cast(roles, reward, acting, held_out, check, tokenizer, inputs, policy_config(base, cfg, stop_ids))
+    check_room(cfg, prompts, reward)
+    cuts, saved_as = cuts_of(cfg, dist.world), policy_config(base, cfg, stop_ids)
+    return Cast(roles, reward, acting, *cuts, held_out, check, tokenizer, inputs, saved_as)
 
 
 def acting_of(
@@ -355,6 +369,44 @@ def acting_of(
         return Acting(*how)
     further, at_once = replace(prompts, seed=cfg.seed + 1), row_counts(cfg, dist.world)
     return Resampling(*how, further, reward.detailed, cfg.resample_tries, cfg.eos_penalty, at_once, precision)
+
+
+def check_room(cfg: Config, prompts: PromptLoader, reward: Scorer) -> None:
+    """ValueError where the longest prompt and a response are more than a reward model reads, or a micro-batch may have,
+    and where prompts are cut out of data that have their own."""
+    if cfg.prompt_tokens and isinstance(prompts, StartLoader) and int(prompts.data.prompt_lengths().max(initial=0)) > 1:
+        raise ValueError(
+            f"--prompt_tokens={cfg.prompt_tokens} cuts prompts out of texts, and {cfg.data} brings prompts of its own: leave "
+            "it out (--max_prompt bounds their length)"
+        )
+    prompts.batch(0)  # where all are left out, or they are fewer than a batch, it says so
+    needed, bounds = prompts.longest + cfg.response_tokens, {}
+    if cfg.micro_batch_tokens:
+        bounds["--micro_batch_tokens allows a micro-batch"] = cfg.micro_batch_tokens
+    if reward.context:
+        bounds[f"the reward model {cfg.reward} reads"] = reward.context
+    for what, most in bounds.items():
+        if needed > most:
+            raise ValueError(
+                f"{what} {most} tokens; the longest prompt has {prompts.longest} and a response up to {cfg.response_tokens}: "
+                f"allow {needed}, or use --max_prompt={most - cfg.response_tokens} or shorter responses"
+            )
+
+
+def cuts_of(cfg: Config, world: int) -> tuple[Cut | None, Cut | None]:
+    """Micro-batches of a minibatch by --micro_batch_tokens; and of all rows of a rank, minibatch by minibatch."""
+    if cfg.micro_batch_tokens is None:
+        return None, None
+    share = cfg.batch // (cfg.minibatches * world)
+
+    def cut(lengths: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(rows) for rows in micro_batches(lengths.cpu().numpy(), cfg.micro_batch_tokens)]
+
+    def cut_rollout(lengths: Tensor) -> list[Tensor]:
+        shares = enumerate(lengths.split(share))
+        return [i * share + rows for i, minibatch in shares for rows in cut(minibatch)]
+
+    return cut, cut_rollout
 
 
 def prompt_options(cfg: Config, base: Pretrained) -> dict:
@@ -429,6 +481,9 @@ def row_counts(cfg: Config, world: int) -> int:
             f"batch {cfg.batch} does not divide into {cfg.minibatches} minibatches on {world} ranks; "
             f"try {max(unit, cfg.batch // unit * unit)}"
         )
+    if cfg.micro_batch_tokens:  # what fits for certain
+        longest = longest_prompt(cfg, config_of(cfg.init).context) + cfg.response_tokens
+        return max(1, min(share, cfg.micro_batch_tokens // longest))
     micro_batch = cfg.micro_batch or share
     if share % micro_batch:
         raise ValueError(

@@ -797,6 +797,11 @@ class PromptLoader(_Loader):
         """Tokens of these prompts, (M,) int64."""
         return np.minimum(self.data.prompt_lengths(self.units.locate(units)[0]), self.limit)
 
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest prompt that is visited."""
+        return max((int(self.lengths(units).max()) for units in in_order(len(self), 1 << 16)), default=0)
+
     def width(self, step: int) -> int:
         """Columns of a step: the longest prompt of its global batch and a response, the same on every rank."""
         return int(self.lengths(self.order.rows(step)).max()) + self.response_tokens
@@ -819,6 +824,14 @@ class StartLoader(PromptLoader):
     starts: int = 4
 
     what = "answers"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (needed := 1 + self.starts + self.response_tokens) > self.context:
+            raise ValueError(
+                f"prompts of {self.starts} tokens, the start token and a response of {self.response_tokens} are {needed}, more "
+                f"than the context of {self.context}: use shorter ones"
+            )
 
     def count(self, number: int) -> tuple[np.ndarray, dict[str, int], int]:
         rows = self._rows(number)

@@ -33,6 +33,7 @@ from small_rollout import (
 )
 from torch import Tensor
 
+from data.loader import micro_batches
 from rlhf.advantages import ESTIMATORS
 from rlhf.functional import whiten
 from rlhf.infra import checkpoint, distributed, optim
@@ -191,6 +192,35 @@ def test_the_order_of_the_rows_changes_no_gradient(estimator, order, micro_batch
     assert_same(
         step_gradient(ALONE, policy, shuffled, micro_batch)[0], at_once(policy, credit(rollout, estimator)), 1e-9
     )
+
+
+@settings(max_examples=15)
+@given(
+    rows=st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=ROWS, unique=True),
+    tokens=st.integers(WIDTH, 5 * WIDTH),
+)
+def test_a_budget_of_tokens_changes_no_gradient(rows, tokens):
+    """Rows of like length share a forward: what is learned, and what is logged, is what all rows at once give."""
+    policy, rollout = acted("shared")
+    minibatch = credit(rollout)[torch.tensor(rows)]
+
+    def cut(lengths):
+        return [torch.from_numpy(part) for part in micro_batches(lengths.numpy(), tokens)]
+
+    parts = cut(minibatch.lengths)
+    assert sorted(torch.cat(parts).tolist()) == [*range(len(rows))]
+    assert all(len(part) * int(minibatch.lengths[part].max()) <= tokens for part in parts)
+    whole, means = step_gradient(ALONE, policy, minibatch, ROWS)
+    policy.zero_grad()
+    found = ppo.accumulate_gradient(policy, minibatch, OBJECTIVE, 1, ALONE, optim.amp(ALONE.device), cut)
+    assert_same({name: x.grad.clone() for name, x in policy.named_parameters()}, whole)
+    assert found == pytest.approx(means, rel=1e-6, abs=1e-9)
+    samples, base = act(policy, torch.tensor(sorted(rows)), SAMPLES), frozen_reference(base_model("gpt2"), TEMPERATURE)
+    ours = judge(samples, policy, base, reward_model().score, 1, WIDTH, cut=cut)
+    plain = judge(samples, policy, base, reward_model().score, ROWS, WIDTH)
+    assert torch.equal(torch.where(ours.mask, ours.tokens, 0), torch.where(plain.mask, plain.tokens, 0))
+    for name in ("lengths", "scores", "logprobs", "values"):
+        torch.testing.assert_close(getattr(ours, name), getattr(plain, name), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 8])

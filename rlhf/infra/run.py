@@ -40,6 +40,7 @@ REPORT = (
     "log_every",
     "eval_every",
     "micro_batch",
+    "micro_batch_tokens",
     "weak_reward",
 )
 FREE = (*REPORT, "out", "plan", "override")  # change no number of a run; a run may be moved

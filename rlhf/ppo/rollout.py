@@ -1,6 +1,5 @@
 """Act and judge: prompts -> Rollout (facts) -> Experience (+ credit) -> minibatches -> micro-batches."""
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 
@@ -91,6 +90,14 @@ class Experience(Rollout):
         return cls(**facts, rewards=rewards, advantages=advantages, returns=returns)
 
 
+Cut = Callable[[Tensor], list[Tensor]]  # lengths (N,) of rows -> which of them share a forward, all of them once
+
+
+def by_rows(size: int) -> Cut:
+    """Neighbours share a forward, `size` of them."""
+    return lambda lengths: list(torch.arange(len(lengths)).split(size))
+
+
 def act(
     model: Transformer,
     sampling: Sampling,
@@ -122,6 +129,7 @@ def judge(
     features: Callable[[Tensor], Tensor] = no_features,
     prompts: Tensor | None = None,
     said: Tensor | None = None,
+    cut: Cut | None = None,
 ) -> Rollout:
     """Policy, reference and value of every token, one score per response; `width` is the T of the result.
 
@@ -129,7 +137,8 @@ def judge(
     (B, 1 + K) also says what it is the sum of. said (B, 1 + K): what it said already; it is then not asked again.
 
     The policy's log-probs are computed on the micro-batches of the first learning epoch, so that its first ratio is
-    exactly 1: the same rows with the same padding go through the same kernels.
+    exactly 1: the same rows with the same padding go through the same kernels. `cut` makes them where it is given, in place
+    of `micro_batch` neighbours.
     """
     blank = torch.zeros_like(samples.logprobs)
     known = blank[:, :1] if said is None else said
@@ -147,9 +156,9 @@ def judge(
         parts=known[:, 1:],
         features=blank[..., None][..., :0],
     )
-    judged = []
-    asked = itertools.repeat(()) if prompts is None else ((part,) for part in prompts.split(micro_batch))
-    for rows, which in zip(facts.split(micro_batch), asked):
+    judged, parts = [], (cut or by_rows(micro_batch))(facts.lengths)
+    for part in parts:
+        rows, which = facts[part].trim(), () if prompts is None else (prompts[part],)
         frozen = features(rows.tokens)  # (B, T, D), and what the reward model reads of the same trunk is ready too
         output = policy(rows.tokens, rows.mask, frozen)
         if said is None:
@@ -164,7 +173,7 @@ def judge(
             features=frozen,
         )
         judged.append(rows.pad(width))
-    return concatenate(judged)
+    return concatenate(judged)[torch.cat(parts).argsort()]
 
 
 def concatenate(parts: list[Rollout]) -> Rollout:

@@ -20,7 +20,7 @@ from rlhf.losses import (
     value_loss,
 )
 from rlhf.ppo.roles import PolicyOutput
-from rlhf.ppo.rollout import Experience, Rollout
+from rlhf.ppo.rollout import Cut, Experience, Rollout, by_rows
 
 
 @dataclass(frozen=True)
@@ -76,18 +76,19 @@ def accumulate_gradient(
     micro_batch: int,
     dist: Dist,
     precision: Precision,
+    cut: Cut | None = None,
 ) -> dict[str, float]:
-    """Add the gradient of the minibatch to policy.grad, `micro_batch` rows at a time; return its per-token means.
+    """Add the gradient of the minibatch to policy.grad, `micro_batch` rows or a part of `cut` at a time; -> per-token means.
 
     `minibatch` holds this rank's rows. The loss of every token is divided by the tokens of the whole minibatch over all
     micro-batches and ranks, so the gradient does not depend on how the rows were cut up.
     """
     tokens = dist.sum(minibatch.mask.sum())
     total: dict[str, Tensor] = {}
-    for start in range(0, len(minibatch), micro_batch):
-        batch = minibatch[start : start + micro_batch].trim()
-        last = start + micro_batch >= len(minibatch)
-        with dist.grad_sync(policy, last):
+    parts = (cut or by_rows(micro_batch))(minibatch.lengths)
+    for part in parts:
+        batch = minibatch[part].trim()
+        with dist.grad_sync(policy, part is parts[-1]):
             with precision.autocast():
                 output = policy(batch.tokens, batch.mask, batch.features)
             loss, sums = ppo_loss(output, batch, objective)
