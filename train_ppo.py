@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 
 from data.chat import check_template
-from data.loader import PromptLoader, StartLoader, drawn, micro_batches, open_data, prompts_of, unseen
+from data.examples import Examples
+from data.loader import PromptLoader, drawn, micro_batches, open_data, prompts_of, unseen
 from data.tokenizer import Detokenizer, Tokenizer, check_fingerprint, load_tokenizer
 from evaluation.card import beats_length
 from model.generate import Sampling
@@ -341,7 +342,7 @@ def open_cast(cfg: Config, dist: Dist, precision: Precision) -> Cast:
     base = open_pretrained(cfg.init, dist.device)
     check_fingerprint(tokenizer.fingerprint, base.tokenizer.fingerprint, cfg.init)
     stop_ids = tuple(sorted({*base.stop_ids, *check_template(base.tokenizer, train.template, cfg.init)}))
-    prompts = prompts_of(train, cfg.batch // cfg.samples_per_prompt, cfg.seed, **prompt_options(cfg, base))
+    prompts = open_prompts(cfg, train, base)
     say(f"prompts: {prompts.summary}", dist.is_main)
     model, lora = base.model.eval(), lora_of(cfg)
     roles = LAYOUTS[cfg.layout](model, critic_of(cfg), cfg.temperature, lora, cfg.branch_layers)
@@ -371,15 +372,20 @@ def acting_of(
     return Resampling(*how, further, reward.detailed, cfg.resample_tries, cfg.eos_penalty, at_once, precision)
 
 
-def check_room(cfg: Config, prompts: PromptLoader, reward: Scorer) -> None:
-    """ValueError where the longest prompt and a response are more than a reward model reads, or a micro-batch may have,
-    and where prompts are cut out of data that have their own."""
-    if cfg.prompt_tokens and isinstance(prompts, StartLoader) and int(prompts.data.prompt_lengths().max(initial=0)) > 1:
+def open_prompts(cfg: Config, train: Examples, base: Pretrained) -> PromptLoader:
+    """The prompts of the run. ValueError where too few are left, and for cutting up those that the data bring."""
+    prompts = prompts_of(train, cfg.batch // cfg.samples_per_prompt, cfg.seed, **prompt_options(cfg, base))
+    if cfg.prompt_tokens and int(train.prompt_lengths().max(initial=0)) > 1:
         raise ValueError(
             f"--prompt_tokens={cfg.prompt_tokens} cuts prompts out of texts, and {cfg.data} brings prompts of its own: leave "
             "it out (--max_prompt bounds their length)"
         )
-    prompts.batch(0)  # where all are left out, or they are fewer than a batch, it says so
+    prompts.batch(0)  # where nothing is left, or less than a batch, it says so
+    return prompts
+
+
+def check_room(cfg: Config, prompts: PromptLoader, reward: Scorer) -> None:
+    """ValueError where the longest prompt and a response are more than a reward model reads, or a micro-batch may have."""
     needed, bounds = prompts.longest + cfg.response_tokens, {}
     if cfg.micro_batch_tokens:
         bounds["--micro_batch_tokens allows a micro-batch"] = cfg.micro_batch_tokens
