@@ -314,6 +314,8 @@ def test_a_page_runs_from_top_to_bottom(world, tuned, tmp_path, page):
     (tmp_path / "rewards").symlink_to(ROOT / "rewards")
     for name, code in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
         (tmp_path / name).write_text(code)
+    for name, content in re.findall(r"^```\w+ (\S+)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        (tmp_path / name).write_text(content)
     run_all(documented, here)
 
 
