@@ -351,7 +351,9 @@ def open_cast(cfg: Config, dist: Dist, precision: Precision) -> Cast:
     sampling = Sampling(cfg.response_tokens, stop_ids, tokenizer.pad, cfg.temperature)
     respond = partial(act, roles.sampler, sampling, cfg.seed, precision)
     held_out = open_judge(cfg, dist, tokenizer, base, respond, prompts)
-    alone = None if reward.is_function else reward.score  # a function may rightly look at its whole batch
+    alone = (
+        None if reward.is_function or reward.by_row else reward.score
+    )  # a function may rightly look at its whole batch
     check = partial(check_once, roles.policy, score=alone, eos=stop_ids, dist=dist, precision=cfg.precision)
     inputs = {"init_sha256": base.digest, "data_sha256": train.digest}
     inputs |= {"reward_sha256": reward.digest, "judge_sha256": cfg.judge and scorer_of(cfg.judge, rules=True).digest}

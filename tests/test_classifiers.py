@@ -12,6 +12,7 @@ from tiny import lines
 from data.chat import Chat
 from data.records import Record
 from data.tokenizer import load_tokenizer
+from rlhf.infra.files import read_lines
 from rlhf.reward.bridge import open_reader
 from rlhf.reward.files import load_classifier
 from rlhf.reward.scorer import open_scorer, scorer_of
@@ -255,3 +256,44 @@ def test_our_own_export_scores_as_the_run_it_was_made_of(world, tmp_path):
         world.ok("evaluate.py rm", model=tmp_path / name, data="data", out=tmp_path / f"card-{name}", plots="false")
     ours, theirs = (json.loads((tmp_path / f"card-{name}" / "card.json").read_text()) for name in ("rm", "hf"))
     assert ours["accuracy"] == theirs["accuracy"] and ours["auc"] == theirs["auc"]
+
+
+@pytest.mark.slow
+def test_a_chat_policy_is_judged_in_the_classifiers_own_words(world, places, tmp_path):
+    """From an HF model and messages to scores: each is what transformers says of the conversation with the response in it."""
+    torch.manual_seed(0)
+    made = transformers.LlamaConfig(**FAMILIES["Llama"], eos_token_id=0, bos_token_id=0)
+    transformers.LlamaForCausalLM(made).save_pretrained(tmp_path / "policy")
+    write(tmp_path / "policy", byte_level("o200k", False), eos_token="<|eos|>", chat_template=TEMPLATE)
+    rows = [
+        {"prompt": [{"role": "user", "content": f"{w} {i}?"}], "n": i}
+        for i in range(12)
+        for w in ("Why", "How", "When")
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare = [
+        "data.prepare",
+        str(tmp_path / "chats.jsonl"),
+        f"--tokenizer={tmp_path / 'policy'}",
+        f"--out={tmp_path / 'data'}",
+    ]
+    assert world.start(prepare).wait().code == 0
+    options = {
+        "init": tmp_path / "policy",
+        "data": tmp_path / "data",
+        "reward": places / "qwen",
+        "sources": "",
+        "batch": 8,
+    }
+    out = world.ok("train_ppo.py", out=tmp_path / "ppo", iterations=1, sample_every=1, **options)
+    assert "has another tokenizer and another chat template: responses are decoded and encoded again in its chat" in out
+    samples = read_lines(tmp_path / "ppo" / "samples.jsonl")  # a random model says U+2028 too
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(places / "qwen")
+    ids = []
+    for row in samples:
+        (asked_for,) = (
+            x["prompt"] for x in rows if x["prompt"][0]["content"] in row["prompt"].split("\n")[0].split("]")[1:]
+        )
+        whole = [*asked_for, {"role": "assistant", "content": row["response"]}]
+        ids.append(tokenizer.apply_chat_template(whole, tokenize=True, return_dict=False)[-64:])
+    assert [row["score"] for row in samples] == pytest.approx(theirs(places / "qwen", ids=ids, side="alone"), abs=1e-4)

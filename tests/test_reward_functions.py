@@ -57,6 +57,14 @@ def test_a_function_is_asked_by_the_names_of_its_parameters(tmp_path, signature,
     assert found == {name: truth[name] for name in seen}
 
 
+def test_a_column_cannot_take_the_place_of_a_text(tmp_path):
+    found = [Record("a", extra={"responses": "column", "prompts": "column", "more": 1})] * 2
+    code = (
+        "def f(responses, **more):\n    return [len(r) * (p != 'column') for r, p in zip(responses, more['prompts'])]\n"
+    )
+    assert opened(tmp_path, code, records=lambda rows: found).score(*ragged(), ASKED).tolist() == [8, 2]
+
+
 @pytest.mark.parametrize("signature", ["prompts, responses, /", "*texts"])
 def test_parameters_without_names_are_refused(tmp_path, signature):
     with pytest.raises(ValueError, match="by its place: a reward is given its parameters by their names"):

@@ -51,6 +51,11 @@ class Reader:
         """Ids of a history and its answer, as `apply_chat_template` makes them of all of it."""
         if self.chat is None:
             return self.text(plain(messages) + answer, ended)
+        if (
+            self.model.ours
+        ):  # trained on answers as a policy writes them, which stops before what the template writes behind
+            encoded = self.chat.encode(messages, answer)
+            return encoded.prompt + encoded.answer
         return self.chat.render([*messages, {"role": "assistant", "content": answer}])
 
     def fitted(self, ids: list[int]) -> np.ndarray:

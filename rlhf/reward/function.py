@@ -57,7 +57,7 @@ def components_of(
             found = records(rows)
             given["messages"] = [messages_of(record) for record in found]
             known = dict.fromkeys(name for record in found for name in record.extra) if everything else ()
-            given |= {name: [record.extra.get(name) for record in found] for name in known}
+            given |= {name: [record.extra.get(name) for record in found] for name in known if name not in TEXTS}
             given |= columns_of(found, columns, spec)
         asked = Asked(spec, given["prompts"], given["responses"], None if rows is None else rows.tolist())
         chosen = given if everything else {name: given[what] for name, what in wanted.items()}

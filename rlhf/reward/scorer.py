@@ -44,6 +44,7 @@ class Scorer:
     terms: tuple["Scorer", ...] = ()  # of a sum
     components: Components | None = None  # by open_scorer; what its components say, {name: (B,)}
     context: int | None = None  # longest row that a model reads; None: any
+    by_row: bool = False  # it looks up what the rows answer: tokens alone are not enough
     names: list[str] = field(default_factory=list, compare=False)  # of the columns of `detailed`, once it was asked
 
     @property
@@ -217,14 +218,16 @@ def open_scorer(
         if scorer.kind == "sum":
             terms = tuple(map(opened, scorer.terms))
             bounds = [term.context for term in terms if term.context is not None]
-            return replace(scorer, terms=terms, context=min(bounds, default=None))
+            by_row = any(term.by_row for term in terms)
+            return replace(scorer, terms=terms, context=min(bounds, default=None), by_row=by_row)
         if scorer.kind == "function":
             return replace(scorer, components=components_of(scorer.spec, tokenizer, records))
         if scorer.kind == "data":
             return replace(scorer, components=unnamed(judge_of(data, tokenizer)))
         if is_hf(Path(scorer.spec)):
             score, context = bridge.score_of(scorer.spec, tokenizer, template, device, records)
-            return replace(scorer, components=unnamed(score), context=context)
+            by_row = context is None and template is not None
+            return replace(scorer, components=unnamed(score), context=context, by_row=by_row)
         model = load_reward_model(scorer.spec, tokenizer.fingerprint, device, base, frozen)
         trunk = model.states.model if isinstance(model, FrozenReward) else model.model
         own = unnamed(lambda tokens, lengths, mask, rows: model.score(tokens, lengths, mask))
