@@ -58,6 +58,7 @@ from rlhf.ppo.plan import Sizes, plan, table
 from rlhf.ppo.roles import CRITICS, LAYOUTS, Roles
 from rlhf.ppo.rollout import Cut, Experience, act, gather, judge, minibatches
 from rlhf.ppo.self_check import check_once
+from rlhf.reward.files import check_form
 from rlhf.reward.scorer import Scorer, open_scorer, response_starts, scorer_of
 from rlhf.rewards import missing_eos, shape_rewards
 
@@ -348,6 +349,8 @@ def open_cast(cfg: Config, dist: Dist, precision: Precision) -> Cast:
     roles = LAYOUTS[cfg.layout](model, critic_of(cfg), cfg.temperature, lora, cfg.branch_layers)
     asked = {"records": prompts.records, "template": train.template}
     reward = open_scorer(cfg.reward, tokenizer, dist.device, base, roles.frozen, **asked)
+    for path in reward.own_models:
+        check_form(path, train)
     sampling = Sampling(cfg.response_tokens, stop_ids, tokenizer.pad, cfg.temperature)
     respond = partial(act, roles.sampler, sampling, cfg.seed, precision)
     held_out = open_judge(cfg, dist, tokenizer, base, respond, prompts)

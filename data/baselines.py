@@ -57,10 +57,14 @@ def baselines(
 
 def learned_scores(train: SomeAnswers, test: SomeAnswers) -> dict[str, np.ndarray]:
     """A score for every test text by what all of `train` teaches a bag of words, and by length: (rows,) each."""
-    length = train.answer_lengths().astype(float)
-    sign = 1.0 if accuracy(length, train)["all"] >= 0.5 else -1.0  # people like long texts or short ones: train decides
     bow = BagOfWords(train.texts, train.column("rating"))
-    return {"bow": bow.scores(test.texts), "length": sign * test.answer_lengths()}
+    return {"bow": bow.scores(test.texts), "length": length_scores(train, test)}
+
+
+def length_scores(train: SomeAnswers, test: SomeAnswers) -> np.ndarray:
+    """Tokens of every test answer, or minus them: people like long texts or short ones, and `train` decides. (rows,)"""
+    sign = 1.0 if accuracy(train.answer_lengths().astype(float), train)["all"] >= 0.5 else -1.0
+    return sign * test.answer_lengths()
 
 
 # whose mean is the score, and whose the truth. Two halves of the raters: what ten people say about ten others; one against

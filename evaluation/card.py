@@ -119,7 +119,7 @@ def open_model(cfg: Config, device) -> tuple[RewardModel | FrozenReward, Tokeniz
         if cfg.chat and template is None:
             raise ValueError(f"--chat=true: {cfg.model} was trained without a chat template; leave it out")
         if Path(cfg.data).is_dir():
-            check_form(cfg.model, template, open_data(cfg.data, cfg.split or "test"))
+            check_form(cfg.model, open_data(cfg.data, cfg.split or "test"))
         model = load_reward_model(cfg.model, tokenizer.fingerprint, device)
         context = (model.states.model if isinstance(model, FrozenReward) else model.model).config.context
         chat = Chat(tokenizer) if template and cfg.chat is not False else None

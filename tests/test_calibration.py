@@ -178,8 +178,36 @@ def test_against_statsmodels(golden_dir):
 def test_too_few_pairs_fit_no_temperature():
     """Below the floor it is 1, with a reason that names both numbers; from there on it is the fitted one."""
     margins = torch.randn(FEWEST_PAIRS, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
-    few, problem = temperature_or_one(margins[:-1])
-    assert few == 1 and f"{FEWEST_PAIRS - 1} validation pairs" in problem and f"at least {FEWEST_PAIRS}" in problem
-    assert temperature_or_one(margins) == (fit_temperature(margins, torch.ones_like(margins)), None)
-    perfect, problem = temperature_or_one(margins.abs())
+    few, problem = temperature_or_one(margins, FEWEST_PAIRS - 1)
+    assert few == 1 and f"{FEWEST_PAIRS - 1} of them independent" in problem and f"at least {FEWEST_PAIRS}" in problem
+    assert temperature_or_one(margins, FEWEST_PAIRS) == (fit_temperature(margins, torch.ones_like(margins)), None)
+    perfect, problem = temperature_or_one(margins.abs(), FEWEST_PAIRS)
     assert perfect == 1 and "rank every pair right" in problem
+
+
+@pytest.mark.parametrize(
+    ("pairs", "truth", "least", "most"),
+    [
+        (FEWEST_PAIRS, 2.0, 0.02, 0.06),
+        (FEWEST_PAIRS, 0.5, 0.02, 0.06),
+        (FEWEST_PAIRS, 1.0, -0.02, 0),
+        (16, 1.0, -0.2, -0.03),
+    ],
+)
+def test_as_many_pairs_as_a_temperature_needs(pairs, truth, least, most):
+    """What fitting on so many gains over 1, in nats of other pairs: much where 1 is wrong, hardly a loss where it is right."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        margins = 1.5 * torch.randn(n, generator=generator, dtype=torch.float64)
+        return margins, (torch.rand(n, generator=generator) < torch.sigmoid(margins / truth)).double()
+
+    def cost(margins, labels, temperature: float) -> float:
+        return float(torch.nn.functional.binary_cross_entropy_with_logits(margins / temperature, labels))
+
+    others, gains = draw(20_000), []
+    for _ in range(150):
+        margins, labels = draw(pairs)
+        signed = margins * (2 * labels - 1)  # what train_rm.py has: the better answer's side
+        gains.append(cost(*others, 1.0) - cost(*others, temperature_or_one(signed, FEWEST_PAIRS)[0]))
+    assert least < sum(gains) / len(gains) < most

@@ -55,9 +55,9 @@ def template_of(path: str) -> str | None:
     return open_stored(path).config.get("template")
 
 
-def check_form(path: str, template: str | None, data: Examples) -> None:
+def check_form(path: str, data: Examples) -> None:
     """ValueError where data are rendered otherwise than those that the reward model at `path` was trained on."""
-    if data.template != template:
+    if data.template != (template := template_of(path)):
         known, theirs = (f"the chat template {x[:12]}" if x else "plain texts" for x in (template, data.template))
         raise ValueError(
             f"{path} was trained on {known}, {data} has {theirs}: prepare the data again with the model's tokenizer "

@@ -95,6 +95,11 @@ class Scorer:
         """The directories of the reward models in it."""
         return [self.spec] if self.kind == "model" else [spec for term in self.terms for spec in term.models]
 
+    @property
+    def own_models(self) -> list[str]:
+        """Those of train_rm.py, which know the chat template of their data."""
+        return [path for path in self.models if not is_hf(Path(path))]
+
     def score(self, tokens: Tensor, lengths: Tensor, mask: Tensor, rows: Tensor | None = None) -> Tensor:
         """One number a response: tokens (B, T), lengths (B,), mask (B, T) of the response, rows (B,) of the data -> (B,)"""
         return self.detailed(tokens, lengths, mask, rows)[:, 0]
