@@ -7,7 +7,8 @@ Sentences of the ratings, put together by chance, become texts (1 to 19 sentence
 run `python -m data.prepare`: every row checked, duplicates dropped, rows split, answers marked, checksums written. The other
 side runs load_dataset("json") and map(num_proc=...) with the same tokenizer (tokenizers' encode_batch; transformers'
 apply_chat_template without a mask for conversations), which writes arrow. CPU seconds are those of all processes of a side;
-peak memory is VmHWM of its largest process, read from /proc while it runs. What counts is the ratio within a round.
+peak memory is VmHWM of its first process and of its largest worker, read from /proc while they run. What counts is the
+ratio within a round.
 """
 
 import json
@@ -78,7 +79,7 @@ def main() -> None:
 
 
 def report(found: list[dict]) -> None:
-    print(f"\n{'':<20}{'MB/CPU s':>10}{'ratio':>22}{'largest process MB':>20}")
+    print(f"\n{'':<26}{'MB/CPU s':>10}{'ratio':>22}{'first, worker MB':>20}")
     for kind, size in dict.fromkeys((row["kind"], row["mb"]) for row in found):
         rows = [row for row in found if (row["kind"], row["mb"]) == (kind, size)]
         theirs = {row["round"]: row["cpu_seconds"] for row in rows if row["side"] == "datasets"}
@@ -87,8 +88,8 @@ def report(found: list[dict]) -> None:
             ratios = [theirs[row["round"]] / row["cpu_seconds"] for row in mine if row["round"] in theirs]
             ratio = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]" if ratios else ""
             speed = statistics.median(size / row["cpu_seconds"] for row in mine)
-            memory = max(row["peak_mb"] for row in mine)
-            print(f"{f'{kind}, {size} MB, {side}':<30}{speed:10.2f}{ratio:>22}{memory:10.0f}")
+            memory = [f"{max(row[name] for row in mine):.0f}" for name in ("first_mb", "worker_mb")]
+            print(f"{f'{kind}, {size} MB, {side}':<26}{speed:10.2f}{ratio:>22}{', '.join(memory):>20}")
 
 
 def cpu() -> str:
@@ -128,7 +129,7 @@ def generated(out: Path, kind: str, size: int) -> Path:
 
 
 def measured(cfg: Config, side: str, kind: str, file: Path) -> dict[str, float]:
-    """CPU seconds of all processes, wall seconds, and the peak of the largest process."""
+    """CPU seconds of all processes, wall seconds, and the peak memory of the first process and of the largest other one."""
     with tempfile.TemporaryDirectory(dir=cfg.out) as work:
         environment = os.environ | {"HF_DATASETS_CACHE": f"{work}/cache", "TMPDIR": work}
         if side == "ours":
@@ -150,14 +151,16 @@ def measured(cfg: Config, side: str, kind: str, file: Path) -> dict[str, float]:
                 stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
             seconds, peaks = watch(process)
+            first = peaks.pop(process.pid, 0)
             output.seek(0)
             said = output.read().decode().strip().splitlines()
         if process.returncode:
             raise ValueError(f"{side}: {said[-1] if said else process.returncode}")
-        return {"cpu_seconds": seconds, "wall_seconds": time.monotonic() - begin, "peak_mb": max(peaks) / 1e6}
+        facts = {"cpu_seconds": seconds, "wall_seconds": time.monotonic() - begin}
+        return facts | {"first_mb": first / 1e6, "worker_mb": max(peaks.values(), default=0) / 1e6}
 
 
-def watch(process: subprocess.Popen) -> tuple[float, list[int]]:
+def watch(process: subprocess.Popen) -> tuple[float, dict[int, int]]:
     """CPU seconds and VmHWM, bytes, of the processes of a session until its leader ends.
 
     Not ru_maxrss of children: a forked child has its parent's, and keeps it when it becomes another program.
@@ -168,7 +171,7 @@ def watch(process: subprocess.Popen) -> tuple[float, list[int]]:
             used[pid] = max(seconds, used.get(pid, 0.0))
             peaks[pid] = max(peak, peaks.get(pid, 0))
         time.sleep(0.1)
-    return sum(used.values()), list(peaks.values())
+    return sum(used.values()), peaks
 
 
 def session(leader: int) -> Iterator[tuple[int, float, int]]:

@@ -26,7 +26,7 @@ from data.tokenizer import (
     train_sentencepiece,
     write_hf,
 )
-from data.words import NAMED, normalized, words_of
+from data.words import GPT2, NAMED, normalized, words_of
 from model.gguf import read_gguf, tokenizer_parts
 
 LETTERS = fake_gguf.LETTERS
@@ -176,7 +176,6 @@ def test_long_texts_of_one_character():
     assert len(tiny("gpt-2").encode("\t" * 1_000_001 + "x")) == 1_000_002
 
 
-one_of = cache(tiny)
 SPACES = [" ", "  ", "\n", "\t", "\r\n", "\xa0", "\u2003", "\x1c", "\x85", "\u2028"]
 LETTERS_AND_MORE = [
     "a",
@@ -202,10 +201,19 @@ LETTERS_AND_MORE = [
 @given(st.lists(st.sampled_from([*SPACES, *[" "] * 9, *LETTERS_AND_MORE]), max_size=24).map("".join))
 def test_ids_of_pieces_between_spaces_are_those_of_words(pre, text):
     """Pieces are remembered; words, which the regex module finds in the whole text, are the slow way."""
-    tokenizer = one_of(pre)
+    tokenizer = tiny(pre)
     for _ in range(2):
         words = tokenizer._encode_words(normalized(text, tokenizer._words.normalizer))
         assert tokenizer.encode_array(text).tobytes() == words
+
+
+@pytest.mark.parametrize("step", [{"type": "Prepend", "prepend": "!"}, {"type": "Strip", "strip_left": True}])
+def test_what_goes_on_from_a_text_is_not_its_beginning(step):
+    """A normaliser that puts something before a text, or takes the space there, leaves what continues one alone."""
+    tokenizer = tiny.__wrapped__({"splits": [[GPT2, "Isolated", False]], "normalizer": [step], "ignore_merges": False})
+    for text in (" a", "a", "\n the"):
+        assert tokenizer.decode(tokenizer.encode(text, "text")) == text
+    assert tokenizer.decode(tokenizer.encode(" a")) != " a"
 
 
 def test_half_a_surrogate_pair_is_refused(sentencepiece_tokenizer):
