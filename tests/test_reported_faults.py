@@ -11,6 +11,8 @@ MOVED = {  # what the cases import or call -> where that is now
     "from rlhf.pretrained import": "from rlhf.lm.pretrained import",
     "from rlhf.reward_model import python_reward": "from rlhf.reward.scorer import python_reward",
     'python_reward(str(tmp / "r.py"), "f", ': 'python_reward(str(tmp / "r.py") + ":f", ',
+    "from data.loader import prompts_from_text": "from data.text import prompt_lines",
+    'tokenizer.decode(row) for row in prompts_from_text(tmp / "prompts.txt", tokenizer)': '*prompt_lines(tmp / "prompts.txt")',
     '"data.prepare", "preferences", ': '"data.prepare", "--strict=true", ',  # else a bad row is counted, and the run goes on
 }
 CASES = """template_tojson_of_a_text template_title_of_a_role template_with_generation_tag
