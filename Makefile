@@ -43,7 +43,7 @@ chat: $(READY)
 	$(PY) -m data.prepare sorting --tokenizer=$(CHAT)/base --out=$(CHAT)/data
 	$(TORCHRUN) train_lm.py --init=$(CHAT)/base --data=$(CHAT)/data --out=$(CHAT)/sft --batch=16 --epochs=0.0875 --lr=1e-4 --warmup=2
 	$(TORCHRUN) train_ppo.py --init=$(CHAT)/sft --data=$(CHAT)/data --reward=rewards/verify.py:exact --out=$(CHAT)/ppo \
-	    --layout=branch --branch_layers=8 --samples_per_prompt=8 --response_tokens=12 --kl_coef=0.01 --lam=1 \
+	    --layout=branch --branch_layers=8 --response_tokens=12 --kl_coef=0.01 --lam=1 \
 	    --lr=2e-4 --warmup=3 --epochs=1 --iterations=40
 	$(PY) evaluate.py --base=$(CHAT)/base --tuned=$(CHAT)/sft,$(CHAT)/ppo --data=$(CHAT)/data --reward=rewards/verify.py:exact \
 	    --out=$(CHAT) --response_tokens=12 --prompts=128 --samples=4 --greedy=true --best_of=1
