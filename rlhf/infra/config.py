@@ -10,6 +10,7 @@ import builtins
 import dataclasses
 import difflib
 import errno
+import functools
 import inspect
 import io
 import math
@@ -170,6 +171,7 @@ def show(value) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
+@functools.cache
 def comments(Config: type) -> dict[str, tuple[str, str]]:
     """{option: (its comment, its heading)}, read from the source of the class and of the classes that it extends."""
     found = {}
@@ -254,9 +256,13 @@ def one_line(error: Exception) -> str | None:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         if error.errno == errno.ENOSPC:
             text += "; free some space and run the same command again"
-    return " ".join(text.split()) or type(error).__name__
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))  # it must not steer the terminal
+    if len(text) > LONGEST_LINE:
+        text = f"{text[: LONGEST_LINE // 2]} ... {text[-LONGEST_LINE // 2 :]}"
+    return text or type(error).__name__
 
 
+LONGEST_LINE = 1500  # characters: somebody's value may have thousands
 LOST = "lost another rank of this run: "  # how the line of one begins that only noticed
 GO_ON = "; the same command goes on from the last checkpoint"
 CONNECTION = (
