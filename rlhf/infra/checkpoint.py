@@ -211,9 +211,10 @@ def read_content(path: Path) -> dict:
 def plain(name: str, written, version: int) -> bool:
     """Is this the entry of a file inside of the directory, with a size and from format 2 on a sha256?"""
     inside = Path(name).name == name and name.isprintable() and not name.startswith(".")
-    size = written.get("bytes") if isinstance(written, dict) else None
-    known = version == 1 or bool(re.fullmatch("[0-9a-f]{64}", str(written.get("sha256"))))
-    return inside and type(size) is int and size >= 0 and known
+    if not inside or not isinstance(written, dict):
+        return False
+    size, known = written.get("bytes"), version == 1 or re.fullmatch("[0-9a-f]{64}", str(written.get("sha256")))
+    return type(size) is int and size >= 0 and bool(known)
 
 
 def read_config(path: Path) -> dict | None:

@@ -122,8 +122,12 @@ def convert(text: str, kind):
             if not math.isfinite(value := float(text)):  # NaN would pass every check; what is unbounded is called none
                 raise ValueError
             return value
-        case builtins.int | builtins.str as plain:
-            return plain(text)
+        case builtins.int:
+            if not -(2**63) <= (value := int(text)) < 2**63:  # no tensor and no generator holds a larger one
+                raise ValueError
+            return value
+        case builtins.str:
+            return text
     raise TypeError(f"an option cannot be of type {kind}")
 
 
