@@ -48,9 +48,18 @@ RM = {"epochs": 1, "log_every": 1, "eval_every": 4, "checkpoint_every": 3}
 NO_STEPS = dict.fromkeys("batch epochs warmup log_every eval_every checkpoint_every".split())
 NO_SHAPE = dict.fromkeys(("width", "layers", "heads"))
 LORA = {"lora_rank": 4, "lora_alpha": 8}
-DPO = {"epochs": 1, "batch": 8, "log_every": 1, "eval_every": 4, "checkpoint_every": 3, "lr": 1e-3, "warmup": 2}
+DPO = {
+    "init": "lm",
+    "data": "votes",
+    "epochs": 1,
+    "batch": 8,
+    "log_every": 1,
+    "eval_every": 4,
+    "checkpoint_every": 3,
+    "lr": 1e-3,
+    "warmup": 2,
+}
 GROUP = {"samples_per_prompt": 4}
-SMALL |= {"train_dpo.py": {"init": "lm", "data": "votes", "out": "dpo"}}
 
 
 @dataclass(frozen=True)
@@ -311,8 +320,11 @@ class Lab:
         if task.script == "iterate.py":
             from test_iterate import LOOP
 
-            return ["iterate.py", *(f"--{k}={v}" for k, v in (LOOP | {"rounds": 1, "out": "broken"}).items())]
-        return self.world.command(task.script, **task.options | {"out": "broken"})
+            options = LOOP | {"rounds": 1}
+        else:
+            options = SMALL.get(task.script, {}) | task.options
+        given = {option: value for option, value in (options | {"out": "broken"}).items() if value is not None}
+        return [task.script, *(f"--{option}={value}" for option, value in given.items())]
 
     def start(self, name: str, kill: Kill | None = None, watching: bool = False) -> list[Running]:
         """The ranks of the command; one that dies at a crash point is told so before it begins."""
