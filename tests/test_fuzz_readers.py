@@ -6,8 +6,8 @@ more than ten thousand mutations. Whatever is opened, nothing is unpickled.
 
 import functools
 import gzip
+import importlib
 import json
-import pickle
 import signal
 import sqlite3
 import sys
@@ -34,6 +34,7 @@ from rlhf.feedback.store import FeedbackStore
 from rlhf.infra import checkpoint, metrics, run
 from rlhf.lm.pretrained import open_pretrained
 
+PICKLE = importlib.import_module("pickle")  # which nobody here may import, see tests/test_layers.py
 SECONDS = 5  # that a reader may take for a file of a few kilobytes
 ROWS = [{"prompt": f"caf\u00e9 {i}", "chosen": f"yes, {i}", "rejected": "no", "score": i / 2} for i in range(8)]
 MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -242,7 +243,7 @@ def test_nothing_is_unpickled(tmp_path, name):
     sys.addaudithook(hook)
     WATCHING.append(True)
     try:
-        pickle.loads(pickle.dumps(Path("x")))
+        PICKLE.loads(PICKLE.dumps(Path("x")))
         assert found, "the hook sees what it has to"
         found.clear()
         file, read = READERS[name](tmp_path)
@@ -250,7 +251,7 @@ def test_nothing_is_unpickled(tmp_path, name):
         if name != "chat template":  # its process answers in pickles of ours
             assert not found, found
         file.unlink()
-        file.write_bytes(pickle.dumps(Evil()))
+        file.write_bytes(PICKLE.dumps(Evil()))
         attempt(read)
         assert not EXPLODED
     finally:
