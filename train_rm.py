@@ -108,15 +108,7 @@ class Config:
     depths: Depths = None  # candidates: states above so many layers; none = 2/5 and 1/2 of them [trunk=frozen]
     poolings: Poolings = ("mean",)  # candidates; last suffers when a text is cut off [trunk=frozen]
     features: int = 2  # at most so many of the depths x poolings are read together [trunk=frozen]
-    ridge: tuple[float, ...] = (
-        0.01,
-        0.03,
-        0.1,
-        0.3,
-        1.0,
-        3.0,
-        10.0,
-    )  # weights of the head's norm to try [trunk=frozen]
+    ridge: tuple[float, ...] = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0)  # weights of the head's norm to try [trunk=frozen]
     # optimisation
     epochs: float = 2.0  # passes over the training split [trunk=full|adapters]
     batch: int = 32  # texts, pairs, or prompts with all answers per step, over all ranks [trunk=full|adapters]
