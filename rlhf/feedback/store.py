@@ -79,6 +79,14 @@ class FeedbackStore:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
         self._db.row_factory = sqlite3.Row
+        try:
+            self._begin(seed, repeats)
+        except BaseException:
+            self._db.close()  # it may hold a lock, for which the next to open the file would wait
+            raise
+
+    def _begin(self, seed: int | None, repeats: float | None) -> None:
+        path = self.path
         with self._errors():
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
