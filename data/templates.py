@@ -26,6 +26,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from data.following import Alphabet, compile_template, follow, written
@@ -137,7 +138,8 @@ class Renderer:
         if self.child is None or os.getpid() != self.pid:
             return None
         child, self.child = self.child, None
-        child.stdin.close()
+        with suppress(BrokenPipeError):  # what a dead child did not read is still in the buffer
+            child.stdin.close()
         child.stdout.close()
         try:
             return child.wait(1)

@@ -492,11 +492,15 @@ def test_threads_and_forks_have_their_turn(tokenizer):
         assert list(pool.map(chat.render, messages)) == expected
     with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
         assert list(pool.map(chat.render, messages)) == expected
-    templates.renderer().child.kill()
-    templates._skeletons.clear()
-    with pytest.raises(ValueError, match="the chat template ends the process that renders it .-9."):
-        chat.render(messages[0])
-    assert chat.render(messages[0]) == expected[0]
+    for wait in (False, True):  # it dies while it is asked, or was dead before
+        child = templates.renderer().child
+        child.kill()
+        if wait:
+            child.wait()
+        templates._skeletons.clear()
+        with pytest.raises(ValueError, match="the chat template ends the process that renders it .-9."):
+            chat.render(messages[0])
+        assert chat.render(messages[0]) == expected[0]
 
 
 @pytest.mark.parametrize("message", ["hello", {"content": "x"}, {"role": 1, "content": "x"}, {"role": "user"}])
