@@ -170,7 +170,6 @@ async def serve(
         reference.model.eval() if reference else None,
         reward,
         load_values(cfg.init, model, cfg.base),
-        tokenizer.eos,
     )
     service = Service(
         scheduler, scorer, tokenizer, chat, cfg.name or Path(cfg.init).name, opened.digest[:16],

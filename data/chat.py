@@ -12,6 +12,7 @@ import hashlib
 import json
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,11 +132,17 @@ class Chat:
 
     def stop_ids(self) -> set[int]:
         """Ids that end an answer: eos, and the control token that the template writes after one."""
+        return {self.tokenizer.eos, self.end}
+
+    @cached_property
+    def end(self) -> int:
+        """The token that ends an answer in the data: the template's, eos where it writes none."""
         *_, answer = filter(
             lambda segment: segment.trainable,
             self.segments([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]),
         )
-        return {self.tokenizer.eos} | ({answer.ids[-1]} & set(self.tokenizer.control.values()))
+        last = answer.ids[-1]
+        return last if last in self.tokenizer.control.values() else self.tokenizer.eos
 
     def _with_system(self, messages: Sequence[dict]) -> Sequence[dict]:
         if self.system is None or messages and messages[0].get("role") == "system":

@@ -483,6 +483,15 @@ def test_templates_that_never_end_do(tokenizer, name):
     assert Chat(tokenizer).render([{"role": "user", "content": "x"}])[0] == 1
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_end_of_an_answer_is_that_of_the_data(tokenizer, name):
+    """What /v1/score puts behind a response: not eos where the template has a token of its own for it."""
+    chat = Chat(tokenizer, TEMPLATES[name])
+    answer = chat.encode([{"role": "user", "content": "Hi"}], "Hello").answer
+    assert chat.end == answer[-1] and chat.stop_ids() == {tokenizer.eos, chat.end}
+    assert (chat.end == tokenizer.eos) == (name != "llama3")
+
+
 def test_threads_and_forks_have_their_turn(tokenizer):
     """One process renders for all threads; a forked process has one of its own, and one that was ended is made again."""
     chat = Chat(tokenizer)

@@ -29,8 +29,8 @@ def test_values_kl_and_logprobs_of_a_ppo_run(world, layout, critic):
     policy.load_state_dict(saved.tensors)
     opened, reference = (open_pretrained(world.path / name) for name in (out, "lm"))
     model = opened.model.eval()
-    scorer = Scorer(model, reference.model.eval(), None, load_values(world.path / out, model), 2)
-    found = scorer.tokens(PROMPT, RESPONSE)
+    scorer = Scorer(model, reference.model.eval(), None, load_values(world.path / out, model))
+    found = scorer.tokens(PROMPT, RESPONSE, 2)
 
     tokens, response = torch.tensor([PROMPT + RESPONSE]), slice(len(PROMPT), None)
     mask = torch.arange(tokens.shape[1])[None] >= len(PROMPT)
@@ -64,7 +64,7 @@ def test_values_of_a_separate_critic_on_the_base(world, layout, monkeypatch):
     with torch.no_grad():
         expected = roles.policy.eval()(tokens, mask).values[0, len(PROMPT) :].tolist()
     model = open_pretrained(world.path / out).model.eval()
-    found = Scorer(model, None, None, load_values(world.path / out, model), 2).tokens(PROMPT, RESPONSE)
+    found = Scorer(model, None, None, load_values(world.path / out, model)).tokens(PROMPT, RESPONSE, 2)
     assert [token["value"] for token in found] == pytest.approx(expected, abs=1e-5)
     assert any(abs(token["value"]) > 1e-4 for token in found)
 
@@ -82,7 +82,7 @@ def test_a_score_is_that_of_training_and_of_the_report_card(world, pooling):
     opened = open_pretrained(world.path / "lm")
     tokenizer = opened.tokenizer
     model = load_reward_model(str(world.path / out), tokenizer.fingerprint)
-    scorer = Scorer(opened.model, None, open_scorer(str(world.path / out), tokenizer), None, tokenizer.eos)
+    scorer = Scorer(opened.model, None, open_scorer(str(world.path / out), tokenizer), None)
     encode, rows, ours, at_the_word = encoder(tokenizer, None, opened.model.config.context), [], [], []
     for prompt, answer in (
         ("the film is", " a joy"),
@@ -93,7 +93,7 @@ def test_a_score_is_that_of_training_and_of_the_report_card(world, pooling):
         ids = prompt_of(asked, tokenizer, None), continuation(asked, tokenizer)
         rows.append(encode(prompt, answer))
         assert rows[-1].tokens.tolist() == [*ids[0], *ids[1], tokenizer.eos]
-        ours.append(scorer.score(*ids))
+        ours.append(scorer.score(*ids, tokenizer.eos))
         cut = torch.tensor([[*ids[0], *ids[1]]])
         at_the_word.append(
             float(model.score(cut, torch.tensor([cut.shape[1]]), torch.ones_like(cut, dtype=torch.bool)))

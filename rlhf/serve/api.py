@@ -171,8 +171,8 @@ class Service:
             LOG.error("%s", error)
             raise ApiError(500, str(error)) from None
 
-    def parts(self, body: dict) -> tuple[list[int], list[int]]:
-        """Ids of the prompt and the response of a body. ApiError where they do not fit."""
+    def parts(self, body: dict) -> tuple[list[int], list[int], int]:
+        """Ids of the prompt and the response of a body, and of what ends it. ApiError where they do not fit."""
         protocol.check_model(body, self.name)
         prompt = protocol.prompt_of(body, self.tokenizer, self.chat)
         response = protocol.continuation(body, self.tokenizer)
@@ -180,21 +180,21 @@ class Service:
         if len(prompt) + len(response) > longest:
             message = f"{len(prompt)} tokens of prompt and {len(response)} of response exceed the context of {longest}"
             raise ApiError(400, message, "response", "context_length_exceeded")
-        return prompt, response
+        return prompt, response, self.chat.end if "messages" in body else self.tokenizer.eos
 
     async def score(self, request):
         body = await self.body(request)
-        prompt, response = await self.aside(request, self.parts, body)
+        prompt, response, end = await self.aside(request, self.parts, body)
         if self.scorer.reward is None:
             raise ApiError(400, "the server has no reward model: start it with --reward", None, "no_reward")
         if not response:
             raise ApiError(400, "the response is empty", "response")
-        return reply({"score": await self.job(self.scorer.score, prompt, response)})
+        return reply({"score": await self.job(self.scorer.score, prompt, response, end)})
 
     async def tokens(self, request):
         body = await self.body(request)
-        prompt, response = await self.aside(request, self.parts, body)
-        records = await self.job(self.scorer.tokens, prompt, response) if response else []
+        prompt, response, end = await self.aside(request, self.parts, body)
+        records = await self.job(self.scorer.tokens, prompt, response, end) if response else []
         texts = protocol.token_texts(self.tokenizer, response)
         keys = ("logprob", "kl", "value", "reward")
         tokens = [{"text": text} | {key: record[key] for key in keys} for text, record in zip(texts, records)]

@@ -18,27 +18,28 @@ PART = 256  # positions unembedded at once
 class Scorer:
     """Calls of the thread that owns the models. reference, reward and values may be None.
 
-    eos: what ends a response in the reward's training, in `evaluate.py rm` and in PPO, and where some read the score.
+    end: the token that ends a response in the data, and so in the reward's training, in `evaluate.py rm` and in PPO: eos
+    after plain text, the template's in a conversation. Some read the score there.
     """
 
-    def __init__(self, model: Transformer, reference: Transformer | None, reward: Reward | None, values, eos: int):
-        self.model, self.reference, self.reward, self.values, self.eos = model, reference, reward, values, eos
+    def __init__(self, model: Transformer, reference: Transformer | None, reward: Reward | None, values):
+        self.model, self.reference, self.reward, self.values = model, reference, reward, values
         self.device = model.embed_tokens.weight.device
         contexts = [x.config.context for x in (model, reference) if x is not None]
         if reward is not None:
-            contexts.append((reward.context or min(contexts)) - 1)  # eos follows
+            contexts.append((reward.context or min(contexts)) - 1)  # the end follows
         self.context = min(contexts)  # tokens of prompt and response
 
     @torch.no_grad()
-    def score(self, prompt: list[int], response: list[int]) -> float:
+    def score(self, prompt: list[int], response: list[int], end: int) -> float:
         """The reward model's score of the response, which ends here."""
-        tokens = torch.tensor([[*prompt, *response, self.eos]], device=self.device)  # (1, T)
+        tokens = torch.tensor([[*prompt, *response, end]], device=self.device)  # (1, T)
         lengths = torch.tensor([tokens.shape[1]], device=self.device)
         mask = torch.arange(tokens.shape[1], device=self.device)[None] >= len(prompt)
         return number(float(self.reward.score(tokens, lengths, mask)), "the score")
 
     @torch.no_grad()
-    def tokens(self, prompt: list[int], response: list[int]) -> list[dict]:
+    def tokens(self, prompt: list[int], response: list[int], end: int) -> list[dict]:
         """{"id", "logprob", "kl", "value", "reward"} of each response token; kl is exact, over the whole vocabulary."""
         tokens, start = torch.tensor([prompt + response], device=self.device), len(prompt) - 1
         hidden = self.model.trunk(tokens[:, :-1])[0, start:]  # (N, D): row t predicts response token t
@@ -56,7 +57,7 @@ class Scorer:
                 number(value, what)
         rewards = [None] * len(response)
         if self.reward is not None and response:
-            rewards[-1] = self.score(prompt, response)
+            rewards[-1] = self.score(prompt, response, end)
         return [
             {"id": i, "logprob": p, "kl": kl, "value": value, "reward": reward}
             for i, p, kl, value, reward in zip(response, logprobs, kls or [None] * len(response), values, rewards)
