@@ -50,6 +50,7 @@ from rlhf.lm.language_model import LanguageModel
 from rlhf.lm.pretrained import Pretrained, open_pretrained
 from rlhf.ppo.roles import logprobs_of
 from rlhf.ppo.update import distinct_n
+from rlhf.reward.files import check_form
 from rlhf.reward.model import Score
 from rlhf.reward.scorer import open_scorer
 from rlhf.statistics import best_of_n, best_of_n_kl, paired_bootstrap
@@ -219,16 +220,20 @@ def open_asking(cfg: Config, base: Pretrained, held_out: HeldOut, tokenizer: Tok
     """The rewards and the judge; ValueError for data that bring no judge where one is needed."""
     stop_ids = tuple(sorted({*base.stop_ids, *held_out.stop_ids}))
     sampling = Sampling(cfg.response_tokens, stop_ids, tokenizer.pad, cfg.temperature)
-    asked = {"records": held_out.records, "template": held_out.template}
-    opening = dict(tokenizer=tokenizer, device=device, base=base) | asked
+    opening = dict(tokenizer=tokenizer, device=device, base=base)
+    opening |= {"records": held_out.records, "template": held_out.template}
     specs = (cfg.reward, *cfg.other_rewards)
     opened = {spec: open_scorer(spec, **opening) for spec in specs}
     found = {"reward" if spec == cfg.reward else spec: scorer.score for spec, scorer in opened.items()}
     judge = cfg.judge or ("data" if own_judge(cfg.data) else None)
+    asked = [*opened.values()]
     if judge:
-        found["judge"] = open_scorer(judge, **opening, data=cfg.data).score
+        asked.append(open_scorer(judge, **opening, data=cfg.data))
+        found["judge"] = asked[-1].score
     elif cfg.other_rewards:
         raise ValueError(f"--other_rewards are held against a judge, and {cfg.data} brings none: name one, --judge=")
+    for path in [path for scorer in asked for path in scorer.own_models]:
+        check_form(path, open_data(cfg.data, cfg.split))
     temperatures = {spec: scorer.temperature for spec, scorer in opened.items()}
     return Asking(held_out, sampling, cfg.seed, device, found, temperatures, cfg.reward)
 

@@ -354,9 +354,8 @@ def open_cast(cfg: Config, dist: Dist, precision: Precision) -> Cast:
     sampling = Sampling(cfg.response_tokens, stop_ids, tokenizer.pad, cfg.temperature)
     respond = partial(act, roles.sampler, sampling, cfg.seed, precision)
     held_out = open_judge(cfg, dist, tokenizer, base, respond, prompts)
-    alone = (
-        None if reward.is_function or reward.by_row else reward.score
-    )  # a function may rightly look at its whole batch
+    whole = reward.is_function or reward.by_row  # a function may rightly look at its whole batch
+    alone = None if whole else reward.score
     check = partial(check_once, roles.policy, score=alone, eos=stop_ids, dist=dist, precision=cfg.precision)
     inputs = {"init_sha256": base.digest, "data_sha256": train.digest}
     inputs |= {"reward_sha256": reward.digest, "judge_sha256": cfg.judge and scorer_of(cfg.judge, rules=True).digest}
@@ -451,8 +450,10 @@ def open_judge(
         )
     batch = drawn(loader, units, cfg.judge_prompts, cfg.seed)
     asked = {"records": loader.records, "template": validation.template}
-    score = open_scorer(cfg.judge, tokenizer, dist.device, base, data=cfg.data, **asked).score
-    return HeldOutJudge(score, respond, *batch, cfg.judge_every, cfg.judge_patience, cfg.batch, dist)
+    opened = open_scorer(cfg.judge, tokenizer, dist.device, base, data=cfg.data, **asked)
+    for path in opened.own_models:
+        check_form(path, validation)
+    return HeldOutJudge(opened.score, respond, *batch, cfg.judge_every, cfg.judge_patience, cfg.batch, dist)
 
 
 def memory_plan(cfg: Config, dist: Dist, micro_batch: int) -> float:

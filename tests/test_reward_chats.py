@@ -176,6 +176,10 @@ def test_data_of_another_form_are_refused(world, chats, tmp_path):
     assert world.start(["data.prepare", *command]).wait().code == 0
     ppo = {"init": chats / "base", "reward": run, "data": tmp_path / "plain", "sources": "", "weak_reward": "true"}
     refused(world.run("train_ppo.py", out=tmp_path / "ppo", **ppo), str(run), "chat template", "plain texts")
+    asked = ppo | {"reward": f"{world.path / 'rewards.py'}:shorter", "judge": run, "judge_prompts": 4}
+    refused(world.run("train_ppo.py", out=tmp_path / "ppo", **asked), str(run), "chat template", "plain texts")
+    asked = {"base": chats / "base", "tuned": chats / "base", "reward": run, "data": tmp_path / "plain", "sources": ""}
+    refused(world.run("evaluate.py", out=tmp_path / "evaluation", **asked), str(run), "chat template", "plain texts")
     done = world.start(["evaluate.py", "rm", f"--model={run}", f"--data={tmp_path / 'plain'}"]).wait()
     refused(done, str(run), "chat template", "plain texts")
     card = ["evaluate.py", "rm", f"--model={run}", f"--out={tmp_path}", "--plots=false", "--probe_texts=4"]
