@@ -138,7 +138,6 @@ def test_ineffective_or_impossible_option(bad, script, options, words):
         ("train_ppo.py", "batch", 4096),
         ("train_lm.py", "batch", 4096),
         ("train_lm.py", "heads", 5),
-        ("train_rm.py", "reference_samples", 4096),
         *(("sample.py", name, 0) for name in ("samples", "tokens", "top_p")),
         *(("sample.py", name, -1) for name in ("temperature", "top_k")),
         *(
