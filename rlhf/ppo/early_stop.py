@@ -103,12 +103,8 @@ class KLBound:
         self.run, self.max_kl = run, max_kl
         self.extra = 1
         self.brake: dict | None = None  # what broke the bound, for report.json
-        self.unproven: tuple | None = (
-            None  # arguments of the save that waits, whether it is scheduled, and who waits for it
-        )
-        self.kept: tuple[int, dict[str, Tensor], dict] | None = (
-            None  # the last policy that passed: iteration, weights, state
-        )
+        self.unproven: tuple | None = None  # the save that waits: its arguments, is it scheduled, who waits for it
+        self.kept: tuple[int, dict[str, Tensor], dict] | None = None  # the last that passed: iteration, weights, state
 
     def save(self, done: int, **state) -> None:
         self.unproven = (done, state, self.run.scheduled, self.run.wanted)
