@@ -97,14 +97,20 @@ class Letters:
 
     start, eos = 0, 1
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, after: str = "nothing") -> list[int]:
         return [ord(c) + 10 for c in text]
 
-    def token_bytes(self, i: int) -> bytes:
-        return chr(i - 10).encode()
+    def encode_array(self, text: str, after: str = "nothing") -> np.ndarray:
+        return np.array(self.encode(text, after))
 
 
 ENCODE = card.encoder(Letters(), None, 10_000)
+
+
+def encoded(prompt: str, text: str, encode=ENCODE, **more) -> card.Row:
+    return encode(card.Text(prompt, text), text, **more)
+
+
 FILM = ("a good film about a quiet village", "it is bad and does not end.", "The plot is thin, and what a cast it has!")
 TEXT = [f"{FILM[i % 3]} {i}{'.' * (i % 2)}" for i in range(60)]
 
@@ -117,7 +123,7 @@ def found_out(score, texts: list[card.Text]) -> dict[str, dict]:
         texts, np.zeros(len(texts), int), [""], *pairs.T, {"all": np.ones(len(pairs), bool)}, pairs,
         np.arange(len(texts))[:, None], None, {}, {},
     )  # fmt: skip
-    originals = [ENCODE(*text) for text in texts]
+    originals = [ENCODE(text, text.text) for text in texts]
     changes = card.planned_probes(material, originals, ENCODE, 40)
     rows = [*originals, *(row for c in changes for side in (c.before, c.after) for row in side)]
 
@@ -176,18 +182,14 @@ def test_answers_and_prompts():
 
 
 def test_rows_as_the_token_files_have_them():
-    row = ENCODE("", "ab")
+    row = encoded("", "ab")
     assert (row.tokens.tolist(), row.shortened) == ([0, 107, 108, 1], False)
-    assert ENCODE("", "ab", ended=False).tokens.tolist() == [0, 107, 108]
-    assert ENCODE("q ", "ab").tokens.tolist() == [0, 123, 42, 107, 108, 1]
+    assert encoded("", "ab", ended=False).tokens.tolist() == [0, 107, 108]
+    assert encoded("q ", "ab").tokens.tolist() == [0, 123, 42, 107, 108, 1]
 
-    class Template:
-        def render(self, messages, add_generation_prompt):
-            return [7, *Letters().encode(messages[0]["content"]), 8] if add_generation_prompt else []
-
-    chat = card.encoder(Letters(), Template(), 100)("q", "ab")  # the template writes the start token itself
-    assert chat.tokens.tolist() == [7, 123, 8, 107, 108, 1]
-    short = card.encoder(Letters(), None, 3)("", "abc")
+    short = encoded("", "abc", card.encoder(Letters(), None, 3))
     assert short.shortened and short.tokens.tolist() == [0, 107, 1]
-    long = card.encoder(Letters(), None, 5)("abcdef", "xy")  # the prompt is cut from the left, the text stays whole
+    long = encoded(
+        "abcdef", "xy", card.encoder(Letters(), None, 5)
+    )  # the prompt is cut from the left, the text stays whole
     assert long.shortened and long.tokens.tolist() == [0, 112, 130, 131, 1]

@@ -64,7 +64,7 @@ FILES = {
     "ppo/metrics.jsonl": ppo_rows(),
     "ppo/samples.jsonl": [sample(1), sample(4)],
     "run.json": {"rater_noise": 0.5, "rounds": 3},
-    "rm/run.json": {"pooling": "mean", "average": None, "ridge": [0.3, 1.0, 3.0, 10.0]},
+    "rm/run.json": {"pooling": "mean", "average": None, "ridge": [0.01, 0.1, 0.3, 1.0, 3.0, 10.0]},
     "rm/report.json": {"seconds": 3.0, "accuracy": {"all": 0.7, "1": 0.8}, "baselines": {"vader": {"all": 0.6, "1": 0.7}}},
     "rm/metrics.jsonl": [{"step": 1, "loss/train": 0.5}, {"step": 2, "loss/train": 0.25}],
     "rm/card.json": {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
-from evaluation.card import encoder, score_rows
+from evaluation.card import Text, encoder, score_rows
 from rlhf.infra import checkpoint
 from rlhf.lm.checkpoints import new_transformer
 from rlhf.lm.pretrained import open_pretrained
@@ -91,7 +91,7 @@ def test_a_score_is_that_of_training_and_of_the_report_card(world, pooling):
     ):
         asked = {"prompt": prompt, "response": answer}
         ids = prompt_of(asked, tokenizer, None), continuation(asked, tokenizer)
-        rows.append(encode(prompt, answer))
+        rows.append(encode(Text(prompt, answer), answer))
         assert rows[-1].tokens.tolist() == [*ids[0], *ids[1], tokenizer.eos]
         ours.append(scorer.score(*ids, tokenizer.eos))
         cut = torch.tensor([[*ids[0], *ids[1]]])
