@@ -105,7 +105,8 @@ class SomeAnswers:
         column: str = "score",
         context: int | None = None,
     ):
-        self.data, self.column_name, self.made = data, column, not data.pairs or column != "score"
+        self.data, self.column_name = data, column
+        self.made = bool(data.answers) and not data.pairs or column != "score"  # an empty split has neither
         answers = flat(data.answers_of(prompts))
         self.answers = answers if context is None else answers[data.answer_lengths(answers) < context]
         self.left_out = len(answers) - len(self.answers)

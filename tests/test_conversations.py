@@ -169,7 +169,7 @@ def test_a_round_of_the_loop_on_conversations(world, chats, tmp_path):
         "evaluate": "--prompts=6 --best_of=1",
     }  # fmt: skip
     done = world.spawn(["iterate.py", *(f"--{name}={value}" for name, value in options.items())])
-    assert done.code == 0, done
+    assert done.code == 0, done.err
     pairs = lines(tmp_path / "rounds/round_1/pairs.jsonl")
     assert len(pairs) and all(pair["prompt"][-1]["content"].startswith("Say ") for pair in pairs)
     votes = json.loads((tmp_path / "rounds/round_1/data/manifest.json").read_text())

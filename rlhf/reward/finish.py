@@ -137,7 +137,9 @@ def pair_rows(data: SomeAnswers) -> list[Tensor]:
 
 
 def agreement(reward_model: Normalised, base: Pretrained, train: SomeAnswers, test: SomeAnswers, dist: Dist) -> dict:
-    """How often the reward model prefers what people chose, on the held-out pairs of --preferences."""
+    """How often the reward model prefers what people chose, on the held-out pairs of --preferences; null where none is."""
+    if not test.pairs:
+        return {"accuracy": None, "low": None, "high": None, "pairs": 0, "trained_on": train.pairs}
     margins = pair_margins(reward_model, raw_scores(reward_model, base, test, dist), test)
     right = float((margins > 0).double().sum() + 0.5 * (margins == 0).double().sum())
     low, high = wilson_interval(right, len(margins))
@@ -203,7 +205,9 @@ def in_words(report: dict, preferences: str | None) -> str:
         )
         lines.append(f"{report['accuracy_all']['n']} test pairs: accuracy {ours}, over length alone {over:+.3f}")
     lines.append(calibration_line(report["calibration"]))
-    if found := report.get("preferences"):
+    if (found := report.get("preferences")) and not found["pairs"]:
+        lines.append(f"held-out pairs of {preferences}: none, {found['trained_on']} to learn from")
+    elif found:
         interval = Estimate(found["accuracy"], found["low"], found["high"])
         learned = f"{interval} of {found['pairs']}, {found['trained_on']} to learn from"
         lines.append(f"held-out pairs of {preferences}: {learned}")
