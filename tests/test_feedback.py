@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 from tiny import ROOT
 
 from data.containers import rows
+from data.encoding import Encoder
 from data.loader import pad
+from data.records import Record
 from data.tokenizer import load_tokenizer
 from rlhf.feedback.__main__ import page
 from rlhf.feedback.preferences import disagreement, majority, preference_rows
@@ -522,11 +524,13 @@ def taste_of(world, path: Path, liked: str) -> float:
 
     tokenizer = load_tokenizer(world.path / "data")
     reward_model = load_reward_model(str(path / "rm"), tokenizer.fingerprint)
-    texts = [f"something else, {i}: it was {word}" for word in ("zebra", "film") for i in range(10)]
-    rows = [[tokenizer.start, *tokenizer.encode(text), tokenizer.eos] for text in texts]
-    tokens, lengths = pad([np.array(row) for row in rows], tokenizer.pad)
+    rows = [Record(f"something else, {i}: it was", (f" {word}",)) for word in ("zebra", "film") for i in range(10)]
+    rows = [Encoder(tokenizer).encode(row) for row in rows]
+    tokens, lengths = pad([np.append(row.prompt, row.answers[0]).astype(np.int64) for row in rows], tokenizer.pad)
+    t, begins = torch.arange(tokens.shape[1]), torch.tensor([len(row.prompt) for row in rows])
     with torch.no_grad():
-        zebra, film = reward_model.score(tokens, lengths, None).chunk(2)
+        mask = (t >= begins[:, None]) & (t < lengths[:, None])
+        zebra, film = reward_model.score(tokens, lengths, mask).chunk(2)
     return float((zebra - film).mean())
 
 
