@@ -172,18 +172,21 @@ SLOWLY = {"chat template": 0.25}  # a process for each
 
 @contextmanager
 def deadline():
-    """TimeoutError after SECONDS."""
+    """TimeoutError after SECONDS of computing, or twelve times as long by the clock: the machine may be busy."""
 
     def late(number, frame):
         raise TimeoutError(f"still reading after {SECONDS} s")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
+    before = {number: signal.signal(number, late) for number in (signal.SIGPROF, signal.SIGALRM)}
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, 12 * SECONDS)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def attempt(read: Callable) -> bool:
