@@ -15,7 +15,7 @@ from tqdm import tqdm
 from rlhf.infra import checkpoint
 from rlhf.infra.distributed import Dist
 from rlhf.infra.files import strict, write_json
-from rlhf.infra.metrics import read_rows, say
+from rlhf.infra.metrics import printable, read_rows, say
 from rlhf.infra.signals import Stop, name_of
 
 
@@ -114,9 +114,8 @@ def options_of(out: str, options: dict, defaults: dict) -> tuple[dict, str]:
         replayed |= {name: pair[1] for name, pair in record["changed"].items()}
     if strange := differences(replayed, started_with):
         name, (theirs, ours) = next(iter(strange.items()))
-        raise ValueError(
-            f"{path} says {name}={ours}, {newest.name} was made with {name}={theirs}: put the old run.json back"
-        )
+        says = printable(f"{name}={ours}, {newest.name} was made with {name}={theirs}")  # a damaged one says anything
+        raise ValueError(f"{path} says {says}: put the old run.json back")
     return started_with, ""
 
 
