@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.chat import check_template
 from data.loader import TextLoader, in_order, open_data, pad, prompts_of
 from data.text import prompt_lines
 from data.tokenizer import Tokenizer, check_fingerprint, gguf_parts, load_tokenizer, write_hf
@@ -274,8 +273,7 @@ def measure(cfg: Config, original: Pretrained, place: Path, rows: list[np.ndarra
         prompts, opening = held_out_prompts(cfg, original, rows)
         score = open_scorer(cfg.reward, tokenizer, base=original, **opening).score
         template = None if Path(cfg.data).is_file() else open_data(cfg.data, "test").template
-        stop_ids = tuple(sorted({*original.stop_ids, *check_template(tokenizer, template, cfg.init)}))
-        sampling = Sampling(cfg.response_tokens, stop_ids, tokenizer.pad)
+        sampling = Sampling(cfg.response_tokens, original.ends_of(template), tokenizer.pad)
         measured["reward"] = receipt.reward_change(models, score, prompts, sampling)
     return measured | {"tokens_per_s": receipt.decoding_speed(models, torch.from_numpy(rows[0][:8].astype(np.int64)))}
 

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from data.chat import Chat, check_template
+from data.chat import Chat
 from data.encoding import Encoder
 from data.judge import own_judge
 from data.loader import StartLoader, drawn, open_data, pad, prompts_of, unseen
@@ -194,7 +194,6 @@ def sample_pairs(cfg: Config, k: int, best: str) -> None:
     opened, data = open_pretrained(best), open_data(cfg.data, "train")
     tokenizer, context = opened.tokenizer, opened.model.config.context
     check_fingerprint(data.fingerprint, tokenizer.fingerprint, best)
-    stop_ids = tuple(sorted({*opened.stop_ids, *check_template(tokenizer, data.template, best)}))
     long = dict(max_prompt=cfg.max_prompt, long_prompts=cfg.long_prompts, sources=cfg.sources)
     loader = prompts_of(
         data, 1, cfg.seed, cfg.prompt_tokens, context=context, response_tokens=cfg.response_tokens, **long
@@ -204,7 +203,7 @@ def sample_pairs(cfg: Config, k: int, best: str) -> None:
     if count * k > len(units):
         raise ValueError(f"round {k} needs {count * k} different prompts, {cfg.data} has {len(units)}: lower --pairs")
     batch = drawn(loader, units, count, cfg.seed, k - 1)
-    sampling = Sampling(cfg.response_tokens, stop_ids, tokenizer.pad)
+    sampling = Sampling(cfg.response_tokens, opened.ends_of(data.template), tokenizer.pad)
     groups = sample_groups(opened.model.eval(), batch.prompts, batch.prompt_lengths, 2, sampling, cfg.seed + k)
     heads = None
     if cfg.order == "active":

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.chat import Chat, check_template
+from data.chat import Chat
 from data.containers import rows
 from data.encoding import Encoder
 from data.formats import reader_of
@@ -122,11 +122,11 @@ def write(cfg: Config, tokenizer: Tokenizer, out: Generated, alone: bool) -> lis
 # prompts
 
 
-def prepared(cfg: Config, opened: Pretrained) -> Iterator[tuple[list[np.ndarray], set[int]]]:
+def prepared(cfg: Config, opened: Pretrained) -> Iterator[tuple[list[np.ndarray], tuple[int, ...]]]:
     """The prompts of a split of prepared data, 64 at a time, and what ends their answers."""
     data = open_data(cfg.prompts, cfg.split)
     check_fingerprint(data.fingerprint, opened.tokenizer.fingerprint, cfg.checkpoint)
-    stop_ids = {*opened.stop_ids, *check_template(opened.tokenizer, data.template, cfg.checkpoint)}
+    stop_ids = opened.ends_of(data.template)
     loader = prompts_of(data, 1, cfg.seed, context=opened.model.config.context, response_tokens=cfg.tokens)
     for start in range(0, len(loader), 64):
         batch = loader.take(np.arange(start, min(start + 64, len(loader))))

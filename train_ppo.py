@@ -30,7 +30,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from data.chat import check_template
 from data.examples import Examples
 from data.loader import PromptLoader, drawn, micro_batches, open_data, prompts_of, unseen
 from data.tokenizer import Detokenizer, Tokenizer, check_fingerprint, load_tokenizer
@@ -342,7 +341,7 @@ def open_cast(cfg: Config, dist: Dist, precision: Precision) -> Cast:
     check_fingerprint(train.fingerprint, tokenizer.fingerprint, str(train))
     base = open_pretrained(cfg.init, dist.device)
     check_fingerprint(tokenizer.fingerprint, base.tokenizer.fingerprint, cfg.init)
-    stop_ids = tuple(sorted({*base.stop_ids, *check_template(base.tokenizer, train.template, cfg.init)}))
+    stop_ids = base.ends_of(train.template)
     prompts = open_prompts(cfg, train, base)
     say(f"prompts: {prompts.summary}", dist.is_main)
     model, lora = base.model.eval(), lora_of(cfg)

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from data.baselines import accuracy
-from data.chat import check_template
 from data.examples import Examples
 from data.loader import (
     GroupBatch,
@@ -188,7 +187,7 @@ def open_inputs(cfg: Config, dist: Dist) -> Inputs:
     tokenizer = load_tokenizer(data[0].paths[0].parent)
     check_fingerprint(data[0].fingerprint, tokenizer.fingerprint, str(data[0]))
     check_fingerprint(data[0].fingerprint, base.tokenizer.fingerprint, f"{cfg.data}, with --init={cfg.init}")
-    stop_ids = tuple(sorted({*base.stop_ids, *check_template(base.tokenizer, data[0].template, cfg.init)}))
+    stop_ids = base.ends_of(data[0].template)
     inputs = {"init_sha256": base.digest, "data_sha256": data[0].digest}
     splits = [some_answers(cfg, split, base.model.config.context) for split in data]
     for split in splits:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from data.chat import check_template
 from data.fetch import MODELS, fetch_model, sha256
 from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_parts
 from model.config import show
@@ -44,6 +45,13 @@ class Pretrained:
     digest: str  # sha256 of the weights; of a tuned model, of what was trained
     spec: str  # what it was opened as
     family: str | None = None  # the model_type of an HF-format directory, whose names an adapter's file uses
+
+    def ends_of(self, template: str | None) -> tuple[int, ...]:
+        """What ends an answer in data of this chat template (its sha256; None: plain text): stop_ids, and the template's.
+
+        ValueError where the model has another template.
+        """
+        return tuple(sorted({*self.stop_ids, *check_template(self.tokenizer, template, self.spec)}))
 
 
 def policy_config(base: Pretrained, cfg, stop_ids: tuple[int, ...]) -> dict:
