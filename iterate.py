@@ -159,8 +159,8 @@ def begin(cfg: Config) -> None:
 
 def stage(name: str, done: Path, command: list[str]) -> None:
     """Run a command of ours unless its result is there; each of them resumes what it had begun."""
-    finished = {"rm": "report.json", "ppo": "report.json", "data": "manifest.json", "evaluation": "summary.json"}
-    if (done / finished[done.name]).exists():
+    finished = {"data": "manifest.json", "evaluation": "summary.json"}.get(done.name, "report.json")
+    if (done / finished).exists():
         return
     print(f"{name}: {shlex.join(command[1:])}", flush=True)
     env = {**os.environ, "OMP_NUM_THREADS": "1"} if "torch.distributed.run" in command else None
