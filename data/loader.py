@@ -363,12 +363,16 @@ class _Loader:
     def order(self) -> Order | MixedOrder:
         if not len(self):
             raise ValueError(f"{self.data} leaves nothing to visit: {self.summary}")
-        lengths = self.lengths if self.bucket else None
+        lengths = self.alike if self.bucket else None
         if len(self.data.paths) == 1:
             return Order(len(self), self.batch_size, self.seed, lengths)
         ends = np.cumsum(np.bincount(self.parts, minlength=len(self.data.paths)))
         sizes = np.diff(self.units.starts[np.append(0, ends)])
         return MixedOrder(tuple(map(int, sizes)), self.data.weights, self.batch_size, self.seed, lengths)
+
+    def alike(self, units: np.ndarray) -> np.ndarray:
+        """Units that are near each other in this share a batch, (M,) -> (M,)."""
+        return self.lengths(units)
 
     @property
     def parts(self) -> np.ndarray:
@@ -747,6 +751,9 @@ class PromptBatch(NamedTuple):
     rows: Tensor  # (B,) int64: which prompt this is, for its randomness and for looking it up
 
 
+LENGTH_CLASS = 16  # tokens; prompts of one class share a batch
+
+
 @dataclass(frozen=True, eq=False)
 class PromptLoader(_Loader):
     """Prompts of any length up to `max_prompt` (none = what leaves room for the response); answers do not matter.
@@ -796,6 +803,10 @@ class PromptLoader(_Loader):
     def lengths(self, units: np.ndarray) -> np.ndarray:
         """Tokens of these prompts, (M,) int64."""
         return np.minimum(self.data.prompt_lengths(self.units.locate(units)[0]), self.limit)
+
+    def alike(self, units: np.ndarray) -> np.ndarray:
+        """Within a class of lengths prompts stand in any order: sorted to the token, a batch would be all easy or all hard."""
+        return self.lengths(units) // LENGTH_CLASS
 
     @cached_property
     def longest(self) -> int:

@@ -3,10 +3,11 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from tiny import lines
 
-from data.loader import open_data, prompts_of
+from data.loader import LENGTH_CLASS, open_data, prompts_of
 
 REWARD = """
 def right(prompts, responses, answer, messages):
@@ -96,3 +97,17 @@ def test_what_does_not_fit_is_refused_before_the_first_rollout(world, asked, tmp
         "train_ppo.py", out=tmp_path / "ppo", data=asked / "data", sources="", **changes | {"reward": reward}
     )
     assert done.code == 2 and done.err.count("\n") == 1 and all(word in done.err for word in said), done.err
+
+
+def test_prompts_of_like_length_are_not_sorted_by_it(asked):
+    """Sorted to the token, a batch would be all easy or all hard, and its mean reward would say which."""
+    loader = prompts_of(open_data(asked / "data", "train"), 8, 1, context=256, response_tokens=8)
+    lengths = loader.lengths(np.arange(len(loader)))
+    means, widths = [], []
+    for step in range(loader.order.steps_per_epoch):
+        batch = loader.lengths(loader.order.rows(step))
+        classes = np.unique(batch // LENGTH_CLASS)
+        alike = lengths[np.isin(lengths // LENGTH_CLASS, classes)]
+        means.append((batch.mean() - alike.mean()) / alike.std())  # of batches at random: 8 ** -0.5 apart
+        widths.append(len(classes))
+    assert np.std(means) < 0.6 and np.mean(widths) < 1.2
