@@ -86,12 +86,12 @@ def main() -> None:
             tokens = f"--response_tokens={task.response_tokens}"
             given = (f"--reward={REWARD}", f"--iterations={cfg.iterations}", tokens, *task.rl, *options)
             run(cfg, "train_ppo.py", f"--init={start}", f"--data={data}", f"--out={place}", *given, f"--seed={seed}")
-        if task.start:
+        if task.start and seed == cfg.seeds[0]:
             runs[f"more SFT, seed {seed}"] = place = out / f"sft_{seed}"
             epochs = (cfg.control + 0.5) / (read_json(data / "card.json")["splits"]["train"]["rows"] // 16)
             given = (f"--epochs={epochs:.5f}", *task.start[:1], *task.start[2:], f"--seed={seed}")
             run(cfg, "train_lm.py", f"--init={start}", f"--data={data}", f"--out={place}", *given)
-    given = (f"--prompts={cfg.prompts}", f"--samples={cfg.samples}", "--greedy=true", "--best_of=1")
+    given = (f"--prompts={cfg.prompts}", f"--samples={cfg.samples}", "--greedy=true", "--best_of=1", "--human_texts=32")
     tuned = ",".join(map(str, runs.values()))
     which = (f"--base={start}", f"--tuned={tuned}", f"--data={data}", f"--reward={REWARD}", f"--out={out}/evaluation")
     run(cfg, "evaluate.py", *which, *given, f"--response_tokens={task.response_tokens}")
