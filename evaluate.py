@@ -83,17 +83,8 @@ class Config:
     seed: int = 7  # of prompts and samples; all models draw with the same random numbers
 
     def __post_init__(self):
-        config.at_least(
-            self,
-            prompts=1,
-            prompt_tokens=1,
-            max_prompt=1,
-            response_tokens=1,
-            human_texts=1,
-            temperature=1e-3,
-            best_of=1,
-        )
-        config.at_least(self, samples=1, safety_tokens=1, seed=0)
+        config.at_least(self, prompts=1, prompt_tokens=1, max_prompt=1, response_tokens=1, samples=1, best_of=1)
+        config.at_least(self, human_texts=1, temperature=1e-3, safety_tokens=1, seed=0)
         if not self.tuned:
             raise ValueError("--tuned is empty: name at least one model")
         for option, given in (("tuned", self.tuned), ("other_rewards", (self.reward, *self.other_rewards))):
@@ -120,10 +111,8 @@ def main() -> None:
     sentences, probes = open_extras(cfg, models, tokenizer, device)
 
     # 1. every model answers the same prompts with the same random numbers; the base often enough for best-of-n
-    reference, samples = (
-        logprobs_of(models["base"].model, cfg.temperature),
-        cfg.samples or (2 if cfg.other_rewards else 1),
-    )
+    reference = logprobs_of(models["base"].model, cfg.temperature)
+    samples = cfg.samples or (2 if cfg.other_rewards else 1)
     results, known, answers, earned, greedy = {}, {}, {}, {}, {}
     for name, model in models.items():
         drawn = max(samples, cfg.best_of) if name == "base" else samples
@@ -232,6 +221,8 @@ def open_asking(cfg: Config, base: Pretrained, held_out: HeldOut, tokenizer: Tok
         found["judge"] = asked[-1].score
     elif cfg.other_rewards:
         raise ValueError(f"--other_rewards are held against a judge, and {cfg.data} brings none: name one, --judge=")
+    for scorer in asked:
+        scorer.check_room(int(held_out.lengths.max()), cfg.response_tokens)
     for path in [path for scorer in asked for path in scorer.own_models]:
         check_form(path, open_data(cfg.data, cfg.split))
     temperatures = {spec: scorer.temperature for spec, scorer in opened.items()}
@@ -279,10 +270,8 @@ WHEN = {"base": "before", "tuned": "after"}  # of samples.jsonl
 def open_models(cfg: Config, tokenizer: Tokenizer, device) -> dict[str, Pretrained]:
     """The base and the tuned models by their names in the tables, all of the tokenizer of the data."""
     names = ("base", "tuned") if len(cfg.tuned) == 1 else ("base", *cfg.tuned)
-    specs = zip(
-        names, (cfg.base, *cfg.tuned)
-    )  # a run of adapters or a branch finds its base there, wherever that has moved
-    models = {name: open_pretrained(spec, device, near=(cfg.base,)) for name, spec in specs}
+    near = (cfg.base,)  # a run of adapters or a branch finds its base there, wherever that has moved
+    models = {name: open_pretrained(spec, device, near=near) for name, spec in zip(names, (cfg.base, *cfg.tuned))}
     for model in models.values():
         check_fingerprint(tokenizer.fingerprint, model.tokenizer.fingerprint, model.spec)
         model.model.eval()

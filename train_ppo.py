@@ -58,7 +58,7 @@ from rlhf.ppo.roles import CRITICS, LAYOUTS, Roles
 from rlhf.ppo.rollout import Cut, Experience, act, gather, judge, minibatches
 from rlhf.ppo.self_check import check_once
 from rlhf.reward.files import check_form
-from rlhf.reward.scorer import Scorer, open_scorer, response_starts, scorer_of
+from rlhf.reward.scorer import Scorer, check_room, open_scorer, response_starts, scorer_of
 from rlhf.rewards import missing_eos, shape_rewards
 
 Layout = Literal["full", "shared", "adapters", "branch"]
@@ -359,7 +359,10 @@ def open_cast(cfg: Config, dist: Dist, precision: Precision) -> Cast:
     inputs = {"init_sha256": base.digest, "data_sha256": train.digest}
     inputs |= {"reward_sha256": reward.digest, "judge_sha256": cfg.judge and scorer_of(cfg.judge, rules=True).digest}
     acting = acting_of(cfg, respond, prompts, reward, dist, precision)
-    check_room(cfg, prompts, reward)
+    check_room(
+        prompts.longest, cfg.response_tokens, cfg.micro_batch_tokens, "--micro_batch_tokens allows a micro-batch"
+    )
+    reward.check_room(prompts.longest, cfg.response_tokens)
     cuts, saved_as = cuts_of(cfg, dist.world), policy_config(base, cfg, stop_ids)
     return Cast(roles, reward, acting, *cuts, held_out, check, tokenizer, inputs, saved_as)
 
@@ -385,21 +388,6 @@ def open_prompts(cfg: Config, train: Examples, base: Pretrained) -> PromptLoader
         )
     prompts.batch(0)  # where nothing is left, or less than a batch, it says so
     return prompts
-
-
-def check_room(cfg: Config, prompts: PromptLoader, reward: Scorer) -> None:
-    """ValueError where the longest prompt and a response are more than a reward model reads, or a micro-batch may have."""
-    needed, bounds = prompts.longest + cfg.response_tokens, {}
-    if cfg.micro_batch_tokens:
-        bounds["--micro_batch_tokens allows a micro-batch"] = cfg.micro_batch_tokens
-    if reward.context:
-        bounds[f"the reward model {cfg.reward} reads"] = reward.context
-    for what, most in bounds.items():
-        if needed > most:
-            raise ValueError(
-                f"{what} {most} tokens; the longest prompt has {prompts.longest} and a response up to {cfg.response_tokens}: "
-                f"allow {needed}, or use --max_prompt={most - cfg.response_tokens} or shorter responses"
-            )
 
 
 def cuts_of(cfg: Config, world: int) -> tuple[Cut | None, Cut | None]:
@@ -450,6 +438,7 @@ def open_judge(
     batch = drawn(loader, units, cfg.judge_prompts, cfg.seed)
     asked = {"records": loader.records, "template": validation.template}
     opened = open_scorer(cfg.judge, tokenizer, dist.device, base, data=cfg.data, **asked)
+    opened.check_room(int(batch[1].max()), cfg.response_tokens, "the judge")
     for path in opened.own_models:
         check_form(path, validation)
     return HeldOutJudge(opened.score, respond, *batch, cfg.judge_every, cfg.judge_patience, cfg.batch, dist)

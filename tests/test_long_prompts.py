@@ -112,6 +112,18 @@ def test_what_cannot_be_is_refused_in_one_line(world, home, tmp_path, changes, s
         assert not (tmp_path / "ppo" / "metrics.jsonl").exists()
 
 
+def test_who_cannot_read_the_longest_answer_is_refused_first(world, home, tmp_path):
+    """The reward model, PPO's judge and evaluate.py's: a context of 256 with prompts of up to 400 tokens."""
+    rm, said = world.path / "rm", ("reads 256 tokens", f"a response up to {RESPONSE}", f"--max_prompt={256 - RESPONSE}")
+    for how in ({"reward": rm, "weak_reward": "true"}, {"judge": rm, "judge_prompts": 8}):
+        out = tmp_path / next(iter(how))
+        refused(world.run("train_ppo.py", out=out, **options(home, **how)), next(iter(how)), *said)
+        assert not (out / "metrics.jsonl").exists()
+    asked = {"base": home / "lm", "tuned": home / "lm", "data": home / "data", "sources": "", "reward": rm}
+    done = world.run("evaluate.py", out=tmp_path / "evaluation", response_tokens=RESPONSE, split="validation", **asked)
+    refused(done, "the reward model", *said)
+
+
 def test_long_prompts_are_dropped_or_cut_and_counted(world, home, tmp_path):
     data = open_data(home / "data", "train")
     long = int((data.prompt_lengths() > 150).sum())

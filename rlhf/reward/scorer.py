@@ -100,6 +100,10 @@ class Scorer:
         """Those of train_rm.py, which know the chat template of their data."""
         return [path for path in self.models if not is_hf(Path(path))]
 
+    def check_room(self, prompt: int, response: int, what: str = "the reward model") -> None:
+        """ValueError where prompts of so many tokens and responses of so many are more than it reads."""
+        check_room(prompt, response, self.context, f"{what} {self.spec} reads")
+
     def score(self, tokens: Tensor, lengths: Tensor, mask: Tensor, rows: Tensor | None = None) -> Tensor:
         """One number a response: tokens (B, T), lengths (B,), mask (B, T) of the response, rows (B,) of the data -> (B,)"""
         return self.detailed(tokens, lengths, mask, rows)[:, 0]
@@ -140,6 +144,15 @@ class Scorer:
     def means(self, parts: Tensor) -> dict[str, float]:
         """Metrics of what `detailed` says beside the score: parts (B, K)."""
         return {f"reward/{name}": x for name, x in zip(self.names, parts.double().mean(0).tolist())}
+
+
+def check_room(prompt: int, response: int, most: int | None, what: str) -> None:
+    """ValueError where a prompt and a response of so many tokens are more than the `most` that `what` says, None = any."""
+    if most is not None and prompt + response > most:
+        raise ValueError(
+            f"{what} {most} tokens; the longest prompt has {prompt} and a response up to {response}: "
+            f"allow {prompt + response}, or use --max_prompt={most - response} or shorter responses"
+        )
 
 
 # What the user wrote
