@@ -63,6 +63,9 @@ class Config:
     max_bad_steps: int = 3  # steps in a row, skipped for a number that is not finite, that end the run
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast type; bf16 and fp16 need CUDA
     seed: int = 1  # of the adapters and the order of the pairs
+    # several processes
+    shard: bool = False  # every rank keeps a part of weights, gradients and moments (FSDP), and not all of them
+    replicas: int = 1  # copies of the weights, each over a part of the ranks: one a machine, say [shard=true]
     # report
     log_every: int = 10  # steps between lines of metrics.jsonl
     eval_every: int = 100  # steps between validations, a multiple of log_every
@@ -83,7 +86,7 @@ class Config:
 
 def main() -> None:
     cfg = config.parse(Config)
-    dist = distributed.setup()
+    dist = distributed.setup(cfg.shard, cfg.replicas)
     precision = optim.amp(dist.device, cfg.precision)
     base = open_pretrained(cfg.init, dist.device)
     tokenizer, loader, held_out = open_pairs(cfg, base)
@@ -93,6 +96,8 @@ def main() -> None:
         raise ValueError(
             f"epochs {cfg.epochs} of {loader.order.steps_per_epoch} steps each is less than one step; use more"
         )
+    dist.rest(base.model)
+    learner = dist.wrap(roles.policy)
     optimizer = optim.make_optimizer(roles.policy, cfg.lr, cfg.weight_decay, betas=(0.9, 0.999))
     inputs = {"init_sha256": base.digest, "data_sha256": loader.data.digest}
     options, files = asdict(cfg) | inputs, [tokenizer.path]
@@ -102,16 +107,25 @@ def main() -> None:
         cfg.out, options, roles.policy, optimizer, precision.scaler, dist, saved_as, files, cfg.keep_checkpoints, old
     )
     say(f"training on {loader.summary}; validation on {held_out.summary}", dist.is_main)
-    fit(cfg, roles, optimizer, loader, held_out, tokenizer, total, run, precision, dist)
+    fit(cfg, roles, learner, optimizer, loader, held_out, tokenizer, total, run, precision, dist)
     dist.close()
 
 
 def fit(
-    cfg: Config, roles: Roles, optimizer, loader, held_out, tokenizer, total: int, run: Run, precision, dist: Dist
+    cfg: Config,
+    roles: Roles,
+    learner,
+    optimizer,
+    loader,
+    held_out,
+    tokenizer,
+    total: int,
+    run: Run,
+    precision,
+    dist: Dist,
 ) -> None:
     """The loop: one optimiser step a batch of pairs; validation and a report."""
-    learner, log = dist.wrap(roles.policy), Metrics(cfg.out, dist.is_main, run.done, CONSOLE)
-    brakes = Brakes(run, optimizer, cfg.max_bad_steps)
+    log, brakes = Metrics(cfg.out, dist.is_main, run.done, CONSOLE), Brakes(run, optimizer, cfg.max_bad_steps)
     for step in run.steps(total, "dpo"):
         pairs = shard(loader.order.rows(step), dist.rank, dist.world)
         weight = dist.sum(loader.weights(pairs).sum().double())
@@ -198,10 +212,11 @@ def pair_losses(learner, roles: Roles, batch: PairBatch, cfg: Config, device) ->
 def validate(roles: Roles, data: PairLoader, cfg: Config, dist: Dist) -> dict[str, float]:
     """Loss, margin and accuracy over all held-out pairs, shared out over the ranks."""
     total = torch.zeros(len(NUMBERS) + 1, dtype=torch.float64)
-    for rows in list(in_order(len(data), data.batch_size))[dist.rank :: dist.world]:
-        batch = data.take(rows)
-        _, numbers = pair_losses(roles.policy, roles, batch, cfg, dist.device)
-        total += torch.cat([numbers.sum(0).cpu(), batch.weight.double().sum()[None]])
+    with dist.whole(roles.policy, roles.frozen.model):
+        for rows in list(in_order(len(data), data.batch_size))[dist.rank :: dist.world]:
+            batch = data.take(rows)
+            _, numbers = pair_losses(roles.policy, roles, batch, cfg, dist.device)
+            total += torch.cat([numbers.sum(0).cpu(), batch.weight.double().sum()[None]])
     means = dist.sum(total)
     means = dict(zip(NUMBERS, (means[:-1] / means[-1]).tolist()))
     return {

@@ -72,6 +72,9 @@ class Config:
     max_bad_steps: int = 3  # steps in a row, skipped for a number that is not finite, that end the run
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast type; bf16 and fp16 need CUDA
     seed: int = 1  # of the weights, the order of the data, and the samples
+    # several processes
+    shard: bool = False  # every rank keeps a part of weights, gradients and moments (FSDP), and not all of them
+    replicas: int = 1  # copies of the weights, each over a part of the ranks: one a machine, say [shard=true]
     # report
     log_every: int = 50  # steps between lines of metrics.jsonl
     eval_every: int = 500  # steps between validation losses and samples, a multiple of log_every
@@ -90,7 +93,7 @@ class Config:
 
 def main() -> None:
     cfg = config.parse(Config)
-    dist = distributed.setup()
+    dist = distributed.setup(cfg.shard, cfg.replicas)
     precision = optim.amp(dist.device, cfg.precision)
     tokenizer, train, validation = open_splits(cfg)
     base = open_init(cfg, tokenizer)
@@ -100,6 +103,7 @@ def main() -> None:
     if total < 1:
         per_epoch = loaders[0].order.steps_per_epoch
         raise ValueError(f"epochs {cfg.epochs} of {per_epoch} steps each is less than one step")
+    learner = dist.wrap(language_model)
     optimizer = optim.make_optimizer(language_model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.95))
     inputs = {"data_sha256": train.digest} | ({"init_sha256": base.digest} if base else {})
     saved_as = description(cfg, language_model.model, base, tokenizer, train)
@@ -110,15 +114,15 @@ def main() -> None:
         cfg.out, options, module, optimizer, precision.scaler, dist, saved_as, files, defaults=config.defaults(Config)
     )
     announce(language_model, loaders, total, cfg, dist)
-    fit(cfg, language_model, optimizer, loaders, tokenizer, saved_as["stop_ids"], total, run, precision, dist)
+    fit(cfg, language_model, learner, optimizer, loaders, tokenizer, saved_as["stop_ids"], total, run, precision, dist)
     dist.close()
 
 
 def fit(
-    cfg, language_model, optimizer, loaders, tokenizer, stop_ids, total: int, run: Run, precision, dist: Dist
+    cfg, language_model, learner, optimizer, loaders, tokenizer, stop_ids, total: int, run: Run, precision, dist: Dist
 ) -> None:
     """The loop: one optimiser step a batch; validation, samples and a report."""
-    (loader, held_out), learner = loaders, dist.wrap(language_model)
+    loader, held_out = loaders
     log, brakes = Metrics(cfg.out, dist.is_main, run.done), Brakes(run, optimizer, cfg.max_bad_steps)
     for step in run.steps(total, "lm"):
         batch = loader.batch(step)
@@ -146,7 +150,8 @@ def fit(
             log.log(step, record)
         brakes.check()
         if done % cfg.eval_every == 0 or done == total:  # before the checkpoint: a kill after it must lose nothing
-            log.samples(step, samples(language_model.model, held_out, tokenizer, stop_ids, cfg.seed))
+            with dist.whole(language_model):
+                log.samples(step, samples(language_model.model, held_out, tokenizer, stop_ids, cfg.seed))
         if run.due(done, cfg.checkpoint_every, total):
             run.save(done, **brakes.state())
 
@@ -266,10 +271,12 @@ def validate(language_model: LanguageModel, data: TextLoader, tokenizer: Tokeniz
     """Loss in nats per predicted token, perplexity and bits per byte over all of `data`, shared out over the ranks."""
     sizes = torch.tensor([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
     total = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-    for rows in list(in_order(len(data), data.batch_size))[dist.rank :: dist.world]:
-        tokens, lengths, mask = (x.to(dist.device) for x in data.take(rows)[:3])
-        nll = language_model(tokens, mask, lengths)
-        total += torch.stack([nll.double().sum().cpu(), torch.tensor(float(len(nll))), sizes[tokens[mask].cpu()].sum()])
+    with dist.whole(language_model):
+        for rows in list(in_order(len(data), data.batch_size))[dist.rank :: dist.world]:
+            tokens, lengths, mask = (x.to(dist.device) for x in data.take(rows)[:3])
+            nll = language_model(tokens, mask, lengths)
+            numbers = [nll.double().sum().cpu(), torch.tensor(float(len(nll))), sizes[tokens[mask].cpu()].sum()]
+            total += torch.stack(numbers)
     nats, count, size = dist.sum(total).tolist()
     bits = nats / math.log(2) / size if size else math.nan
     return {

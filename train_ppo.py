@@ -128,6 +128,9 @@ class Config:
     grad_clip: float = 1.0  # largest global gradient norm; 0 = unclipped
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast type; bf16 and fp16 need CUDA
     seed: int = 1  # of prompts, samples and minibatches
+    # several processes
+    shard: bool = False  # every rank keeps a part of weights, gradients and moments (FSDP), and not all of them
+    replicas: int = 1  # copies of the weights, each over a part of the ranks: one a machine, say [shard=true]
     # report
     sample_every: int = 10  # iterations between tables of sample texts
     checkpoint_every: int = 10  # iterations between checkpoints
@@ -167,6 +170,11 @@ class Config:
             )
         if self.micro_batch and self.micro_batch_tokens:
             raise ValueError("--micro_batch counts rows and --micro_batch_tokens tokens of the same forwards; give one")
+        if self.shard and self.micro_batch_tokens:
+            raise ValueError(
+                "--micro_batch_tokens gives every rank its own number of forwards, and shards need the same on all: "
+                "use --micro_batch"
+            )
         if self.resample_flat and self.samples_per_prompt < 2:
             raise ValueError("--resample_flat compares responses to one prompt; set --samples_per_prompt to 2 or more")
         if ESTIMATORS[self.estimator].needs_group and self.samples_per_prompt < 2:
@@ -198,7 +206,7 @@ class Cast:
 
 def main() -> None:
     cfg = config.parse(Config)
-    dist = distributed.setup()
+    dist = distributed.setup(cfg.shard, cfg.replicas)
     micro_batch = row_counts(cfg, dist.world)
     precision = optim.amp(dist.device, cfg.precision)
     planned = memory_plan(cfg, dist, micro_batch)
@@ -348,10 +356,11 @@ def open_cast(cfg: Config, dist: Dist, precision: Precision) -> Cast:
     roles = LAYOUTS[cfg.layout](model, critic_of(cfg), cfg.temperature, lora, cfg.branch_layers)
     asked = {"records": prompts.records, "template": train.template}
     reward = open_scorer(cfg.reward, tokenizer, dist.device, base, roles.frozen, **asked)
+    dist.rest(model, *reward.modules)
     for path in reward.own_models:
         check_form(path, train)
     sampling = Sampling(cfg.response_tokens, stop_ids, tokenizer.pad, cfg.temperature)
-    respond = partial(act, roles.sampler, sampling, cfg.seed, precision)
+    respond = dist.whole(roles.sampler)(partial(act, roles.sampler, sampling, cfg.seed, precision))
     held_out = open_judge(cfg, dist, tokenizer, base, respond, prompts)
     whole = reward.is_function or reward.by_row  # a function may rightly look at its whole batch
     alone = None if whole else reward.score

@@ -125,6 +125,9 @@ class Config:
     sources: tuple[str, ...] = ()  # prompts from these sources of the data alone; none given = all
     prompt_tokens: int | None = None  # first tokens of a text as its prompt; none = the data's prompts, or 4 of a text
     response_tokens: int = 24  # longest response, tokens
+    # several processes
+    shard: bool = False  # a rank keeps a part of weights and moments (FSDP) [trunk=full|adapters, average=none]
+    replicas: int = 1  # copies of the weights, each over a part of the ranks: one a machine, say [shard=true]
     # report
     log_every: int = 50  # steps between lines of metrics.jsonl [trunk=full|adapters]
     eval_every: int = 500  # steps between validation accuracies, a multiple of log_every [trunk=full|adapters]
@@ -163,7 +166,7 @@ class Config:
 
 def main() -> None:
     cfg = config.parse(Config)
-    dist = distributed.setup()
+    dist = distributed.setup(cfg.shard, cfg.replicas)
     job = average_runs if cfg.average else JOBS[cfg.trunk]
     job(cfg, dist)
     dist.close()
@@ -250,6 +253,8 @@ def train(cfg: Config, dist: Dist) -> None:
     reward_model = BUILDERS[cfg.trunk](cfg, base, stop_ids, reads).to(dist.device)
     if cfg.start:
         checksums["start_sha256"] = start_at(cfg, base, reward_model)
+    dist.rest(base.model)
+    learner = dist.wrap(reward_model)
     optimizer = optim.make_optimizer(reward_model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.95))
 
     options, saved_as = asdict(cfg) | checksums, description(cfg, inputs)
@@ -258,7 +263,6 @@ def train(cfg: Config, dist: Dist) -> None:
         cfg.out, options, reward_model, optimizer, precision.scaler, dist, saved_as, [tokenizer.path], defaults=old
     )
 
-    learner = dist.wrap(reward_model)
     loader = loader_for(cfg, kind, splits[0], base.model.config.context)
     say(f"training on {loader.summary}{reading(loader)}", dist.is_main)
     votes, counts = (), bootstrap_counts(len(loader), cfg)
@@ -302,18 +306,21 @@ def train(cfg: Config, dist: Dist) -> None:
                 "bad/steps": brakes.count(),
             }
             if done % cfg.eval_every == 0 and not brakes.ended:
-                scores = reward_model.combined(raw_scores(reward_model, base, splits[1], dist))
+                with dist.whole(reward_model):
+                    scores = reward_model.combined(raw_scores(reward_model, base, splits[1], dist))
                 record["validation/accuracy"] = accuracy(scores.cpu().numpy(), splits[1])["all"]
             log.log(step, record)
         brakes.check()
         if run.due(done, cfg.checkpoint_every, total) and (done < total or run.wanted):
             run.save(done, **brakes.state())
 
-    raw = [raw_scores(reward_model, base, split, dist) for split in splits[1:]]
-    problem = normalise_and_calibrate(reward_model, base, references, raw[0], splits[1], dist)
+    with dist.whole(reward_model, base.model):
+        raw = [raw_scores(reward_model, base, split, dist) for split in splits[1:]]
+        problem = normalise_and_calibrate(reward_model, base, references, raw[0], splits[1], dist)
     run.save(total, **brakes.state())
     extra = {"parameters": sum(x.numel() for x in reward_model.parameters() if x.requires_grad)}
-    extra |= agreed(cfg, reward_model, base, dist)
+    with dist.whole(reward_model):
+        extra |= agreed(cfg, reward_model, base, dist)
     if dist.is_main:
         write_report(cfg, report_of(reward_model, raw, splits, cfg.data, problem) | extra, run.seconds)
 

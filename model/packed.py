@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from model.transformer import Block, Span, Transformer, attend
+from model.transformer import Span, Transformer, attend
 
 LEAST_SHARED = 16  # tokens of a common beginning from which on it pays
 
@@ -46,19 +46,7 @@ def last_states(model: Transformer, tokens: Tensor, lengths: Tensor) -> Tensor:
         return model.trunk(tokens)[torch.arange(len(tokens), device=tokens.device), lengths - 1]
     ids, span, _, ends = pack(model, tokens, lengths)
     hidden = model.blocks(model.embed(ids, span), span, 0, len(model.layers) - 1)  # (1, N, D)
-    return model.norm(states_at(ends, model.layers[-1], hidden, span))[0]
-
-
-def states_at(columns: Tensor, block: Block, hidden: Tensor, span: Span) -> Tensor:
-    """What a layer makes of the last token of every text: columns (B,), hidden (1, N, D) -> (1, B, D)."""
-    attention, x = block.self_attn, block.input_layernorm(hidden)
-    ropes = {kind: (cos[:, columns], sin[:, columns]) for kind, (cos, sin) in span.ropes.items()}
-    q = attention.split(attention.q_proj(x[:, columns]), attention.q_norm, ropes)  # (1, B, H, K)
-    k = attention.split(attention.k_proj(x), attention.k_norm, span.ropes)  # (1, N, G, K)
-    v = attention.v_proj(x).unflatten(-1, (-1, attention.head_dim))
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    y = span.attend(q, k, v, None, attention.scale, attention.softcap, last=True)  # (1, H, B, K)
-    return block.add(hidden[:, columns], attention.o_proj(y.transpose(1, 2).flatten(2)))
+    return model.norm(model.layers[-1](hidden, span, ends))[0]
 
 
 def attend_apart(

@@ -230,8 +230,21 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.mlp_output_norm = norm("after", "both")
 
-    def forward(self, hidden: Tensor, span: Span) -> Tensor:
+    def forward(self, hidden: Tensor, span: Span, columns: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D); of a packed row alone these columns (B,), the last of its texts: (1, N, D) -> (1, B, D)"""
+        if columns is not None:
+            return self.at(columns, hidden, span)
         return self.add(hidden, self.self_attn(self.input_layernorm(hidden), span))
+
+    def at(self, columns: Tensor, hidden: Tensor, span: Span) -> Tensor:
+        attention, x = self.self_attn, self.input_layernorm(hidden)
+        ropes = {kind: (cos[:, columns], sin[:, columns]) for kind, (cos, sin) in span.ropes.items()}
+        q = attention.split(attention.q_proj(x[:, columns]), attention.q_norm, ropes)  # (1, B, H, K)
+        k = attention.split(attention.k_proj(x), attention.k_norm, span.ropes)  # (1, N, G, K)
+        v = attention.v_proj(x).unflatten(-1, (-1, attention.head_dim))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        y = span.attend(q, k, v, None, attention.scale, attention.softcap, last=True)  # (1, H, B, K)
+        return self.add(hidden[:, columns], attention.o_proj(y.transpose(1, 2).flatten(2)))
 
     def add(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """The residual stream with what attention and then the MLP add. Twice (B, T, D) -> (B, T, D)"""

@@ -48,7 +48,7 @@ class Finding(NamedTuple):
 def first_bad(formulas: Iterable[Formula]) -> Finding | None:
     """The first of the formulas with a number that is not finite or above its limit; None where all are well."""
     for name, x, limit, worst in formulas:
-        x = x.detach()
+        x = checkpoint.whole(x.detach())
         if bool((x.abs() <= limit).all()) and bool(x.isfinite().all()):
             continue
         place = place_of(x)
@@ -128,12 +128,15 @@ class Brakes:
         those that columns from "start" on hold; seen: what this rank knows, where no formula of rank 0 fails.
         """
         self.in_a_row, self.counted = self.in_a_row + 1, self.counted + 1
-        if self.run.dist.is_main:
-            finding = first_bad(formulas) or Finding(f"{seen} (every row alone is finite on rank 0)", math.nan)
+        main, sharded = self.run.dist.is_main, self.run.dist.mesh is not None
+        found = first_bad(formulas) if main or sharded else None  # with shards nobody computes alone
+        weights = checkpoint.gathered(checkpoint.trained_state(self.run.module), main) if main or sharded else {}
+        if main:
+            finding = found or Finding(f"{seen} (every row alone is finite on rank 0)", math.nan)
             rows = texts()
             words = {"words": in_words(finding, rows), "cause": cause(finding, rows)}
             line = ". ".join(words.values())
-            where = self.store(name, step, finding._asdict() | words, tensors(), rows, facts)
+            where = self.store(name, step, finding._asdict() | words, tensors(), weights, rows, facts)
             say(f"step {step}: skipped, {line}{where and f' ({where})'}")
             if self.in_a_row >= self.most:
                 self.ended = f"{self.in_a_row} steps in a row were skipped, the last at step {step}: {line}"
@@ -149,7 +152,14 @@ class Brakes:
             raise ValueError(self.ended)
 
     def store(
-        self, name: str, step: int, culprit: dict, tensors: dict[str, Tensor], texts: Sequence[dict], facts: dict
+        self,
+        name: str,
+        step: int,
+        culprit: dict,
+        tensors: dict[str, Tensor],
+        weights: dict[str, Tensor],
+        texts: Sequence[dict],
+        facts: dict,
     ) -> str:
         """Write the minibatch, what is known about it, and the weights if they are new; -> the file, "" if there are many."""
         room = Path(self.run.out) / "bad"
@@ -160,7 +170,7 @@ class Brakes:
         if self.in_a_row == 1 or not (model := newest_model(room)):
             model = f"{name}-model"
             run = self.run
-            checkpoint.save(room / model, checkpoint.trained_state(run.module), run.config, files=run.files)
+            checkpoint.save(room / model, weights, run.config, files=run.files)
             checkpoint.remove(sorted(room.glob("*-model"))[:-MOST_MODELS])
         beside = file.with_name(f".{file.name}.tmp-{os.getpid()}")
         checkpoint.write_tensors(beside, {key: x.contiguous().cpu() for key, x in tensors.items()})

@@ -442,7 +442,37 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: str | Pat
         raise ValueError(f"{where} is a checkpoint of another architecture: {details}")
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+            tensor.copy_(cut_as(tensor, tensors[name]))
+
+
+def cut_as(x: Tensor, rows: Tensor) -> Tensor:
+    """This rank's share of a whole tensor where x is sharded; else, and if it is sharded already, the tensor itself."""
+    if not is_sharded(x) or is_sharded(rows):
+        return rows
+    from torch.distributed.tensor import distribute_tensor  # takes half a second
+
+    rows = rows.to(x.device, x.dtype)
+    return distribute_tensor(rows, x.device_mesh, x.placements, src_data_rank=None)  # no rank sends anything
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Does every rank keep some rows of it (a DTensor)?"""
+    return hasattr(x, "full_tensor")
+
+
+def gathered(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """All rows of every tensor, one after the other; every rank has to call it, those that do not `keep` get nothing."""
+    found = {}
+    for name, tensor in tensors.items():
+        rows = whole(tensor)
+        if keep:
+            found[name] = rows
+    return found
+
+
+def whole(x: Tensor) -> Tensor:
+    """All rows of a tensor; where it is sharded every rank has to ask."""
+    return x.full_tensor() if is_sharded(x) else x
 
 
 def short(names: list[str]) -> str:
@@ -463,4 +493,5 @@ def load_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors:
         if name not in named or key != "step" and tensor.shape != named[name].shape:
             here = tuple(named[name].shape) if name in named else "no such parameter"
             raise ValueError(f"optimizer state of another model: {label} is {tuple(tensor.shape)} there, {here} here")
-        optimizer.state[named[name]][key] = tensor.to(named[name].device, copy=True)
+        tensor = tensor.to(named[name].device, copy=True)
+        optimizer.state[named[name]][key] = tensor if key == "step" else cut_as(named[name], tensor)

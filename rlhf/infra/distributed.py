@@ -7,9 +7,11 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -29,6 +31,7 @@ class Dist:
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
+    mesh: "dist.DeviceMesh | None" = None  # of --shard=true: (shard,), or (replicate, shard)
 
     @property
     def is_main(self) -> bool:
@@ -36,13 +39,18 @@ class Dist:
 
     @property
     def loss_scale(self) -> float:
-        """DDP averages gradients over the ranks: a loss divided by the *global* token count must be scaled back up."""
+        """DDP and FSDP average gradients over the ranks: a loss divided by the *global* token count must be scaled back up."""
         return float(self.world)
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module whose backward averages gradients over the ranks; call its forward, not its parts."""
+        """The module whose backward averages gradients over the ranks; call its forward, not its parts.
+
+        Under shards its parameters become others: an optimiser comes after.
+        """
         if self.world == 1:
             return module
+        if self.mesh:
+            return fsdp().shard(module, self.mesh)
         # what is frozen came from the same file everywhere, which may be mapped into memory: DDP must not write into it
         frozen = [name for name, x in module.named_parameters(remove_duplicate=False) if not x.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
@@ -55,9 +63,27 @@ class Dist:
                 gradient_as_bucket_view=True,
             )
 
+    def rest(self, *modules: nn.Module) -> None:
+        """Under shards every rank keeps a part of what is frozen in these modules, and gathers a layer when it computes."""
+        for module in modules if self.mesh else ():
+            fsdp().rest(module, self.mesh)
+
+    @contextlib.contextmanager
+    def whole(self, *modules: nn.Module) -> Iterator[None]:
+        """Around passes without gradients that sample, or that differ between ranks: all weights are on every rank."""
+        with fsdp().whole(*modules) if self.mesh else contextlib.nullcontext():
+            yield
+
     def grad_sync(self, module: nn.Module, on: bool) -> contextlib.AbstractContextManager:
-        """Around forward *and* backward of a micro-batch: gradients travel only with the last one of a step."""
-        return contextlib.nullcontext() if on or self.world == 1 else module.no_sync()
+        """Around forward *and* backward of a micro-batch: gradients travel only with the last one of a step.
+
+        Under shards a rank has no room for a whole gradient: every micro-batch is reduced to the rows that each rank keeps,
+        and only what travels between replicas waits for the last.
+        """
+        if self.mesh:
+            module.set_is_last_backward(on)
+            module.set_requires_all_reduce(on)
+        return contextlib.nullcontext() if on or self.world == 1 or self.mesh else module.no_sync()
 
     def sum(self, x: Tensor) -> Tensor:
         """Over the ranks; what they count differently (a mean, say) is a sum divided by a sum."""
@@ -83,14 +109,18 @@ class Dist:
         return torch.cat(parts).to(x.device)
 
     def same(self, x: Tensor | nn.Module) -> bool:
-        """Do all ranks hold the same names, shapes and bits? Every rank gets the same answer."""
+        """Do all ranks hold the same names, shapes and bits? Every rank gets the same answer.
+
+        Of what is sharded names and shapes alone: its bits are there once.
+        """
         if self.world == 1:
             return True
         tensors = x.state_dict() if isinstance(x, nn.Module) else {"": x}
         digest = hashlib.sha256()
         for name, tensor in tensors.items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            if not self.mesh or not fsdp().is_part(tensor):
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         rows = self.all_gather_rows(torch.tensor([[*digest.digest()]], dtype=torch.uint8))  # (world, 32)
         return bool((rows == rows[0]).all())
 
@@ -115,14 +145,25 @@ class Dist:
             raise SystemExit(code)
 
 
-def setup() -> Dist:
+def setup(shard: bool = False, replicas: int = 1) -> Dist:
     """Join the group that torchrun started (nccl on GPUs, gloo on CPUs), or be alone.
 
+    shard: every rank keeps a part of the weights; replicas: so many copies of them, each over a part of the ranks.
     A rank that has not answered for PLAIN_RLHF_TIMEOUT seconds (900) ends the others.
 
-    Raises ValueError where torchrun started more processes on this machine than it has GPUs.
+    Raises ValueError where torchrun started more processes on this machine than it has GPUs, and for shards or replicas
+    that these processes cannot make.
     """
     world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if shard and world == 1:
+        raise ValueError(
+            "--shard=true cuts the weights over several processes, and this is one: start it with torchrun"
+        )
+    if replicas != 1 and (replicas < 1 or world % replicas or replicas == world):
+        raise ValueError(
+            f"--replicas={replicas} does not divide {world} processes into groups of two or more; "
+            f"use one of {', '.join(str(n) for n in range(1, world) if world % n == 0)}"
+        )
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
@@ -142,9 +183,16 @@ def setup() -> Dist:
     rank, timeout = int(os.environ["RANK"]), timedelta(seconds=patience())
     place = dict(store=store, rank=rank, world_size=world) if (store := store_of_attempt(world, timeout)) else {}
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **place)
-    joined = Dist(rank, world, device)
+    joined = Dist(rank, world, device, fsdp().mesh_of(world, replicas, device) if shard else None)
     know_peers(joined)
     return joined
+
+
+def fsdp() -> ModuleType:
+    """What --shard=true needs; torch takes half a second to import it."""
+    from rlhf.infra import shards
+
+    return shards
 
 
 def store_of_attempt(world: int, timeout: timedelta) -> dist.Store | None:

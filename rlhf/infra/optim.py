@@ -82,6 +82,7 @@ def step(optimizer: torch.optim.Optimizer, module: nn.Module, scaler: torch.amp.
     scaler.unscale_(optimizer)
     parameters = [p for p in module.parameters() if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters])
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # under shards it is a sum over the ranks
     finite = math.isfinite(norm)
     if not finite and not scaler.is_enabled():
         return float(norm)

@@ -42,6 +42,8 @@ REPORT = (
     "micro_batch",
     "micro_batch_tokens",
     "weak_reward",
+    "shard",
+    "replicas",
 )
 FREE = (*REPORT, "out", "plan", "override")  # change no number of a run; a run may be moved
 
@@ -196,6 +198,10 @@ class Run:
         keep: int | None = 2,
         defaults: dict | None = None,
     ):
+        if dist.mesh and scaler.is_enabled():
+            raise ValueError(
+                "--precision=fp16 with --shard=true: every rank would find a loss scale of its own; use bf16"
+            )
         self.changed = begin(out, options, dist, defaults)
         self.out, self.module, self.optimizer, self.scaler, self.dist = out, module, optimizer, scaler, dist
         self.config, self.files, self.keep = config, files, keep
@@ -264,17 +270,19 @@ class Run:
 
     def save(self, done: int, **state) -> None:
         """Rank 0 writes the checkpoint after `done` steps and keeps the newest; everybody waits for it."""
+        tensors = checkpoint.gathered(checkpoint.trained_state(self.module), self.dist.is_main)
+        moments = checkpoint.gathered(checkpoint.optimizer_tensors(self.optimizer, self.module), self.dist.is_main)
         if self.dist.is_main:
             extra = {} if self.scheduled else {"off_schedule": True}
             path = checkpoint.save_step(
                 self.out,
                 done,
-                tensors=checkpoint.trained_state(self.module),
+                tensors=tensors,
                 config=self.config,
                 state={"done": done, "seconds": self.seconds, **state, "scaler": self.scaler.state_dict()}
                 | {"options": self.options, **{key: self.lines(file, done) for key, file in LINES.items()}}
                 | extra,
-                optimizer=checkpoint.optimizer_tensors(self.optimizer, self.module),
+                optimizer=moments,
                 files=self.files,
                 keep=None,
             )
@@ -283,9 +291,9 @@ class Run:
         self.dist.barrier()
 
     def save_best(self, state: dict) -> None:
-        """Rank 0 writes the weights alone to out/best, in place of those before."""
+        """Rank 0 writes the weights alone to out/best, in place of those before; every rank calls it."""
+        weights = checkpoint.gathered(checkpoint.trained_state(self.module), self.dist.is_main)
         if self.dist.is_main:
-            weights = checkpoint.trained_state(self.module)
             checkpoint.save(f"{self.out}/best", weights, self.config, state, files=self.files)
 
 

@@ -61,10 +61,11 @@ class HeldOutJudge:
         if done % self.every:
             return {}
         scores = torch.zeros(len(self.prompts), dtype=torch.float64)
-        for start in range(self.dist.rank, len(scores), self.at_once):
-            rows = torch.arange(start, min(start + self.at_once, len(scores)), self.dist.world)
-            g = self.act(self.prompts[rows], self.lengths[rows], rows, -1)  # -1: numbers that no iteration draws
-            scores[rows] = self.score(g.tokens, g.lengths, g.mask, self.rows[rows]).double().cpu()
+        with self.dist.whole(run.module.model):
+            for start in range(self.dist.rank, len(scores), self.at_once):
+                rows = torch.arange(start, min(start + self.at_once, len(scores)), self.dist.world)
+                g = self.act(self.prompts[rows], self.lengths[rows], rows, -1)  # -1: numbers that no iteration draws
+                scores[rows] = self.score(g.tokens, g.lengths, g.mask, self.rows[rows]).double().cpu()
         mean = float(self.dist.sum(scores).mean())  # each rank adds zeros to the others': exact for any world size
         self.verdicts.append(mean)
         if best_place(self.verdicts) == len(self.verdicts) - 1:

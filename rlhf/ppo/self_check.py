@@ -52,10 +52,9 @@ def self_check(
     ratio = torch.where(mask, (output.logprobs - rollout.logprobs).exp() - 1, 0).abs().max()
     cache = torch.where(mask, (rollout.logprobs - rollout.sampler_logprobs).abs(), 0).max()
 
-    hidden = policy.model.trunk(rollout.tokens[:, :-1])[
-        mask[:, 1:]
-    ]  # (N, D) of the states that responses were drawn in
-    logits = warp_logits(policy.model.unembed(hidden), policy.temperature)
+    with dist.whole(policy.model):
+        hidden = policy.model.trunk(rollout.tokens[:, :-1])[mask[:, 1:]]  # (N, D) where responses were drawn
+        logits = warp_logits(policy.model.unembed(hidden), policy.temperature)
     stops = [eos] if isinstance(eos, int) else list(eos)
     no_eos = 1 - torch.clamp(logits.softmax(-1)[:, stops].max() / LEAST_EOS, max=1)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.judge import own_judge
 from data.records import Record
@@ -44,6 +44,7 @@ class Scorer:
     terms: tuple["Scorer", ...] = ()  # of a sum
     components: Components | None = None  # by open_scorer; what its components say, {name: (B,)}
     context: int | None = None  # longest row that a model reads; None: any
+    module: nn.Module | None = field(default=None, compare=False)  # by open_scorer; a model's weights
     by_row: bool = False  # it looks up what the rows answer: tokens alone are not enough
     names: list[str] = field(default_factory=list, compare=False)  # of the columns of `detailed`, once it was asked
 
@@ -103,6 +104,11 @@ class Scorer:
     def check_room(self, prompt: int, response: int, what: str = "the reward model") -> None:
         """ValueError where prompts of so many tokens and responses of so many are more than it reads."""
         check_room(prompt, response, self.context, f"{what} {self.spec} reads")
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The weights of the reward models in it, those aside that a text bridge asks."""
+        return [term.module for term in self.terms or (self,) if term.module is not None]
 
     def score(self, tokens: Tensor, lengths: Tensor, mask: Tensor, rows: Tensor | None = None) -> Tensor:
         """One number a response: tokens (B, T), lengths (B,), mask (B, T) of the response, rows (B,) of the data -> (B,)"""
@@ -248,8 +254,9 @@ def open_scorer(
             return replace(scorer, components=unnamed(score), context=context, by_row=by_row)
         model = load_reward_model(scorer.spec, tokenizer.fingerprint, device, base, frozen)
         trunk = model.states.model if isinstance(model, FrozenReward) else model.model
+        module = trunk if isinstance(model, FrozenReward) else model
         own = unnamed(lambda tokens, lengths, mask, rows: model.score(tokens, lengths, mask))
-        return replace(scorer, components=own, context=trunk.config.context)
+        return replace(scorer, components=own, context=trunk.config.context, module=module)
 
     return opened(scorer_of(spec, rules=data is not None))
 

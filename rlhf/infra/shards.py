@@ -1,0 +1,230 @@
+"""One model over several ranks (ZeRO-3, arXiv:1910.02054): what trains by FSDP2, frozen matrices by units of our own.
+
+    shard(policy, mesh)    every rank keeps its rows of each parameter, of its gradient and of its moments (DTensor)
+    rest(base, mesh)       every rank keeps its part of each frozen matrix; a unit wakes while its layer computes
+    with whole(policy):    all of its weights, on every rank: to sample, or for passes that differ between ranks
+
+FSDP2 shards by module. Our roles share frozen parameters between modules: a policy's lower layers are the reference's, and
+so are the critic's. So a frozen matrix belongs to a unit, whichever module computes with it, and is kept once. Frozen
+vectors (norms, biases) stay whole.
+"""
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 has the new name
+METHODS = ("project",)  # of a model, that read parameters of another module: the embedding as output matrix
+
+
+def mesh_of(world: int, replicas: int, device: torch.device) -> DeviceMesh:
+    """(replicas, world / replicas): weights are cut over the ranks of a row, and every row has a copy."""
+    if replicas == 1:
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+# what trains
+
+
+def shard(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """The same module, of whose trained parameters every rank keeps its rows; its forward gathers a layer at a time.
+
+    Every element of a ModuleList is gathered for itself, what is left with the outermost module. Optimisers come after.
+    """
+    rest(module, mesh)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # nobody writes into it
+    frozen = {x for x in module.parameters() if not x.requires_grad}
+    for part in layers(module):
+        if any(x.requires_grad for x in part.parameters()):
+            fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=frozen)
+    fully_shard(module, mesh=mesh, reshard_after_forward=False, ignored_params=frozen)
+    # who runs forward first is taken for the outermost otherwise, and that may be a layer (torch 2.13)
+    module._get_fsdp_state()._lazy_init()
+    module.register_forward_hook(reshard_without_gradient)
+    OUTERMOST.update(dict.fromkeys(module.modules(), module))
+    return module
+
+
+def reshard_without_gradient(module: FSDPModule, args: tuple, output: object) -> None:
+    """The outermost part stays whole for the backward, which reshards it; where none comes, nobody else does."""
+    if not torch.is_grad_enabled() and not HELD.get(module):
+        module.reshard()
+
+
+HELD: dict[nn.Module, int] = {}  # how many `whole` hold a part
+OUTERMOST: dict[nn.Module, FSDPModule] = {}  # module -> with which part its own parameters are gathered
+
+
+def layers(module: nn.Module) -> list[nn.Module]:
+    return [layer for part in module.modules() if isinstance(part, nn.ModuleList) for layer in part]
+
+
+def is_part(x: Tensor) -> bool:
+    """Are some rows of it on other ranks?"""
+    return isinstance(x, DTensor) or x.numel() > 0 == x.untyped_storage().nbytes()
+
+
+# what is frozen
+
+
+class Unit:
+    """Frozen matrices that are gathered together: one flat tensor, whose memory comes and goes.
+
+    The parameters stay what they are, views of it, in every module that has them.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], mesh: DeviceMesh):
+        self.group = mesh.get_group("shard")
+        ranks, mine = dist.get_world_size(self.group), dist.get_rank(self.group)
+        first = parameters[0]
+        self.size = -(-sum(x.numel() for x in parameters) // ranks)  # of a rank's part
+        self.flat = torch.empty(self.size * ranks, dtype=first.dtype, device=mesh.device_type)
+        offset = 0
+        for x in parameters:
+            place = self.flat[offset : offset + x.numel()].view(x.shape)
+            x.data = place.copy_(x.data)
+            x.unit = self
+            offset += x.numel()
+        self.part = self.flat[mine * self.size : (mine + 1) * self.size].clone()
+        self.bytes = self.flat.untyped_storage().nbytes()
+        self.users = 0
+        self.sleep()
+
+    def wake(self) -> None:
+        self.users += 1
+        storage = self.flat.untyped_storage()
+        if storage.nbytes() == 0:
+            storage.resize_(self.bytes)
+            GATHER(self.flat, self.part, group=self.group)
+
+    def rest(self) -> None:
+        self.users -= 1
+        if self.users == 0:
+            self.sleep()
+
+    def sleep(self) -> None:
+        self.flat.untyped_storage().resize_(0)
+
+
+def rest(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """The same module, of whose frozen matrices every rank keeps a part; each wakes while something computes with it."""
+    for part in [*layers(module), *owners(module)]:
+        attach(part, units(part, mesh))
+    for part in module.modules():
+        for name in METHODS:
+            if hasattr(part, name) and (needed := units_of(part.embed_tokens)):
+                setattr(part, name, awake(getattr(part, name), needed))
+    return module
+
+
+def owners(module: nn.Module) -> Iterator[nn.Module]:
+    """Modules outside of layers with parameters of their own: embeddings, output matrices."""
+    inside = {id(part) for layer in layers(module) for part in layer.modules()}
+    for part in module.modules():
+        if id(part) not in inside and any(True for _ in part.parameters(recurse=False)):
+            yield part
+
+
+def units(part: nn.Module, mesh: DeviceMesh) -> list[Unit]:
+    """Those of the frozen matrices in a part of a model: one a type, where they have none yet."""
+    alone = [x for x in part.parameters() if not x.requires_grad and x.dim() > 1 and not hasattr(x, "unit")]
+    for x in part.parameters():
+        if not x.requires_grad and x.dim() < 2:
+            x.data = x.data.clone()  # the file that it may be mapped from is let go
+    for dtype in dict.fromkeys(x.dtype for x in alone):
+        Unit([x for x in alone if x.dtype == dtype], mesh)
+    return units_of(part)
+
+
+def units_of(part: nn.Module) -> list[Unit]:
+    return list(dict.fromkeys(x.unit for x in part.parameters() if hasattr(x, "unit")))
+
+
+def attach(part: nn.Module, units: list[Unit]) -> None:
+    """Wake the units before this part's forward and before its backward."""
+    if not units or hasattr(part, "rests"):
+        return
+    part.rests = True
+    part.register_forward_pre_hook(lambda _, args: wake(units), prepend=True)
+    part.register_forward_hook(lambda _, args, output: leave(units, args, output))
+
+
+def awake(method: Callable[..., Tensor], units: list[Unit]) -> Callable[..., Tensor]:
+    @functools.wraps(method)
+    def waking(*args) -> Tensor:
+        wake(units)
+        output = method(*args)
+        leave(units, args, output)
+        return output
+
+    return waking
+
+
+def wake(units: list[Unit]) -> None:
+    for unit in units:
+        unit.wake()
+
+
+def let_rest(units: list[Unit]) -> None:
+    for unit in units:
+        unit.rest()
+
+
+def leave(units: list[Unit], args: tuple, output: Tensor) -> None:
+    """After a forward: let them rest until the backward needs them, which is between two gradients.
+
+    Where it is computed again for a checkpoint of activations, the backward has woken them already.
+    """
+    in_backward = torch._C._current_graph_task_id() != -1
+    if torch.is_grad_enabled() and output.requires_grad and not in_backward:
+        x = args[0]
+
+        def before(grad: Tensor) -> None:
+            wake(units)
+            if not x.requires_grad:  # nobody asks for its gradient: at the end of the backward, then
+                Variable._execution_engine.queue_callback(lambda: let_rest(units))
+
+        output.register_hook(before)
+        if x.requires_grad:
+            x.register_hook(lambda grad: let_rest(units))
+    let_rest(units)
+
+
+# whole for a while
+
+
+@contextlib.contextmanager
+def whole(*modules: nn.Module) -> Iterator[None]:
+    """All weights of these modules on every rank, for passes without gradients that may differ between ranks."""
+    parts = [part for module in modules for part in module.modules() if isinstance(part, FSDPModule)]
+    parts = list(dict.fromkeys(parts + [OUTERMOST[module] for module in modules if module in OUTERMOST]))
+    frozen = list(dict.fromkeys(unit for module in modules for unit in units_of(module)))
+    wake(frozen)
+    for part in parts:
+        hold(part, +1)
+    try:
+        yield
+    finally:
+        for part in parts:
+            hold(part, -1)
+        let_rest(frozen)
+
+
+def hold(part: FSDPModule, more: int) -> None:
+    HELD[part] = HELD.get(part, 0) + more
+    outermost = part._get_fsdp_state()._is_root
+    part.set_reshard_after_forward(not HELD[part] and not outermost, recurse=False)
+    if HELD[part]:
+        part.unshard()
+    else:
+        part.reshard()
