@@ -277,7 +277,28 @@ class _WideLinear(torch.autograd.Function):
         wanted_x, wanted_weight = ctx.needs_input_grad
         grad_x = grad @ weight if wanted_x else None
         grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2) if wanted_weight else None
+        weight.unembedded_in = (
+            torch._C._current_graph_task_id() if wanted_weight else None
+        )  # for _Rows, which comes later
         return grad_x, grad_weight
+
+
+class _Rows(torch.autograd.Function):
+    # F.embedding, of an embedding that _WideLinear may read too. Its gradient is zero but for a few rows: where the other's
+    # is there already, autograd adds these rows to it, in place of writing and adding a second (V, D) tensor.
+
+    @staticmethod
+    def forward(ctx, weight, ids):
+        ctx.save_for_backward(weight, ids)
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        weight, ids = ctx.saved_tensors
+        rows = torch.sparse_coo_tensor(ids.reshape(1, -1), grad.flatten(0, -2), weight.shape, check_invariants=False)
+        unembedded = getattr(weight, "unembedded_in", None) == torch._C._current_graph_task_id()
+        return rows if unembedded else rows.to_dense(), None
 
 
 class Transformer(nn.Module):
@@ -341,7 +362,9 @@ class Transformer(nn.Module):
 
     def embed(self, ids: Tensor, span: Span) -> Tensor:
         """(B, T) -> (B, T, D)"""
-        hidden = self.embed_tokens(ids)
+        weight = self.embed_tokens.weight
+        wide = self.config.tied and weight.is_cpu and len(weight) > 2 * VOCABULARY_PART
+        hidden = _Rows.apply(weight, ids) if wide else self.embed_tokens(ids)
         if (scale := self.config.embedding_scale) != 1:  # rounded to the embedding's type first, as in Gemma's own code
             hidden = hidden * torch.full((), scale, dtype=hidden.dtype, device=hidden.device)
         if self.embed_positions is not None:  # padding may stand beyond the table

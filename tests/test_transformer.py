@@ -297,3 +297,27 @@ def test_a_wide_vocabulary_in_parts_equals_one_product(dtype, monkeypatch):
     ours, theirs = (torch.autograd.grad(x, (hidden, weight), up) for x in (logits, plain))
     for a, b in zip((logits, *ours), (plain, *theirs)):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_tied_embeddings_gradient_by_rows_is_the_dense_one(dtype, monkeypatch):
+    """Two micro-batches in which ids come again, then a trunk without an output: as F.embedding and F.linear have it."""
+    monkeypatch.setattr(transformer, "VOCABULARY_PART", 9)
+    model = Transformer(ModelConfig(40, 16, layers=1, heads=2)).to(dtype)
+    model.init_weights(torch.Generator().manual_seed(1))
+    weight, found = model.embed_tokens.weight, []
+    plain = dict(
+        embed=lambda ids, span: model.embed_tokens(ids), project=lambda x: torch.nn.functional.linear(x, weight)
+    )
+    for changed in ({}, plain):
+        for name, function in changed.items():
+            monkeypatch.setattr(model, name, function)
+        model.zero_grad()
+        for seed in range(2):
+            model(random_ids(seed, 3, 12) % 5).log_softmax(-1)[..., 0].sum().backward()
+        found.append([weight.grad.clone()])
+        model.trunk(random_ids(2, 2, 6)).square().sum().backward()
+        found[-1] += [weight.grad, *torch.autograd.grad(model.trunk(random_ids(3, 2, 6)).sum(), weight)]
+    for a, b in zip(*found):
+        assert a.layout == torch.strided
+        torch.testing.assert_close(a, b)
