@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from data.chat import Chat
-from rlhf.infra import config
+from rlhf.infra import config, distributed
 from rlhf.lm.pretrained import Pretrained, open_pretrained
 from rlhf.reward.scorer import open_scorer
 from rlhf.serve.api import is_loopback
@@ -130,6 +130,7 @@ def work(cfg: Config, key: str | None, listener: socket.socket, rank: int, ready
     """One process of the server, until a signal ends it."""
     torch.set_grad_enabled(False)
     torch.set_num_threads(cfg.threads)
+    distributed.leave_out_cudnn_attention()
     device = torch.device(cfg.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", rank % max(1, torch.cuda.device_count()))

@@ -193,8 +193,12 @@ def stored_tensors(model: Transformer) -> dict[str, Tensor]:
     return {name: x for name, x in tensors.items() if not (model.config.tied and name.startswith("lm_head."))}
 
 
-def load_quantized(config: ModelConfig, tensors: dict[str, Tensor], where: str | Path) -> Transformer:
-    """The model whose `stored_tensors` these are; ValueError in one line unless names, shapes and dtypes are its own."""
+def load_quantized(
+    config: ModelConfig, tensors: dict[str, Tensor], where: str | Path, device: torch.device | str = "cpu"
+) -> Transformer:
+    """The model on `device` whose `stored_tensors` these are; ValueError in one line unless names, shapes and dtypes are its
+    own.
+    """
     embedding = "int8" if "embed_tokens.scale" in tensors else "bf16"
     with torch.device("meta"):
         model = quantize(Transformer(config), embedding)
@@ -205,7 +209,7 @@ def load_quantized(config: ModelConfig, tensors: dict[str, Tensor], where: str |
             raise ValueError(f"{where} is no int8 model of this architecture: {name} is {there} there, {here} here")
     model.lm_head = None if config.tied else model.lm_head
     model.load_state_dict(tensors, assign=True)
-    tie(model)
+    tie(model.to(device))  # after the move: buffers move one by one, and shared rows would get two copies
     return model.requires_grad_(False)
 
 

@@ -256,6 +256,12 @@ def test_what_is_stored_comes_back(family, embedding):
         assert not any(name.startswith("lm_head") for name in tensors)
 
 
+def test_tied_rows_are_shared_on_another_device():
+    model = quantize(small_model("llama", torch.float32, tied=True), "int8")
+    there = load_quantized(model.config, stored_tensors(model), "here", "meta")
+    assert there.lm_head.weight is there.embed_tokens.weight and there.norm.weight.is_meta
+
+
 @pytest.mark.parametrize("change", ["missing", "extra", "shape", "dtype"])
 def test_another_architecture_is_refused(change):
     model = quantize(small_model("llama", torch.float32))

@@ -173,6 +173,7 @@ def setup(shard: bool = False, replicas: int = 1) -> Dist:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        leave_out_cudnn_attention()
     if world == 1:
         return Dist(device=device)
     if sys.platform == "linux":
@@ -193,6 +194,11 @@ def fsdp() -> ModuleType:
     from rlhf.infra import shards
 
     return shards
+
+
+def leave_out_cudnn_attention() -> None:
+    """cuDNN plans every new shape, for half a second (FunASR, issue 3704), and decoding has one per step."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def store_of_attempt(world: int, timeout: timedelta) -> dist.Store | None:

@@ -315,6 +315,8 @@ class Clock:
         self.start = self.now = time.perf_counter()
 
     def lap(self, name: str) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # what a step has asked of the GPU is its own work, not the next one's
         before, self.now = self.now, time.perf_counter()
         self.laps[name] = self.now - before
 

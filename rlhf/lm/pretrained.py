@@ -153,7 +153,7 @@ def open_checkpoint(
         on = open_base(saved.config, saved.path, device, base, near)
         model = tuned_model(on.model, saved.config, weights_of(saved))
     elif saved.config.get("kind") == "int8":
-        model = load_quantized(stored_config(saved.config["model"], path), weights_of(saved), path)
+        model = load_quantized(stored_config(saved.config["model"], path), weights_of(saved), path, device)
     else:
         model = language_model_of(saved, path)
     # a pretrained base may end its texts with several ids, of which the tokenizer knows one
