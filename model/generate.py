@@ -1,13 +1,24 @@
 """Sampling: ragged prompts in, contiguous rows of prompt and response out, with the log-prob of every sampled token."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from model.transformer import KVCache, Transformer
+from model.transformer import KVCache, Parts, Transformer
+
+BLOCK = 64  # neighbouring tokens of the vocabulary whose probabilities are added up first
+SAMPLED_AT_ONCE = 16  # rows: more of a large vocabulary leave a CPU's caches, and the memory that it keeps for reuse
+PREFILLED_AT_ONCE = 8192  # tokens
+PADDING = {"cpu": 64, "cuda": 4096}  # tokens that a forward may pad prompts with, or an eighth of theirs
+ASKED_EVERY = {
+    "cpu": 1,
+    "cuda": 16,
+}  # steps after which the device is asked who has ended: the host waits for the answer
 
 
 @dataclass(frozen=True)
@@ -77,20 +88,56 @@ def sample_step(
     distribution, which at temperature 0 is certain: 0. ValueError for logits that give no distribution: a NaN or an
     infinity among them (-inf alone is a probability of zero).
     """
-    if temperature == 0:
-        check_finite(logits.amax(dim=-1))  # a NaN is the largest; the warped ones hold none
+    tokens, logprobs, witness = draw(logits, uniforms, temperature, top_k, top_p)
+    check_finite(witness)
+    return tokens, logprobs
+
+
+def draw(
+    logits: Tensor, uniforms: Tensor | None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`sample_step` that raises nothing, so that nobody waits for a GPU: tokens, logprobs and a number (B,) that is finite
+    where the row's logits gave a distribution.
+    """
+    if len(logits) > SAMPLED_AT_ONCE and logits.is_cpu:
+        parts = zip(
+            logits.split(SAMPLED_AT_ONCE),
+            [None] * len(logits) if uniforms is None else uniforms.split(SAMPLED_AT_ONCE),
+        )
+        return tuple(map(torch.cat, zip(*(draw(*part, temperature, top_k, top_p) for part in parts))))
+    highest = logits.amax(dim=-1)  # a NaN is the largest; at temperature 0 the warped ones hold none
     logits = warp_logits(logits, temperature, top_k, top_p)
     if temperature == 0:
-        return logits.argmax(dim=-1), logits.new_zeros(len(logits))
+        return logits.argmax(dim=-1), logits.new_zeros(len(logits)), highest
     probs = logits.softmax(dim=-1)  # (B, V)
-    # a CPU adds up in float64 by itself; on a GPU a float32 scan could step onto a token of probability zero
-    cumulative = probs.cumsum(dim=-1, dtype=torch.float64 if probs.is_cuda else probs.dtype)
-    total = cumulative[:, -1]
-    check_finite(total)
-    # strictly below the total, so that rounding never reaches past the last token with a probability
-    target = torch.minimum((uniforms * total).to(total.dtype), total.nextafter(torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulative, target[:, None], right=True)  # (B, 1)
-    return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
+    token, total = inverse_cdf(probs, uniforms)
+    return token, probs.gather(-1, token[:, None])[:, 0].log(), total
+
+
+def inverse_cdf(probs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """The first token whose cumulative probability exceeds the row's uniform, never one of probability zero, and what the
+    row adds up to: (B, V), (B,) -> (B,) twice. Where that is no number, the token means nothing.
+
+    Two sums: of blocks of the vocabulary, in float64, then within the block that the uniform falls into. One sum over a
+    whole vocabulary takes a CPU as long as its softmax, as every number waits for the one before it.
+    """
+    V = probs.shape[-1]
+    whole = probs[:, : V // BLOCK * BLOCK].unflatten(-1, (-1, BLOCK)).sum(-1)  # (B, V / 64)
+    rest = probs[:, V // BLOCK * BLOCK :].sum(-1, keepdim=True)  # (B, 1)
+    cumulative = torch.cat((whole, rest), -1).cumsum(-1, dtype=torch.float64)
+    target, total = below(uniforms * cumulative[:, -1], cumulative[:, -1]), cumulative[:, -1]
+    block = torch.searchsorted(cumulative, target[:, None], right=True).clamp(max=cumulative.shape[-1] - 1)  # (B, 1)
+    before = torch.where(block > 0, cumulative.gather(-1, (block - 1).clamp(min=0)), 0)  # (B, 1)
+    tokens = block * BLOCK + torch.arange(BLOCK, device=probs.device)  # (B, 64)
+    inside = torch.where(tokens < V, probs.gather(-1, tokens.clamp(max=V - 1)), 0).cumsum(-1, dtype=torch.float64)
+    target = below(target - before[:, 0], inside[:, -1])
+    at = torch.searchsorted(inside, target[:, None], right=True)  # (B, 1)
+    return (block * BLOCK + at).clamp(max=V - 1)[:, 0], total
+
+
+def below(target: Tensor, total: Tensor) -> Tensor:
+    """`target`, but less than `total`, so that rounding never reaches past the last token with a probability."""
+    return torch.minimum(target, total.nextafter(torch.zeros_like(total)))
 
 
 def row_uniforms(seed: int, iteration: int, row_ids: Iterable[int], n: int) -> Tensor:
@@ -103,6 +150,138 @@ def row_uniforms(seed: int, iteration: int, row_ids: Iterable[int], n: int) -> T
     return torch.stack(rows) if rows else torch.zeros(0, n, dtype=torch.float64)
 
 
+class Prompt(NamedTuple):
+    """Neighbouring rows of the result that answer the same prompt, to be read once."""
+
+    at: int  # of the prompts
+    length: int
+    first: int  # of the rows
+    count: int
+
+
+def shared(prompts: Tensor, lengths: list[int], samples: int) -> list[Prompt]:
+    """Right-padded prompts (B, P), of each `samples` rows; equal neighbours are one, behind their ends they may differ."""
+    columns = torch.arange(prompts.shape[1], device=prompts.device)
+    real = columns < torch.tensor(lengths, device=prompts.device)[:, None]  # (B, P)
+    same = ((prompts[1:] == prompts[:-1]) & real[1:] | ~(real[1:] | real[:-1])).all(1).tolist()  # as the one before
+    firsts = [0, *(i + 1 for i in range(len(same)) if not same[i]), len(prompts)]
+    return [Prompt(i, lengths[i], i * samples, (j - i) * samples) for i, j in zip(firsts, firsts[1:])]
+
+
+def next_prompts(queue: list[Prompt], free: int, slack: int) -> list[Prompt]:
+    """Takes from the end of the queue what is read together: prompts of like lengths for at most `free` rows.
+
+    Padding adds `slack` tokens at most, or an eighth. A prompt with more rows than are free is read for some of them now.
+    """
+    taken, longest, total = [], 0, 0
+    while queue and free:
+        prompt = queue[-1]
+        size = (len(taken) + 1) * max(longest, prompt.length)
+        if taken and (size > PREFILLED_AT_ONCE or size - total - prompt.length > max(slack, total // 8)):
+            break
+        longest, total = max(longest, prompt.length), total + prompt.length
+        queue.pop()
+        if (more := prompt.count - free) > 0:
+            queue.append(prompt._replace(first=prompt.first + free, count=more))
+            prompt = prompt._replace(count=free)
+        taken.append(prompt)
+        free -= prompt.count
+    return taken
+
+
+class Decoding:
+    """Rows that decode together, each with its own length; any may leave or join between two steps (Orca, Yu et al. 2022).
+
+    They are the first rows of a cache, without gaps: where one leaves, the last one moves in. So a step reads no row that
+    has ended, and a row that leaves costs a copy of one other.
+    """
+
+    def __init__(self, model: Transformer, rows: int, width: int):
+        device = model.embed_tokens.weight.device
+        dtype = model.norm.weight.dtype  # of the hidden states; the embedding may be stored smaller
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        self.model, self.device, self.dtype = model, device, dtype
+        self.cache = KVCache(model.config, rows, width, dtype, device)
+        self.lengths: list[int] = []  # tokens in the cache of each row that decodes
+        # so much more is read in one part rather than that a second one begins: a call of attention costs about 50 us
+        self.slack = 100_000 // (model.config.kv_heads * model.config.head_dim) if device.type == "cpu" else 1 << 60
+
+    def step(self, ids: Tensor, rows: int = 0, columns: int | None = None) -> Tensor:
+        """Hidden states (n, D) after one more token in each row: ids (n,).
+
+        columns, where given: every row attends to so many, at least; else to as many as rows of its length need. rows: so
+        many are computed at least, and the rest of them comes behind.
+        """
+        blank = max(0, rows - len(ids))  # rows that nobody reads
+        lengths, longest = self.lengths + [0] * blank, max(self.lengths)
+        parts = None
+        if columns is None:
+            parts = alike([n + 1 for n in lengths], self.slack)
+            parts = parts if len(parts) > 1 else None
+        view = self.cache.view(slice(0, len(lengths)), lengths, max(longest, (columns or 0) - 1), parts)
+        hidden = self.model.trunk(torch.cat((ids, ids.new_zeros(blank)))[:, None], view)[:, 0]
+        self.lengths = [n + 1 for n in self.lengths]
+        return hidden
+
+    def read(self, prompts: Tensor, taken: list[Prompt]) -> Tensor:
+        """Some of right-padded prompts (B, P) go into the next rows, so often as they say; -> last hidden states (n, D)."""
+        first, n, device = len(self.lengths), len(taken), self.device
+        at, lengths, counts = (torch.tensor(x, device=device) for x in zip(*((p.at, p.length, p.count) for p in taken)))
+        longest = max(prompt.length for prompt in taken)
+        view = self.cache.view(slice(first, first + n), [0] * n, 0)
+        hidden = self.model.trunk(prompts[at, :longest], view, lengths)  # (n, T, D)
+        places = torch.arange(n, device=device)
+        hidden = hidden[places, lengths - 1].repeat_interleave(counts, 0)
+        self.lengths += (prompt.length for prompt in taken for _ in range(prompt.count))
+        if len(hidden) > n:
+            rows = torch.arange(first, first + len(hidden), device=device)
+            self.cache.copy_rows(first + places.repeat_interleave(counts), rows, longest)
+        return hidden
+
+    def leave(self, rows: set[int]) -> list[int]:
+        """These rows end. -> for each of those that stay, which it was."""
+        now = list(range(len(self.lengths) - len(rows)))
+        last = [row for row in range(len(now), len(self.lengths)) if row not in rows]
+        holes = [row for row in now if row in rows]
+        if holes:
+            length = max(self.lengths[row] for row in last)
+            self.cache.copy_rows(*(torch.tensor(x, device=self.device) for x in (last, holes)), length)
+        for source, target in zip(last, holes):
+            now[target] = source
+        self.lengths = [self.lengths[row] for row in now]
+        return now
+
+
+def alike(lengths: list[int], slack: int) -> Parts:
+    """Neighbours of like lengths together, so that padding each part to its longest adds at most `slack` in it."""
+    parts, first, longest, total = [], 0, 0, 0
+    for row, n in enumerate(lengths):
+        if (row + 1 - first) * max(longest, n) - total - n > slack:
+            parts.append((slice(first, row), longest))
+            first, longest, total = row, 0, 0
+        longest, total = max(longest, n), total + n
+    return [*parts, (slice(first, len(lengths)), longest)]
+
+
+def checked(model: Transformer, lengths: list[int], sampling: Sampling, uniforms: Tensor | None, at_once: int) -> int:
+    """How many samples each of the prompts gets. ValueError for what cannot be continued like that."""
+    context = model.config.context
+    if min(lengths) < 1:
+        raise ValueError("a prompt is empty; give it at least one token, such as bos")
+    if max(lengths) >= context:
+        raise ValueError(f"a prompt of {max(lengths)} tokens leaves no room in the model's context of {context}")
+    if uniforms is None and sampling.temperature != 0:
+        raise ValueError(f"temperature {sampling.temperature} needs uniforms")
+    samples = 1 if uniforms is None else len(uniforms) // len(lengths)
+    if uniforms is not None and uniforms.shape != (samples * len(lengths), sampling.max_new_tokens):
+        need = f"{len(lengths)} prompts need (a multiple of it, {sampling.max_new_tokens})"
+        raise ValueError(f"uniforms are {tuple(uniforms.shape)}; {need}")
+    if at_once < 1:
+        raise ValueError(f"at_once is {at_once}; at least one row must decode")
+    return samples
+
+
 @torch.no_grad()
 def generate(
     model: Transformer,
@@ -110,71 +289,70 @@ def generate(
     prompt_lengths: Tensor,
     sampling: Sampling,
     uniforms: Tensor | None = None,
-    progress: Callable[[int], object] | None = None,
+    at_once: int = 1 << 30,
 ) -> Generated:
     """Continues right-padded prompts (B, P) until EOS, max_new_tokens or the end of the context; -> Generated.
 
     uniforms (B, max_new_tokens) decide every draw (`row_uniforms`), so a row's text does not depend on its batch;
-    (B n, max_new_tokens) draws n samples per prompt, next to each other, from one prefill. temperature 0 needs none.
-    progress, if given, is called with 1 after every step. ValueError when a prompt is empty or leaves no room.
+    (B n, max_new_tokens) draws n samples per prompt, next to each other. temperature 0 needs none. Equal neighbours among
+    the prompts are read once. at_once: so many rows decode together, which bounds memory; the others wait until some have
+    ended. ValueError when a prompt is empty or leaves no room.
     """
-    device, context = prompts.device, model.config.context
-    max_new_tokens, temperature = sampling.max_new_tokens, sampling.temperature
-    shortest, longest = int(prompt_lengths.min()), int(prompt_lengths.max())
-    if shortest < 1:
-        raise ValueError("a prompt is empty; give it at least one token, such as bos")
-    if longest >= context:
-        raise ValueError(f"a prompt of {longest} tokens leaves no room in the model's context of {context}")
-    samples = 1 if uniforms is None else len(uniforms) // len(prompts)
-    if uniforms is None and temperature != 0:
-        raise ValueError(f"temperature {temperature} needs uniforms")
-    if uniforms is not None and uniforms.shape != (samples * len(prompts), max_new_tokens):
-        raise ValueError(
-            f"uniforms are {tuple(uniforms.shape)}; {len(prompts)} prompts need (a multiple of it, {max_new_tokens})"
-        )
-
+    device, wanted = prompts.device, prompt_lengths.tolist()
+    samples = checked(model, wanted, sampling, uniforms, at_once)
     uniforms = None if uniforms is None else uniforms.to(device)
+    rows, longest = samples * len(prompts), max(wanted)
+    width, at_once = min(longest + sampling.max_new_tokens, model.config.context), min(at_once, rows)
+    decoding = Decoding(model, at_once, width)
 
-    # 1. prefill: all prompts at once; only each row's last position is unembedded
-    width = min(longest + max_new_tokens, context)
-    dtype = model.norm.weight.dtype  # of the hidden states; the embedding may be stored smaller
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-    cache = KVCache(model.config, len(prompts), width, dtype, device)
-    prompts = prompts[:, :longest]
-    hidden = model.trunk(prompts, cache, prompt_lengths)  # (B, P, D)
-    hidden = hidden[torch.arange(len(prompts), device=device), prompt_lengths - 1]  # (B, D)
-    if samples > 1:
-        rows = torch.arange(len(prompts), device=device).repeat_interleave(samples)
-        cache.keep(rows)
-        hidden, prompts, prompt_lengths = hidden[rows], prompts[rows], prompt_lengths[rows]
-
-    # 2. decode: finished rows leave the batch
-    columns = torch.arange(width, device=device)
-    tokens = torch.full((len(prompts), width), sampling.pad, dtype=torch.int64, device=device)
-    tokens[:, :longest] = torch.where(columns[:longest] < prompt_lengths[:, None], prompts, sampling.pad)
-    logprobs = torch.zeros(tokens.shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
-    lengths, finished = prompt_lengths.clone(), torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    # 1. the result: prompts, and room behind them; one column more, for what rows write that have ended
+    begin, prompts = prompt_lengths.repeat_interleave(samples), prompts[:, :longest]  # (rows,)
+    columns = torch.arange(width + 1, device=device)
+    tokens = torch.full((rows, width + 1), sampling.pad, dtype=torch.int64, device=device)
+    there = columns[:longest] < begin[:, None]
+    tokens[:, :longest] = torch.where(there, prompts.repeat_interleave(samples, 0), sampling.pad)
+    dtype = torch.promote_types(decoding.dtype, torch.float32)
+    logprobs = torch.zeros(tokens.shape, dtype=dtype, device=device)
+    lengths, finished = begin.clone(), torch.zeros(rows, dtype=torch.bool, device=device)
     stop_ids = torch.tensor(sorted(sampling.stop_ids), dtype=torch.int64, device=device)
-    alive = torch.arange(len(prompts), device=device)  # the row of `tokens` that each row of the cache belongs to
-    for step in range(max_new_tokens):
-        draws = None if uniforms is None else uniforms[alive, step]
+    ends = [min(n + sampling.max_new_tokens, width) for n in wanted for _ in range(samples)]  # at the latest
+
+    # 2. who waits takes the places of those who have ended; then a token each
+    queue = sorted(shared(prompts, wanted, samples), key=lambda prompt: (prompt.length, -prompt.first))
+    alive: list[int] = []  # the row of the result that each row of the cache belongs to
+    hidden, witnesses = torch.zeros(0, model.config.width, dtype=decoding.dtype, device=device), []
+    for step in itertools.count(1):
+        if queue and 4 * (at_once - len(alive)) >= at_once:  # not one by one: several are read in the time of one
+            while taken := next_prompts(queue, at_once - len(alive), PADDING[device.type]):
+                last = decoding.read(prompts, taken)
+                hidden = torch.cat((hidden.to(last.dtype), last))
+                alive += (prompt.first + k for prompt in taken for k in range(prompt.count))
+        index = torch.tensor(alive, device=device)
+        at, going = lengths[index], ~finished[index]  # one that has ended may not have been asked since
+        draws = None if uniforms is None else uniforms[index, at - begin[index]]
         logits = model.unembed(hidden)  # (alive, V)
-        chosen, logprob = sample_step(logits, draws, temperature, sampling.top_k, sampling.top_p)  # (alive,)
-        at = lengths[alive]
-        tokens[alive, at], logprobs[alive, at] = chosen, logprob.to(logprobs.dtype)
-        lengths[alive] = at + 1
-        finished[alive] = ended = torch.isin(chosen, stop_ids)
-        going = torch.nonzero(~ended & (at + 1 < context)).flatten()
-        if progress is not None:
-            progress(1)
-        if len(going) == 0 or step + 1 == max_new_tokens:
+        chosen, logprob, witness = draw(logits, draws, sampling.temperature, sampling.top_k, sampling.top_p)
+        tokens[index, at] = torch.where(going, chosen, sampling.pad)
+        logprobs[index, at] = torch.where(going, logprob, 0).to(dtype)
+        lengths[index] = at + going
+        finished[index] |= torch.isin(chosen, stop_ids)
+        witnesses.append(witness)
+
+        gone = {place for place, n in enumerate(decoding.lengths) if n + 1 == ends[alive[place]]}
+        if step % ASKED_EVERY[device.type] == 0 or len(gone) == len(alive):
+            check_finite(torch.cat(witnesses))
+            witnesses.clear()
+            gone |= {place for place, ended in enumerate(finished[index].tolist()) if ended}
+        if gone:
+            stay = decoding.leave(gone)
+            alive, chosen = (
+                [alive[place] for place in stay],
+                chosen[torch.tensor(stay, dtype=torch.int64, device=device)],
+            )
+        if not alive and not queue:
             break
-        if len(going) < len(alive):
-            alive, chosen = alive[going], chosen[going]
-            cache.keep(going)
-        hidden = model.trunk(chosen[:, None], cache)[:, 0]  # (alive, D)
+        hidden = decoding.step(chosen) if alive else hidden[:0]
 
     T = int(lengths.max())
-    mask = (columns >= prompt_lengths[:, None]) & (columns < lengths[:, None])
-    return Generated(tokens[:, :T], lengths, prompt_lengths, mask[:, :T], logprobs[:, :T], finished)
+    mask = (columns >= begin[:, None]) & (columns < lengths[:, None])
+    return Generated(tokens[:, :T], lengths, begin, mask[:, :T], logprobs[:, :T], finished)

@@ -63,6 +63,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin).type_as(x)
 
 
+Parts = list[tuple[slice, int]]  # neighbouring rows, and how many columns of the cache these read
+
+
 class KVCache:
     """Keys and values of every layer, one length per row, so ragged rows decode together without left padding.
 
@@ -78,6 +81,7 @@ class KVCache:
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.layers)]
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)  # (B,)
         self.longest = 0  # max(lengths), known without asking the device
+        self.parts: Parts | None = None  # see `view`
         self.max_length = max_length
 
     def write(self, layer: int, k: Tensor, v: Tensor, span: "Span") -> tuple[Tensor, Tensor]:
@@ -91,27 +95,22 @@ class KVCache:
         values[span.rows, span.columns] = v.to(values.dtype)
         return keys[:, : span.end], values[:, : span.end]
 
-    def keep(self, rows: Tensor) -> None:
-        """Keeps only these rows, in this order; a row may be taken several times (several samples of one prompt)."""
-        self.keys = [keys.index_select(0, rows) for keys in self.keys]
-        self.values = [values.index_select(0, rows) for values in self.values]
-        self.lengths = self.lengths[rows]
-        self.longest = int(self.lengths.max()) if len(rows) else 0
-
-    def view(self, rows: slice, lengths: list[int], longest: int) -> "KVCache":
+    def view(self, rows: slice, lengths: list[int], longest: int, parts: "Parts | None" = None) -> "KVCache":
         """Some rows as a cache of their own that writes into the memory of this one; whoever views keeps the lengths.
 
-        longest: at least max(lengths); columns up to it are attended to under the mask.
+        longest: at least max(lengths); columns up to it are attended to under the mask. parts: which rows attend together,
+        and to how many columns, where each row gets one token; None: all to all.
         """
         view = copy.copy(self)
         view.keys, view.values = [x[rows] for x in self.keys], [x[rows] for x in self.values]
-        view.lengths, view.longest = torch.tensor(lengths, device=self.lengths.device), longest
+        view.lengths, view.longest = torch.tensor(lengths, dtype=torch.int64, device=self.lengths.device), longest
+        view.parts = parts
         return view
 
-    def copy_row(self, source: int, target: int, length: int) -> None:
-        """The first `length` columns of row `target` become those of row `source`."""
+    def copy_rows(self, sources: Tensor, targets: Tensor, length: int) -> None:
+        """The first `length` columns of the rows `targets` become those that the rows `sources` hold before. (n,) each"""
         for x in (*self.keys, *self.values):
-            x[target, :length] = x[source, :length]
+            x[targets, :length] = x[sources, :length]
 
 
 def attend(
@@ -131,6 +130,11 @@ def attend(
     causal = causal and mask is None
     if softcap is None:
         gqa = q.shape[1] != k.shape[1]
+        if gqa and q.shape[2] == 1 and mask is not None and not (q.is_cpu and q.itemsize < 4):
+            # the query heads of a group as its queries: no head is copied or read twice. Not a CPU's half precision,
+            # whose kernel gains nothing
+            folded = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # (B, G, H/G, K)
+            return F.scaled_dot_product_attention(folded, k, v, mask, scale=scale).flatten(1, 2).unsqueeze(2)
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=gqa)
     q = q.unflatten(1, (k.shape[1], -1))  # (B, G, H/G, T, K)
     scores = q @ k.unsqueeze(2).mT * (q.shape[-1] ** -0.5 if scale is None else scale)  # (B, G, H/G, T, S)
@@ -152,7 +156,8 @@ class Span:
     cache: KVCache | None = None
     rows: Tensor | None = None  # (B, 1) and
     columns: Tensor | None = None  # (B, T): where to write in the cache; None: from column 0
-    end: int = 0  # columns of the cache that are attended to
+    end: int = 0  # columns of the cache that are attended to,
+    parts: Parts | None = None  # or how many for which rows; None: all of them for all
     attend: Callable[..., Tensor] = attend  # a packed row has its own, see model/packed.py
 
 
@@ -192,7 +197,22 @@ class Attention(nn.Module):
         if span.cache is not None:
             k, v = span.cache.write(self.layer, k, v, span)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, ., K)
-        y = span.attend(q, k, v, span.mask, self.scale, self.softcap)  # (B, H, T, K)
+        if span.parts is None:
+            y = span.attend(q, k, v, span.mask, self.scale, self.softcap)  # (B, H, T, K)
+        else:
+            y = torch.cat(
+                [
+                    span.attend(
+                        q[rows],
+                        k[rows, :, :end],
+                        v[rows, :, :end],
+                        span.mask[rows, ..., :end],
+                        self.scale,
+                        self.softcap,
+                    )
+                    for rows, end in span.parts
+                ]
+            )
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -344,6 +364,7 @@ class Transformer(nn.Module):
             if new_lengths is not None:  # padding goes to the spare column
                 span.columns = torch.where(steps < new_lengths[:, None], span.positions, cache.max_length)
             span.mask = torch.arange(longest, device=ids.device) <= span.positions[:, None, :, None]  # (B, 1, T, end)
+            span.parts = cache.parts
         span.ropes = self.rotations(span.positions)
         return span
 

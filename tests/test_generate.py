@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_model import FAMILIES, random_ids, small_model
 
-from model.generate import Sampling, generate, row_uniforms, sample_step, warp_logits
+from model import generate as module
+from model.generate import Sampling, alike, generate, row_uniforms, sample_step, warp_logits
+from model.transformer import Transformer
 
 pytestmark = pytest.mark.bits
 
@@ -293,6 +295,61 @@ def test_a_row_does_not_depend_on_its_company(family, order, count, seed):
         assert torch.allclose(a, b, atol=1e-10)
 
 
+@settings(max_examples=40)
+@given(st.data())
+def test_rows_that_wait_their_turn_are_the_same_rows(data):
+    """Any number of rows at once, any classes of lengths, equal prompts beside each other, ends that are noticed late or at
+    once, attention in parts or in one: tokens are those of the loop without a cache, and log-probs to 1e-9.
+    """
+    family = data.draw(st.sampled_from(list(FAMILIES)))
+    model, seed = small_model(family), data.draw(st.integers(0, 10**6))
+    prompts = [p for p in random_prompts(seed, 3, longest=26) for _ in range(data.draw(st.integers(1, 3)))]
+    samples, n, eos = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 12)), {5, 2}
+    uniforms = row_uniforms(seed, 0, range(samples * len(prompts)), n)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(module.PADDING, "cpu", data.draw(st.sampled_from([0, 64])))
+        patch.setitem(module.ASKED_EVERY, "cpu", data.draw(st.sampled_from([1, 3, 16])))
+        patch.setattr(module, "SAMPLED_AT_ONCE", data.draw(st.integers(1, 4)))
+        patch.setattr(module, "alike", lambda lengths, slack: alike(lengths, slack % 3))
+        out = generate(
+            model, *pad_rows(prompts, junk=V - 1), Sampling(n, eos, PAD), uniforms, data.draw(st.integers(1, 20))
+        )
+    for row in range(len(uniforms)):
+        prompt = prompts[row // samples]
+        expected, logprobs, finished = slow_generate(model, prompt, n, uniforms[row], eos, SETTINGS[0])
+        assert response(out, row) == expected and bool(out.finished[row]) == finished
+        assert out.tokens[row, : len(prompt)].tolist() == prompt
+        assert not out.tokens[row, out.lengths[row] :].any() and not out.logprobs[row][~out.mask[row]].any()
+        assert torch.allclose(out.logprobs[row][out.mask[row]], torch.tensor(logprobs, dtype=torch.float64), atol=1e-9)
+
+
+def test_a_prompt_of_several_rows_is_read_once(monkeypatch):
+    """Equal neighbours, whatever stands behind them, and samples of one; prompts of a like length in one forward."""
+    model, read, trunk = small_model("llama"), [], Transformer.trunk
+    prompts, lengths = pad_rows([[1, 2], [1, 2], [3] * 20, [4] * 19, [1, 2], [1, 2, 3]])
+    prompts[1, 2:] = 7
+    monkeypatch.setitem(module.PADDING, "cpu", 2)
+
+    def watched(self, ids, cache=None, new_lengths=None):
+        if new_lengths is not None:
+            read.append(sorted(row[:n].tolist() for row, n in zip(ids, new_lengths)))
+        return trunk(self, ids, cache, new_lengths)
+
+    monkeypatch.setattr(Transformer, "trunk", watched)
+    out = generate(model, prompts, lengths, Sampling(3, set(), PAD), row_uniforms(0, 0, range(12), 3))
+    assert read == [[[3] * 20, [4] * 19], [[1, 2], [1, 2], [1, 2, 3]]] and len(out.tokens) == 12
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=20), st.integers(0, 100))
+def test_parts_of_like_length(lengths, slack):
+    parts = alike(lengths, slack)
+    assert [row for rows, _ in parts for row in range(rows.start, rows.stop)] == list(range(len(lengths)))
+    for rows, longest in parts:
+        part = lengths[rows]
+        assert longest == max(part) and longest * len(part) - sum(part) <= slack
+
+
 def test_several_samples_share_a_prefill():
     model, (tokens, lengths) = small_model("llama"), pad_rows(random_prompts(7, 3))
     uniforms = row_uniforms(7, 0, range(12), 8)
@@ -364,14 +421,6 @@ def test_the_context_ends_a_row(family):
         assert response(out, row) == expected
 
 
-def test_progress_counts_steps():
-    model, seen = small_model("llama"), []
-    generate(
-        model, *pad_rows([[1], [2, 3]]), Sampling(7, set(), PAD), row_uniforms(0, 0, range(2), 7), progress=seen.append
-    )
-    assert seen == [1] * 7
-
-
 def test_inputs_stay_and_outputs_can_be_trained_on():
     model, (tokens, lengths) = small_model("gpt2", torch.float32), pad_rows(random_prompts(3, 4), junk=V - 1)
     before = tokens.clone(), lengths.clone()
@@ -413,3 +462,8 @@ def test_one_clear_line(prompts, uniforms, temperature, words):
     with pytest.raises(ValueError, match=words) as error:
         generate(model, tokens, lengths, Sampling(4, {1}, PAD, temperature=temperature), uniforms)
     assert "\n" not in str(error.value)
+
+
+def test_at_once_is_a_number_of_rows():
+    with pytest.raises(ValueError, match="at_once is 0"):
+        generate(small_model("llama"), *pad_rows([[1]]), Sampling(4, {1}, PAD), row_uniforms(0, 0, [0], 4), at_once=0)

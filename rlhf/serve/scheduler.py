@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from data.tokenizer import Detokenizer, Tokenizer
-from model.generate import check_finite, row_uniforms, sample_step
-from model.transformer import KVCache, Transformer
+from model.generate import Decoding, check_finite, row_uniforms, sample_step
+from model.transformer import Transformer
 
 CHUNK = 256  # prompt tokens per step: others wait no longer than that for their next token
 COLUMNS = 64  # attended columns are a multiple of it
@@ -163,7 +163,7 @@ class Scheduler:
         self.device = model.embed_tokens.weight.device
         # a multiple of 8 columns: the last, shorter vector of a row would be added up in another order
         self.width = min(width, model.config.context) // 8 * 8 or min(width, model.config.context)
-        self.cache = KVCache(model.config, rows + 1, self.width, model.norm.weight.dtype, self.device)
+        self.decoding = Decoding(model, rows + 1, self.width)
         self.spare = rows  # the row that prompts are read in
         self.active: list[Request] = []  # active[i] decodes in row i
         self.next: list[int] = []  # its newest token, which the cache does not hold yet
@@ -252,7 +252,7 @@ class Scheduler:
         except Exception:
             logging.getLogger(__name__).exception("a step failed")
             lost = [*self.active, *([self.reading] if self.reading else [])]
-            self.active, self.next, self.reading, self.in_spare = [], [], None, None
+            self.active, self.next, self.reading, self.in_spare, self.decoding.lengths = [], [], None, None, []
             self.deliver([Event(request, error="the server failed", status=500) for request in lost])
 
     @torch.no_grad()
@@ -286,35 +286,25 @@ class Scheduler:
             if self.reading and self.reading.cancelled:
                 gone.append(self.reading)
                 self.reading = None
-        for row in reversed(range(len(self.active))):
-            if self.active[row].cancelled:
-                gone.append(self.active[row])
-                self._release(row)
+        left = {row for row, request in enumerate(self.active) if request.cancelled}
+        gone += (self.active[row] for row in left)
+        self._leave(left)
         self.counts["cancelled"] += len(gone)
         if late:
             self.deliver([Event(request, error="it waited too long") for request in late])
 
-    def _release(self, row: int) -> None:
-        """The last row moves into the hole, so that the batch stays dense."""
-        last = self.active.pop()
-        token = self.next.pop()
-        if row < len(self.active):
-            self.cache.copy_row(len(self.active), row, self._length(last))
-            self.active[row], self.next[row] = last, token
+    def _leave(self, rows: set[int]) -> None:
+        if rows:
+            stay = self.decoding.leave(rows)
+            self.active, self.next = [self.active[row] for row in stay], [self.next[row] for row in stay]
 
-    @staticmethod
-    def _length(request: Request) -> int:
-        """Tokens in the cache of a request that decodes: all but the newest."""
-        return len(request.prompt) + request.count - 1
-
-    def _forward(self, ids: list[int], lengths: list[int], seeded: bool) -> Tensor:
-        """Logits (B, V) after one more token in each of the first B rows."""
+    def _forward(self, ids: list[int], seeded: bool) -> Tensor:
+        """Logits (B, V) after one more token in each of the rows that decode."""
         rows, columns = self.shape if seeded else (1, 1)
-        blank = max(0, rows - len(ids))  # rows that nobody reads
-        longest = max(columns, min(-(-(max(lengths) + 1) // COLUMNS) * COLUMNS, self.width)) - 1
-        view = self.cache.view(slice(0, len(ids) + blank), lengths + [0] * blank, longest)
-        hidden = self.model.trunk(torch.tensor(ids + [0] * blank, device=self.device)[:, None], view)  # (B, 1, D)
-        return self.model.unembed(hidden[:, 0])[: len(ids)]
+        longest = min(-(-(max(self.decoding.lengths) + 1) // COLUMNS) * COLUMNS, self.width)
+        columns = max(columns, longest) if seeded else None
+        hidden = self.decoding.step(torch.tensor(ids, device=self.device), rows, columns)
+        return self.model.unembed(hidden)[: len(ids)]
 
     def exact_shape(self) -> tuple[bool, float]:
         """Sets `shape`, the fewest rows and columns from which on a row's logits do not depend, bit by bit, on what lies
@@ -329,12 +319,15 @@ class Scheduler:
         prompt = torch.randint(vocabulary, (1, longest), generator=generator).to(self.device)
         ids = torch.randint(vocabulary, (self.rows,), generator=generator)
         lengths = torch.tensor([37 * row % longest for row in range(self.rows)])
-        self.model.trunk(prompt, self.cache.view(slice(self.spare, self.spare + 1), [0], 0))
+        self._read_chunk(prompt[0].tolist(), 0)
 
         def logits(order: Tensor) -> Tensor:
-            for row in range(len(order)):
-                self.cache.copy_row(self.spare, row, longest)
-            return self._forward(ids[order].tolist(), lengths[order].tolist(), seeded=True)
+            self._join(longest, len(order))
+            self.decoding.lengths = lengths[order].tolist()
+            try:
+                return self._forward(ids[order].tolist(), seeded=True)
+            finally:
+                self.decoding.lengths = []
 
         def company():
             """Logits (n, V) of steps of `shape`, and what they should be."""
@@ -376,16 +369,15 @@ class Scheduler:
         """One token of every row."""
         started = time.perf_counter()
         seeded = any(request.sampling.seed is not None for request in self.active)
-        logits = self._forward(self.next, [self._length(request) for request in self.active], seeded)
-        tokens = self._sample(logits, self.active)
-        for row in reversed(range(len(self.active))):
-            request = self.active[row]
+        tokens, ended = self._sample(self._forward(self.next, seeded), self.active), set()
+        for row, request in enumerate(self.active):
             event = self._advance(request, tokens[row])
             events.append(event)
             if event.finish or event.error:
-                self._release(row)
+                ended.add(row)
             else:
                 self.next[row] = tokens[row].id
+        self._leave(ended)
         self.counts["steps"] += 1
         self.counts["step_rows"] += len(tokens)
         self.counts["decode_seconds"] += time.perf_counter() - started
@@ -468,9 +460,7 @@ class Scheduler:
             else:
                 # chunks begin at multiples of CHUNK whatever else happens: the same arithmetic every time
                 self.in_spare, start = None, request.read
-                ids = torch.tensor([request.prompt[start : start + CHUNK]], device=self.device)
-                row = self.cache.view(slice(self.spare, self.spare + 1), [start], start)
-                hidden = self.model.trunk(ids, row)[0]  # (T, D)
+                hidden = self._read_chunk(request.prompt[start : start + CHUNK], start)  # (T, D)
                 if request.sampling.prompt_logprobs:
                     try:
                         self._report_prompt(request, hidden)
@@ -479,8 +469,8 @@ class Scheduler:
                         events.append(Event(request, error=str(error), status=500))
                         continue
                 hidden, request.read = hidden[-1:], start + len(hidden)
-                budget -= ids.shape[1]
-                self.counts["prompt_tokens"] += ids.shape[1]
+                budget -= request.read - start
+                self.counts["prompt_tokens"] += request.read - start
             self.counts["prefill_seconds"] += time.perf_counter() - started
             if request.read < len(request.prompt):
                 continue
@@ -493,12 +483,24 @@ class Scheduler:
                 event = self._advance(request, token)
             going = not event.finish and not event.error
             if going:
-                self.cache.copy_row(self.spare, len(self.active), len(request.prompt))
+                self._join(len(request.prompt))
             self.reading = None  # only now: until here a failure must find it
             events.append(event)
             if going:
                 self.active.append(request)
                 self.next.append(token.id)
+
+    def _read_chunk(self, ids: list[int], start: int) -> Tensor:
+        """Hidden states (T, D) of a part of a prompt, which goes into the spare row from column `start` on."""
+        row = self.decoding.cache.view(slice(self.spare, self.spare + 1), [start], start)
+        return self.model.trunk(torch.tensor([ids], device=self.device), row)[0]
+
+    def _join(self, length: int, copies: int = 1) -> None:
+        """The spare row, of so many tokens, joins those that decode."""
+        first = len(self.decoding.lengths)
+        spare, rows = torch.full((copies,), self.spare), torch.arange(first, first + copies)
+        self.decoding.cache.copy_rows(spare.to(self.device), rows.to(self.device), length)
+        self.decoding.lengths += [length] * copies
 
     def _report_prompt(self, request: Request, hidden: Tensor) -> None:
         """Log-probs of the tokens that the positions just read (T, D) predict; the first token has none."""
