@@ -182,4 +182,4 @@ def build(path: Path) -> World:
 def lines(file: Path) -> list[dict]:
     """The complete lines of a .jsonl file that may still be growing."""
     text = file.read_text() if file.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n") if line]
