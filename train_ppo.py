@@ -282,7 +282,7 @@ def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch
         record |= cast.reward.means(rollout.parts) | group_metrics(scores, cfg.samples_per_prompt) | acted.counts
         record |= clock.times(record["response/length"] * cfg.batch, dist.device)
         done = iteration + 1
-        record |= {} if broken or guard.brakes.ended else held_out.ask(done, run)
+        record |= {} if broken or guard.brakes.ended else held_out.ask(done, bound)
         record |= {"lr": lr, "episode": done * cfg.batch, "iteration": iteration, "bad/steps": guard.brakes.count()}
         log.log(iteration, record)
         guard.brakes.check()

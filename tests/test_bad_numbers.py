@@ -293,6 +293,21 @@ def test_max_kl_of_a_run_with_one_iteration(run):
     assert "doctor: max_kl reached: the policy after 1 iterations was" in done.out
 
 
+@pytest.mark.slow
+def test_the_best_policy_kept_the_bound(run, tmp_path):
+    """A judge that likes every policy more than the one before; the last of them went too far."""
+    judge = tmp_path / "judge.py"
+    judge.write_text(
+        "calls = 0\ndef later(responses):\n    global calls\n    calls += 1\n    return [float(calls)] * len(responses)\n"
+    )
+    more = {"judge": f"{judge}:later", "judge_every": 1, "judge_prompts": 1}
+    done, out = run(**JUMPS | more)
+    assert done.code == 0, done
+    report = json.loads((out / "report.json").read_text())
+    assert 0 < report["brake"]["restored"] and "is restored" in done.out
+    assert checkpoint.load(out / "best").state["done"] == report["best"]["iterations"] == report["brake"]["restored"]
+
+
 # ---- resuming, ranks, the doctor
 
 

@@ -21,7 +21,7 @@ class NoJudge:
     def stalled(self) -> str:
         return ""
 
-    def ask(self, done: int, run: Run) -> dict[str, float]:
+    def ask(self, done: int, bound: "NoBound | KLBound") -> dict[str, float]:
         return {}
 
 
@@ -56,7 +56,7 @@ class HeldOutJudge:
             return ""
         return f"{self.patience} judgements in a row did not beat the held-out judge's best"
 
-    def ask(self, done: int, run: Run) -> dict[str, float]:
+    def ask(self, done: int, bound: "NoBound | KLBound") -> dict[str, float]:
         """judge/mean of the policy after `done` iterations, when it is time."""
         if done % self.every:
             return {}
@@ -69,7 +69,7 @@ class HeldOutJudge:
         mean = float(self.dist.sum(scores).mean())  # each rank adds zeros to the others': exact for any world size
         self.verdicts.append(mean)
         if best_place(self.verdicts) == len(self.verdicts) - 1:
-            run.save_best({"done": done, "judge/mean": mean})
+            bound.save_best({"done": done, "judge/mean": mean})
         return {"judge/mean": mean}
 
 
@@ -86,6 +86,9 @@ class NoBound:
 
     def save(self, done: int, **state) -> None:
         self.run.save(done, **state)
+
+    def save_best(self, record: dict) -> None:
+        self.run.save_best(record)
 
     def stop(self, iteration: int, **state) -> None:
         """The checkpoint of a run that ends before its time."""
@@ -104,6 +107,7 @@ class KLBound:
         self.run, self.max_kl = run, max_kl
         self.extra = 1
         self.brake: dict | None = None  # what broke the bound, for report.json
+        self.best: dict | None = None  # what the held-out judge says of the policy that has not acted yet
         self.unproven: tuple | None = None  # the save that waits: its arguments, is it scheduled, who waits for it
         self.kept: tuple[int, dict[str, Tensor], dict] | None = None  # the last that passed: iteration, weights, state
 
@@ -111,9 +115,15 @@ class KLBound:
         self.unproven = (done, state, self.run.scheduled, self.run.wanted)
         self.run.wanted = 0  # a signal waits too
 
+    def save_best(self, record: dict) -> None:
+        self.best = record
+
     def passed(self, kl: float, iteration: int, state: dict) -> str:
         """Why the run ends after what the policy of `iteration` did; "" while it may go on. `state` is for a checkpoint."""
         if kl <= self.max_kl:
+            if self.best:  # before the checkpoint that counts it among the verdicts
+                self.run.save_best(self.best)
+                self.best = None
             if self.unproven:
                 done, saved, self.run.scheduled, wanted = self.unproven
                 self.run.save(done, **saved)
