@@ -61,7 +61,7 @@ class HeldOutJudge:
         if done % self.every:
             return {}
         scores = torch.zeros(len(self.prompts), dtype=torch.float64)
-        with self.dist.whole(run.module.model):
+        with self.dist.whole(bound.run.module.model):
             for start in range(self.dist.rank, len(scores), self.at_once):
                 rows = torch.arange(start, min(start + self.at_once, len(scores)), self.dist.world)
                 g = self.act(self.prompts[rows], self.lengths[rows], rows, -1)  # -1: numbers that no iteration draws
