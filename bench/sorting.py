@@ -62,7 +62,7 @@ class Config:
     out: str = "out/sorting"  # the data, the runs and results.md; what is finished is kept
     seeds: tuple[int, ...] = (1, 2, 3)  # of each method
     iterations: int = 30  # of each run, 64 responses each
-    control: int = 120  # steps of 16 gold answers of the control; 120 are as many answers as 30 iterations have responses
+    control: int = 120  # steps of the control, 16 gold answers each: as many as 30 iterations have responses
     prompts: int = 128  # held out
     samples: int = 4  # to each of them
     threads: int = 1  # of every process
