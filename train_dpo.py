@@ -21,6 +21,7 @@ from torch import Tensor
 
 from data.loader import PairBatch, PairLoader, in_order, open_data, shard
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
+from model.transformer import recompute_blocks
 from rlhf.infra import config, distributed, optim
 from rlhf.infra.brakes import Brakes
 from rlhf.infra.distributed import Dist
@@ -55,6 +56,7 @@ class Config:
     epochs: float = 1.0  # passes over the training pairs
     batch: int = 16  # pairs per optimiser step, over all ranks
     micro_batch: int | None = None  # pairs per forward on one rank; none = all of its share
+    recompute: bool = False  # compute each block again for the backward pass: less memory, more time
     lr: float = 1e-5  # peak learning rate
     warmup: int = 10  # steps of linear warm-up
     decay: Literal["linear", "cosine", "constant"] = "linear"  # learning rate after the warm-up
@@ -91,6 +93,7 @@ def main() -> None:
     base = open_pretrained(cfg.init, dist.device)
     tokenizer, loader, held_out = open_pairs(cfg, base)
     roles = LAYOUTS[cfg.layout](base.model.eval(), "none", 1.0, lora_of(cfg), cfg.branch_layers)
+    recompute_blocks(roles.policy, cfg.recompute)
     total = int(cfg.epochs * loader.order.steps_per_epoch)
     if total < 1:
         raise ValueError(

@@ -24,7 +24,7 @@ from data.examples import Examples
 from data.loader import TextLoader, cut, in_order, open_data, pad
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
 from model.generate import Sampling, generate, row_uniforms
-from model.transformer import ModelConfig, Transformer
+from model.transformer import ModelConfig, Transformer, recompute_blocks
 from rlhf.infra import config, distributed, optim
 from rlhf.infra.brakes import Brakes
 from rlhf.infra.distributed import Dist
@@ -64,6 +64,7 @@ class Config:
     epochs: float = 4.0  # passes over the training split
     batch: int = 32  # rows per optimiser step, over all ranks
     micro_batch: int | None = None  # rows per forward on one rank; none = all of its share
+    recompute: bool = False  # compute each block again for the backward pass: less memory, more time
     lr: float = 3e-3  # peak learning rate
     warmup: int = 50  # steps of linear warm-up
     decay: Literal["linear", "cosine", "constant"] = "cosine"  # learning rate after the warm-up
@@ -98,6 +99,7 @@ def main() -> None:
     tokenizer, train, validation = open_splits(cfg)
     base = open_init(cfg, tokenizer)
     language_model = LanguageModel(start(cfg, base, tokenizer).to(dist.device))
+    recompute_blocks(language_model, cfg.recompute)
     loaders = loaders_of(cfg, train, validation, language_model.model.config.context, dist)
     total = int(cfg.epochs * loaders[0].order.steps_per_epoch)
     if total < 1:

@@ -35,6 +35,7 @@ from data.loader import PromptLoader, drawn, micro_batches, open_data, prompts_o
 from data.tokenizer import Detokenizer, Tokenizer, check_fingerprint, load_tokenizer
 from evaluation.card import beats_length
 from model.generate import Sampling
+from model.transformer import recompute_blocks
 from rlhf import kl
 from rlhf.advantages import ESTIMATORS
 from rlhf.doctor.diagnosis import diagnose, in_words, stops_of
@@ -108,6 +109,7 @@ class Config:
     minibatches: int = 4  # optimiser steps per epoch
     micro_batch: int | None = None  # responses per forward on one rank; none = all of its share of a minibatch
     micro_batch_tokens: int | None = None  # instead: rows of like length together, so many tokens with their padding
+    recompute: bool = False  # compute each block again for the backward pass: less memory, more time
     policy_loss: Literal["ppo", "gspo", "cispo"] = "ppo"  # gspo: a ratio per response; cispo: clipped weights
     clip: float = 0.2  # ratio may move this far from 1; for gspo some 3e-4
     clip_high: float | None = None  # upper bound instead of clip, for ratios above 1
@@ -226,6 +228,7 @@ def main() -> None:
 def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch: int) -> None:
     """The loop: `iterations` times act, judge, assign credit, learn and report, or until there is a reason to stop."""
     policy, reference, held_out = cast.roles.policy, cast.roles.reference, cast.held_out
+    recompute_blocks(policy, cfg.recompute)
     learner = dist.wrap(policy)
     optimizer = optim.make_optimizer(policy, cfg.lr, cfg.weight_decay, betas=(0.9, 0.999), eps=cfg.adam_eps)
     objective = objective_of(cfg)
@@ -464,6 +467,7 @@ def memory_plan(cfg: Config, dist: Dist, micro_batch: int) -> float:
         critic=cfg.critic if critic != "none" else critic,
         lora=lora_of(cfg),
         branch_layers=cfg.branch_layers,
+        recompute=cfg.recompute,
         reward=scorer_of(cfg.reward).parameters,
         baseline=resident_bytes() if dist.device.type == "cpu" else 0,
     )

@@ -31,6 +31,7 @@ from data.loader import (
 from data.pairs import MOST_PAIRS, MOST_TRAINING_PAIRS, SomeAnswers, made_pairs, some_prompts
 from data.text import SPLITS
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
+from model.transformer import recompute_blocks
 from rlhf.infra import checkpoint, config, distributed, optim
 from rlhf.infra.brakes import Brakes
 from rlhf.infra.distributed import Dist
@@ -112,6 +113,7 @@ class Config:
     epochs: float = 2.0  # passes over the training split [trunk=full|adapters]
     batch: int = 32  # texts, pairs, or prompts with all answers per step, over all ranks [trunk=full|adapters]
     micro_batch: int | None = None  # of these per forward on a rank; none = its share [trunk=full|adapters]
+    recompute: bool = False  # compute blocks again for the backward pass: less memory, more time [trunk=full|adapters]
     lr: float = 1e-3  # peak learning rate [trunk=full|adapters]
     warmup: int = 50  # steps of linear warm-up [trunk=full|adapters]
     decay: Literal["linear", "cosine", "constant"] = "cosine"  # learning rate after the warm-up [trunk=full|adapters]
@@ -251,6 +253,7 @@ def train(cfg: Config, dist: Dist) -> None:
     objective = objective_of(cfg, splits[0])
     references = references_of(cfg, base, splits[0], cfg.trunk)
     reward_model = BUILDERS[cfg.trunk](cfg, base, stop_ids, reads).to(dist.device)
+    recompute_blocks(reward_model, cfg.recompute)
     if cfg.start:
         checksums["start_sha256"] = start_at(cfg, base, reward_model)
     dist.rest(base.model)

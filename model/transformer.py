@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.config import ModelConfig, rope_type
 
@@ -332,6 +333,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = NORMS[config.norm](config.width, config.norm_eps)
         self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.recompute = False  # see recompute_blocks
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
@@ -394,8 +396,12 @@ class Transformer(nn.Module):
 
     def blocks(self, hidden: Tensor, span: Span, first: int = 0, last: int | None = None) -> Tensor:
         """Layers first to last - 1. (B, T, D) -> (B, T, D)"""
+        again = self.recompute and torch.is_grad_enabled()
         for block in self.layers[first:last]:
-            hidden = block(hidden, span)
+            if again:  # nothing in a block is random
+                hidden = checkpoint(block, hidden, span, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = block(hidden, span)
         return hidden
 
     def trunk(self, ids: Tensor, cache: KVCache | None = None, new_lengths: Tensor | None = None) -> Tensor:
@@ -430,3 +436,12 @@ class Transformer(nn.Module):
     def forward(self, ids: Tensor, cache: KVCache | None = None, new_lengths: Tensor | None = None) -> Tensor:
         """Logits of every position. (B, T) -> (B, T, V)"""
         return self.unembed(self.trunk(ids, cache, new_lengths))
+
+
+def recompute_blocks(module: nn.Module, on: bool = True) -> None:
+    """The transformers in it keep what goes into a block alone, and compute the rest again for the backward pass
+    (arXiv:1604.06174): the same gradients with less memory, for a third more products.
+    """
+    for part in module.modules():
+        if isinstance(part, Transformer):
+            part.recompute = on

@@ -41,6 +41,7 @@ REPORT = (
     "eval_every",
     "micro_batch",
     "micro_batch_tokens",
+    "recompute",
     "weak_reward",
     "shard",
     "replicas",

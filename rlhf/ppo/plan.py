@@ -30,6 +30,7 @@ class Sizes:
     lora: LoRA = LoRA()
     branch_layers: int = 4
     reward: int = 0  # parameters of a reward model that shares none
+    recompute: bool = False  # --recompute
     baseline: int = 0  # bytes that the process holds before: Python, torch, libraries
 
 
@@ -46,6 +47,9 @@ def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
     kept = sum(
         kept_per_token(config, s.prompt + s.response - 1) for model in models for block in model.layers if learns(block)
     )
+    if s.recompute:  # what goes into every block, and all of one
+        blocks = sum(learns(block) for model in models for block in model.layers)
+        kept = kept // blocks + config.width * blocks
     kept += sum(2 * config.width for _ in models)  # the final norm
     logits = (
         max(2 * s.micro_batch * s.response, 4 * s.batch) * config.vocab_size
