@@ -6,6 +6,10 @@
     config.json            {"format": 2, "config": ..., "files": {name: {"bytes", "sha256"}}, "sha256": of all that}
     ...                    files that belong to it, e.g. the tokenizer
 
+A sharded run writes model-00001-of-00004.safetensors in place of model.safetensors, one a rank, and the same of the
+optimizer: the rows that this rank keeps, and in the header where they begin (torch.distributed.checkpoint's format for HF,
+which has no pickle). Whoever reads gets whole tensors, on any number of ranks.
+
 It is written under a temporary name beside its place, flushed to the disk and renamed, so a kill or a full disk at any
 moment leaves the last complete one. Whoever reads a file compares it with its sha256 (format 1 knew sizes alone). There is
 no pickle: opening a checkpoint from a stranger runs none of their code, follows no path out of it and reads no device.
@@ -20,12 +24,13 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -33,6 +38,7 @@ from rlhf.infra.files import check_regular, parse_json
 
 FORMAT = 2
 LARGEST_JSON = 16 * 2**20  # bytes of a config.json or state.json; ours have a few thousand
+SHARD = re.compile(r"(model|optimizer)-\d{5}-of-\d{5}\.safetensors")
 BROKEN = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO)  # of a checkpoint, not of permissions
 
 
@@ -56,18 +62,37 @@ class Checkpoint:
 
     @property
     def digest(self) -> str:
-        """sha256 of the weights, hex."""
-        self.check("model.safetensors")
-        return self.files["model.safetensors"].get("sha256") or sha256(self.path / "model.safetensors")
+        """sha256 of the weights, hex; where they are sharded, of the shards' own."""
+        parts = self.parts("model.safetensors")
+        for part in parts:
+            self.check(part)
+        if len(parts) == 1:
+            return self.files[parts[0]].get("sha256") or sha256(self.path / parts[0])
+        return hashlib.sha256("".join(self.files[part]["sha256"] for part in parts).encode()).hexdigest()
 
     def size(self, name: str) -> int:
-        return self.files.get(name, {}).get("bytes", 0)
+        return sum(self.files.get(part, {}).get("bytes", 0) for part in self.parts(name))
+
+    def parts(self, name: str) -> list[str]:
+        """The files of model.safetensors or optimizer.safetensors: that one, or the shards, in the order of the ranks."""
+        shards = [SHARD.fullmatch(file) for file in sorted(self.files)]
+        return [shard[0] for shard in shards if shard and f"{shard[1]}.safetensors" == name] or [name]
 
     def read(self, name: str) -> dict[str, Tensor]:
-        if name not in self.files:
-            raise FileNotFoundError(errno.ENOENT, "this checkpoint has no such file", str(self.path / name))
-        self.check(name)
-        return read_tensors(self.path / name)
+        parts = self.parts(name)
+        if parts == [name]:
+            if name not in self.files:
+                raise FileNotFoundError(errno.ENOENT, "this checkpoint has no such file", str(self.path / name))
+            self.check(name)
+            return read_tensors(self.path / name)
+        return dict(self.one_by_one(name))
+
+    def one_by_one(self, name: str) -> Mapping[str, Tensor]:
+        """As `read`, but of shards a tensor is put together each time when somebody asks for it."""
+        parts = self.parts(name)
+        for part in parts:
+            self.check(part)
+        return self.read(name) if parts == [name] else Shards([self.path / part for part in parts])
 
     def check(self, name: str) -> None:
         """ValueError unless the file holds the bytes that were written."""
@@ -80,6 +105,82 @@ class Checkpoint:
         self.checked.add(name)
 
 
+class Shards(Mapping):
+    """The tensors of a sharded file by name, each put together from the rows in its shards when it is asked for.
+
+    ValueError where shards do not make up a whole tensor.
+    """
+
+    def __init__(self, files: list[Path]):
+        self.open, self.chunks = {}, {}  # chunks: name -> [(first row, rows, file)], in order
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in files:
+            with damage_told(file):
+                check_regular(file)
+                opened = self.open[file] = safe_open(file, "pt")
+                begins = parse_json((opened.metadata() or {})[OFFSETS].encode(), str(file))
+                for name in opened.keys():
+                    shape, offsets = opened.get_slice(name).get_shape(), begins[name]["saved_offsets"]
+                    first = offsets[0] if shape else 0
+                    if len(offsets) != len(shape) or any(offsets[1:]) or type(first) is not int:
+                        raise ValueError(f"{name} begins at {offsets}")
+                    self.chunks.setdefault(name, []).append((first, shape[0] if shape else 1, file))
+                    self.shapes[name] = tuple(shape)
+        for name, chunks in self.chunks.items():
+            chunks.sort(key=lambda chunk: chunk[:2])
+            rows, file = 0, chunks[0][2]
+            for first, count, file in chunks:
+                if first != rows and count:
+                    raise ValueError(f"{file} is damaged ({name} has no row {rows}); use another checkpoint")
+                rows += count
+            if self.shapes[name]:
+                self.shapes[name] = (rows, *self.shapes[name][1:])
+
+    def __getitem__(self, name: str) -> Tensor:
+        chunks = self.chunks[name]
+        if not self.shapes[name]:
+            return self.open[chunks[0][2]].get_tensor(name)
+        tensor = None
+        for first, count, file in chunks:
+            with damage_told(file):
+                rows = self.open[file].get_tensor(name)
+                if tensor is None:
+                    tensor = torch.empty(self.shapes[name], dtype=rows.dtype)
+                tensor[first : first + count] = rows
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.chunks)
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+
+OFFSETS = "DCP_SHARDING_INFO"  # torch.distributed.checkpoint's name for where the rows of a shard begin
+
+
+@contextlib.contextmanager
+def damage_told(file: Path) -> Iterator[None]:
+    """One line for whatever a file says that is no shard."""
+    try:
+        yield
+    except (SafetensorError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:100]
+        raise ValueError(f"{file} is damaged ({reason}); use another checkpoint") from None
+
+
+class Together(Protocol):
+    """How the ranks of a sharded run write a checkpoint: see rlhf.infra.shards."""
+
+    is_main: bool
+
+    def write(self, place: Path, tensors: dict[str, Tensor], optimizer: dict[str, Tensor] | None) -> dict[str, dict]:
+        """Rank 0's part, in this directory: its rows; -> facts of the files of all ranks, which are then there."""
+
+    def help(self, path: Path, tensors: dict[str, Tensor], optimizer: dict[str, Tensor] | None) -> Path:
+        """The part of another rank, where rank 0 says; -> path."""
+
+
 def save(
     path: str | Path,
     tensors: dict[str, Tensor],
@@ -87,14 +188,18 @@ def save(
     state: dict | None = None,
     optimizer: dict[str, Tensor] | None = None,
     files: Iterable[str | Path] = (),
+    together: "Together | None" = None,
 ) -> Path:
     """Write a checkpoint, replacing an older one only when the new one is complete; dtypes are kept.
 
+    With `together` every rank calls it and writes its rows of the sharded tensors; rank 0 does the rest.
     `config` and `state` are plain JSON. Tensors that share memory are refused: a tied weight has one name.
     Raises OSError with the path when there is no space or no permission, ValueError where other files would be lost;
     what was there before is then untouched.
     """
     path, files = Path(path), [*files]
+    if together and not together.is_main:
+        return together.help(path, tensors, optimizer)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file, not a checkpoint: choose another place, or delete it")
     if foreign := strangers(path, files):
@@ -104,14 +209,17 @@ def save(
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(leftovers(path, "tmp"))
         temporary.mkdir()
-        write_tensors(temporary / "model.safetensors", tensors)
-        if optimizer is not None:
-            write_tensors(temporary / "optimizer.safetensors", optimizer)
+        written = together.write(temporary, tensors, optimizer) if together else {}
+        if not together:
+            write_tensors(temporary / "model.safetensors", tensors)
+            if optimizer is not None:
+                write_tensors(temporary / "optimizer.safetensors", optimizer)
         if state is not None:
             (temporary / "state.json").write_text(json.dumps(state, indent=1))
         for file in files:
             shutil.copyfile(file, temporary / Path(file).name)
-        written = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in listed(temporary)}
+        for file in listed(temporary):
+            written[file.name] = written.get(file.name) or facts(file)
         content = {"format": FORMAT, "config": config, "files": written}
         content["sha256"] = own_digest(content)
         (temporary / "config.json").write_text(json.dumps(content, indent=1))
@@ -131,6 +239,11 @@ def save(
     finally:
         remove([temporary])  # still there only after an error
     return path
+
+
+def facts(file: Path) -> dict:
+    """What a checkpoint knows of a file."""
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
 def listed(directory: Path) -> list[Path]:
@@ -342,8 +455,9 @@ def newest_intact(run_dir: str | Path) -> tuple[Path | None, list[str]]:
 
 def save_step(run_dir: str | Path, step: int, *args, keep: int | None = 2, **kwargs) -> Path:
     """save() to run_dir/step_000123, then remove all but the newest `keep`; None keeps all."""
-    path = save(Path(run_dir) / f"step_{step:06d}", *args, **kwargs)
-    prune(run_dir, keep)
+    path, together = save(Path(run_dir) / f"step_{step:06d}", *args, **kwargs), kwargs.get("together")
+    if together is None or together.is_main:
+        prune(run_dir, keep)
     return path
 
 
@@ -378,6 +492,7 @@ def strangers(path: Path, files: list[str | Path]) -> list[str]:
     """Names in `path` that no save() with these `files` wrote: replacing the directory would lose them."""
     content = read_config(path)
     ours = {"config.json", "model.safetensors", "optimizer.safetensors", "state.json"}
+    ours |= {name for name in os.listdir(path) if SHARD.fullmatch(name)} if path.is_dir() else set()
     ours |= {*(content["files"] if content else ()), *(Path(file).name for file in files)}
     return sorted(set(os.listdir(path)) - ours) if path.is_dir() else []
 
@@ -424,17 +539,18 @@ def trained_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
 
 
-def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: str | Path) -> None:
+def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:
     """Copy `tensors`, which came from `where`, into the module; ValueError unless names and shapes are its own.
 
     Frozen parameters stay as they are, see `trained_state`.
     """
-    own = trained_state(module)
+    own, shapes = trained_state(module), getattr(tensors, "shapes", None)
+    shapes = shapes or {name: tuple(x.shape) for name, x in tensors.items()}
     missing, extra = [n for n in own if n not in tensors], [n for n in tensors if n not in own]
     wrong = [
-        f"{name} is {tuple(tensors[name].shape)} there and {tuple(own[name].shape)} here"
+        f"{name} is {shapes[name]} there and {tuple(own[name].shape)} here"
         for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
+        if name in tensors and shapes[name] != tuple(own[name].shape)
     ]
     differences = [("it lacks ", missing), ("it adds ", extra), ("", wrong)]
     if any(names for _, names in differences):
@@ -485,7 +601,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> di
     return {f"{name}:{key}": tensor for name, state in named for key, tensor in state.items()}
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """The reverse of optimizer_tensors: training goes on bit for bit. ValueError where the tensors fit no parameter."""
     named = dict(module.named_parameters())
     for label, tensor in tensors.items():

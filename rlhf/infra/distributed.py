@@ -74,6 +74,11 @@ class Dist:
         with fsdp().whole(*modules) if self.mesh else contextlib.nullcontext():
             yield
 
+    @property
+    def together(self):  # -> shards.Ranks | None
+        """How the ranks write a checkpoint of what is sharded; None: rank 0 does it alone."""
+        return fsdp().Ranks(self.rank, self.world, self.all_gather_rows) if self.mesh else None
+
     def grad_sync(self, module: nn.Module, on: bool) -> contextlib.AbstractContextManager:
         """Around forward *and* backward of a micro-batch: gradients travel only with the last one of a step.
 

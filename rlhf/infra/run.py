@@ -212,8 +212,8 @@ class Run:
         self.extra: Path | None = None  # a checkpoint that the schedule does not know: it goes when the next is written
         if newest := checkpoint.latest(out):
             saved = checkpoint.load(newest)
-            checkpoint.load_weights(module, saved.tensors, newest)
-            checkpoint.load_optimizer(optimizer, module, saved.optimizer)
+            checkpoint.load_weights(module, saved.one_by_one("model.safetensors"), newest)
+            checkpoint.load_optimizer(optimizer, module, saved.one_by_one("optimizer.safetensors"))
             try:
                 scaler.load_state_dict(saved.state["scaler"])
                 self.state, self.done, self.seconds_before = (
@@ -270,32 +270,36 @@ class Run:
         return seconds_used(self.seconds_before)
 
     def save(self, done: int, **state) -> None:
-        """Rank 0 writes the checkpoint after `done` steps and keeps the newest; everybody waits for it."""
-        tensors = checkpoint.gathered(checkpoint.trained_state(self.module), self.dist.is_main)
-        moments = checkpoint.gathered(checkpoint.optimizer_tensors(self.optimizer, self.module), self.dist.is_main)
-        if self.dist.is_main:
+        """Rank 0 writes the checkpoint after `done` steps, with shards every rank its part, and the newest are kept;
+        everybody waits for it.
+        """
+        together = self.dist.together
+        if self.dist.is_main or together:
             extra = {} if self.scheduled else {"off_schedule": True}
             path = checkpoint.save_step(
                 self.out,
                 done,
-                tensors=tensors,
+                tensors=checkpoint.trained_state(self.module),
                 config=self.config,
                 state={"done": done, "seconds": self.seconds, **state, "scaler": self.scaler.state_dict()}
                 | {"options": self.options, **{key: self.lines(file, done) for key, file in LINES.items()}}
                 | extra,
-                optimizer=moments,
+                optimizer=checkpoint.optimizer_tensors(self.optimizer, self.module),
                 files=self.files,
                 keep=None,
+                together=together,
             )
-            checkpoint.prune(self.out, self.keep, [self.extra] if self.extra and self.extra != path else [])
+            if self.dist.is_main:
+                checkpoint.prune(self.out, self.keep, [self.extra] if self.extra and self.extra != path else [])
             self.extra, self.scheduled = None if self.scheduled else path, True
         self.dist.barrier()
 
     def save_best(self, state: dict) -> None:
-        """Rank 0 writes the weights alone to out/best, in place of those before; every rank calls it."""
-        weights = checkpoint.gathered(checkpoint.trained_state(self.module), self.dist.is_main)
-        if self.dist.is_main:
-            checkpoint.save(f"{self.out}/best", weights, self.config, state, files=self.files)
+        """Rank 0 writes the weights alone to out/best, in place of those before; with shards every rank its part."""
+        together = self.dist.together
+        if self.dist.is_main or together:
+            weights = checkpoint.trained_state(self.module)
+            checkpoint.save(f"{self.out}/best", weights, self.config, state, files=self.files, together=together)
 
 
 def steps(first: int, total: int, name: str, dist: Dist) -> tqdm:

@@ -10,17 +10,22 @@ vectors (norms, biases) stay whole.
 """
 
 import contextlib
+import errno
 import functools
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+
+from rlhf.infra import checkpoint
 
 GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 has the new name
 METHODS = ("project",)  # of a model, that read parameters of another module: the embedding as output matrix
@@ -228,3 +233,68 @@ def hold(part: FSDPModule, more: int) -> None:
         part.unshard()
     else:
         part.reshard()
+
+
+# checkpoints
+
+
+class Ranks:
+    """Every rank writes its rows to the same directory, which all of them see (a shared file system, on several machines)."""
+
+    def __init__(self, rank: int, world: int, gather_rows: Callable[[Tensor], Tensor]):
+        self.is_main, self.rank, self.world, self.gather_rows = rank == 0, rank, world, gather_rows
+
+    def write(self, place: Path, tensors: dict[str, Tensor], optimizer: dict[str, Tensor] | None) -> dict[str, dict]:
+        self.tell(place.name)
+        files = self.rows_to(place, tensors, optimizer)
+        found = self.facts_of_all(files)
+        if missing := [name for name, fact in found.items() if not has_size(place / name, fact["bytes"])]:
+            unseen = f"rank 0 does not see what other ranks wrote ({missing[0]})"
+            raise OSError(errno.ENOENT, f"{unseen}: put --out on a file system that all machines share", str(place))
+        return found
+
+    def help(self, path: Path, tensors: dict[str, Tensor], optimizer: dict[str, Tensor] | None) -> Path:
+        place = path.with_name(self.tell(""))
+        self.facts_of_all(self.rows_to(place, tensors, optimizer))
+        return path
+
+    def tell(self, name: str) -> str:
+        """What rank 0 says; the others hear it."""
+        said = torch.zeros(256, dtype=torch.uint8)
+        said[: len(name.encode())] = torch.tensor([*name.encode()], dtype=torch.uint8)
+        return bytes(self.gather_rows(said[None])[0].tolist()).rstrip(b"\0").decode()
+
+    def rows_to(self, place: Path, tensors: dict[str, Tensor], optimizer: dict[str, Tensor] | None) -> list[Path]:
+        """This rank's files, on the disk: what is not sharded is in one rank's alone."""
+        place.mkdir(exist_ok=True)  # on a file system of its own, where rank 0 will miss it
+        kinds = dict.fromkeys(tensors, 1) | dict.fromkeys(optimizer or {}, 2)
+        rows = {name: x.detach() for name, x in {**tensors, **(optimizer or {})}.items()}
+        writer = HuggingFaceStorageWriter(str(place), fqn_to_index_mapping=kinds, save_distributed=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch deprecates in its own code
+            torch.distributed.checkpoint.save(rows, storage_writer=writer)
+        files = []
+        for kind, number in (("model", 1), ("optimizer", 2)):
+            file = place / f"shard-{self.rank + 1:05d}-model-{number:05d}-of-{max(kinds.values()):05d}.safetensors"
+            if file.exists():
+                files.append(file.rename(place / f"{kind}-{self.rank + 1:05d}-of-{self.world:05d}.safetensors"))
+                checkpoint.flush_to_disk(files[-1])
+        return files
+
+    def facts_of_all(self, files: list[Path]) -> dict[str, dict]:
+        """Size and sha256 of the files of all ranks, each having read its own."""
+        mine = torch.zeros(2, 40, dtype=torch.uint8)
+        for file in files:
+            fact = checkpoint.facts(file)
+            row = fact["bytes"].to_bytes(8, "little") + bytes.fromhex(fact["sha256"])
+            mine[0 if file.name.startswith("model") else 1] = torch.tensor([*row], dtype=torch.uint8)
+        found = {}
+        for i, row in enumerate(self.gather_rows(mine).tolist()):
+            name = f"{('model', 'optimizer')[i % 2]}-{i // 2 + 1:05d}-of-{self.world:05d}.safetensors"
+            if size := int.from_bytes(bytes(row[:8]), "little"):
+                found[name] = {"bytes": size, "sha256": bytes(row[8:]).hex()}
+        return found
+
+
+def has_size(file: Path, size: int) -> bool:
+    return file.exists() and file.stat().st_size == size
