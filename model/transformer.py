@@ -440,7 +440,7 @@ class Transformer(nn.Module):
 
 def recompute_blocks(module: nn.Module, on: bool = True) -> None:
     """The transformers in it keep what goes into a block alone, and compute the rest again for the backward pass
-    (arXiv:1604.06174): the same gradients with less memory, for a third more products.
+    (arXiv:1604.06174): the same gradients with less memory, for a third more products. So does whoever unembeds.
     """
     for part in module.modules():
         if isinstance(part, Transformer):

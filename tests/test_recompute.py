@@ -10,6 +10,7 @@ from torch import nn
 
 from model.transformer import recompute_blocks
 from rlhf.infra import checkpoint
+from rlhf.lm import language_model as language_models
 from rlhf.lm.language_model import LanguageModel
 from rlhf.lm.trunks import LoRA
 from rlhf.ppo.plan import Sizes, plan
@@ -79,6 +80,28 @@ def test_the_gradients_are_the_same_bits_and_less_is_kept(build):
     plain, again = gradients
     assert plain and plain.keys() == again.keys() and all(torch.equal(x, again[name]) for name, x in plain.items())
     assert sizes[1] < sizes[0]
+
+
+@pytest.mark.parametrize("build", [language_model, MODULES["shared"]], ids=["language model", "shared"])
+def test_logits_of_a_few_rows_at_a_time(build, monkeypatch):
+    """Losses and gradients are those of all logits at once, but for the order in which a sum is taken."""
+    module, loss = build()
+    model, found = module.model, []
+    for at_once in (None, 3 * module.model.config.vocab_size):
+        if at_once:
+            recompute_blocks(module)
+            monkeypatch.setattr(language_models, "LOGITS_AT_ONCE", at_once)
+        module.zero_grad()
+        calls = []
+        monkeypatch.setattr(
+            model, "unembed", lambda x, calls=calls: calls.append(len(x)) or type(model).unembed(model, x)
+        )
+        value = loss()
+        value.backward()
+        found.append([value.detach(), *(x.grad for x in module.parameters() if x.grad is not None)])
+    assert max(calls) == 3 and sum(calls) == 2 * int(MASK.sum())
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.slow

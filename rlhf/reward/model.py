@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from model.packed import last_states, text_states
 from model.transformer import Transformer
 from rlhf.lm.frozen import FrozenStates
-from rlhf.lm.language_model import predictions, to_columns
+from rlhf.lm.language_model import to_columns, token_losses
 from rlhf.lm.trunks import LoRA, adapted
-from rlhf.losses import next_token_loss
 
 Score = Callable[..., Tensor]  # (tokens (B, T), lengths (B,), mask (B, T) of the response[, rows (B,)]) -> (B,)
 
@@ -227,7 +226,7 @@ class RewardModel(Normalised):
             return raw
         mask = tokens_between(hidden, lengths, first)  # with the token that ends it
         mask[:, 0] = False
-        loss = next_token_loss(*predictions(self.model, hidden[:, :-1], tokens, mask))  # (N,)
+        loss = token_losses(self.model, hidden[:, :-1], tokens, mask)  # (N,)
         return raw, to_columns(loss, mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
