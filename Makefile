@@ -3,7 +3,7 @@
 #   make scratch the same job with a language model that is trained from scratch
 #   make chat    a chat model learns a task that a program checks: fine-tuning, PPO, right answers before and after
 #   make test    all tests but the slow ones, which are make test-slow
-#   make bench   our sampler beside transformers', our PPO beside TRL's (with EXTRAS=compare)
+#   make bench   every speed beside TRL's or transformers', in half an hour: a table and out/bench/report.json (EXTRAS=compare)
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= dev
@@ -61,11 +61,8 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-bench: $(READY)
-	$(PY) bench/sampler.py --shape=small
-	$(PY) bench/sampler.py --shape=smollm2 --rounds=3
-	$(PY) bench/ppo.py --shape=small
-	$(PY) bench/ppo.py --shape=smollm2 --rounds=2
+bench: $(READY)  # half an hour; nothing else should run
+	$(PY) bench/all.py
 
 clean:
 	rm -rf out build *.egg-info .pytest_cache .ruff_cache .hypothesis

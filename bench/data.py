@@ -27,6 +27,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import figures  # noqa: E402
 import numpy as np  # noqa: E402
 import peers  # noqa: E402
 
@@ -35,7 +36,6 @@ from data.tokenizer import load_tokenizer, write_hf  # noqa: E402
 from rlhf.infra import config  # noqa: E402
 from rlhf.infra.files import write_json  # noqa: E402
 
-FLAGS = ("avx2", "avx512f", "amx_bf16")  # of the CPU, as /proc/cpuinfo spells them
 TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     if cfg.file:
         they(cfg)
         return
-    print(f"CPU: {cpu()}")
+    print(f"CPU: {figures.cpu()}")
     found = []
     for kind in cfg.kinds:
         for size in cfg.sizes:
@@ -74,7 +74,7 @@ def main() -> None:
                     found.append(row)
                     print(json.dumps(row), flush=True)
             file.unlink()
-    write_json(Path(cfg.out) / "report.json", {"cpu": cpu(), "options": asdict(cfg), "runs": found})
+    write_json(Path(cfg.out) / "report.json", {"cpu": figures.cpu(), "options": asdict(cfg), "runs": found})
     report(found)
 
 
@@ -86,17 +86,10 @@ def report(found: list[dict]) -> None:
         for side in dict.fromkeys(row["side"] for row in rows):
             mine = [row for row in rows if row["side"] == side]
             ratios = [theirs[row["round"]] / row["cpu_seconds"] for row in mine if row["round"] in theirs]
-            ratio = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]" if ratios else ""
+            ratio = figures.ratio(f"preparing {kind}, {size} MB, {side}", "datasets", ratios) if ratios else ""
             speed = statistics.median(size / row["cpu_seconds"] for row in mine)
             memory = [f"{max(row[name] for row in mine):.0f}" for name in ("first_mb", "worker_mb")]
             print(f"{f'{kind}, {size} MB, {side}':<26}{speed:10.2f}{ratio:>22}{', '.join(memory):>20}")
-
-
-def cpu() -> str:
-    lines = dict(line.split("\t: ", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if "\t: " in line)
-    lines = {name.strip(): value for name, value in lines.items()}
-    flags = [flag for flag in FLAGS if flag in lines.get("flags", "").split()]
-    return f"{lines.get('model name', 'unknown')}, {os.cpu_count()} cores, {', '.join(flags) or 'none of ' + ', '.join(FLAGS)}"
 
 
 # --- what is prepared ---

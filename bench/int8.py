@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import figures
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -68,7 +69,8 @@ def main() -> None:
         print(f"{name:<16}{1e3 * step:8.1f} ms a step{cfg.batch / step:10.1f} tokens/s, median of {cfg.rounds} rounds")
     for name in list(decoders)[1:]:
         ratios = [a / b for a, b in zip(seconds["float32"][1:], seconds[name][1:])]
-        print(f"{name} is {statistics.median(ratios):.2f} times float32 [{min(ratios):.2f}, {max(ratios):.2f}]")
+        what = f"{name} decoding, batch {cfg.batch}"
+        print(f"{name}, speed of float32's: {figures.ratio(what, 'float32', ratios)}")
     print(cfg)
 
 
