@@ -27,6 +27,7 @@ from typing import Literal
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import figures  # noqa: E402
 import peers  # noqa: E402
 import torch  # noqa: E402
 
@@ -121,6 +122,9 @@ def report(cfg: Config, found: dict[str, list[dict[str, float]]]) -> None:
         share = memory / statistics.median(row["peak_memory_gb"] for row in found["trl"])
         ratio = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
         speed = SHAPES[cfg.shape].batch / statistics.median(seconds)
+        if (first := next(iter(found))) != side:
+            figures.ratio(f"PPO iteration, {cfg.shape}, {side}", first, ratios)
+            figures.ratio(f"its peak memory, {cfg.shape}, {side}", first, [share])
         planned = f"{rows[0]['planned_memory_gb']:12.2f}" if "planned_memory_gb" in rows[0] else ""
         print(f"{side:<15}{speed:12.3f}{ratio:>22}{memory:10.2f}{share:8.2f}{planned}")
 

@@ -24,6 +24,7 @@ from typing import Literal
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import figures  # noqa: E402
 import numpy as np  # noqa: E402
 import peers  # noqa: E402
 import torch  # noqa: E402
@@ -83,7 +84,8 @@ def report(cfg: Config, found: dict[str, list[dict[str, float]]]) -> None:
         line = f"{side:<10}{statistics.median(speeds):14.0f}"
         for other in ("trl", "grouped"):
             ratios = [speed / theirs["tokens_per_second"] for speed, theirs in zip(speeds, found[other])]
-            line += f"{f'{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]':>22}"
+            what = f"fine-tuning, {cfg.shape}, {side}"
+            line += f"{figures.ratio(what, other, ratios) if side == 'ours' else figures.in_words(ratios):>22}"
         print(f"{line}{statistics.median(row['peak_memory_gb'] for row in rows):10.2f}")
 
 
