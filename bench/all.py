@@ -33,6 +33,7 @@ BENCHES = (  # most wanted first
     "sampler.py --shape=smollm2 --batch=64 --rounds=1",
     "reward.py --shape=small --rounds=1 --steps=5",
     "sft.py --shape=small --rounds=1 --steps=5",
+    "learning.py --rounds=1",
     "int8.py --rounds=2",
 )
 

@@ -20,6 +20,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import figures  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
@@ -64,7 +65,8 @@ def main() -> None:
     shares = [alone / whole for whole, alone in found[1:]]
     rates = [flops / alone / 1e9 for _, alone in found[1:]]
     print(json.dumps({"step_seconds": found[1:][0][0], "gflop": flops / 1e9, "shares": shares, "rates": rates}))
-    print(f"share {statistics.median(shares):.2f} of the products' {statistics.median(rates):.0f} GFLOP/s")
+    said = figures.ratio(f"learning, SmolLM2, {cfg.rows} x {cfg.length} tokens", "its products", shares)
+    print(f"share {said} of the products' {statistics.median(rates):.0f} GFLOP/s")
 
 
 def products(policy: ActorCritic, cfg: Config) -> Iterator[tuple[int, int, int]]:
