@@ -54,7 +54,7 @@ from rlhf.ppo import update as ppo
 from rlhf.ppo.acting import Acted, Acting, Resampling, group_metrics
 from rlhf.ppo.early_stop import HeldOutJudge, KLBound, NoBound, NoJudge
 from rlhf.ppo.guard import Guard, Limits
-from rlhf.ppo.plan import Sizes, plan, table
+from rlhf.ppo.plan import Sizes, peak, plan, table
 from rlhf.ppo.roles import CRITICS, LAYOUTS, Roles
 from rlhf.ppo.rollout import Cut, Experience, act, gather, judge, minibatches
 from rlhf.ppo.self_check import check_once
@@ -468,12 +468,13 @@ def memory_plan(cfg: Config, dist: Dist, micro_batch: int) -> float:
         lora=lora_of(cfg),
         branch_layers=cfg.branch_layers,
         recompute=cfg.recompute,
+        ranks=dist.world // cfg.replicas if cfg.shard else 1,
         reward=scorer_of(cfg.reward).parameters,
         baseline=resident_bytes() if dist.device.type == "cpu" else 0,
     )
     if cfg.plan and dist.is_main:
         print(table(model, sizes, cfg.layout))
-    return sum(plan(model, sizes, cfg.layout).values()) / 1e9
+    return peak(plan(model, sizes, cfg.layout)) / 1e9
 
 
 def longest_prompt(cfg: Config, context: int) -> int:

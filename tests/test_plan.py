@@ -11,7 +11,7 @@ from model.transformer import KVCache, ModelConfig, Transformer
 from rlhf.infra import checkpoint
 from rlhf.lm.pretrained import config_of
 from rlhf.lm.trunks import LoRA
-from rlhf.ppo.plan import PARTS, Sizes, plan
+from rlhf.ppo.plan import PARTS, PHASES, Sizes, plan
 from rlhf.ppo.roles import CRITICS, LAYOUTS
 
 LORA = LoRA(rank=3)
@@ -112,10 +112,12 @@ def test_the_script_prints_the_plan_and_stops(world, tmp_path):
     out = world.ok("train_ppo.py", out=tmp_path / "run", plan="true", layout="branch", branch_layers=1)
     table = [line.split() for line in out.splitlines()]
     assert table[1] == ["full", "shared", "adapters", "branch*"]
-    assert [row[0] for row in table[2:]] == [*PARTS, "sum"] and all(len(row) == 5 for row in table[2:])
+    assert [row[0] for row in table[2:]] == [*PARTS[:-2], *PHASES, "peak"] and all(len(row) == 5 for row in table[2:])
     for column in range(1, 5):
-        total = sum(float(row[column]) for row in table[2:-1])
-        assert float(table[-1][column]) == pytest.approx(total, abs=0.005)
+        said = {row[0]: float(row[column]) for row in table[2:]}
+        for phase, parts in PHASES.items():
+            assert said[phase] == pytest.approx(sum(said.get(part, 0) for part in parts), abs=0.005)
+        assert said["peak"] == max(said[phase] for phase in PHASES)
     assert not (tmp_path / "run").exists()
 
 

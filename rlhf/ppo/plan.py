@@ -2,7 +2,8 @@
 
 The models are built without memory (torch's meta device), so weights, gradients and moments are counted, not estimated;
 activations, logits and cache follow from the sizes of a micro-batch. Everything is float32; the parts are not all needed
-at the same moment, so the sum is an upper estimate of the peak.
+at the same moment: acting and learning have their own sums, and the larger is the peak. Of shards a rank keeps its part;
+what it gathers comes on top: the whole policy to sample, the layers at work to learn.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,11 @@ from rlhf.lm.trunks import LoRA
 from rlhf.ppo.roles import CRITICS, LAYOUTS
 
 FLOAT = 4  # bytes
-PARTS = ("baseline", "weights", "gradients", "optimiser", "cache", "activations", "logits")
+PARTS = ("baseline", "weights", "gradients", "optimiser", "cache", "activations", "logits", "whole", "gathered")
+PHASES = {  # which parts are there at once; judging needs less than either
+    "act": ("baseline", "weights", "optimiser", "cache", "logits", "whole"),
+    "learn": ("baseline", "weights", "gradients", "optimiser", "activations", "logits", "gathered"),
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Sizes:
     branch_layers: int = 4
     reward: int = 0  # parameters of a reward model that shares none
     recompute: bool = False  # --recompute
+    ranks: int = 1  # over which --shard=true cuts weights, gradients and moments
     baseline: int = 0  # bytes that the process holds before: Python, torch, libraries
 
 
@@ -63,7 +69,23 @@ def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
         "activations": tokens * kept,
         "logits": logits,
     }
-    return {"baseline": s.baseline} | {name: FLOAT * n for name, n in floats.items()}
+    if s.ranks > 1:
+        floats |= {name: -(-floats[name] // s.ranks) for name in ("weights", "optimiser")}
+        floats["gradients"] = -(-trained // s.ranks)
+        floats["whole"] = count(policy.model.parameters())
+        # outside of the layers the weights stay for the backward, and their whole gradient until it is handed out
+        outside = sum(count(model.parameters()) - count(model.layers.parameters()) for model in models)
+        learned = sum(count(x for x in model.parameters() if x.requires_grad) for model in models) - sum(
+            count(x for x in model.layers.parameters() if x.requires_grad) for model in models
+        )
+        layer = count(base.layers[0].parameters())
+        floats["gathered"] = outside + 2 * learned + twice + 4 * layer  # two layers, a gradient and what it is sent in
+    return {"baseline": s.baseline} | {name: FLOAT * floats.get(name, 0) for name in PARTS[1:]}
+
+
+def peak(parts: dict[str, int]) -> int:
+    """Bytes of the phase that needs most."""
+    return max(sum(parts[name] for name in names) for names in PHASES.values())
 
 
 def trains_embedding(model: Transformer) -> bool:
@@ -88,12 +110,14 @@ def kept_per_token(c: ModelConfig, length: int) -> int:
 
 
 def table(config: ModelConfig, sizes: Sizes, layout: str) -> str:
-    """The plans of all layouts as text, GB; a star marks the run's own."""
+    """The plans of all layouts as text, GB: every part, and what a phase needs together; a star marks the run's own."""
     plans = {name: plan(config, sizes, name) for name in LAYOUTS}
-    lines = [f"memory of one rank in GB, float32: {sizes.batch} x ({sizes.prompt} + {sizes.response}) tokens"]
+    cut = f", one of {sizes.ranks} shards" if sizes.ranks > 1 else ""
+    lines = [f"memory of one rank in GB, float32{cut}: {sizes.batch} x ({sizes.prompt} + {sizes.response}) tokens"]
     lines += [" " * 14 + "".join(f"{name + '*' * (name == layout):>11}" for name in plans)]
-    for part in PARTS:
-        lines += [f"{part:<14}" + "".join(f"{parts[part] / 1e9:>11.3f}" for parts in plans.values())]
+    rows = {part: [parts[part] for parts in plans.values()] for part in PARTS if any(p[part] for p in plans.values())}
+    rows |= {phase: [sum(parts[name] for name in PHASES[phase]) for parts in plans.values()] for phase in PHASES}
+    rows["peak"] = [peak(parts) for parts in plans.values()]
     return "\n".join(
-        [*lines, f"{'sum':<14}" + "".join(f"{sum(parts.values()) / 1e9:>11.3f}" for parts in plans.values())]
+        lines + [f"{name:<14}" + "".join(f"{x / 1e9:>11.3f}" for x in numbers) for name, numbers in rows.items()]
     )
