@@ -393,11 +393,13 @@ def random_model(place: Place, name: str) -> Transformer:
     shape = place.shape(name).model
     with place.device:
         model = Transformer(shape)
-        model.init_weights(torch.Generator(place.device).manual_seed(1))
+        model.init_weights(generator := torch.Generator(place.device).manual_seed(1))
         ids = torch.randint(3, shape.vocab_size, (4, 32))
     with torch.no_grad():
-        for _ in range(2):  # the embedding is input and output
-            model.embed_tokens.weight.mul_(LOGITS / model(ids).abs().max())
+        for x in model.layers.parameters():
+            if x.ndim == 2:  # else the input's own embedding outweighs the layers, and the model repeats its last token
+                x.normal_(std=x.shape[1] ** -0.5, generator=generator)
+        model.norm.weight.mul_(LOGITS / model(ids).abs().max())
     return model.eval()
 
 
