@@ -43,9 +43,11 @@ from evaluation.held_out import (
 )
 from evaluation.words import markdown_table, show
 from model.generate import Generated, Sampling
+from model.half import store
 from model.transformer import Transformer
 from rlhf.infra import config, distributed, run
 from rlhf.infra.files import read_json, write_json, write_lines, write_text
+from rlhf.infra.precision import PrecisionName, dtype_of
 from rlhf.lm.language_model import LanguageModel
 from rlhf.lm.pretrained import Pretrained, open_pretrained
 from rlhf.ppo.roles import logprobs_of
@@ -80,6 +82,7 @@ class Config:
     minimal_pairs: str | None = None  # JSON lines of sentence_good, sentence_bad (phenomenon), as BLiMP: likelier?
     safety_prompts: str | None = None  # JSON lines of prompt, answered once by every model: refusals, reward, judge, KL
     safety_tokens: int = 48  # longest answer to one of them, tokens [safety_prompts]
+    precision: PrecisionName = "auto"  # of matrix products; auto = bf16 where that is fast, else fp32
     seed: int = 7  # of prompts and samples; all models draw with the same random numbers
 
     def __post_init__(self):
@@ -104,10 +107,11 @@ def main() -> None:
     torch.set_grad_enabled(False)
     tokenizer, texts = load_tokenizer(cfg.data), open_data(cfg.data, cfg.split)
     check_fingerprint(texts.fingerprint, tokenizer.fingerprint, f"{cfg.data}/{cfg.split}")
-    models = open_models(cfg, tokenizer, device)
+    dtype = dtype_of(cfg.precision, device)
+    models = open_models(cfg, tokenizer, device, dtype)
     held_out = held_out_prompts(cfg.data, cfg.split, cfg.prompts, cfg.seed, tokenizer, **prompt_options(cfg, models))
     print(f"prompts: {len(held_out.rows)}, of {held_out.summary}")
-    asking = open_asking(cfg, models["base"], held_out, tokenizer, device)
+    asking = open_asking(cfg, models["base"], held_out, tokenizer, device, dtype)
     sentences, probes = open_extras(cfg, models, tokenizer, device)
 
     # 1. every model answers the same prompts with the same random numbers; the base often enough for best-of-n
@@ -205,11 +209,13 @@ class Asking:
         return found
 
 
-def open_asking(cfg: Config, base: Pretrained, held_out: HeldOut, tokenizer: Tokenizer, device) -> Asking:
+def open_asking(
+    cfg: Config, base: Pretrained, held_out: HeldOut, tokenizer: Tokenizer, device, dtype: torch.dtype
+) -> Asking:
     """The rewards and the judge; ValueError for data that bring no judge where one is needed."""
     stop_ids = tuple(sorted({*base.stop_ids, *held_out.stop_ids}))
     sampling = Sampling(cfg.response_tokens, stop_ids, tokenizer.pad, cfg.temperature)
-    opening = dict(tokenizer=tokenizer, device=device, base=base)
+    opening = dict(tokenizer=tokenizer, device=device, base=base, dtype=dtype)
     opening |= {"records": held_out.records, "template": held_out.template}
     specs = (cfg.reward, *cfg.other_rewards)
     opened = {spec: open_scorer(spec, **opening) for spec in specs}
@@ -267,14 +273,14 @@ def shown_prompt(record: Record) -> str:
 WHEN = {"base": "before", "tuned": "after"}  # of samples.jsonl
 
 
-def open_models(cfg: Config, tokenizer: Tokenizer, device) -> dict[str, Pretrained]:
+def open_models(cfg: Config, tokenizer: Tokenizer, device, dtype: torch.dtype) -> dict[str, Pretrained]:
     """The base and the tuned models by their names in the tables, all of the tokenizer of the data."""
     names = ("base", "tuned") if len(cfg.tuned) == 1 else ("base", *cfg.tuned)
     near = (cfg.base,)  # a run of adapters or a branch finds its base there, wherever that has moved
     models = {name: open_pretrained(spec, device, near=near) for name, spec in zip(names, (cfg.base, *cfg.tuned))}
     for model in models.values():
         check_fingerprint(tokenizer.fingerprint, model.tokenizer.fingerprint, model.spec)
-        model.model.eval()
+        store(model.model.eval().requires_grad_(False), dtype)
     return models
 
 

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,9 @@ from data.records import Record
 from data.text import prompt_lines
 from data.tokenizer import Tokenizer, check_fingerprint
 from model.generate import Generated, Sampling, generate, row_uniforms
+from model.half import to_sample_with
 from rlhf.infra import config, distributed
+from rlhf.infra.precision import PrecisionName, dtype_of
 from rlhf.lm.pretrained import Pretrained, open_pretrained
 
 
@@ -43,6 +45,7 @@ class Config:
     temperature: float = 1.0  # 0 = always the likeliest token
     top_k: int = 0  # sample among the k likeliest tokens; 0 = all
     top_p: float = 1.0  # sample among the likeliest tokens that together have this probability
+    precision: PrecisionName = "auto"  # of matrix products; auto = bf16 where that is fast, else fp32
     seed: int = 1  # the same command with the same seed gives the same texts
     json: bool = False  # one JSON object per continuation, with its log-probability
 
@@ -64,7 +67,8 @@ def main() -> None:
     cfg = config.parse(Config)
     device = distributed.setup().device
     opened = open_pretrained(cfg.checkpoint, device, base=cfg.base)
-    opened.model.eval()
+    dtype = dtype_of(cfg.precision, device, quiet=True)  # nothing but texts on stdout
+    opened = replace(opened, model=to_sample_with(opened.model.eval(), dtype))
     if cfg.prompts is not None and Path(cfg.prompts).is_dir():
         for turn, (prompts, stop_ids) in enumerate(prepared(cfg, opened)):
             write(cfg, opened.tokenizer, answer(cfg, opened, prompts, stop_ids, turn), alone=True)

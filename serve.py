@@ -22,7 +22,9 @@ from pathlib import Path
 import torch
 
 from data.chat import Chat
+from model.half import store, to_sample_with
 from rlhf.infra import config, distributed
+from rlhf.infra.precision import PrecisionName, dtype_of
 from rlhf.lm.pretrained import Pretrained, open_pretrained
 from rlhf.reward.scorer import open_scorer
 from rlhf.serve.api import is_loopback
@@ -39,6 +41,7 @@ class Config:
     reward: str | None = None  # directory of train_rm.py, or file.py:function: /v1/score
     feedback: str | None = None  # file of a feedback store: comparisons are shown and votes taken
     name: str | None = None  # what clients call the model; none = the last part of --init
+    precision: PrecisionName = "auto"  # of matrix products; auto = bf16 where that is fast, else fp32
     device: str = "cpu"  # cpu | cuda; with several workers the k-th takes the k-th GPU
 
     # Who may use it
@@ -134,6 +137,7 @@ def work(cfg: Config, key: str | None, listener: socket.socket, rank: int, ready
     device = torch.device(cfg.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", rank % max(1, torch.cuda.device_count()))
+    dtype = dtype_of(cfg.precision, device, quiet=rank > 0)
     opened = open_pretrained(cfg.init, device, base=cfg.base)
     reference = open_pretrained(cfg.reference, device) if cfg.reference else None
     if reference and reference.tokenizer.fingerprint != opened.tokenizer.fingerprint:
@@ -141,13 +145,13 @@ def work(cfg: Config, key: str | None, listener: socket.socket, rank: int, ready
     reward = None
     if cfg.reward:
         under = reference or (open_pretrained(cfg.base, device) if cfg.base else opened)
-        reward = open_scorer(cfg.reward, opened.tokenizer, device, base=under)
-    asyncio.run(serve(cfg, key, listener, rank, ready, opened, reference, reward))
+        reward = open_scorer(cfg.reward, opened.tokenizer, device, base=under, dtype=dtype)
+    asyncio.run(serve(cfg, key, listener, rank, ready, opened, reference, reward, dtype))
 
 
 async def serve(
     cfg: Config, key: str | None, listener: socket.socket, rank: int, ready, opened: Pretrained,
-    reference: Pretrained | None, reward,
+    reference: Pretrained | None, reward, dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """Listens until SIGTERM or Ctrl-C, then lets running requests finish for a while."""
     from rlhf.feedback.store import FeedbackStore
@@ -160,7 +164,10 @@ async def serve(
     log = logging.StreamHandler()
     log.addFilter(connections.OncePerSecond())
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[log])
-    loop, model, tokenizer = asyncio.get_running_loop(), opened.model, opened.tokenizer
+    loop, tokenizer = asyncio.get_running_loop(), opened.tokenizer
+    model = to_sample_with(opened.model, dtype)
+    if reference:
+        store(reference.model.requires_grad_(False), dtype)
     chat = chat_of(opened)
     stop_ids = {*opened.stop_ids, *(chat.stop_ids() if chat else ())}
     scheduler = Scheduler(

@@ -26,6 +26,8 @@ from rlhf.infra import config, distributed, optim
 from rlhf.infra.brakes import Brakes
 from rlhf.infra.distributed import Dist
 from rlhf.infra.metrics import Metrics, say
+from rlhf.infra.optim import Precision
+from rlhf.infra.precision import PrecisionName, settled, stored_dtype
 from rlhf.infra.run import Run, write_json
 from rlhf.lm.pretrained import Pretrained, open_pretrained, policy_config
 from rlhf.lm.trunks import lora_of
@@ -63,7 +65,7 @@ class Config:
     weight_decay: float = 0.0  # AdamW, on matrices alone
     grad_clip: float = 1.0  # largest global gradient norm; 0 = unclipped
     max_bad_steps: int = 3  # steps in a row, skipped for a number that is not finite, that end the run
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast type; bf16 and fp16 need CUDA
+    precision: PrecisionName = "auto"  # of matrix products; auto = bf16 where that is fast, and a run keeps its own
     seed: int = 1  # of the adapters and the order of the pairs
     # several processes
     shard: bool = False  # every rank keeps a part of weights, gradients and moments (FSDP), and not all of them
@@ -89,10 +91,12 @@ class Config:
 def main() -> None:
     cfg = config.parse(Config)
     dist = distributed.setup(cfg.shard, cfg.replicas)
+    cfg = settled(cfg, dist)
     precision = optim.amp(dist.device, cfg.precision)
     base = open_pretrained(cfg.init, dist.device)
     tokenizer, loader, held_out = open_pairs(cfg, base)
     roles = LAYOUTS[cfg.layout](base.model.eval(), "none", 1.0, lora_of(cfg), cfg.branch_layers)
+    roles.store(stored_dtype(cfg, precision))
     recompute_blocks(roles.policy, cfg.recompute)
     total = int(cfg.epochs * loader.order.steps_per_epoch)
     if total < 1:
@@ -151,13 +155,13 @@ def fit(
             means = (dist.sum(sums) / weight).tolist()
             record = dict(zip(NUMBERS, means)) | {"policy/grad_norm": grad_norm, "lr": lr, "bad/steps": brakes.count()}
             if done % cfg.eval_every == 0 and done < total and not brakes.ended:
-                record |= validate(roles, held_out, cfg, dist)
+                record |= validate(roles, held_out, cfg, dist, precision)
             log.log(step, record | {"episode": done * cfg.batch})
         brakes.check()
         if run.due(done, cfg.checkpoint_every, total):
             run.save(done, **brakes.state())
 
-    report = {"steps": total, **validate(roles, held_out, cfg, dist), "seconds": run.seconds}
+    report = {"steps": total, **validate(roles, held_out, cfg, dist, precision), "seconds": run.seconds}
     if dist.is_main:
         write_json(f"{cfg.out}/report.json", report)
         print(
@@ -212,10 +216,10 @@ def pair_losses(learner, roles: Roles, batch: PairBatch, cfg: Config, device) ->
 
 
 @torch.no_grad()
-def validate(roles: Roles, data: PairLoader, cfg: Config, dist: Dist) -> dict[str, float]:
+def validate(roles: Roles, data: PairLoader, cfg: Config, dist: Dist, precision: Precision) -> dict[str, float]:
     """Loss, margin and accuracy over all held-out pairs, shared out over the ranks."""
     total = torch.zeros(len(NUMBERS) + 1, dtype=torch.float64)
-    with dist.whole(roles.policy, roles.frozen.model):
+    with dist.whole(roles.policy, roles.frozen.model), precision.autocast():
         for rows in list(in_order(len(data), data.batch_size))[dist.rank :: dist.world]:
             batch = data.take(rows)
             _, numbers = pair_losses(roles.policy, roles, batch, cfg, dist.device)

@@ -24,11 +24,14 @@ from data.examples import Examples
 from data.loader import TextLoader, cut, in_order, open_data, pad
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
 from model.generate import Sampling, generate, row_uniforms
+from model.half import store
 from model.transformer import ModelConfig, Transformer, recompute_blocks
 from rlhf.infra import config, distributed, optim
 from rlhf.infra.brakes import Brakes
 from rlhf.infra.distributed import Dist
 from rlhf.infra.metrics import Metrics, say
+from rlhf.infra.optim import Precision
+from rlhf.infra.precision import PrecisionName, settled, stored_dtype
 from rlhf.infra.run import Run, write_json
 from rlhf.lm.language_model import LanguageModel
 from rlhf.lm.pretrained import Pretrained, open_pretrained
@@ -71,7 +74,7 @@ class Config:
     weight_decay: float = 0.1  # AdamW, on matrices alone
     grad_clip: float = 1.0  # largest global gradient norm
     max_bad_steps: int = 3  # steps in a row, skipped for a number that is not finite, that end the run
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast type; bf16 and fp16 need CUDA
+    precision: PrecisionName = "auto"  # of matrix products; auto = bf16 where that is fast, and a run keeps its own
     seed: int = 1  # of the weights, the order of the data, and the samples
     # several processes
     shard: bool = False  # every rank keeps a part of weights, gradients and moments (FSDP), and not all of them
@@ -95,10 +98,11 @@ class Config:
 def main() -> None:
     cfg = config.parse(Config)
     dist = distributed.setup(cfg.shard, cfg.replicas)
+    cfg = settled(cfg, dist)
     precision = optim.amp(dist.device, cfg.precision)
     tokenizer, train, validation = open_splits(cfg)
     base = open_init(cfg, tokenizer)
-    language_model = LanguageModel(start(cfg, base, tokenizer).to(dist.device))
+    language_model = LanguageModel(store(start(cfg, base, tokenizer).to(dist.device), stored_dtype(cfg, precision)))
     recompute_blocks(language_model, cfg.recompute)
     loaders = loaders_of(cfg, train, validation, language_model.model.config.context, dist)
     total = int(cfg.epochs * loaders[0].order.steps_per_epoch)
@@ -148,16 +152,16 @@ def fit(
         if done % cfg.log_every == 0 or done == total or brakes.ended:
             record = {"loss/train": float(dist.sum(nll)), "grad_norm": grad_norm, "lr": lr, "bad/steps": brakes.count()}
             if done % cfg.eval_every == 0 and done < total and not brakes.ended:
-                record |= validate(language_model, held_out, tokenizer, dist)
+                record |= validate(language_model, held_out, tokenizer, dist, precision)
             log.log(step, record)
         brakes.check()
         if done % cfg.eval_every == 0 or done == total:  # before the checkpoint: a kill after it must lose nothing
-            with dist.whole(language_model):
+            with dist.whole(language_model), precision.autocast():
                 log.samples(step, samples(language_model.model, held_out, tokenizer, stop_ids, cfg.seed))
         if run.due(done, cfg.checkpoint_every, total):
             run.save(done, **brakes.state())
 
-    report = {"steps": total, **validate(language_model, held_out, tokenizer, dist), "seconds": run.seconds}
+    report = {"steps": total, **validate(language_model, held_out, tokenizer, dist, precision), "seconds": run.seconds}
     if dist.is_main:
         write_json(f"{cfg.out}/report.json", report)
         print(
@@ -269,11 +273,13 @@ def announce(language_model: LanguageModel, loaders: tuple, total: int, cfg: Con
 
 
 @torch.no_grad()
-def validate(language_model: LanguageModel, data: TextLoader, tokenizer: Tokenizer, dist: Dist) -> dict[str, float]:
+def validate(
+    language_model: LanguageModel, data: TextLoader, tokenizer: Tokenizer, dist: Dist, precision: Precision
+) -> dict[str, float]:
     """Loss in nats per predicted token, perplexity and bits per byte over all of `data`, shared out over the ranks."""
     sizes = torch.tensor([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
     total = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-    with dist.whole(language_model):
+    with dist.whole(language_model), precision.autocast():
         for rows in list(in_order(len(data), data.batch_size))[dist.rank :: dist.world]:
             tokens, lengths, mask = (x.to(dist.device) for x in data.take(rows)[:3])
             nll = language_model(tokens, mask, lengths)

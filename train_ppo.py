@@ -46,6 +46,7 @@ from rlhf.infra.distributed import Dist
 from rlhf.infra.files import read_json, read_lines, write_json
 from rlhf.infra.metrics import Metrics, say
 from rlhf.infra.optim import Precision
+from rlhf.infra.precision import PrecisionName, settled, stored_dtype
 from rlhf.infra.run import Clock, Run, peak_memory_gb, resident_bytes
 from rlhf.lm.pretrained import Pretrained, config_of, open_pretrained, policy_config
 from rlhf.lm.trunks import lora_of
@@ -128,7 +129,7 @@ class Config:
     weight_decay: float = 0.0  # AdamW, on matrices alone
     adam_eps: float = 1e-5  # AdamW; RLHF gradients are small, 1e-8 would blow up their noise
     grad_clip: float = 1.0  # largest global gradient norm; 0 = unclipped
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast type; bf16 and fp16 need CUDA
+    precision: PrecisionName = "auto"  # of matrix products; auto = bf16 where that is fast, and a run keeps its own
     seed: int = 1  # of prompts, samples and minibatches
     # several processes
     shard: bool = False  # every rank keeps a part of weights, gradients and moments (FSDP), and not all of them
@@ -209,7 +210,7 @@ class Cast:
 def main() -> None:
     cfg = config.parse(Config)
     dist = distributed.setup(cfg.shard, cfg.replicas)
-    micro_batch = row_counts(cfg, dist.world)
+    cfg, micro_batch = settled(cfg, dist), row_counts(cfg, dist.world)
     precision = optim.amp(dist.device, cfg.precision)
     planned = memory_plan(cfg, dist, micro_batch)
     if cfg.plan:
@@ -357,14 +358,16 @@ def open_cast(cfg: Config, dist: Dist, precision: Precision) -> Cast:
     say(f"prompts: {prompts.summary}", dist.is_main)
     model, lora = base.model.eval(), lora_of(cfg)
     roles = LAYOUTS[cfg.layout](model, critic_of(cfg), cfg.temperature, lora, cfg.branch_layers)
+    stored = stored_dtype(cfg, precision)
+    roles = roles.stored_in(stored)
     asked = {"records": prompts.records, "template": train.template}
-    reward = open_scorer(cfg.reward, tokenizer, dist.device, base, roles.frozen, **asked)
+    reward = open_scorer(cfg.reward, tokenizer, dist.device, base, roles.frozen, **asked, dtype=stored)
     dist.rest(model, *reward.modules)
     for path in reward.own_models:
         check_form(path, train)
     sampling = Sampling(cfg.response_tokens, stop_ids, tokenizer.pad, cfg.temperature)
-    respond = dist.whole(roles.sampler)(partial(act, roles.sampler, sampling, cfg.seed, precision))
-    held_out = open_judge(cfg, dist, tokenizer, base, respond, prompts)
+    respond = dist.whole(roles.policy.model)(partial(act, roles.sampler, sampling, cfg.seed, precision))
+    held_out = open_judge(cfg, dist, tokenizer, base, respond, prompts, stored)
     whole = reward.is_function or reward.by_row  # a function may rightly look at its whole batch
     alone = None if whole else reward.score
     check = partial(check_once, roles.policy, score=alone, eos=stop_ids, dist=dist, precision=cfg.precision)
@@ -435,7 +438,13 @@ def critic_of(cfg: Config) -> str:
 
 
 def open_judge(
-    cfg: Config, dist: Dist, tokenizer: Tokenizer, base: Pretrained, respond, prompts: PromptLoader
+    cfg: Config,
+    dist: Dist,
+    tokenizer: Tokenizer,
+    base: Pretrained,
+    respond,
+    prompts: PromptLoader,
+    dtype: torch.dtype,
 ) -> HeldOutJudge | NoJudge:
     """The held-out judge and its prompts: of the validation split, none of which is a training prompt."""
     if cfg.judge is None:
@@ -449,7 +458,7 @@ def open_judge(
         )
     batch = drawn(loader, units, cfg.judge_prompts, cfg.seed)
     asked = {"records": loader.records, "template": validation.template}
-    opened = open_scorer(cfg.judge, tokenizer, dist.device, base, data=cfg.data, **asked)
+    opened = open_scorer(cfg.judge, tokenizer, dist.device, base, data=cfg.data, **asked, dtype=dtype)
     opened.check_room(int(batch[1].max()), cfg.response_tokens, "the judge")
     for path in opened.own_models:
         check_form(path, validation)
@@ -471,6 +480,7 @@ def memory_plan(cfg: Config, dist: Dist, micro_batch: int) -> float:
         ranks=dist.world // cfg.replicas if cfg.shard else 1,
         reward=scorer_of(cfg.reward).parameters,
         baseline=resident_bytes() if dist.device.type == "cpu" else 0,
+        dtype=stored_dtype(cfg, optim.amp(dist.device, cfg.precision)),
     )
     if cfg.plan and dist.is_main:
         print(table(model, sizes, cfg.layout))

@@ -31,12 +31,14 @@ from data.loader import (
 from data.pairs import MOST_PAIRS, MOST_TRAINING_PAIRS, SomeAnswers, made_pairs, some_prompts
 from data.text import SPLITS
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
+from model.half import store, store_all
 from model.transformer import recompute_blocks
 from rlhf.infra import checkpoint, config, distributed, optim
 from rlhf.infra.brakes import Brakes
 from rlhf.infra.distributed import Dist
 from rlhf.infra.files import read_json, write_json
 from rlhf.infra.metrics import Metrics, say
+from rlhf.infra.precision import PrecisionName, settled, stored_dtype
 from rlhf.infra.run import Run, begin, seconds_used, steps
 from rlhf.lm.frozen import FrozenStates
 from rlhf.lm.pretrained import Pretrained, open_pretrained
@@ -44,7 +46,7 @@ from rlhf.lm.trunks import lora_of
 from rlhf.replay import rm as replay
 from rlhf.replay.rm import Part
 from rlhf.replay.texts import rows_of
-from rlhf.reward.files import NORMALISATION, average, restored
+from rlhf.reward.files import NORMALISATION, average, in_half, restored
 from rlhf.reward.finish import (
     References,
     accuracy_table,
@@ -120,7 +122,7 @@ class Config:
     weight_decay: float = 0.1  # AdamW, on matrices alone [trunk=full|adapters]
     grad_clip: float = 1.0  # largest global gradient norm; 0 = unclipped [trunk=full|adapters]
     max_bad_steps: int = 3  # steps in a row, skipped for a number that is not finite, that end it [trunk=full|adapters]
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast type; bf16 and fp16 need CUDA [trunk=full|adapters]
+    precision: PrecisionName = "auto"  # of matrix products; auto = bf16 where that is fast, and a run keeps its own
     seed: int = 1  # of the heads, the adapter, the order of the data, the bootstrap and the reference samples
     # normalisation: continuations by init, whose scores get mean 0 and deviation 1
     reference_samples: int | None = None  # texts; none = 512, with a frozen trunk or adapters 64
@@ -169,6 +171,7 @@ class Config:
 def main() -> None:
     cfg = config.parse(Config)
     dist = distributed.setup(cfg.shard, cfg.replicas)
+    cfg = settled(cfg, dist)
     job = average_runs if cfg.average else JOBS[cfg.trunk]
     job(cfg, dist)
     dist.close()
@@ -188,6 +191,7 @@ class Inputs(NamedTuple):
 
 def open_inputs(cfg: Config, dist: Dist) -> Inputs:
     base = open_pretrained(cfg.init, dist.device)
+    base.model.requires_grad_(False)
     data = [open_data(cfg.data, split) for split in SPLITS]
     tokenizer = load_tokenizer(data[0].paths[0].parent)
     check_fingerprint(data[0].fingerprint, tokenizer.fingerprint, str(data[0]))
@@ -248,11 +252,11 @@ def write_report(cfg: Config, report: dict, seconds: float) -> None:
 
 def train(cfg: Config, dist: Dist) -> None:
     precision = optim.amp(dist.device, cfg.precision)
-    inputs = open_inputs(cfg, dist)
-    base, tokenizer, splits, stop_ids, kind, reads, checksums = inputs
+    base, tokenizer, splits, stop_ids, kind, reads, checksums = inputs = open_inputs(cfg, dist)
     objective = objective_of(cfg, splits[0])
     references = references_of(cfg, base, splits[0], cfg.trunk)
     reward_model = BUILDERS[cfg.trunk](cfg, base, stop_ids, reads).to(dist.device)
+    store_all((base.model, reward_model.model), stored_dtype(cfg, precision))
     recompute_blocks(reward_model, cfg.recompute)
     if cfg.start:
         checksums["start_sha256"] = start_at(cfg, base, reward_model)
@@ -309,7 +313,7 @@ def train(cfg: Config, dist: Dist) -> None:
                 "bad/steps": brakes.count(),
             }
             if done % cfg.eval_every == 0 and not brakes.ended:
-                with dist.whole(reward_model):
+                with dist.whole(reward_model), precision.autocast():
                     scores = reward_model.combined(raw_scores(reward_model, base, splits[1], dist))
                 record["validation/accuracy"] = accuracy(scores.cpu().numpy(), splits[1])["all"]
             log.log(step, record)
@@ -317,12 +321,12 @@ def train(cfg: Config, dist: Dist) -> None:
         if run.due(done, cfg.checkpoint_every, total) and (done < total or run.wanted):
             run.save(done, **brakes.state())
 
-    with dist.whole(reward_model, base.model):
+    with dist.whole(reward_model, base.model), precision.autocast():  # it is measured and normalised as it will be used
         raw = [raw_scores(reward_model, base, split, dist) for split in splits[1:]]
         problem = normalise_and_calibrate(reward_model, base, references, raw[0], splits[1], dist)
     run.save(total, **brakes.state())
     extra = {"parameters": sum(x.numel() for x in reward_model.parameters() if x.requires_grad)}
-    with dist.whole(reward_model):
+    with dist.whole(reward_model), precision.autocast():
         extra |= agreed(cfg, reward_model, base, dist)
     if dist.is_main:
         write_report(cfg, report_of(reward_model, raw, splits, cfg.data, problem) | extra, run.seconds)
@@ -493,6 +497,7 @@ def fit_frozen(cfg: Config, dist: Dist) -> None:
         return
 
     # 1. read: pooled hidden states of some answers of every split, at all candidate depths
+    store(base.model, optim.amp(dist.device, cfg.precision).dtype)
     states = FrozenStates(base.model).read(depth for depth, _ in candidates)
     counts, context = (cfg.sentences, cfg.eval_sentences, cfg.eval_sentences), base.model.config.context
     some = [
@@ -612,7 +617,9 @@ def average_runs(cfg: Config, dist: Dist) -> None:
     begin(cfg.out, asdict(cfg) | checksums, dist, config.defaults(Config))
     if already_finished(cfg, dist):
         return
-    reward_model = restored(saved_as, tensors, cfg.average[0], dist.device, base)
+    dtype = optim.amp(dist.device, cfg.precision).dtype
+    reward_model = in_half(restored(saved_as, tensors, cfg.average[0], dist.device, base), dtype)
+    store(base.model, dtype)
     raw = [raw_scores(reward_model, base, split, dist) for split in splits[1:]]
     problem = normalise_and_calibrate(reward_model, base, references, raw[0], splits[1], dist)
     if dist.is_main:

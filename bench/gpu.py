@@ -407,7 +407,8 @@ def cast(place: Place, name: str, layout: str, kind: str) -> tuple[Roles, Precis
     """The roles of a run on a random model."""
     precision = optim.amp(place.device, "fp32" if place.small else kind)
     model = random_model(place, name)
-    return LAYOUTS[layout](model, "shared", 1.0, LoRA(), max(1, model.config.layers // 8)), precision
+    roles = LAYOUTS[layout](model, "shared", 1.0, LoRA(), max(1, model.config.layers // 8))
+    return roles.stored_in(precision.dtype), precision
 
 
 def sampled(

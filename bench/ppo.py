@@ -2,13 +2,16 @@
 
     python bench/ppo.py --shape=small                        # needs the extra "compare" (trl 1.12, its last with PPO)
     python bench/ppo.py --shape=smollm2 --rounds=2
+    python bench/ppo.py --shape=smollm2 --precision=bf16 --sides=trl,shared,branch
+    python bench/ppo.py --shape=smollm2_long --precision=fp32,bf16 --sides=shared,branch  # ours against our own float32
 
 Every measurement is a process of its own: random weights of the same shape, prompts and responses of a fixed length without
-EOS, float32, one thread, AdamW, 4 epochs of 4 minibatches. CPU seconds of an iteration (act, judge, credit, learn) after one
-to warm up; what counts are the ratios within a round. TRL holds policy, value, reference and reward: four models. So does
-`full`; `shared` has no second trunk for the value; `adapters` (rank 16 on every linear layer) and `branch` (the top layers)
-hold one trunk, and their reward is a head that reads it at half and three quarters of its depth, as train_rm.py makes it.
-`adapters` has an adapter of its own for the critic, `adapters_joint` the value head on the policy's.
+EOS, one thread, the same precision on both sides (bf16: TRL's is autocast), AdamW, 4 epochs of 4 minibatches. CPU seconds of
+an iteration (act, judge, credit, learn) after one to warm up; what counts are the ratios within a round. TRL holds policy,
+value, reference and reward: four models. So does `full`; `shared` has no second trunk for the value; `adapters` (rank 16 on
+every linear layer) and `branch` (the top layers) hold one trunk, and their reward is a head that reads it at half and three
+quarters of its depth, as train_rm.py makes it. `adapters` has an adapter of its own for the critic, `adapters_joint` the
+value head on the policy's.
 """
 
 import inspect
@@ -20,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +35,7 @@ import peers  # noqa: E402
 import torch  # noqa: E402
 
 from model.generate import Sampling, generate, row_uniforms  # noqa: E402
+from model.half import store  # noqa: E402
 from model.transformer import ModelConfig, Transformer  # noqa: E402
 from rlhf.advantages import gae  # noqa: E402
 from rlhf.functional import whiten  # noqa: E402
@@ -63,6 +67,7 @@ SHAPES = {
         ModelConfig(49152, 576, 30, 9, kv_heads=3, ffn=1536, context=2048, rope_theta=1e5), 8, 16, 32, branch_layers=4
     ),
 }
+SHAPES["smollm2_long"] = replace(SHAPES["smollm2"], batch=32, prompt=32, response=64)
 
 
 SIDES = {  # layout and critic
@@ -75,61 +80,72 @@ SIDES = {  # layout and critic
 ON_THE_TRUNK = ("adapters", "branch")  # the layouts whose reward is a head on the trunk
 
 
-Side = Literal["all", "trl", "full", "shared", "adapters", "adapters_joint", "branch"]
+Shape, Kind = Literal["small", "smollm2", "smollm2_long"], Literal["fp32", "bf16"]
+Side = Literal["trl", "full", "shared", "adapters", "adapters_joint", "branch"]
 
 
 @dataclass(frozen=True)
 class Config:
-    shape: Literal["small", "smollm2"] = "small"  # 7.4M parameters, 64 x (16 + 48) tokens; SmolLM2-135M, 8 x (16 + 32)
+    shape: Shape = "small"  # 7.4M parameters, 64 x (16 + 48) tokens; SmolLM2-135M, 8 x (16 + 32), or 32 x (32 + 64)
+    precision: tuple[Kind, ...] = ("fp32",)  # of all sides; with two, every side in both
+    sides: tuple[Side, ...] = ("trl", *SIDES)  # the first is what the others are compared with
     rounds: int = 3  # every side once per round
     iterations: int = 2  # timed in each measurement, after one to warm up
-    side: Side = "all"  # one alone prints JSON
+    alone: bool = False  # measure one side in this process, and print JSON
+
+    def __post_init__(self):
+        config.at_least(self, rounds=1, iterations=1)
 
 
 def main() -> None:
     cfg = config.parse(Config)
-    if cfg.side != "all":
-        torch.set_num_threads(1)
-        torch.manual_seed(0)
-        sizes, measure = SHAPES[cfg.shape], they if cfg.side == "trl" else we
-        found = {} if cfg.side == "trl" else {"planned_memory_gb": planned_memory(sizes, cfg.side)}
-        found["cpu_seconds"] = statistics.median(measure(sizes, cfg.iterations + 1, cfg.side)[1:])
-        found["peak_memory_gb"] = run.peak_memory_gb(torch.device("cpu"))
-        print(json.dumps(found))
+    if cfg.alone:
+        print(json.dumps(measured(cfg, cfg.sides[0], cfg.precision[0])))
         return
-    sides = ("trl", *SIDES)
-    found = {side: [] for side in sides}
+    sides = [(side, precision) for side in cfg.sides for precision in cfg.precision]
+    found = {f"{side} {precision}": [] for side, precision in sides}
     for _ in range(cfg.rounds):
-        for side in sides:
-            command = [sys.executable, __file__, f"--side={side}", f"--shape={cfg.shape}"]
-            done = subprocess.run(
-                [*command, f"--iterations={cfg.iterations}"], capture_output=True, text=True, check=False
-            )
+        for side, precision in sides:
+            command = [sys.executable, __file__, "--alone", f"--sides={side}", f"--precision={precision}"]
+            command += [f"--shape={cfg.shape}", f"--iterations={cfg.iterations}"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise ValueError(f"{side}: {done.stderr.strip().splitlines()[-1]}")
-            found[side].append(json.loads(done.stdout.splitlines()[-1]))
-            print(side, found[side][-1], flush=True)
+            name = f"{side} {precision}"
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+            print(name, found[name][-1], flush=True)
     report(cfg, found)
 
 
+def measured(cfg: Config, side: str, precision: str) -> dict[str, float]:
+    """CPU seconds of an iteration (median) and GB of this process."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    sizes, measure = SHAPES[cfg.shape], they if side == "trl" else we
+    found = {} if side == "trl" else {"planned_memory_gb": planned_memory(sizes, side, precision)}
+    found["cpu_seconds"] = statistics.median(measure(sizes, cfg.iterations + 1, side, precision)[1:])
+    return found | {"peak_memory_gb": run.peak_memory_gb(torch.device("cpu"))}
+
+
 def report(cfg: Config, found: dict[str, list[dict[str, float]]]) -> None:
-    print(f"\n{cfg.shape}, {cfg.rounds} rounds: medians, and the ratio to TRL in the same round [least, most]")
-    print(f"{'':<15}{'samples/s':>12}{'ratio':>22}{'peak GB':>10}{'of TRL':>8}{'planned GB':>12}")
+    first = next(iter(found))
+    print(f"\n{cfg.shape}, {cfg.rounds} rounds: medians, and times as fast as {first} in the same round [least, most]")
+    print(f"{'':<20}{'samples/s':>12}{'ratio':>22}{'peak GB':>10}{'of it':>8}{'planned GB':>12}")
     for side, rows in found.items():
         seconds = [row["cpu_seconds"] for row in rows]
-        ratios = [theirs["cpu_seconds"] / ours for theirs, ours in zip(found["trl"], seconds)]
+        ratios = [theirs["cpu_seconds"] / ours for theirs, ours in zip(found[first], seconds)]
         memory = statistics.median(row["peak_memory_gb"] for row in rows)
-        share = memory / statistics.median(row["peak_memory_gb"] for row in found["trl"])
+        share = memory / statistics.median(row["peak_memory_gb"] for row in found[first])
         ratio = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
         speed = SHAPES[cfg.shape].batch / statistics.median(seconds)
-        if (first := next(iter(found))) != side:
+        if side != first:
             figures.ratio(f"PPO iteration, {cfg.shape}, {side}", first, ratios)
             figures.ratio(f"its peak memory, {cfg.shape}, {side}", first, [share])
         planned = f"{rows[0]['planned_memory_gb']:12.2f}" if "planned_memory_gb" in rows[0] else ""
-        print(f"{side:<15}{speed:12.3f}{ratio:>22}{memory:10.2f}{share:8.2f}{planned}")
+        print(f"{side:<20}{speed:12.3f}{ratio:>22}{memory:10.2f}{share:8.2f}{planned}")
 
 
-def planned_memory(sizes: Sizes, side: str) -> float:
+def planned_memory(sizes: Sizes, side: str, precision: str) -> float:
     """GB that `train_ppo.py --plan` would say."""
     layout, critic = SIDES[side]
     model, own_reward = sizes.model, layout not in ON_THE_TRUNK
@@ -142,18 +158,19 @@ def planned_memory(sizes: Sizes, side: str) -> float:
         branch_layers=sizes.branch_layers,
         reward=trunk_parameters(model) if own_reward else 0,
         baseline=run.resident_bytes(),
+        dtype=optim.DTYPES[precision],
     )
-    return sum(plan.plan(model, planned, layout).values()) / 1e9
+    return plan.peak(plan.plan(model, planned, layout)) / 1e9
 
 
-def we(sizes: Sizes, rounds: int, side: str) -> list[float]:
+def we(sizes: Sizes, rounds: int, side: str, kind: str) -> list[float]:
     """CPU seconds of every iteration of ours, in the steps of train_ppo.py."""
     layout, critic = SIDES[side]
-    dist, precision = distributed.setup(), optim.amp(torch.device("cpu"), "fp32")
+    dist, precision = distributed.setup(), optim.amp(torch.device("cpu"), kind)
     generator = torch.Generator().manual_seed(1)
     base = Transformer(sizes.model)
     base.init_weights(generator)
-    roles = LAYOUTS[layout](base, critic, 1.0, LoRA(), sizes.branch_layers)
+    roles = LAYOUTS[layout](base, critic, 1.0, LoRA(), sizes.branch_layers).stored_in(precision.dtype)
     if layout in ON_THE_TRUNK:
         depths = (sizes.model.layers // 2, sizes.model.layers * 3 // 4)
         reward = FrozenReward(roles.frozen, list(zip(depths, ("mean", "last"))), ()).requires_grad_(False)
@@ -161,6 +178,7 @@ def we(sizes: Sizes, rounds: int, side: str) -> list[float]:
         second = Transformer(sizes.model)
         second.init_weights(generator)
         reward = RewardModel(second, "last").requires_grad_(False).eval()
+        store(second, precision.dtype)
     score: Callable = torch.no_grad()(reward.score)
     optimizer = optim.make_optimizer(roles.policy, 3e-6, 0.0, betas=(0.9, 0.999), eps=1e-5)
     micro_batch, width = sizes.batch // sizes.minibatches, sizes.prompt + sizes.response
@@ -169,8 +187,9 @@ def we(sizes: Sizes, rounds: int, side: str) -> list[float]:
         prompts = torch.randint(3, sizes.model.vocab_size, (sizes.batch, sizes.prompt), generator=generator)
         start = time.process_time()
         uniforms = row_uniforms(1, iteration, range(sizes.batch), sizes.response)
-        samples = generate(roles.sampler, prompts, lengths, Sampling(sizes.response, [], 0), uniforms)
-        rollout = judge(samples, roles.policy, roles.reference, score, micro_batch, width, roles.features)
+        samples = generate(roles.sampler(), prompts, lengths, Sampling(sizes.response, [], 0), uniforms)
+        with precision.autocast():
+            rollout = judge(samples, roles.policy, roles.reference, score, micro_batch, width, roles.features)
         rewards = shape_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, 0.05)
         advantages, returns = gae(rewards, rollout.values, rollout.mask, 1.0, 0.95)
         experience = Experience.of(rollout, rewards, whiten(advantages, rollout.mask), returns)
@@ -184,7 +203,7 @@ def we(sizes: Sizes, rounds: int, side: str) -> list[float]:
     return seconds
 
 
-def they(sizes: Sizes, rounds: int, side: str) -> list[float]:
+def they(sizes: Sizes, rounds: int, side: str, kind: str) -> list[float]:
     """CPU seconds of every iteration of TRL's PPOTrainer."""
     with peers.installed():
         import datasets
@@ -220,7 +239,7 @@ def they(sizes: Sizes, rounds: int, side: str) -> list[float]:
             "num_mini_batches": sizes.minibatches, "num_ppo_epochs": sizes.epochs, "temperature": 1.0,
             "total_episodes": sizes.batch * rounds, "response_length": sizes.response, "stop_token": None,
             "local_rollout_forward_batch_size": sizes.batch, "num_sample_generations": 0, "learning_rate": 3e-6,
-            "bf16": False, "fp16": False, "gradient_checkpointing": False, "save_strategy": "no",
+            "bf16": kind == "bf16", "fp16": False, "gradient_checkpointing": False, "save_strategy": "no",
             "report_to": "none", "disable_tqdm": True, "logging_steps": 10**9, "use_cpu": True, "seed": 0,
         }  # fmt: skip
         if unknown := sorted(options.keys() - inspect.signature(PPOConfig).parameters.keys()):

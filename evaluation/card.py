@@ -33,6 +33,7 @@ from evaluation.words import Table, as_json, markdown_table, show
 from rlhf.calibration import reliability_bins
 from rlhf.infra import checkpoint, config, distributed, run
 from rlhf.infra.files import read_json, write_json, write_text
+from rlhf.infra.precision import PrecisionName, dtype_of
 from rlhf.lm.pretrained import is_hf
 from rlhf.reward.bridge import open_reader
 from rlhf.reward.files import check_form, load_reward_model, template_of
@@ -59,6 +60,7 @@ class Config:
     sentences: int | None = None  # at most so many prompts or texts, every source with its share; none = all
     probe_texts: int = 200  # at most so many texts are changed by each probe
     chat: bool | None = None  # texts as prompts of a file are a user's messages; none = if the model learned from such
+    precision: PrecisionName = "auto"  # of matrix products; auto = bf16 where that is fast, else fp32
     plots: bool | None = None  # draw the plots, which needs matplotlib; none = if it is installed
 
     def __post_init__(self):
@@ -78,7 +80,7 @@ def main() -> None:
     drawn = can_draw(cfg.plots)
 
     # 1. read: the model, the texts, and which of two people prefer
-    reward_model, tokenizer, encode = open_model(cfg, device)
+    reward_model, tokenizer, encode = open_model(cfg, device, dtype_of(cfg.precision, device))
     material = read_material(cfg, tokenizer)
 
     # 2. score: every text once, as it is and as the probes change it
@@ -112,7 +114,9 @@ def main() -> None:
     print(f"{card['seconds']:.0f} s -> {out}: {', '.join(['card.json', 'card.md', *files])}")
 
 
-def open_model(cfg: Config, device) -> tuple[RewardModel | FrozenReward, Tokenizer, Callable[..., "Row"]]:
+def open_model(
+    cfg: Config, device, dtype: torch.dtype
+) -> tuple[RewardModel | FrozenReward, Tokenizer, Callable[..., "Row"]]:
     """The reward model, its tokenizer, and encode(asked, text, ended=True) -> Row in the form that it knows."""
     if not is_hf(Path(cfg.model)):
         tokenizer, template = load_tokenizer(checkpoint.resolve(cfg.model)), template_of(cfg.model)
@@ -120,11 +124,11 @@ def open_model(cfg: Config, device) -> tuple[RewardModel | FrozenReward, Tokeniz
             raise ValueError(f"--chat=true: {cfg.model} was trained without a chat template; leave it out")
         if Path(cfg.data).is_dir():
             check_form(cfg.model, open_data(cfg.data, cfg.split or "test"))
-        model = load_reward_model(cfg.model, tokenizer.fingerprint, device)
+        model = load_reward_model(cfg.model, tokenizer.fingerprint, device, dtype=dtype)
         context = (model.states.model if isinstance(model, FrozenReward) else model.model).config.context
         chat = Chat(tokenizer) if template and cfg.chat is not False else None
         return model, tokenizer, encoder(tokenizer, chat, context)
-    reader = open_reader(cfg.model, device)
+    reader = open_reader(cfg.model, device, dtype)
     if reader.model.ours:
         chat = Chat(reader.tokenizer) if cfg.chat else None
         return reader.model, reader.tokenizer, encoder(reader.tokenizer, chat, reader.context)

@@ -23,8 +23,10 @@ from evaluation.card import can_draw
 from evaluation.held_out import divergence, held_out_prompts, sample_groups, scores
 from evaluation.words import Table, as_json, markdown_table, show
 from model.generate import Sampling
+from model.half import store
 from rlhf.infra import checkpoint, config, distributed, run
 from rlhf.infra.files import read_json, write_json, write_text
+from rlhf.infra.precision import PrecisionName, dtype_of
 from rlhf.lm.pretrained import open_pretrained
 from rlhf.overoptimisation import CURVES, resampled_means
 from rlhf.ppo.roles import logprobs_of
@@ -44,6 +46,7 @@ class Config:
     prompts: int = 256  # held-out prompts, of the kind that the run was trained on
     best_of: int = 64  # samples per prompt of the base; best-of-n is reported for n = 2, 4, 8 ... up to this
     seed: int = 7  # of prompts and samples; all models draw with the same random numbers
+    precision: PrecisionName = "auto"  # of matrix products; auto = bf16 where that is fast, else fp32
     plots: bool | None = None  # draw the plot, which needs matplotlib; none = if it is installed
 
     def __post_init__(self):
@@ -62,10 +65,12 @@ def main() -> None:
     opened = open_pretrained(cfg.base, device)
     check_fingerprint(tokenizer.fingerprint, opened.tokenizer.fingerprint, cfg.base)
     check_same(cfg, settings, opened.digest, len(steps))
-    base = opened.model.eval()
+    dtype = dtype_of(cfg.precision, device)
+    base = store(opened.model.eval().requires_grad_(False), dtype)
     how = {name: settings[name] for name in PROMPTS} | {"context": base.config.context}
     asked = held_out_prompts(cfg.data, cfg.split, cfg.prompts, cfg.seed, tokenizer, **how)
     opening = dict(tokenizer=tokenizer, device=device, base=opened, records=asked.records, template=asked.template)
+    opening |= {"dtype": dtype}
     proxy = open_scorer(cfg.proxy, **opening).score
     gold = open_scorer(cfg.gold, **opening, data=cfg.data).score
     prompts = asked.prompts.to(device), asked.lengths.to(device)
@@ -85,7 +90,8 @@ def main() -> None:
 
     # 3. PPO: every checkpoint answers the same prompts, with the random numbers of the pool's first samples
     for path in tqdm(steps, desc="checkpoints", leave=False, disable=None):
-        policy = open_pretrained(path, device, near=(cfg.base,)).model.eval()
+        opened = open_pretrained(path, device, near=(cfg.base,)).model.eval()
+        policy = store(opened.requires_grad_(False), dtype)
         groups = sample_groups(policy, *prompts, 1, sampling, cfg.seed)
         means = {name: scores(score, groups, asked.rows)[:, 0] for name, score in (("proxy", proxy), ("gold", gold))}
         gains = {f"{name}_gain": x - pool[name][:, 0] for name, x in means.items()}

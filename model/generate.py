@@ -197,10 +197,7 @@ class Decoding:
     """
 
     def __init__(self, model: Transformer, rows: int, width: int):
-        device = model.embed_tokens.weight.device
-        dtype = model.norm.weight.dtype  # of the hidden states; the embedding may be stored smaller
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
+        device, dtype = model.embed_tokens.weight.device, model.cache_dtype
         self.model, self.device, self.dtype = model, device, dtype
         self.cache = KVCache(model.config, rows, width, dtype, device)
         self.lengths: list[int] = []  # tokens in the cache of each row that decodes

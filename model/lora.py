@@ -45,12 +45,13 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
-        y = F.linear(x, self.weight, self.bias)
+        y = F.linear(x.to(self.weight.dtype), self.weight, self.bias)
         if self.active not in self.lora_A:  # off, or an adapter that leaves this layer alone
             return y
         A, B = self.lora_A[self.active], self.lora_B[self.active]
-        down = F.linear(x.to(A.dtype), A)  # (..., r)
-        if y.dtype != B.dtype or torch.is_autocast_enabled(y.device.type):
+        autocast = torch.is_autocast_enabled(x.device.type)
+        down = F.linear(x if autocast else x.to(A.dtype), A)  # (..., r)
+        if y.dtype != B.dtype or autocast:
             return y + F.linear(down * self.scale[self.active], B).to(y.dtype)
         update = torch.addmm(y.flatten(0, -2), down.flatten(0, -2), B.t(), alpha=self.scale[self.active])
         return update.view_as(y)

@@ -16,6 +16,13 @@ from torch.utils.checkpoint import checkpoint
 from model.config import ModelConfig, rope_type
 
 
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) weight, in the type of its weight: where matrices are in half precision, norms are not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 class OffsetRMSNorm(nn.RMSNorm):
     """x / rms(x) (1 + weight), computed in float32 at least: Gemma's."""
 
@@ -31,7 +38,7 @@ def tanh_gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm, "offset_rms": OffsetRMSNorm}
+NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm, "offset_rms": OffsetRMSNorm}
 ACTIVATIONS = {"silu": F.silu, "geglu": tanh_gelu, "gelu": tanh_gelu}
 
 
@@ -162,6 +169,17 @@ class Span:
     attend: Callable[..., Tensor] = attend  # a packed row has its own, see model/packed.py
 
 
+def multiplied(x: Tensor) -> Tensor:
+    """x as several products read it: autocast would round it for each of them."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def trainable(x: Tensor) -> Tensor:
+    """What attention reads where a backward may follow: of half precision that is slower on a CPU than of float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_cpu else x
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -174,47 +192,49 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.heads * config.head_dim, config.width, bias=config.out_bias)
 
         def norm(heads: int) -> nn.Module | None:
-            kind = OffsetRMSNorm if config.norm == "offset_rms" else nn.RMSNorm
+            kind = OffsetRMSNorm if config.norm == "offset_rms" else RMSNorm
             size = config.head_dim * (heads if config.qk_norm_over == "width" else 1)
             return kind(size, config.norm_eps) if config.qk_norm else None
 
         self.q_norm, self.k_norm = norm(config.heads), norm(config.kv_heads)
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = multiplied(x)
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def split(self, x: Tensor, norm: nn.Module | None, ropes: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         """Queries or keys of all heads, normalised and turned. (B, T, H K) -> (B, T, H, K)"""
+        dtype = x.dtype
         if norm is not None:
-            x = x.to(norm.weight.dtype)  # under autocast x is half, the norm's weights are not
             x = norm(x.unflatten(-1, (-1, *norm.normalized_shape))).flatten(-2)
         x = x.unflatten(-1, (-1, self.head_dim))
-        return rotate(x, *ropes[self.rope]) if self.rope in ropes else x
+        return (rotate(x, *ropes[self.rope]) if self.rope in ropes else x).to(dtype)
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
         q, k, v = self.qkv(x)  # (B, T, H K), and twice (B, T, G K)
+        dtype = q.dtype
+        if span.cache is None:
+            q, k, v = trainable(q), trainable(k), trainable(v)
         q, k = self.split(q, self.q_norm, span.ropes), self.split(k, self.k_norm, span.ropes)
         v = v.unflatten(-1, (-1, self.head_dim))  # (B, T, G, K)
         if span.cache is not None:
             k, v = span.cache.write(self.layer, k, v, span)
+        return self.attended(q, k, v, span, dtype)
+
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, span: Span, dtype: torch.dtype, **how) -> Tensor:
+        """What the heads bring, put together: q (B, T, H, K), k and v (B, S, G, K), of one type -> (B, T, D).
+
+        dtype: in which the layer's products are.
+        """
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, ., K)
-        if span.parts is None:
-            y = span.attend(q, k, v, span.mask, self.scale, self.softcap)  # (B, H, T, K)
-        else:
-            y = torch.cat(
-                [
-                    span.attend(
-                        q[rows],
-                        k[rows, :, :end],
-                        v[rows, :, :end],
-                        span.mask[rows, ..., :end],
-                        self.scale,
-                        self.softcap,
-                    )
-                    for rows, end in span.parts
-                ]
-            )
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        how |= {"scale": self.scale, "softcap": self.softcap}
+        with torch.autocast(q.device.type, enabled=False):  # it would take half precision where they come in float32
+            if span.parts is None:
+                y = span.attend(q, k, v, span.mask, **how)  # (B, H, T, K)
+            else:
+                parts = ((q[b], k[b, :, :end], v[b, :, :end], span.mask[b, ..., :end]) for b, end in span.parts)
+                y = torch.cat([span.attend(*part, **how) for part in parts])
+        return self.o_proj(y.transpose(1, 2).flatten(2).to(dtype))
 
 
 class MLP(nn.Module):
@@ -232,6 +252,7 @@ class MLP(nn.Module):
         return self.down_proj(self.activation(gate) * up)
 
     def gate_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = multiplied(x)
         return self.gate_proj(x), self.up_proj(x)
 
 
@@ -258,14 +279,13 @@ class Block(nn.Module):
         return self.add(hidden, self.self_attn(self.input_layernorm(hidden), span))
 
     def at(self, columns: Tensor, hidden: Tensor, span: Span) -> Tensor:
-        attention, x = self.self_attn, self.input_layernorm(hidden)
+        attention, x = self.self_attn, multiplied(self.input_layernorm(hidden))
         ropes = {kind: (cos[:, columns], sin[:, columns]) for kind, (cos, sin) in span.ropes.items()}
-        q = attention.split(attention.q_proj(x[:, columns]), attention.q_norm, ropes)  # (1, B, H, K)
-        k = attention.split(attention.k_proj(x), attention.k_norm, span.ropes)  # (1, N, G, K)
-        v = attention.v_proj(x).unflatten(-1, (-1, attention.head_dim))
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        y = span.attend(q, k, v, None, attention.scale, attention.softcap, last=True)  # (1, H, B, K)
-        return self.add(hidden[:, columns], attention.o_proj(y.transpose(1, 2).flatten(2)))
+        q = attention.q_proj(x[:, columns])  # (1, B, H K)
+        dtype, q = q.dtype, attention.split(trainable(q), attention.q_norm, ropes)  # (1, B, H, K)
+        k = attention.split(trainable(attention.k_proj(x)), attention.k_norm, span.ropes)  # (1, N, G, K)
+        v = trainable(attention.v_proj(x)).unflatten(-1, (-1, attention.head_dim))
+        return self.add(hidden[:, columns], attention.attended(q, k, v, span, dtype, last=True))
 
     def add(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """The residual stream with what attention and then the MLP add. Twice (B, T, D) -> (B, T, D)"""
@@ -348,6 +368,19 @@ class Transformer(nn.Module):
             # drawn where the generator lives, so that every device starts from the same numbers
             parameter.copy_(std * torch.randn(parameter.shape, generator=generator, device=generator.device))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states: that of the norms, which stay float32 where matrices are stored in half precision."""
+        return next(x for name, x in self.layers[0].named_parameters() if "norm" in name).dtype
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of keys and values: what multiplies, by autocast or as the weights are stored."""
+        device, weight = self.embed_tokens.weight.device.type, self.layers[0].self_attn.k_proj.weight
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return weight.dtype if weight.is_floating_point() else self.dtype
+
     def span(self, ids: Tensor, cache: KVCache | None = None, new_lengths: Tensor | None = None) -> Span:
         """Positions, rotations, mask and cache columns of a call. ValueError when it runs past the context."""
         T, limit = ids.shape[1], cache.max_length if cache else self.config.context
@@ -385,9 +418,12 @@ class Transformer(nn.Module):
 
     def embed(self, ids: Tensor, span: Span) -> Tensor:
         """(B, T) -> (B, T, D)"""
-        weight = self.embed_tokens.weight
+        weight, device = self.embed_tokens.weight, ids.device.type
         wide = self.config.tied and weight.is_cpu and len(weight) > 2 * VOCABULARY_PART
         hidden = _Rows.apply(weight, ids) if wide else self.embed_tokens(ids)
+        if torch.is_autocast_enabled(device):  # rounded as other weights are: a frozen copy in half is the same
+            hidden = hidden.to(torch.get_autocast_dtype(device))
+        hidden = hidden.to(self.dtype)
         if (scale := self.config.embedding_scale) != 1:  # rounded to the embedding's type first, as in Gemma's own code
             hidden = hidden * torch.full((), scale, dtype=hidden.dtype, device=hidden.device)
         if self.embed_positions is not None:  # padding may stand beyond the table
@@ -429,9 +465,10 @@ class Transformer(nn.Module):
         if self.lm_head is not None:
             return self.lm_head(hidden)
         weight = self.embed_tokens.weight
-        if hidden.is_cpu and len(weight) > 2 * VOCABULARY_PART and not torch.is_autocast_enabled("cpu"):
+        wide = weight.dtype.itemsize >= 4 and not torch.is_autocast_enabled("cpu")
+        if hidden.is_cpu and len(weight) > 2 * VOCABULARY_PART and wide:
             return _WideLinear.apply(hidden, weight)
-        return F.linear(hidden, weight)
+        return F.linear(hidden.to(weight.dtype), weight)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, new_lengths: Tensor | None = None) -> Tensor:
         """Logits of every position. (B, T) -> (B, T, V)"""

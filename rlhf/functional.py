@@ -82,7 +82,8 @@ class _LogprobsAndEntropy(torch.autograd.Function):
             torch.exp(z, out=p)
             total = p.sum(-1, keepdim=True)
             # H = log sum_v e^z_v - sum_v p_v z_v; the clamp is for z = -inf, where p z must be 0
-            weighted = torch.linalg.vecdot(p, z.clamp_(min=torch.finfo(wide).min)).unsqueeze(-1)
+            with torch.autocast(rows.device.type, enabled=False):  # it would make a half-precision product of this sum
+                weighted = torch.linalg.vecdot(p, z.clamp_(min=torch.finfo(wide).min)).unsqueeze(-1)
             logsum = total.log()
             logprobs[part] -= logsum
             entropy[part] = logsum - weighted / total

@@ -49,6 +49,7 @@ NO_STEPS = dict.fromkeys("batch epochs warmup log_every eval_every checkpoint_ev
 NO_SHAPE = dict.fromkeys(("width", "layers", "heads"))
 LORA = {"lora_rank": 4, "lora_alpha": 8}
 DPO = {
+    "precision": "fp32",
     "init": "lm",
     "data": "votes",
     "epochs": 1,

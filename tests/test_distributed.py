@@ -33,7 +33,7 @@ def make_net() -> nn.Module:
 def train(ranks: distributed.Dist, micro_batch: int, steps: int = 4) -> tuple[nn.Module, list[float]]:
     """A few steps of a per-token loss on one global batch of ragged rows, cut over ranks and micro-batches."""
     net = make_net()
-    wrapped, optimizer, (autocast, scaler) = (
+    wrapped, optimizer, (autocast, scaler, _) = (
         ranks.wrap(net),
         optim.make_optimizer(net, 1e-2, 0.1),
         optim.amp(ranks.device),

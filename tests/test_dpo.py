@@ -54,7 +54,7 @@ def train(place, out, *options, ranks: int = 1) -> list[dict]:
     start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     start += [] if ranks == 1 else [f"--nproc_per_node={ranks}"]
     words = [f"--init={place / 'hf'}", f"--data={place / 'data'}", f"--out={out}", f"--batch={BATCH}", "--log_every=1"]
-    words += ["--warmup=0", *options]
+    words += ["--warmup=0", "--precision=fp32", *options]
     done = subprocess.run([*start, str(ROOT / "train_dpo.py"), *words], capture_output=True, text=True, cwd=place)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

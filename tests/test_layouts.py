@@ -51,12 +51,12 @@ def build(layout, critic=None, base=None, branch_layers=TOP, **kwargs) -> Roles:
 def act(roles: Roles, mine=EVERYBODY, iteration=0):
     ids, lengths = (x[mine] for x in prompts(ROWS, iteration))
     uniforms = row_uniforms(1, iteration, mine.tolist(), RESPONSE)
-    return generate(roles.sampler, ids, lengths, Sampling(RESPONSE, [EOS], PAD, TEMPERATURE), uniforms)
+    return generate(roles.sampler(), ids, lengths, Sampling(RESPONSE, [EOS], PAD, TEMPERATURE), uniforms)
 
 
 def act_and_judge(roles: Roles, dist=ALONE, iteration=0, micro_batch=4) -> Rollout:
     samples = act(roles, torch.arange(dist.rank, ROWS, dist.world), iteration)
-    score = reward_model(roles.sampler.norm.weight.dtype).score
+    score = reward_model(roles.policy.model.norm.weight.dtype).score
     return gather(judge(samples, roles.policy, roles.reference, score, micro_batch, WIDTH, roles.features), dist)
 
 
@@ -199,10 +199,10 @@ def test_features_change_nothing(critic, family, top):
 def test_learning_costs_the_top_layers_alone(monkeypatch):
     """The frozen layers run once per rollout, whatever the number of epochs."""
     roles = build("branch")
-    calls, forward = [], type(roles.sampler.layers[0]).forward
+    calls, forward = [], type(roles.sampler().layers[0]).forward
     samples = act(roles)
     monkeypatch.setattr(
-        type(roles.sampler.layers[0]),
+        type(roles.sampler().layers[0]),
         "forward",
         lambda self, *args: calls.append(self.self_attn.layer) or forward(self, *args),
     )
@@ -289,7 +289,7 @@ def test_a_checkpoint_gives_back_the_tuned_model(layout, critic, family, tmp_pat
     before = copy.deepcopy(fresh.state_dict())
     tuned = tuned_model(fresh, saved.config, saved.tensors)
     ids = random_ids(3, 2, 9)
-    torch.testing.assert_close(tuned(ids), roles.sampler(ids), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(tuned(ids), roles.policy.model(ids), rtol=1e-10, atol=1e-10)
     assert not torch.allclose(tuned(ids), base(ids))
     assert tuned.state_dict().keys() == before.keys()
     assert all(torch.equal(x, before[name]) for name, x in fresh.state_dict().items())

@@ -225,7 +225,7 @@ def study(world, tmp_path_factory):
 def measure(world, study, *options: str):
     given = dict(word.split("=", 1) for word in options)
     defaults = {"run": study / "ppo", "base": "lm", "proxy": "rewards.py:shorter", "gold": "rm", "data": "data"}
-    defaults |= {"out": study / "out", "best_of": 8, "prompts": 5}
+    defaults |= {"out": study / "out", "best_of": 8, "prompts": 5, "precision": "fp32"}
     words = [f"--{name}={value}" for name, value in (defaults | given).items()]
     return world.start(["evaluate.py", "overoptimisation", *words]).wait()
 

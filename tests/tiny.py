@@ -48,6 +48,8 @@ SMALL = {  # what makes a script small enough for a test; paths are relative to 
     },
     "evaluate.py rm": {"model": "rm", "data": "data", "out": "card", "probe_texts": 6},
 }  # fmt: skip
+# float32 is what exactness is promised in; tests/test_precision.py has the others
+SMALL |= {name: {"precision": "fp32"} | options for name, options in SMALL.items() if ".py" in name}
 
 REWARDS = """
 def shorter(prompts, responses):

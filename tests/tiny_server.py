@@ -92,8 +92,8 @@ def start(*options: str, cwd: Path, env: dict | None = None, preexec_fn=None) ->
         **(env or {}),
     }
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "serve.py"), *options], cwd=cwd, env=environment, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, preexec_fn=preexec_fn,
+        [sys.executable, str(ROOT / "serve.py"), "--precision=fp32", *options], cwd=cwd, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=preexec_fn,
     )  # fmt: skip
 
 

@@ -66,27 +66,30 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 class Precision(NamedTuple):
-    """What the loop needs to know of precision; in fp32 both parts do nothing."""
+    """What the loop needs to know of precision; in fp32 the first two do nothing."""
 
     autocast: Callable[[], contextlib.AbstractContextManager]  # `with autocast():` around every forward
     scaler: torch.amp.GradScaler  # `scaler.scale(loss).backward()`; its state_dict() is plain JSON
+    dtype: torch.dtype = torch.float32  # of matrix products, and in which frozen weights are stored
 
 
 def amp(device: torch.device, dtype: Literal["fp32", "bf16", "fp16"] = "fp32") -> Precision:
-    """Mixed precision: weights and optimiser stay fp32, matrix products run in `dtype`; fp16 scales the loss.
+    """Mixed precision: trained weights and optimiser stay fp32, matrix products run in `dtype`; fp16 scales the loss.
 
-    Raises ValueError where the device has no such mode.
+    ValueError where the device has no such mode. A CPU has bf16, and where its products are slow it is right all the same.
     """
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
     if dtype == "fp32":
         return Precision(contextlib.nullcontext, scaler)
-    if device.type != "cuda":
-        raise ValueError(f"{dtype} needs a CUDA device and this run is on {device.type}; use fp32")
-    if dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if dtype == "fp16" and device.type != "cuda":
+        raise ValueError(f"fp16 needs a CUDA device and this run is on {device.type}; use fp32, or bf16")
+    if dtype == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError(f"{torch.cuda.get_device_name(device)} has no bf16; use fp16 or fp32")
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    return Precision(functools.partial(torch.autocast, device.type, dtype=kind), scaler)
+    return Precision(functools.partial(torch.autocast, device.type, dtype=DTYPES[dtype]), scaler, DTYPES[dtype])
 
 
 def step(optimizer: torch.optim.Optimizer, module: nn.Module, scaler: torch.amp.GradScaler, clip: float) -> float:

@@ -12,11 +12,12 @@ The model that came in is never written to: its files may be mapped into memory,
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from model.half import Half, store_all
 from model.transformer import Transformer
 from rlhf.lm.frozen import FrozenStates
 from rlhf.lm.language_model import to_columns, token_logprobs
@@ -60,8 +61,9 @@ class ActorCritic(nn.Module):
             self.value_trunk.lm_head = None  # the critic predicts no tokens: an idle parameter would stall DDP
         self.value_head = None
         if critic != "none":
-            weight = model.norm.weight  # for its device and type
-            self.value_head = nn.Linear(model.config.width, 1, device=weight.device, dtype=weight.dtype)
+            weight = model.norm.weight  # for its device
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            self.value_head = nn.Linear(model.config.width, 1, device=weight.device, dtype=dtype)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
@@ -73,7 +75,10 @@ class ActorCritic(nn.Module):
             return PolicyOutput(logprobs, entropy, torch.zeros_like(logprobs))
         if self.value_trunk is not None:
             hidden = hidden_states(self.value_trunk, tokens, features, self.depth)
-        values = self.value_head(hidden[mask[:, 1:]]).squeeze(-1)  # (N,)
+        with torch.autocast(
+            hidden.device.type, enabled=False
+        ):  # a value is a number to add up, not a weight to multiply
+            values = self.value_head(hidden[mask[:, 1:]].to(self.value_head.weight.dtype)).squeeze(-1)  # (N,)
         return PolicyOutput(logprobs, entropy, to_columns(values.to(logprobs.dtype), mask))
 
 
@@ -116,9 +121,21 @@ class Roles:
     frozen: FrozenStates  # the trunk that came in, for a reward model that reads it too
     features: Callable[[Tensor], Tensor] = no_features  # tokens (B, T) -> (B, T, D) to keep for the learning epochs
 
-    @property
+    half: Half | None = None  # the policy in half precision, see `stored_in`
+
     def sampler(self) -> Transformer:
-        return self.policy.model
+        """The policy as it is now, to sample with."""
+        return self.half.refresh() if self.half else self.policy.model
+
+    def stored_in(self, dtype: torch.dtype) -> "Roles":
+        """The same with frozen weights stored in `dtype`, in place, and a copy in it that samples; float32: as it is."""
+        half = None if dtype == torch.float32 else Half(self.policy.model, dtype)
+        self.store(dtype)
+        return replace(self, half=half)
+
+    def store(self, dtype: torch.dtype) -> None:
+        """Frozen weights in `dtype` from here on."""
+        store_all(filter(None, (self.policy.model, self.policy.value_trunk, self.frozen.model)), dtype)
 
 
 def models(base: Transformer, critic: str, temperature: float, lora: LoRA, branch_layers: int) -> Roles:

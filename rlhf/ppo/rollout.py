@@ -99,7 +99,7 @@ def by_rows(size: int) -> Cut:
 
 
 def act(
-    model: Transformer,
+    sampler: Callable[[], Transformer],
     sampling: Sampling,
     seed: int,
     precision: Precision,
@@ -108,10 +108,11 @@ def act(
     ids: Tensor,
     iteration: int,
 ) -> Generated:
-    """Responses to right-padded prompts (B, P) of these lengths (B,), sampled on the device of the model.
+    """Responses to right-padded prompts (B, P) of these lengths (B,) by what `sampler` gives, on its device.
 
     What a row draws depends on (seed, iteration, its global id) alone: neither batch nor number of ranks changes it.
     """
+    model = sampler()
     device = model.embed_tokens.weight.device
     uniforms = row_uniforms(seed, iteration, ids.tolist(), sampling.max_new_tokens).to(device)
     with precision.autocast():

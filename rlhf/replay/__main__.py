@@ -53,7 +53,7 @@ def found_again(file: Path, record: dict, tensors: dict[str, Tensor]) -> Finding
 def precision_of(options: dict, device: torch.device) -> Precision:
     """As it was; in float32 where this machine has no other. Without a loss scale, which changes no number."""
     kind = options["precision"]
-    if device.type == "cpu" and kind != "fp32":
+    if device.type == "cpu" and kind == "fp16":
         say(f"this machine has no {kind}: computed in fp32")
         kind = "fp32"
     return optim.amp(device, kind)._replace(scaler=torch.amp.GradScaler(device.type, enabled=False))

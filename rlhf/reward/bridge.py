@@ -64,9 +64,9 @@ class Reader:
         return row[cut(row, self.context, self.tokenizer.start)]
 
 
-def open_reader(spec: str, device: torch.device | str = "cpu") -> Reader:
+def open_reader(spec: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Reader:
     """The classifier at `spec`, with the tokenizer and the template that lie beside it."""
-    model = load_classifier(spec, device)
+    model = load_classifier(spec, device, dtype)
     tokenizer = load_tokenizer(Path(spec))
     if (rows := model.model.config.vocab_size) < tokenizer.vocab_size:
         raise ValueError(f"{spec}: the tokenizer has {tokenizer.vocab_size} tokens, the model rows for {rows}")
@@ -79,13 +79,14 @@ def score_of(
     template: str | None = None,
     device: torch.device | str = "cpu",
     records: Callable[[Tensor], list[Record]] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Score, int | None]:
     """The classifier's score of the policy's tokens, and the longest row that it reads (None: any, the bridge cuts).
 
     tokenizer: of the policy; template: sha256 of the one that the data were rendered with; records: see `open_scorer`.
     Crossing the bridge is said in one line. ValueError where it leads nowhere: conversations of which only tokens are known.
     """
-    reader = open_reader(spec, device)
+    reader = open_reader(spec, device, dtype)
     same_tokens = reader.tokenizer.fingerprint == tokenizer.fingerprint
     same_form = template is None or reader.chat is not None and reader.chat.sha256 == template
     if same_tokens and same_form:

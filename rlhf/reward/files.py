@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from data.examples import Examples
+from model.half import store
 from model.hf import load_hf
 from rlhf.infra import checkpoint
 from rlhf.lm.checkpoints import check_numbers, new_transformer, open_stored, weights_of
@@ -34,11 +35,12 @@ def load_reward_model(
     device: torch.device | str = "cpu",
     base: Pretrained | None = None,
     frozen: FrozenStates | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> RewardModel | FrozenReward:
     """The reward model saved at `path`; raises ValueError if it reads other tokens than `fingerprint`.
 
     What stands on a frozen trunk reads `base` if that is its own, in one pass with whoever else reads `frozen`; otherwise its
-    base is opened.
+    base is opened. dtype: of its matrices, see model/half.py; its head stays float32.
     """
     saved = open_stored(path)
     check_kind(saved, path)
@@ -47,7 +49,13 @@ def load_reward_model(
             f"{path} was trained with tokenizer {str(own)[:12]}, the policy uses {fingerprint[:12]}: "
             "train the reward model from the policy's own base"
         )
-    return restored(saved.config, weights_of(saved), path, device, base, frozen)
+    return in_half(restored(saved.config, weights_of(saved), path, device, base, frozen), dtype)
+
+
+def in_half(model: RewardModel | FrozenReward, dtype: torch.dtype) -> RewardModel | FrozenReward:
+    """The same with the matrices of its trunk in `dtype`, see model/half.py."""
+    store(model.states.model.requires_grad_(False) if isinstance(model, FrozenReward) else model.model, dtype)
+    return model
 
 
 def template_of(path: str) -> str | None:
@@ -65,7 +73,7 @@ def check_form(path: str, data: Examples) -> None:
         )
 
 
-def load_classifier(path: str, device: torch.device | str = "cpu") -> Classifier:
+def load_classifier(path: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Classifier:
     """HF's sequence classifier at `path`, which has one label. ValueError for a language model, and for several labels."""
     model, info = load_hf(path, torch.float32, device)
     if info.kind != "classifier":
@@ -74,7 +82,7 @@ def load_classifier(path: str, device: torch.device | str = "cpu") -> Classifier
         raise ValueError(f"{path} has {len(info.score)} labels; a reward model is a sequence classifier with one")
     check_numbers([*model.named_parameters(), ("score.weight", info.score)], path)
     classifier = Classifier(model, info.score, info.reward_bias, info.pad_id, info.ours)
-    return classifier.to(device).requires_grad_(False).eval()
+    return in_half(classifier.to(device).requires_grad_(False).eval(), dtype)
 
 
 def check_kind(saved: checkpoint.Checkpoint, path: str) -> None:

@@ -227,6 +227,7 @@ def open_scorer(
     data: str | None = None,
     records: Callable[[Tensor], list[Record]] | None = None,
     template: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Scorer:
     """`scorer_of(spec)`, ready to score. With `data`, a directory of data.prepare, "data" is the judge in it.
 
@@ -235,7 +236,7 @@ def open_scorer(
     base is opened. ValueError or FileNotFoundError for what is none of these, or does not fit.
 
     records: rows (B,) -> the records of the data that these are, for a function that asks for messages or columns, and for
-    a classifier with another chat template than `template`, the sha256 of that of the data.
+    a classifier with another chat template than `template`, the sha256 of that of the data. dtype: see model/half.py.
     """
 
     def opened(scorer: Scorer) -> Scorer:
@@ -249,10 +250,10 @@ def open_scorer(
         if scorer.kind == "data":
             return replace(scorer, components=unnamed(judge_of(data, tokenizer)))
         if is_hf(Path(scorer.spec)):
-            score, context = bridge.score_of(scorer.spec, tokenizer, template, device, records)
+            score, context = bridge.score_of(scorer.spec, tokenizer, template, device, records, dtype)
             by_row = context is None and template is not None
             return replace(scorer, components=unnamed(score), context=context, by_row=by_row)
-        model = load_reward_model(scorer.spec, tokenizer.fingerprint, device, base, frozen)
+        model = load_reward_model(scorer.spec, tokenizer.fingerprint, device, base, frozen, dtype)
         trunk = model.states.model if isinstance(model, FrozenReward) else model.model
         module = trunk if isinstance(model, FrozenReward) else model
         own = unnamed(lambda tokens, lengths, mask, rows: model.score(tokens, lengths, mask))

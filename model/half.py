@@ -1,0 +1,154 @@
+"""Half precision where it costs nothing: frozen matrices stored in it, and a copy of a model for sampling.
+
+    store(model, torch.bfloat16)         # frozen matrices, in place, for every model that shares them
+    copy = Half(policy, torch.bfloat16)  # copy.refresh() -> a model to sample with, that holds the policy's weights of now
+
+Transforms of a built model; the model file mentions neither. Matrices, biases of linear layers and the embedding get the
+type, norms and learned positions stay float32, and so do the hidden states between the layers. A product then is what
+autocast makes of it (both factors rounded to half precision, added up in float32), with or without autocast around it.
+"""
+
+import copy
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.lora import LoRALinear, replace_module
+from model.transformer import Transformer
+
+
+class HalfLinear(nn.Linear):
+    """nn.Linear whose weight and bias are in half precision; x may be in any type."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.weight = weight
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class Joint:
+    """Several linear layers of the same x, by one product with all their rows: weight (N1 + N2 + ..., K)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, sizes: list[int]):
+        self.weight, self.bias, self.sizes = weight, bias, sizes
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias).split(self.sizes, -1)
+
+
+@torch.no_grad()
+def store(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """Frozen matrices in `dtype` from here on, in place, also for other models that share these parameters; -> the model.
+
+    What is trained stays as it is, and so do adapters. float32 changes nothing.
+    """
+    if dtype == torch.float32:
+        return model
+    for path, layer in linear_layers(model):
+        if not layer.weight.requires_grad:
+            for x in (layer.weight, layer.bias):
+                to_half(x, dtype)
+            if type(layer) is nn.Linear:
+                replace_module(model, path, HalfLinear(layer.weight, layer.bias))
+    if isinstance(model.embed_tokens, nn.Embedding) and not model.embed_tokens.weight.requires_grad:
+        to_half(model.embed_tokens.weight, dtype)
+    return model
+
+
+def store_all(models: Iterable[Transformer], dtype: torch.dtype) -> None:
+    for model in models:
+        store(model, dtype)
+
+
+def to_sample_with(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """The same model, which nobody trains, by `Half`; int8 models, and float32, stay as they are."""
+    if dtype == torch.float32 or not isinstance(model.embed_tokens, nn.Embedding):
+        return model
+    return Half(model.requires_grad_(False), dtype).model
+
+
+def to_half(x: Tensor | None, dtype: torch.dtype) -> None:
+    if x is not None and x.dtype != dtype:
+        x.data = x.data.to(dtype)
+
+
+def linear_layers(model: Transformer) -> list[tuple[str, nn.Linear]]:
+    return [(path, layer) for path, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+
+
+class Half:
+    """A copy of `source` to sample with: matrices in `dtype`, q-k-v and gate-up joined, active adapters merged.
+
+    What is frozen is stored in `dtype` from here on, in the source too, and shared with it, as norms and learned positions
+    are. `refresh` copies what was trained.
+    """
+
+    @torch.no_grad()
+    def __init__(self, source: Transformer, dtype: torch.dtype):
+        store(source, dtype)
+        self.dtype, self.model = dtype, copy.deepcopy(source, {id(x): x for x in source.parameters()})
+        self.pairs: list[tuple[Tensor, Tensor]] = []  # (in the copy, in the source)
+        self.sums: list[tuple[Tensor, LoRALinear]] = []  # (in the copy, the layer whose adapter is merged into it)
+        for block in self.model.layers:
+            attention, mlp = block.self_attn, block.mlp
+            attention.qkv = self.join(attention, "q_proj", "k_proj", "v_proj")
+            if mlp.gate_proj is not None:
+                mlp.gate_up = self.join(mlp, "gate_proj", "up_proj")
+        for path, layer in linear_layers(self.model):
+            if type(layer) is not HalfLinear:
+                module, _, name = path.rpartition(".")
+                self.join(self.model.get_submodule(module), name)
+        embedding = self.model.embed_tokens.weight
+        if embedding.requires_grad:
+            self.model.embed_tokens.weight = frozen(self.copied(embedding))
+
+    def join(self, module: nn.Module, *names: str) -> Joint:
+        """The layers of these names put into one matrix, of which each then has its rows."""
+        layers = [getattr(module, name) for name in names]
+        weight = torch.cat([layer.weight.detach().to(self.dtype) for layer in layers])  # (N, K)
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        bias = torch.cat([x.detach().to(self.dtype) for x in biases]) if biases else None  # (N,); all have one, or none
+        sizes = [layer.out_features for layer in layers]
+        rows = zip(names, layers, weight.split(sizes), bias.split(sizes) if biases else [None] * len(layers))
+        for name, layer, w, b in rows:
+            setattr(module, name, self.layer(layer, w, b))
+        return Joint(weight, bias, sizes)
+
+    def layer(self, layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> HalfLinear:
+        """`layer` of the copy, with these numbers for its own."""
+        if type(layer) is HalfLinear:  # frozen: the source reads them there too
+            layer.weight.data = weight
+            if bias is not None:
+                layer.bias.data = bias
+            return layer
+        if isinstance(layer, LoRALinear):
+            self.sums.append((weight, layer))
+        else:
+            self.pairs.append((weight, layer.weight))
+        if bias is not None:
+            self.pairs.append((bias, layer.bias))
+        return HalfLinear(frozen(weight), frozen(bias))
+
+    def copied(self, x: nn.Parameter) -> Tensor:
+        mine = x.detach().to(self.dtype)
+        self.pairs.append((mine, x))
+        return mine
+
+    @torch.no_grad()
+    def refresh(self) -> Transformer:
+        """The copy, with what the source holds now."""
+        if self.pairs:
+            torch._foreach_copy_(*map(list, zip(*self.pairs)))
+        for mine, layer in self.sums:
+            mine.copy_(layer.merged(layer.active) if layer.active in layer.lora_A else layer.weight)
+        return self.model
+
+
+def frozen(x: Tensor | None) -> nn.Parameter | None:
+    return None if x is None else nn.Parameter(x, requires_grad=False)
