@@ -114,7 +114,6 @@ def table(cfg: Config, runs: dict[str, Path]) -> str:
     out = Path(cfg.out)
     summary = read_json(out / "evaluation" / "summary.json")
     found = summary["verifiable"]["reward"]
-    versus = {pair["a"]: pair["reward_gain"] for pair in summary["pairwise"] if pair["b"] == "base"}
     names = {"start": "base"} | {name: spec for name, spec in zip(runs, evaluated(runs))}
     rows = []
     for name, spec in names.items():
@@ -125,7 +124,7 @@ def table(cfg: Config, runs: dict[str, Path]) -> str:
             [
                 name,
                 show(x["accuracy"]),
-                show(versus.get(spec)),
+                show(x.get("rise")),
                 show(x["greedy"]),
                 f"{summary['rows'][spec]['kl']:.1f}",
                 f"{statistics.mean(groups[:5]):.2f}, {statistics.mean(groups[-5:]):.2f}" if groups else "",

@@ -14,14 +14,16 @@ def is_verdict(samples: dict[str, np.ndarray]) -> bool:
 
 
 def report(samples: dict[str, np.ndarray], greedy: dict[str, np.ndarray]) -> dict[str, dict]:
-    """Of every model, with 95% intervals over prompts: the share of right answers among its samples (P, n); pass@k for
-    k = 2, 4, ... n; the share of right greedy answers (P,), where there are any; and of prompts with right and wrong
-    samples, from which alone a group of them learns.
+    """Of every model, with 95% intervals over prompts: the share of right answers among its samples (P, n), and how far that
+    is above the first model's on the same prompts; pass@k for k = 2, 4, ... n; the share of right greedy answers (P,), where
+    there are any; and of prompts with right and wrong samples, from which alone a group of them learns.
     """
-    found = {}
+    found, first = {}, next(iter(samples.values())).mean(1)
     for name, x in samples.items():
         n, right = x.shape[1], x.sum(1)
         found[name] = {"accuracy": mean_and_interval(x.mean(1))}
+        if found.keys() != {name}:
+            found[name]["rise"] = mean_and_interval(x.mean(1) - first)
         if name in greedy:
             found[name]["greedy"] = mean_and_interval(greedy[name])
         for k in [2**i for i in range(1, n.bit_length())]:
@@ -31,12 +33,13 @@ def report(samples: dict[str, np.ndarray], greedy: dict[str, np.ndarray]) -> dic
     return found
 
 
+FIRST = ("accuracy", "rise", "greedy")
+
+
 def table(found: dict[str, dict]) -> Table:
     """found: what `report` made of every score that is a verdict, {score: {model: ...}}."""
     names = list(dict.fromkeys(key for models in found.values() for x in models.values() for key in x))
-    names = [name for name in ("accuracy", "greedy") if name in names] + [
-        name for name in names if name not in ("accuracy", "greedy")
-    ]
+    names = sorted(names, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
     rows = [
         [name, what, *(show(x.get(key)) for key in names)]
         for what, models in found.items()

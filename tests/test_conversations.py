@@ -68,7 +68,9 @@ def test_evaluate_asks_in_the_template_and_counts_right_answers(world, chats, tm
     assert "judge" not in summary["rows"]["tuned"]
     assert summary["rows"]["tuned"]["perplexity_of_human_text"] is None and summary["ppo"]["kl"] == 0
     base, tuned = (summary["verifiable"]["reward"][name] for name in ("base", "tuned"))
+    rise = tuned.pop("rise")  # the base against itself
     assert base == tuned and {"accuracy", "greedy", "pass@2", "pass@4", "mixed"} == base.keys()
+    assert rise == {"mean": 0, "low": 0, "high": 0}
     assert base["accuracy"]["mean"] <= base["pass@2"]["mean"] <= base["pass@4"]["mean"]
     for row in lines(out / "samples.jsonl"):
         assert row["prompt"].startswith("Say ") and row["before"] == row["after"] and "<|im" not in row["before"]
@@ -97,6 +99,9 @@ def test_pass_at_k_is_the_share_of_all_choices_of_k(n, right, k):
 
 
 def test_only_ones_and_zeros_are_verdicts():
+    few, more = np.array([[0.0, 1.0], [0.0, 0.0]]), np.array([[1.0, 1.0], [0.0, 1.0]])
+    found = verifiable.report({"before": few, "after": more}, {})
+    assert "rise" not in found["before"] and found["after"]["rise"] == {"mean": 0.5, "low": 0.5, "high": 0.5}  # paired
     assert verifiable.is_verdict({"a": np.array([[0.0, 1.0]]), "b": np.array([[1.0]])})
     assert not any(verifiable.is_verdict({"a": np.array([x])}) for x in ([0.0, 0.5], [1.0, 1.0], [-1.0, 1.0]))
 
