@@ -101,6 +101,8 @@ def take(words: str, bench: dict, seconds: float) -> None:
                 os.killpg(process.pid, signal.SIGKILL)  # the sides of a bench are processes of their own
                 process.wait()
         rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    if not rows:
+        bench.setdefault("failed", "it left no ratio, see figures.ratio")
     for row in rows:
         bench["ratios"].setdefault((row["what"], row["of"]), []).extend(row["ratios"])
     bench["seconds"].append(round(time.perf_counter() - start, 1))
