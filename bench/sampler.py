@@ -1,29 +1,38 @@
 """Tokens per second of our sampler beside transformers' `generate`, on the same weights, taken in turns.
 
     python bench/sampler.py --batch=16                 # needs the extra "compare"
+    python bench/sampler.py --shape=smollm2 --batch=64 --precision=bf16
+    python bench/sampler.py --shape=smollm2 --ragged   # ours alone: what texts that end early save
     python bench/sampler.py --init=out/lm --response=48
 
 Random weights and no EOS, or with --init a trained model whose texts end where it ends them: then the rows differ in length,
 as in PPO's rollouts, and a token counts only up to its row's EOS. Sampling at temperature 1 in both. CPU seconds of one
 thread, so that a busy machine matters less; what counts is the ratio of neighbouring rounds.
+
+--ragged: four times as many prompts, of which `batch` decode together, once to the full length of response, and once with
+so many tokens that end a text that the mean is a quarter of it (random weights are nearly indifferent between tokens).
 """
 
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import figures
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model.generate import Sampling, generate, row_uniforms  # noqa: E402
+from model.half import to_sample_with  # noqa: E402
 from model.hf import save_hf  # noqa: E402
 from model.transformer import ModelConfig, Transformer  # noqa: E402
 from rlhf.infra import config  # noqa: E402
+from rlhf.infra.precision import dtype_of  # noqa: E402
 from rlhf.lm.pretrained import open_pretrained  # noqa: E402
 
 SHAPES = {
@@ -36,7 +45,9 @@ SHAPES = {
 class Config:
     shape: Literal["small", "smollm2"] = "small"  # random weights: as from scratch, or SmolLM2-135M's [init=none]
     init: str | None = None  # a trained model instead: run, HF directory, GGUF file or name
-    batch: int = 16  # prompts
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"  # of both sides; auto = bf16 where it is fast
+    ragged: bool = False  # texts that end at a quarter of the length on average, of our own full ones [init=none]
+    batch: int = 16  # prompts that decode together
     prompt: int = 16  # tokens of a prompt
     response: int = 32  # tokens sampled
     rounds: int = 5  # of each, in turns, after one to warm up
@@ -44,24 +55,56 @@ class Config:
 
 def main() -> None:
     cfg = config.parse(Config)
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError("transformers is not installed: pip install -e '.[compare]'") from None
     torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
     if cfg.init is None:
         ours, stop_ids = Transformer(SHAPES[cfg.shape]).eval(), ()
         ours.init_weights(torch.Generator().manual_seed(1))
     else:
         opened = open_pretrained(cfg.init)
         ours, stop_ids = opened.model.eval(), opened.stop_ids
-    with tempfile.TemporaryDirectory() as directory:
-        save_hf(f"{directory}/model", ours)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(f"{directory}/model").eval()
-    prompts = torch.randint(
-        3, ours.config.vocab_size, (cfg.batch, cfg.prompt), generator=torch.Generator().manual_seed(2)
+    sides = full_and_ragged(cfg, ours) if cfg.ragged else ours_and_theirs(cfg, ours, stop_ids)
+    first, second = sides
+    speed = {name: [] for name in sides}
+    for _ in range(1 + cfg.rounds):
+        for name, sampler in sides.items():
+            start = time.process_time()
+            done = sampler()
+            speed[name].append(done / (time.process_time() - start))
+    for name, rounds in speed.items():
+        unit = "rows/s" if cfg.ragged else "tokens/s"
+        print(f"{name:<20}{statistics.median(rounds[1:]):10.1f} {unit}, median of {cfg.rounds} rounds")
+    ratios = [a / b for a, b in zip(speed[first][1:], speed[second][1:])]
+    kind = str(dtype(cfg)).removeprefix("torch.")
+    what = (
+        f"sampling {cfg.batch} rows, {kind}, {cfg.shape}" if cfg.init is None else f"sampling {cfg.batch} rows, {kind}"
     )
-    lengths, uniforms = torch.full((cfg.batch,), cfg.prompt), row_uniforms(1, 0, range(cfg.batch), cfg.response)
+    what += ", texts of a quarter of the length" if cfg.ragged else ""
+    print(f"{what}: {figures.ratio(what, second, ratios)} times {second}; {figures.cpu()}; {cfg}")
+
+
+def dtype(cfg: Config) -> torch.dtype:
+    return dtype_of(cfg.precision, torch.device("cpu"), quiet=True)
+
+
+def inputs(cfg: Config, model: Transformer, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    prompts = torch.randint(3, model.config.vocab_size, (rows, cfg.prompt), generator=generator)
+    return prompts, torch.full((rows,), cfg.prompt), row_uniforms(1, 0, range(rows), cfg.response)
+
+
+def ours_and_theirs(cfg: Config, model: Transformer, stop_ids) -> dict[str, Callable[[], int]]:
+    """Tokens that each of the two samples."""
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("transformers is not installed: pip install -e '.[compare]'") from None
+    with tempfile.TemporaryDirectory() as directory:
+        save_hf(f"{directory}/model", model)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(f"{directory}/model").eval()
+    theirs = theirs.to(dtype(cfg))
+    prompts, lengths, uniforms = inputs(cfg, model, cfg.batch)
+    ours = to_sample_with(model, dtype(cfg))
     kwargs = {"do_sample": True, "top_k": 0, "pad_token_id": 0, "attention_mask": torch.ones_like(prompts)}
     kwargs |= {"max_new_tokens": cfg.response, "eos_token_id": list(stop_ids) or None}
 
@@ -73,15 +116,20 @@ def main() -> None:
         ended = torch.isin(response, torch.tensor(stop_ids, dtype=torch.int64)).int()
         return int((ended.cumsum(1) - ended == 0).sum())  # up to the first EOS, which counts
 
-    speed = {"ours": [], "transformers": []}
-    for _ in range(1 + cfg.rounds):
-        for name, sampler in (("ours", we), ("transformers", they)):
-            start = time.process_time()
-            speed[name].append(sampler() / (time.process_time() - start))
-    for name, rounds in speed.items():
-        print(f"{name:<14}{statistics.median(rounds[1:]):10.0f} tokens/s, median of {cfg.rounds} rounds")
-    ratios = [a / b for a, b in zip(speed["ours"][1:], speed["transformers"][1:])]
-    print(f"ratio {statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}], {cfg}")
+    return {"ours": we, "transformers": they}
+
+
+def full_and_ragged(cfg: Config, model: Transformer) -> dict[str, Callable[[], int]]:
+    """Rows that our sampler ends, where they end early and where none does."""
+    rows, ours = 4 * cfg.batch, to_sample_with(model, dtype(cfg))
+    prompts, lengths, uniforms = inputs(cfg, model, rows)
+    stop_ids = range(model.config.vocab_size * 4 // cfg.response)
+
+    def side(stop_ids) -> int:
+        generate(ours, prompts, lengths, Sampling(cfg.response, stop_ids, 0), uniforms, cfg.batch)
+        return rows
+
+    return {"ragged": lambda: side(stop_ids), "rows of full length": lambda: side(())}
 
 
 if __name__ == "__main__":

@@ -43,6 +43,13 @@ class Generated:
     finished: Tensor  # (B,) bool, True when the row ended with EOS
 
 
+def check_settings(temperature: float, top_k: int, top_p: float) -> None:
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"temperature {temperature}, top_k {top_k}, top_p {top_p}: the first two must be >= 0, top_p in (0, 1]"
+        )
+
+
 def warp_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Logits of the distribution that is sampled: temperature, then top-k, then top-p (HF's order). (..., V) -> same
 
@@ -50,10 +57,7 @@ def warp_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p:
     at most 1 - top_p, and never the most likely. Dropped tokens are -inf. temperature 0 keeps the argmax alone.
     Float32 (float64 stays). ValueError for temperature < 0, top_k < 0 or top_p outside (0, 1].
     """
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(
-            f"temperature {temperature}, top_k {top_k}, top_p {top_p}: the first two must be >= 0, top_p in (0, 1]"
-        )
+    check_settings(temperature, top_k, top_p)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature == 0:
         best = logits.argmax(dim=-1, keepdim=True)
@@ -105,11 +109,12 @@ def draw(
             [None] * len(logits) if uniforms is None else uniforms.split(SAMPLED_AT_ONCE),
         )
         return tuple(map(torch.cat, zip(*(draw(*part, temperature, top_k, top_p) for part in parts))))
-    highest = logits.amax(dim=-1)  # a NaN is the largest; at temperature 0 the warped ones hold none
-    logits = warp_logits(logits, temperature, top_k, top_p)
+    check_settings(temperature, top_k, top_p)
     if temperature == 0:
-        return logits.argmax(dim=-1), logits.new_zeros(len(logits)), highest
-    probs = logits.softmax(dim=-1)  # (B, V)
+        highest, token = logits.max(dim=-1)  # a NaN is the largest
+        zero = torch.zeros(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
+        return token, zero, highest
+    probs = warp_logits(logits, temperature, top_k, top_p).softmax(dim=-1)  # (B, V)
     token, total = inverse_cdf(probs, uniforms)
     return token, probs.gather(-1, token[:, None])[:, 0].log(), total
 

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reference_model import random_ids, small_model
 from small_rollout import EOS, PAD, TEMPERATURE, reward_model
 from test_resume import assert_equal_runs
 from tiny import lines
 
 from model.generate import Sampling, generate, row_uniforms
-from model.half import Half, HalfLinear
+from model.half import Half, HalfLinear, product
 from model.lora import LoRALinear
 from rlhf.functional import logprobs_and_entropy
 from rlhf.infra import optim
@@ -295,3 +297,18 @@ def test_every_trainer_and_reader_in_bf16(world, tmp_path, trunk):
     rows = [json.loads((tmp_path / name / "summary.json").read_text())["rows"]["tuned"] for name in ("fp32", "bf16")]
     assert rows[1]["perplexity_of_human_text"] == pytest.approx(rows[0]["perplexity_of_human_text"], rel=0.02)
     world.ok("sample.py", checkpoint=tmp_path / "ppo", prompt="The film", precision="bf16")
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 300), st.integers(1, 70), st.integers(1, 40), st.booleans(), st.integers(0, 10**6))
+def test_a_product_of_few_rows_in_half_precision(rows, K, N, bias, seed):
+    """That of the rounded numbers in float64, to a step of bfloat16, and in F.linear's shape."""
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = (torch.randn(*shape, generator=generator) for shape in ((rows, 2, K), (N, K)))
+    weight, b = weight.bfloat16(), torch.randn(N, generator=generator).bfloat16() if bias else None
+    expected = x.bfloat16().double() @ weight.double().T + (0 if b is None else b.double())
+    y = product(x.bfloat16(), weight, b)
+    plain = torch.nn.functional.linear(x.bfloat16(), weight, b)
+    assert y.shape == plain.shape and y.dtype == plain.dtype
+    size = x.abs().double() @ weight.abs().double().T + 1
+    assert float(((y.double() - expected).abs() / size).max()) < 2**-7
