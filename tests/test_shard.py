@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from small_rollout import EOS, PAD, RESPONSE, TEMPERATURE, WIDTH, prompts, reward_model
 from test_layouts import CASES, LAYERS, OBJECTIVE, ROWS, build, experience_of
 
+from model import transformer
 from model.generate import Sampling, generate, row_uniforms
 from model.transformer import recompute_blocks
 from rlhf.infra import checkpoint, distributed, optim
@@ -77,6 +78,7 @@ def kept_here(x: torch.Tensor) -> int:
 
 
 def worker(out: Path, way: str) -> None:
+    transformer.VOCABULARY_PART = 4  # tied embeddings are read as wide ones are, without their module
     dist = distributed.setup(**WAYS[way])
     for family, layout, critic in cases(way):
         found, place = train(layout, critic, family, dist), out / f"{family}-{layout}-{critic}"

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from rlhf.infra import checkpoint
 
 GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 has the new name
-METHODS = ("project",)  # of a model, that read parameters of another module: the embedding as output matrix
+METHODS = ("embed", "project")  # of a model, that read the embedding without its module: as rows, as output matrix
 
 
 def mesh_of(world: int, replicas: int, device: torch.device) -> DeviceMesh:
