@@ -7,6 +7,7 @@ Sorting starts from a short fine-tuning on 256 examples, which gives the form of
 Every run is train_ppo.py (or, for the control, train_lm.py on as many gold answers as RL samples responses) in a process of
 its own; evaluate.py then asks all of them the same held-out prompts with the same random numbers.
 What is finished is kept and not run again. The tables are printed and written to results.md; --threads=2 uses two cores.
+In float32 everywhere, so that CPUs differ in rounding alone.
 """
 
 import os
@@ -103,6 +104,8 @@ def main() -> None:
 def run(cfg: Config, *command: str) -> None:
     """A script to its end; it resumes by itself, and does nothing where it was finished."""
     print(" ".join(("python", *command)), flush=True)
+    if command[0].endswith(".py"):
+        command = (*command, "--precision=fp32")
     environment = os.environ | {"OMP_NUM_THREADS": str(cfg.threads)}
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
