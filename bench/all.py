@@ -22,9 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import figures  # noqa: E402
+import torch  # noqa: E402
 
 from rlhf.infra import config  # noqa: E402
 from rlhf.infra.files import write_json  # noqa: E402
+from rlhf.infra.precision import has_fast_bf16  # noqa: E402
 
 BENCHES = (  # most wanted first
     "ppo.py --shape=smollm2 --rounds=1 --iterations=1",
@@ -38,6 +40,10 @@ BENCHES = (  # most wanted first
     "sft.py --shape=small --rounds=1 --steps=5",
     "learning.py --rounds=1",
     "int8.py --rounds=2",
+)
+IN_BF16 = (  # where this CPU is fast at it
+    "ppo.py --shape=smollm2 --rounds=1 --iterations=1 --precision=bf16 --sides=trl,shared,adapters,branch",
+    "ppo.py --shape=small --rounds=1 --iterations=1 --precision=bf16 --sides=trl,shared,branch",
 )
 
 
@@ -53,9 +59,10 @@ class Config:
 
 def main() -> None:
     cfg = config.parse(Config)
-    chosen = [words for words in BENCHES if not cfg.only or any(word in words for word in cfg.only)]
+    benches = BENCHES + IN_BF16 * has_fast_bf16(torch.device("cpu"))
+    chosen = [words for words in benches if not cfg.only or any(word in words for word in cfg.only)]
     if not chosen:
-        raise ValueError(f"--only={','.join(cfg.only)}: no bench is called so; there are\n" + "\n".join(BENCHES))
+        raise ValueError(f"--only={','.join(cfg.only)}: no bench is called so; there are\n" + "\n".join(benches))
     found = {words: {"command": f"python bench/{words}", "seconds": [], "ratios": {}} for words in chosen}
     facts = machine()
     ends, took = time.perf_counter() + 60 * cfg.minutes, 0.0
@@ -75,8 +82,6 @@ def main() -> None:
 
 
 def machine() -> dict:
-    import torch
-
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     kernels = torch.backends.cpu.get_cpu_capability()
     return {"cpu": figures.cpu(), "kernels": kernels, "torch": torch.__version__, "commit": git.stdout.strip()}

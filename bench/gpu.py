@@ -361,7 +361,7 @@ def policies(place: Place) -> dict:
     """Every layout in both precisions: the check before the first update, the first ratio, sampler against training."""
     cases = [(layout, kind) for layout in LAYOUTS for kind in DTYPES]
     if place.small:
-        cases = [("shared", "fp32")]
+        cases = [("shared", "fp32"), ("branch", "bf16")]
     printed = together(place, {f"{layout} {kind}": ppo_command(layout, kind) for layout, kind in cases})
     return {name: policy_facts(place, name, out) for name, out in printed.items()}
 
@@ -405,8 +405,7 @@ def random_model(place: Place, name: str) -> Transformer:
 
 def cast(place: Place, name: str, layout: str, kind: str) -> tuple[Roles, Precision]:
     """The roles of a run on a random model."""
-    precision = optim.amp(place.device, "fp32" if place.small else kind)
-    model = random_model(place, name)
+    precision, model = optim.amp(place.device, kind), random_model(place, name)
     roles = LAYOUTS[layout](model, "shared", 1.0, LoRA(), max(1, model.config.layers // 8))
     return roles.stored_in(precision.dtype), precision
 
@@ -438,7 +437,7 @@ def decode(place: Place, name: str, batch: int, layout: str, kind: str) -> dict:
     stops = list(range(0, shape.model.vocab_size, 32))  # of what is drawn one in 32: a mean of 32 tokens
     found["ragged_rollout_ms"] = short(ms(place, lambda: rollout(shape.response, stops), repeats=1))
     found |= profiled(place, rollout, 8 if shape.response > 9 else 4) | memory(place)
-    parts = planned(place, shape, batch, batch, layout)
+    parts = planned(place, shape, batch, batch, layout, kind)
     return found | {"planned_gb": short(sum(parts[part] for part in ("weights", "cache", "logits")) / 1e9)}
 
 
@@ -469,10 +468,12 @@ def memory(place: Place) -> dict:
     return found
 
 
-def planned(place: Place, shape: Shape, batch: int, micro_batch: int, layout: str) -> dict[str, int]:
+def planned(place: Place, shape: Shape, batch: int, micro_batch: int, layout: str, kind: str) -> dict[str, int]:
     """The parts of `train_ppo.py --plan`, bytes."""
     baseline = resident_bytes() if place.device.type == "cpu" else 0
-    sizes = plan.Sizes(batch, micro_batch, shape.prompt, shape.response, "shared", baseline=baseline)
+    sizes = plan.Sizes(
+        batch, micro_batch, shape.prompt, shape.response, "shared", baseline=baseline, dtype=DTYPES[kind]
+    )
     return plan.plan(shape.model, sizes, layout)
 
 
@@ -551,7 +552,9 @@ def iteration(place: Place, name: str, batch: int) -> dict:
     mismatch = (rollout.logprobs - rollout.sampler_logprobs).abs()[rollout.mask]
     found = {key: short(seconds) for key, seconds in clock.laps.items()} | memory(place)
     found |= {"logprob_diff_mean": short(float(mismatch.mean())), "logprob_diff_max": short(float(mismatch.max()))}
-    return found | {"planned_gb": short(sum(planned(place, shape, batch, micro_batch, "shared").values()) / 1e9)}
+    return found | {
+        "planned_gb": short(sum(planned(place, shape, batch, micro_batch, "shared", "bf16").values()) / 1e9)
+    }
 
 
 def beside_transformers(place: Place, batch: int) -> dict:
