@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NODES = {"plain0": "10.77.31.1", "plain1": "10.77.31.2"}
 LONGEST = 900  # seconds of a run
-OPTIONS = {"iterations": 6, "minibatches": 2, "micro_batch": 2, "checkpoint_every": 2}
+OPTIONS = {"precision": "fp32", "iterations": 6, "minibatches": 2, "micro_batch": 2, "checkpoint_every": 2}
 
 
 def sh(*command: str) -> None:
