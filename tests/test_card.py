@@ -270,7 +270,7 @@ def no_matplotlib():
 def carded(world, tmp_path_factory):
     """The card of the world's reward model on its test split."""
     out = tmp_path_factory.mktemp("card")
-    command = ["evaluate.py", "rm", "--model=rm", "--data=data", f"--out={out}", "--probe_texts=12"]
+    command = ["evaluate.py", "rm", "--model=rm", "--data=data", f"--out={out}", "--probe_texts=12", "--precision=fp32"]
     done = world.start(command, before=no_matplotlib).wait()
     assert (done.code, done.err) == (0, "")
     return out, done
