@@ -35,7 +35,7 @@ def train(out: str, options: dict) -> None:
     dist = distributed.setup()
     torch.manual_seed(0)
     net = nn.Linear(4, 1)
-    optimizer, (_, scaler) = optim.make_optimizer(net, options["lr"]), optim.amp(dist.device)
+    optimizer, scaler = optim.make_optimizer(net, options["lr"]), optim.amp(dist.device).scaler
     free = {name: value for name, value in options.items() if name not in ("pause", "every")}
     this = run.Run(
         out, free | {"checkpoint_every": options["every"]}, net, optimizer, scaler, dist, {"kind": "net"}, []

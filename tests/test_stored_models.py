@@ -248,7 +248,7 @@ def test_commands_take_the_place_of_a_base_that_is_far_away(runs, monkeypatch):
         open_pretrained("hf", base="lm")
 
     cfg = evaluate.Config(base="lm", tuned=("out/ppo",))
-    models = evaluate.open_models(cfg, tokenizer, "cpu")
+    models = evaluate.open_models(cfg, tokenizer, "cpu", torch.float32)
     assert torch.equal(logits(models["tuned"].model), wanted)
 
 
