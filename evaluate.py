@@ -47,7 +47,7 @@ from model.half import store
 from model.transformer import Transformer
 from rlhf.infra import config, distributed, run
 from rlhf.infra.files import read_json, write_json, write_lines, write_text
-from rlhf.infra.precision import PrecisionName, dtype_of
+from rlhf.infra.precision import PrecisionName, chosen
 from rlhf.lm.language_model import LanguageModel
 from rlhf.lm.pretrained import Pretrained, open_pretrained
 from rlhf.ppo.roles import logprobs_of
@@ -107,7 +107,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     tokenizer, texts = load_tokenizer(cfg.data), open_data(cfg.data, cfg.split)
     check_fingerprint(texts.fingerprint, tokenizer.fingerprint, f"{cfg.data}/{cfg.split}")
-    dtype = dtype_of(cfg.precision, device)
+    cfg, dtype = chosen(cfg, device)
     models = open_models(cfg, tokenizer, device, dtype)
     held_out = held_out_prompts(cfg.data, cfg.split, cfg.prompts, cfg.seed, tokenizer, **prompt_options(cfg, models))
     print(f"prompts: {len(held_out.rows)}, of {held_out.summary}")

@@ -27,7 +27,7 @@ from data.tokenizer import Tokenizer, check_fingerprint
 from model.generate import Generated, Sampling, generate, row_uniforms
 from model.half import to_sample_with
 from rlhf.infra import config, distributed
-from rlhf.infra.precision import PrecisionName, dtype_of
+from rlhf.infra.precision import PrecisionName, chosen
 from rlhf.lm.pretrained import Pretrained, open_pretrained
 
 
@@ -67,7 +67,7 @@ def main() -> None:
     cfg = config.parse(Config)
     device = distributed.setup().device
     opened = open_pretrained(cfg.checkpoint, device, base=cfg.base)
-    dtype = dtype_of(cfg.precision, device, quiet=True)  # nothing but texts on stdout
+    cfg, dtype = chosen(cfg, device, quiet=True)  # nothing but texts on stdout
     opened = replace(opened, model=to_sample_with(opened.model.eval(), dtype))
     if cfg.prompts is not None and Path(cfg.prompts).is_dir():
         for turn, (prompts, stop_ids) in enumerate(prepared(cfg, opened)):

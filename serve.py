@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 
 from data.chat import Chat
-from model.half import store, to_sample_with
+from model.half import to_sample_with
 from rlhf.infra import config, distributed
-from rlhf.infra.precision import PrecisionName, dtype_of
+from rlhf.infra.precision import PrecisionName, chosen
 from rlhf.lm.pretrained import Pretrained, open_pretrained
 from rlhf.reward.scorer import open_scorer
 from rlhf.serve.api import is_loopback
@@ -137,7 +137,7 @@ def work(cfg: Config, key: str | None, listener: socket.socket, rank: int, ready
     device = torch.device(cfg.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", rank % max(1, torch.cuda.device_count()))
-    dtype = dtype_of(cfg.precision, device, quiet=rank > 0)
+    cfg, dtype = chosen(cfg, device, quiet=rank > 0)
     opened = open_pretrained(cfg.init, device, base=cfg.base)
     reference = open_pretrained(cfg.reference, device) if cfg.reference else None
     if reference and reference.tokenizer.fingerprint != opened.tokenizer.fingerprint:
@@ -166,19 +166,14 @@ async def serve(
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[log])
     loop, tokenizer = asyncio.get_running_loop(), opened.tokenizer
     model = to_sample_with(opened.model, dtype)
-    if reference:
-        store(reference.model.requires_grad_(False), dtype)
+    # by the same products as the model, or the KL between equal weights would not be 0
+    other = to_sample_with(reference.model, dtype).eval() if reference else None
     chat = chat_of(opened)
     stop_ids = {*opened.stop_ids, *(chat.stop_ids() if chat else ())}
     scheduler = Scheduler(
         model, tokenizer, stop_ids, cfg.max_batch, cfg.cache_tokens // cfg.max_batch, cfg.queue, deliver_to(loop)
     )
-    scorer = Scorer(
-        model,
-        reference.model.eval() if reference else None,
-        reward,
-        load_values(cfg.init, model, cfg.base),
-    )
+    scorer = Scorer(model, other, reward, load_values(cfg.init, model, cfg.base))
     service = Service(
         scheduler, scorer, tokenizer, chat, cfg.name or Path(cfg.init).name, opened.digest[:16],
         Limits(scheduler.width, min(cfg.max_tokens, scheduler.width), cfg.max_batch + cfg.queue),

@@ -32,7 +32,7 @@ from model.half import to_sample_with  # noqa: E402
 from model.hf import save_hf  # noqa: E402
 from model.transformer import ModelConfig, Transformer  # noqa: E402
 from rlhf.infra import config  # noqa: E402
-from rlhf.infra.precision import dtype_of  # noqa: E402
+from rlhf.infra.precision import chosen  # noqa: E402
 from rlhf.lm.pretrained import open_pretrained  # noqa: E402
 
 SHAPES = {
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def dtype(cfg: Config) -> torch.dtype:
-    return dtype_of(cfg.precision, torch.device("cpu"), quiet=True)
+    return chosen(cfg, torch.device("cpu"), quiet=True)[1]
 
 
 def inputs(cfg: Config, model: Transformer, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -33,7 +33,7 @@ from evaluation.words import Table, as_json, markdown_table, show
 from rlhf.calibration import reliability_bins
 from rlhf.infra import checkpoint, config, distributed, run
 from rlhf.infra.files import read_json, write_json, write_text
-from rlhf.infra.precision import PrecisionName, dtype_of
+from rlhf.infra.precision import PrecisionName, chosen
 from rlhf.lm.pretrained import is_hf
 from rlhf.reward.bridge import open_reader
 from rlhf.reward.files import check_form, load_reward_model, template_of
@@ -80,7 +80,8 @@ def main() -> None:
     drawn = can_draw(cfg.plots)
 
     # 1. read: the model, the texts, and which of two people prefer
-    reward_model, tokenizer, encode = open_model(cfg, device, dtype_of(cfg.precision, device))
+    cfg, dtype = chosen(cfg, device)
+    reward_model, tokenizer, encode = open_model(cfg, device, dtype)
     material = read_material(cfg, tokenizer)
 
     # 2. score: every text once, as it is and as the probes change it

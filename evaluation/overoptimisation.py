@@ -26,7 +26,7 @@ from model.generate import Sampling
 from model.half import store
 from rlhf.infra import checkpoint, config, distributed, run
 from rlhf.infra.files import read_json, write_json, write_text
-from rlhf.infra.precision import PrecisionName, dtype_of
+from rlhf.infra.precision import PrecisionName, chosen
 from rlhf.lm.pretrained import open_pretrained
 from rlhf.overoptimisation import CURVES, resampled_means
 from rlhf.ppo.roles import logprobs_of
@@ -65,7 +65,7 @@ def main() -> None:
     opened = open_pretrained(cfg.base, device)
     check_fingerprint(tokenizer.fingerprint, opened.tokenizer.fingerprint, cfg.base)
     check_same(cfg, settings, opened.digest, len(steps))
-    dtype = dtype_of(cfg.precision, device)
+    cfg, dtype = chosen(cfg, device)
     base = store(opened.model.eval().requires_grad_(False), dtype)
     how = {name: settings[name] for name in PROMPTS} | {"context": base.config.context}
     asked = held_out_prompts(cfg.data, cfg.split, cfg.prompts, cfg.seed, tokenizer, **how)

@@ -15,10 +15,8 @@ BLOCK = 64  # neighbouring tokens of the vocabulary whose probabilities are adde
 SAMPLED_AT_ONCE = 16  # rows: more of a large vocabulary leave a CPU's caches, and the memory that it keeps for reuse
 PREFILLED_AT_ONCE = 8192  # tokens
 PADDING = {"cpu": 64, "cuda": 4096}  # tokens that a forward may pad prompts with, or an eighth of theirs
-ASKED_EVERY = {
-    "cpu": 1,
-    "cuda": 16,
-}  # steps after which the device is asked who has ended: the host waits for the answer
+# steps after which the device is asked who has ended: the host waits for the answer
+ASKED_EVERY = {"cpu": 1, "cuda": 16}
 
 
 @dataclass(frozen=True)

@@ -272,6 +272,20 @@ def test_a_run_in_bf16_resumes_bit_by_bit(world, tmp_path, layout):
     assert 0 < first["rollout/logprob_diff_mean"] < 0.05
 
 
+@pytest.mark.parametrize(
+    "script, file, options",
+    [
+        ("evaluate.py", "summary.json", {"prompts": 2, "best_of": 1, "human_texts": 4}),
+        ("evaluate.py rm", "card.json", {}),
+    ],
+)
+def test_an_evaluation_says_what_it_computed_in(world, tmp_path, script, file, options):
+    printed = world.ok(script, out=tmp_path, precision="auto", **options)
+    found = json.loads((tmp_path / file).read_text())["options"]["precision"]
+    assert found == ("bf16" if has_fast_bf16(torch.device("cpu")) else "fp32")
+    assert f"precision: {found}, the fastest here" in printed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("trunk", ["full", "frozen", "adapters"])
 def test_every_trainer_and_reader_in_bf16(world, tmp_path, trunk):

@@ -435,6 +435,14 @@ def test_health_metrics_and_page(server):
     assert headers["Content-Security-Policy"] == policy(text) and "'none'" in policy("")
 
 
+def test_a_model_in_half_precision_is_at_no_distance_from_itself(tmp_path):
+    """Wide enough for products that read weights where they lie to differ from F.linear's in their last bits."""
+    home = tiny_server.build(tmp_path, width=576, heads=9)
+    with serving(home, "--reference=lm", "--reward=reward.py:length", "--precision=bf16", "--max_batch=2") as server:
+        asked = {"prompt": "a good film", "response": "that nobody likes " * 8}
+        assert {token["kl"] for token in server.request("/v1/tokens", asked)[2]["tokens"]} == {0.0}
+
+
 HOSTILE = {  # what a template does once a conversation has three messages
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "doubling": "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",

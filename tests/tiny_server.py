@@ -33,7 +33,8 @@ def build(path: Path, control=("<|im_start|>", "<|im_end|>"), seed: int = 1, tem
         tokens, types = [*map(LETTERS.get, range(256)), "<|endoftext|>"], [NORMAL] * 256 + [CONTROL]
         tokenizer = BPETokenizer(tokens, types, [], "gpt-2", eos=256, chat_template=template)
         tokenizer.save(path)
-    model = Transformer(ModelConfig(320, width=32, layers=2, heads=2, context=128, tied=False, **shape))
+    shape = {"width": 32, "layers": 2, "heads": 2} | shape
+    model = Transformer(ModelConfig(320, context=128, tied=False, **shape))
     model.init_weights(torch.Generator().manual_seed(seed))
     with torch.no_grad():
         model.embed_tokens.weight.mul_(30)
@@ -91,8 +92,9 @@ def start(*options: str, cwd: Path, env: dict | None = None, preexec_fn=None) ->
         "PLAIN_RLHF_KEY": "",
         **(env or {}),
     }
+    precision = () if any(option.startswith("--precision=") for option in options) else ("--precision=fp32",)
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "serve.py"), "--precision=fp32", *options], cwd=cwd, env=environment,
+        [sys.executable, str(ROOT / "serve.py"), *precision, *options], cwd=cwd, env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=preexec_fn,
     )  # fmt: skip
 

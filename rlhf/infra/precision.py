@@ -20,6 +20,7 @@ from rlhf.infra.run import has_lines
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 NAMES = (None, "fp32", "bf16", "fp16")
 FLAGS = ("amx_bf16", "avx512_bf16")  # of a CPU, as Linux names them
+CAPABLE = ("AVX512", "AMX")  # what torch may use of them: ATEN_CPU_CAPABILITY=avx2 takes it away
 FASTER = 1.5  # times a CPU's product in float32, or the casts around it eat up what bf16 gains
 SHAPE = (256, 512, 1024)  # of that product: 3 ms in float32
 
@@ -49,13 +50,14 @@ def stored_dtype(cfg, precision: optim.Precision) -> torch.dtype:
     return torch.float32 if cfg.shard else precision.dtype
 
 
-def dtype_of(precision: PrecisionName, device: torch.device, quiet: bool = False) -> torch.dtype:
-    """What a command computes in that trains nothing; what "auto" found is said. ValueError where the device has it not."""
-    found = precision
-    if precision == "auto":
-        found = "bf16" if has_fast_bf16(device) else "fp32"
-        say(f"precision: {found}, the fastest here", not quiet)
-    return optim.amp(device, found).dtype
+def chosen(cfg, device: torch.device, quiet: bool = False) -> tuple:
+    """`settled` for a command that trains nothing, and so has no run to keep to; also its dtype. ValueError where the device
+    has it not.
+    """
+    if cfg.precision == "auto":
+        cfg = dataclasses.replace(cfg, precision="bf16" if has_fast_bf16(device) else "fp32")
+        say(f"precision: {cfg.precision}, the fastest here", not quiet)
+    return cfg, optim.amp(device, cfg.precision).dtype
 
 
 def stored_precision(out: str) -> str | None:
@@ -79,10 +81,7 @@ def has_fast_bf16(device: torch.device) -> bool:
     """Does bf16 save time on this device?"""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capable = torch.backends.cpu.get_cpu_capability() in (
-        "AVX512",
-        "AMX",
-    )  # ATEN_CPU_CAPABILITY=avx2 says what torch may use
+    capable = torch.backends.cpu.get_cpu_capability() in CAPABLE
     return device.type == "cpu" and capable and bool(cpu_flags().intersection(FLAGS)) and times_as_fast() > FASTER
 
 

@@ -75,9 +75,7 @@ class ActorCritic(nn.Module):
             return PolicyOutput(logprobs, entropy, torch.zeros_like(logprobs))
         if self.value_trunk is not None:
             hidden = hidden_states(self.value_trunk, tokens, features, self.depth)
-        with torch.autocast(
-            hidden.device.type, enabled=False
-        ):  # a value is a number to add up, not a weight to multiply
+        with torch.autocast(hidden.device.type, enabled=False):  # half precision would round what is added up
             values = self.value_head(hidden[mask[:, 1:]].to(self.value_head.weight.dtype)).squeeze(-1)  # (N,)
         return PolicyOutput(logprobs, entropy, to_columns(values.to(logprobs.dtype), mask))
 
@@ -120,7 +118,6 @@ class Roles:
     reference: Reference  # (tokens, mask, features) -> logprobs
     frozen: FrozenStates  # the trunk that came in, for a reward model that reads it too
     features: Callable[[Tensor], Tensor] = no_features  # tokens (B, T) -> (B, T, D) to keep for the learning epochs
-
     half: Half | None = None  # the policy in half precision, see `stored_in`
 
     def sampler(self) -> Transformer:

@@ -59,9 +59,7 @@ def self_check(
 
     few = rollout[:FEW_ROWS]
     with dist.whole(policy.model):
-        hidden = policy.model.trunk(few.tokens[:, :-1])[
-            few.mask[:, 1:]
-        ]  # (N, D), the states that responses were drawn in
+        hidden = policy.model.trunk(few.tokens[:, :-1])[few.mask[:, 1:]]  # (N, D), the states responses were drawn in
         logits = warp_logits(policy.model.unembed(hidden), policy.temperature)
     stops = [eos] if isinstance(eos, int) else list(eos)
     no_eos = 1 - torch.clamp(logits.softmax(-1)[:, stops].max() / LEAST_EOS, max=1)
