@@ -462,7 +462,9 @@ def open_judge(
     opened.check_room(int(batch[1].max()), cfg.response_tokens, "the judge")
     for path in opened.own_models:
         check_form(path, validation)
-    return HeldOutJudge(opened.score, respond, *batch, cfg.judge_every, cfg.judge_patience, cfg.batch, dist)
+    return HeldOutJudge(
+        opened.score, opened.modules, respond, *batch, cfg.judge_every, cfg.judge_patience, cfg.batch, dist
+    )
 
 
 def memory_plan(cfg: Config, dist: Dist, micro_batch: int) -> float:

@@ -354,6 +354,7 @@ class Transformer(nn.Module):
         self.norm = NORMS[config.norm](config.width, config.norm_eps)
         self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
         self.recompute = False  # see recompute_blocks
+        self.logits_in_parts = True  # where they are recomputed; see rlhf/infra/shards.py
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:

@@ -6,15 +6,17 @@ The file is its own worker: `torchrun tests/test_shard.py DIR WAY` trains every 
 import functools
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
-from reference_model import small_model
+from reference_model import SMALL, random_ids, small_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_rollout import EOS, PAD, RESPONSE, TEMPERATURE, WIDTH, prompts, reward_model
@@ -22,10 +24,15 @@ from test_layouts import CASES, LAYERS, OBJECTIVE, ROWS, build, experience_of
 
 from model import transformer
 from model.generate import Sampling, generate, row_uniforms
-from model.transformer import recompute_blocks
-from rlhf.infra import checkpoint, distributed, optim
+from model.transformer import Transformer, recompute_blocks
+from rlhf.infra import checkpoint, config, distributed, optim
+from rlhf.lm import language_model
+from rlhf.lm.frozen import FrozenStates
 from rlhf.ppo import update as ppo
+from rlhf.ppo.early_stop import HeldOutJudge, NoBound
+from rlhf.ppo.roles import ActorCritic
 from rlhf.ppo.rollout import gather, judge, minibatches
+from rlhf.reward.model import FrozenReward
 
 FAMILIES = ("llama", "qwen2")  # an output matrix of its own, and a tied one
 WAYS = {"few": {"shard": True}, "ddp": {}, "fsdp": {"shard": True}, "hsdp": {"shard": True, "replicas": 2}}
@@ -91,14 +98,77 @@ def worker(out: Path, way: str) -> None:
     dist.close()
 
 
+def trunk_and_policy(dist: distributed.Dist, layout: str = "adapters") -> tuple[Transformer, ActorCritic]:
+    """A frozen model of which this rank keeps a part, and a policy of this layout."""
+    base = small_model("llama", torch.float64, seed=1, layers=LAYERS)
+    policy = build(layout, "none", base).policy
+    dist.rest(base)
+    return base, dist.wrap(policy)
+
+
+def recomputed_logits(dist: distributed.Dist, out: Path) -> float:
+    """Ranks predict different numbers of tokens, whose logits are recomputed two rows at a time."""
+    language_model.LOGITS_AT_ONCE = 2 * SMALL["vocab_size"]
+    _, policy = trunk_and_policy(dist)
+    recompute_blocks(policy)
+    tokens, mask = random_ids(3, 2, 8), torch.arange(8) >= (7 if dist.is_main else 1)
+    policy(tokens, mask.expand(2, 8)).logprobs.sum().backward()
+    return sum(float(checkpoint.whole(x.grad).abs().sum()) for x in policy.parameters() if x.requires_grad)
+
+
+def same_texts_again(dist: distributed.Dist, out: Path) -> float:
+    """One rank's second micro-batch happens to hold the texts of its first."""
+    base, _ = trunk_and_policy(dist)
+    states = FrozenStates(base).read([2])
+    return sum(float(states(random_ids(i * dist.rank, 2, 8))[2].abs().sum()) for i in range(2))
+
+
+def judged(dist: distributed.Dist, out: Path) -> float:
+    """The held-out judge reads the frozen trunk, for three prompts, which are two forwards on one rank and one on the other."""
+    base, policy = trunk_and_policy(dist, "shared")
+    score = FrozenReward(FrozenStates(base), [(2, "mean")], [EOS]).to(torch.float64)
+    torch.nn.init.ones_(score.head.weight)
+
+    def act(ids, lengths, rows, iteration):
+        uniforms = row_uniforms(1, iteration, rows.tolist(), RESPONSE)
+        return generate(policy.model, ids, lengths, Sampling(RESPONSE, [EOS], PAD, TEMPERATURE), uniforms)
+
+    ask, numbers = (*prompts(3), torch.arange(3)), (1, 1, 2)
+    judge = HeldOutJudge(lambda *x: score.score(*x[:3]), [base], act, *ask, *numbers, dist)
+    bound = NoBound(SimpleNamespace(module=policy, save_best=lambda record: None))
+    return judge.ask(1, bound)["judge/mean"]
+
+
+def full_disk(dist: distributed.Dist, out: Path) -> str:
+    """One rank cannot write its rows."""
+    _, policy = trunk_and_policy(dist)
+    if not dist.is_main:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+    try:
+        checkpoint.save(out / "step_000001", checkpoint.trained_state(policy), {}, together=dist.together)
+    except OSError as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        return config.one_line(error)
+
+
+APART = {x.__name__: x for x in (recomputed_logits, same_texts_again, judged, full_disk)}
+
+
+def apart(out: Path, name: str) -> None:
+    dist = distributed.setup(shard=True)
+    Path(out, f"{dist.rank}.json").write_text(json.dumps(APART[name](dist, out)))
+    dist.close()
+
+
 if __name__ == "__main__":
-    worker(Path(sys.argv[1]), sys.argv[2])
+    (apart if sys.argv[2] in APART else worker)(Path(sys.argv[1]), sys.argv[2])
 
 
 def torchrun(ranks: int, *command) -> None:
     """Run this many processes to their end."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    env |= {"PLAIN_RLHF_TIMEOUT": "60"}  # ranks that wait for each other end
     done = subprocess.run([*launcher, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -168,6 +238,7 @@ DAMAGES = {
     "columns": lambda tensors, offsets: offsets.update({NAME: {"saved_offsets": [0, 3]}}),
     "words": lambda tensors, offsets: offsets.update({NAME: {"saved_offsets": ["4"]}}),
     "no offsets": lambda tensors, offsets: offsets.pop(NAME),
+    "another type": lambda tensors, offsets: tensors.update({NAME: tensors[NAME].half()}),
     "another width": lambda tensors, offsets: (
         tensors.update({NAME: torch.zeros(len(tensors[NAME]), 2)})
         or offsets.update({NAME: {"saved_offsets": [len(tensors[NAME]), 0]}})
@@ -199,3 +270,25 @@ def test_more_ranks_and_replicas(alone, tmp_path, ranks, way):
     numbers = check_same(alone, tmp_path)
     share = {"ddp": 1, "fsdp": 1 / ranks, "hsdp": 1 / 2}[way] + 0.04  # vectors are whole
     assert all(kept < share * alone(*case)["numbers"] for case, kept in numbers.items()), numbers
+
+
+def answers(out: Path, name: str) -> list:
+    """What the two ranks say."""
+    torchrun(2, __file__, out, name)
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["recomputed_logits", "same_texts_again", "judged"])
+def test_ranks_gather_what_is_frozen_equally_often(tmp_path, name):
+    """Whatever a rank's own texts are: the other would wait for ever."""
+    (tmp_path / "two").mkdir()
+    first, second = answers(tmp_path / "two", name)
+    assert first > 0 and second > 0
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_one_rank_is_one_line_on_all(tmp_path):
+    first, second = answers(tmp_path, "full_disk")
+    assert first.startswith("cannot write the checkpoint") and "too large" in first and "too large" in second
+    assert not list(tmp_path.glob("*step*"))

@@ -114,6 +114,7 @@ class Shards(Mapping):
     def __init__(self, files: list[Path]):
         self.open, self.chunks = {}, {}  # chunks: name -> [(first row, rows, file)], in order
         self.shapes: dict[str, tuple[int, ...]] = {}
+        widths: dict[str, tuple] = {}  # name -> what all its shards have in common
         for file in files:
             with damage_told(file):
                 check_regular(file)
@@ -121,7 +122,9 @@ class Shards(Mapping):
                 begins = parse_json((opened.metadata() or {})[OFFSETS].encode(), str(file))
                 for name in opened.keys():
                     shape, offsets = opened.get_slice(name).get_shape(), begins[name]["saved_offsets"]
-                    first = offsets[0] if shape else 0
+                    first, width = offsets[0] if shape else 0, (*shape[1:], opened.get_slice(name).get_dtype())
+                    if width != widths.setdefault(name, width):
+                        raise ValueError(f"{name} is {width} here and {widths[name]} in another")
                     if len(offsets) != len(shape) or any(offsets[1:]) or type(first) is not int:
                         raise ValueError(f"{name} begins at {offsets}")
                     self.chunks.setdefault(name, []).append((first, shape[0] if shape else 1, file))

@@ -161,8 +161,8 @@ def hold(out: str | Path, inherit: bool = False) -> None:
 
 def remove_halves(out: str | Path) -> None:
     """What was killed while it wrote: half files and checkpoints, and the old one where the new one is whole."""
-    checkpoint.remove(Path(out).glob(".*.tmp-*"))
-    for old in Path(out).glob(".*.old-*"):
+    checkpoint.remove([*Path(out).glob(".*.tmp-*"), *Path(out, "bad").glob(".*.tmp-*")])
+    for old in [*Path(out).glob(".*.old-*"), *Path(out, "bad").glob(".*.old-*")]:
         if checkpoint.is_complete(old.with_name(old.name[1:].rpartition(".old-")[0])):
             checkpoint.remove([old])
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -129,6 +130,8 @@ def rest(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         for name in METHODS:
             if hasattr(part, name) and (needed := units_of(part.embed_tokens)):
                 setattr(part, name, awake(getattr(part, name), needed))
+        if hasattr(part, "logits_in_parts") and units_of(part.lm_head or part.embed_tokens):
+            part.logits_in_parts = False  # ranks have different numbers of rows, and gather for every part
     return module
 
 
@@ -272,7 +275,10 @@ class Ranks:
         writer = HuggingFaceStorageWriter(str(place), fqn_to_index_mapping=kinds, save_distributed=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch deprecates in its own code
-            torch.distributed.checkpoint.save(rows, storage_writer=writer)
+            try:
+                torch.distributed.checkpoint.save(rows, storage_writer=writer)
+            except CheckpointException as failed:  # on all ranks, whoever could not write; it is no Exception
+                raise next(error for error, _ in failed.failures.values()) from None
         files = []
         for kind, number in (("model", 1), ("optimizer", 2)):
             file = place / f"shard-{self.rank + 1:05d}-model-{number:05d}-of-{max(kinds.values()):05d}.safetensors"

@@ -12,7 +12,8 @@ from model.transformer import Transformer
 class FrozenStates:
     """Hidden states between the layers of a frozen trunk: states(tokens)[n] is what layers 0 to n - 1 made of them.
 
-    Policy, reference and reward of one micro-batch ask for the same tokens: the answer to the last question is kept.
+    Policy, reference and reward of one micro-batch ask with the same tensor: the answer to the last question is kept. Equal
+    numbers in another tensor are another question, since under shards every rank has to run the trunk as often as the others.
     `read` says which depths somebody wants; the trunk runs once, as deep as the deepest. The final norm is not applied.
     """
 
@@ -37,7 +38,7 @@ class FrozenStates:
         """
         if lengths is not None and tokens.is_cpu:
             return states_between(self.model, tokens, lengths, self.depths)
-        if self._tokens is None or self._tokens.shape != tokens.shape or not torch.equal(self._tokens, tokens):
+        if self._tokens is not tokens:
             span = self.model.span(tokens)
             hidden, states, done = self.model.embed(tokens, span), {}, 0
             for depth in sorted(self.depths):

@@ -54,7 +54,7 @@ def of_predictions(
     def of_rows(states: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         return function(model.unembed(states), ids)
 
-    rows = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    rows = max(1, LOGITS_AT_ONCE // model.config.vocab_size if model.logits_in_parts else len(ids))
     parts = [
         checkpoint(of_rows, *part, use_reentrant=False, preserve_rng_state=False)
         for part in zip(states.split(rows), ids.split(rows))
