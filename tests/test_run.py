@@ -453,8 +453,11 @@ def test_what_a_kill_left_is_removed(tmp_path, begin):
         (out / name).write_text("half")
     for name in (".step_000006.tmp-5", ".step_000004.old-5", ".best.old-5"):  # there is no other best
         shutil.copytree(out / "step_000004", out / name)
+    shutil.copytree(out / "step_000004", out / "bad/.000004-02-model.tmp-5")
+    (out / "bad/.000004-02.safetensors.tmp-5").write_text("half")
     begin(OLD)
     shutil.rmtree(out / ".best.old-5")
+    assert not list((out / "bad").iterdir())
     assert sorted(path.name for path in out.glob(".*")) == [".metrics.jsonl.tmp"]  # which Metrics writes anew
 
 
