@@ -244,13 +244,17 @@ def runnable(command: Command) -> list[str] | None:
 
 
 def run_all(documented: list[Command], here: World) -> None:
-    """One after the other, one process each: what one command leaves, the next one finds. Who is asked to vote votes."""
+    """One after the other, one process each (shards need two): what one command leaves, the next one finds. Who is asked
+    to vote votes.
+    """
     for command in documented:
         words = runnable(command)
         if words is None:
             continue
         if any(word.startswith("--rater=") for word in words) and words[0] == "rlhf.feedback":
             done = here.spawn(["-m", *words], stdin="ab" * 100)
+        elif "--shard=true" in words:
+            done = here.spawn(words, ranks=2)
         else:
             done = here.start(words).wait()
         assert done.code == 0, (str(command), done)
