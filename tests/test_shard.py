@@ -151,7 +151,18 @@ def full_disk(dist: distributed.Dist, out: Path) -> str:
         return config.one_line(error)
 
 
-APART = {x.__name__: x for x in (recomputed_logits, same_texts_again, judged, full_disk)}
+def another_machine(dist: distributed.Dist, out: Path) -> str | None:
+    """One rank writes to a file system of its own."""
+    _, policy = trunk_and_policy(dist)
+    (out / str(dist.rank)).mkdir()
+    os.chdir(out / str(dist.rank))
+    try:
+        checkpoint.save("run/step_000001", checkpoint.trained_state(policy), {}, together=dist.together)
+    except OSError as error:
+        return config.one_line(error)
+
+
+APART = {x.__name__: x for x in (recomputed_logits, same_texts_again, judged, full_disk, another_machine)}
 
 
 def apart(out: Path, name: str) -> None:
@@ -292,3 +303,10 @@ def test_a_full_disk_of_one_rank_is_one_line_on_all(tmp_path):
     first, second = answers(tmp_path, "full_disk")
     assert first.startswith("cannot write the checkpoint") and "too large" in first and "too large" in second
     assert not list(tmp_path.glob("*step*"))
+
+
+@pytest.mark.slow
+def test_a_rank_with_a_file_system_of_its_own_is_told(tmp_path):
+    first, _ = answers(tmp_path, "another_machine")
+    assert "rank 0 does not see what other ranks wrote" in first and "that all machines share" in first
+    assert not list((tmp_path / "0/run").iterdir())

@@ -269,7 +269,7 @@ class Ranks:
 
     def rows_to(self, place: Path, tensors: dict[str, Tensor], optimizer: dict[str, Tensor] | None) -> list[Path]:
         """This rank's files, on the disk: what is not sharded is in one rank's alone."""
-        place.mkdir(exist_ok=True)  # on a file system of its own, where rank 0 will miss it
+        place.mkdir(parents=True, exist_ok=True)  # on a file system of its own, where rank 0 will miss it
         kinds = dict.fromkeys(tensors, 1) | dict.fromkeys(optimizer or {}, 2)
         rows = {name: x.detach() for name, x in {**tensors, **(optimizer or {})}.items()}
         writer = HuggingFaceStorageWriter(str(place), fqn_to_index_mapping=kinds, save_distributed=True)
