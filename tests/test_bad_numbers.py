@@ -19,6 +19,7 @@ from tiny import Done, lines
 from rlhf.infra import checkpoint, config
 from rlhf.infra.brakes import LARGEST, Finding, Formula, first_bad, in_words
 from rlhf.lm.pretrained import open_pretrained
+from rlhf.replay.__main__ import FORMULAS, precision_of
 
 REWARDS = """
 import os
@@ -236,6 +237,20 @@ def test_a_ratio_out_of_bounds_skips_the_step(world, run):
     assert row["bad/steps"] >= 1 and row["policy/epochs_run"] + row["bad/steps"] == 8
     file = max(out.glob("bad/*.safetensors"))
     assert "\nreproduced: mean ratio" in replay(world, file).out
+
+
+def test_a_run_in_half_precision_is_replayed_to_the_bit(world, run, monkeypatch):
+    """Also what the frozen layers below a branch made of the texts: the ratio before the first update is 1."""
+    branch = {"layout": "branch", "branch_layers": 1, "precision": "bf16", "iterations": 1, "epochs": 1}
+    done, out = run(max_value_loss=0, max_bad_steps=99, **branch)  # no step is taken
+    assert done.code == 0, done.err
+    monkeypatch.chdir(world.path)  # the base is named from there
+    file, cpu = min(out.glob("bad/*.safetensors")), torch.device("cpu")
+    record = json.loads(file.with_suffix(".json").read_text())
+    saved, precision = checkpoint.load(file.parent / record["model"]), precision_of(record["options"], cpu)
+    tensors = load_file(file)
+    found = {x.name: x.x for x in FORMULAS[record["script"]](record, {**tensors}, saved, cpu, precision)}
+    assert torch.equal(found["ratio"], tensors["mask"].to(found["ratio"].dtype))
 
 
 # ---- max_kl

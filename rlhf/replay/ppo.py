@@ -34,7 +34,8 @@ def formulas(
     base = base_of(record, saved.path, device)
     roles = roles_of(options, base, saved)
     tensors = {name: x.to(device) for name, x in tensors.items()}
-    features = roles.features(tensors["tokens"])
+    with precision.autocast():
+        features = roles.features(tensors["tokens"])
     batch = Experience(**tensors, features=features)
     if prompts is not None:
         with precision.autocast():
