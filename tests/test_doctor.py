@@ -26,7 +26,7 @@ HEALTHY = {  # as the tiny model's own run at its default options
     "objective/entropy": curve(29.8, 22), "response/length": curve(7.5, 5.6), "response/distinct_2": curve(0.93, 0.95),
     "policy/approxkl": curve(1.4e-3, 1e-5), "policy/clipfrac": curve(5e-3, 0.0), "policy/grad_norm": curve(1.3, 2.4),
     "value/explained_var": curve(0.003, 0.036), "value/mean": curve(0.005, 0.056), "lr": curve(3e-4, 1e-5),
-    "rollout/logprob_diff_max": [3e-6] * N,
+    "rollout/logprob_diff_max": [3e-6] * N, "rollout/logprob_diff_mean": [2e-7] * N,
 }  # fmt: skip
 
 
@@ -62,6 +62,7 @@ def test_a_healthy_run_gives_no_finding():
         ("random reward", {"objective__scores": curve(0, 0, 1.0), "value__explained_var": curve(0, -0.1)}, {}, None),
         ("kl_coef too small", {"objective__kl": curve(0, 60), "response__distinct_2": curve(0.93, 0.1)}, {}, None),
         ("sampler and trainer disagree", {"rollout__logprob_diff_max": [0.5] * N}, {}, None),
+        ("sampler and trainer disagree", {"rollout__logprob_diff_mean": [0.3] * N}, {"precision": "bf16"}, None),
     ],
 )
 def test_each_is_named_first(name, changes, options, score):
@@ -78,6 +79,14 @@ def test_a_text_with_two_scores_shows_noise():
 def test_estimators_without_a_critic_have_no_critic_to_blame():
     still = {"value__mean": [0.0] * N, "value__explained_var": [0.0] * N}
     assert names(rows(**still), OPTIONS | {"estimator": "rloo"}, samples()) == []
+
+
+def test_a_rare_token_that_bf16_rounds_by_nats_is_no_bug():
+    """Numbers of a healthy run of SmolLM2 on a CPU with AMX."""
+    mean, largest = [0.037] * N, [0.25] * (N - 1) + [2.49]
+    columns = {"rollout__logprob_diff_mean": mean, "rollout__logprob_diff_max": largest}
+    assert names(rows(**columns), OPTIONS | {"precision": "bf16"}, samples()) == []
+    assert names(rows(**columns), OPTIONS, samples()) == ["sampler and trainer disagree"]
 
 
 def test_short_runs_are_not_judged():
