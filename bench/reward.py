@@ -12,12 +12,8 @@ evenly spread. Ours takes the pairs as they come. The score is read at the last 
 tokens, which must run the last layer for all of them.
 """
 
-import json
 import os
-import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,23 +22,17 @@ from typing import Literal
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import figures  # noqa: E402
 import numpy as np  # noqa: E402
-import peers  # noqa: E402
 import torch  # noqa: E402
+import training  # noqa: E402
+from training import BATCH, LONGEST, LR, SHAPES, SHORTEST, WINDOW  # noqa: E402
 
 from data.loader import Order, pad  # noqa: E402
-from model.transformer import ModelConfig, Transformer  # noqa: E402
-from rlhf.infra import config, optim, run  # noqa: E402
+from model.transformer import Transformer  # noqa: E402
+from rlhf.infra import config, optim  # noqa: E402
 from rlhf.losses import preference_loss  # noqa: E402
 from rlhf.reward.model import RewardModel  # noqa: E402
 
-SHAPES = {
-    "small": ModelConfig(8192, 256, 4, 4, tied=False, context=256),
-    "smollm2": ModelConfig(49152, 576, 30, 9, kv_heads=3, ffn=1536, context=2048, rope_theta=1e5),
-}
-SHORTEST, LONGEST, BATCH, LR = 20, 200, 16, 1e-4  # tokens, tokens, pairs per step
-WINDOW = 50  # steps that TRL's sampler sorts at a time
 Pairs = list[tuple[np.ndarray, np.ndarray]]
 
 
@@ -56,9 +46,8 @@ class Config:
     side: Literal["all", "trl", "grouped", "ours", "mean"] = "all"  # one alone prints JSON
 
     def __post_init__(self):
-        config.at_least(self, rounds=1, steps=1, prompt=0, micro_batch=1)
-        if self.steps >= WINDOW:
-            raise ValueError(f"--steps={self.steps}: at most {WINDOW - 1}, all but one of what TRL sorts at a time")
+        training.check(self)
+        config.at_least(self, prompt=0, micro_batch=1)
         if self.prompt >= LONGEST:
             raise ValueError(f"--prompt={self.prompt}: a text has at most {LONGEST} tokens")
 
@@ -66,37 +55,12 @@ class Config:
 def main() -> None:
     cfg = config.parse(Config)
     if cfg.side != "all":
-        torch.set_num_threads(1)
-        torch.manual_seed(0)
-        seconds, tokens = (we if cfg.side in ("ours", "mean") else they)(cfg, draw(cfg))
-        found = {"tokens_per_second": sum(tokens[1:]) / sum(seconds[1:]), "tokens": sum(tokens[1:])}
-        print(json.dumps(found | {"peak_memory_gb": run.peak_memory_gb(torch.device("cpu"))}))
+        training.alone(lambda: (we if cfg.side in ("ours", "mean") else they)(cfg, draw(cfg)))
         return
-    found = {side: [] for side in ("trl", "grouped", "ours", "mean")}
-    for _ in range(cfg.rounds):
-        for side, rows in found.items():
-            options = [f"--{name}={getattr(cfg, name)}" for name in ("shape", "steps", "prompt", "micro_batch")]
-            command = [sys.executable, __file__, f"--side={side}", *options]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise ValueError(f"{side}: {done.stderr.strip().splitlines()[-1]}")
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
-            print(side, rows[-1], flush=True)
-    report(cfg, found)
-
-
-def report(cfg: Config, found: dict[str, list[dict[str, float]]]) -> None:
-    print(f"\n{cfg}: medians, and the ratio to TRL in the same round [least, most]")
-    print(f"{'':<10}{'real tokens/s':>14}{'to TRL':>22}{'to TRL grouped':>22}{'peak GB':>10}")
-    for side, rows in found.items():
-        speeds = [row["tokens_per_second"] for row in rows]
-        line = f"{side:<10}{statistics.median(speeds):14.0f}"
-        for other in ("trl", "grouped"):
-            ratios = [speed / theirs["tokens_per_second"] for speed, theirs in zip(speeds, found[other])]
-            what = f"reward training, {cfg.shape}, {side}"
-            said = figures.ratio(what, other, ratios) if side in ("ours", "mean") else figures.in_words(ratios)
-            line += f"{said:>22}"
-        print(f"{line}{statistics.median(row['peak_memory_gb'] for row in rows):10.2f}")
+    found = training.in_turns(
+        __file__, cfg, ("trl", "grouped", "ours", "mean"), ("shape", "steps", "prompt", "micro_batch")
+    )
+    training.report(cfg, found, "reward training")
 
 
 def draw(cfg: Config) -> Pairs:
@@ -134,58 +98,12 @@ def we(cfg: Config, pairs: Pairs) -> tuple[list[float], list[int]]:
 
 def they(cfg: Config, pairs: Pairs) -> tuple[list[float], list[int]]:
     """CPU seconds and real tokens of every step of TRL's RewardTrainer."""
-    with peers.installed():
-        import datasets
-        import tokenizers
-        import transformers
-        from trl import RewardConfig, RewardTrainer
-
-    model = SHAPES[cfg.shape]
-    llama = peers.llama_config(model, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    words = tokenizers.models.WordLevel({f"t{i}": i for i in range(model.vocab_size)}, unk_token="t1")
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer(words), pad_token="t0", unk_token="t1", eos_token="t2"
-    )
-    seconds: list[float] = []
-    counts: list[int] = []
-
-    class Clock(transformers.TrainerCallback):
-        def on_train_begin(self, *args, **kwargs):
-            self.start = time.process_time()
-
-        def on_step_end(self, *args, **kwargs):
-            seconds.append(time.process_time() - self.start)
-            self.start = time.process_time()
-
-    if cfg.side == "grouped":
-        longer = [max(map(len, sides)) for sides in pairs]
-        generator = torch.Generator().manual_seed(0)
-        grouped = list(transformers.trainer_pt_utils.LengthGroupedSampler(BATCH, lengths=longer, generator=generator))
-        spread = (np.arange(cfg.steps) + 0.5) * WINDOW / cfg.steps
-        pairs = [pairs[i] for i in np.array(grouped).reshape(WINDOW, BATCH)[[0, *spread.astype(int)]].ravel()]
     rows = [{"chosen_ids": chosen.tolist(), "rejected_ids": rejected.tolist()} for chosen, rejected in pairs]
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = RewardTrainer(
-            args=RewardConfig(
-                output_dir=scratch, per_device_train_batch_size=BATCH, learning_rate=LR,
-                max_length=LONGEST, bf16=False, fp16=False, gradient_checkpointing=False, use_cpu=True,
-                save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=10**9, seed=0,
-                dataloader_num_workers=0, dataloader_pin_memory=False, max_steps=cfg.steps + 1,
-                train_sampling_strategy="sequential",
-            ),
-            model=transformers.LlamaForSequenceClassification(llama).float(), processing_class=tokenizer,
-            train_dataset=datasets.Dataset.from_list(rows), callbacks=[Clock()],
-        )  # fmt: skip
-        collate = trainer.data_collator
-
-        def counted(examples):
-            batch = collate(examples)
-            counts.append(int(batch["attention_mask"].sum()))
-            return batch
-
-        trainer.data_collator = counted
-        trainer.train()
-    return seconds, counts[: len(seconds)]
+    names, longer = (
+        ("RewardTrainer", "RewardConfig", "LlamaForSequenceClassification"),
+        [max(map(len, sides)) for sides in pairs],
+    )
+    return training.they(cfg, rows, longer, names, lambda batch: int(batch["attention_mask"].sum()))
 
 
 if __name__ == "__main__":
