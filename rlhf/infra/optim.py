@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn.utils import get_total_norm
 
+from rlhf.infra import checkpoint
+
 
 def make_optimizer(
     module: nn.Module,
@@ -102,7 +104,7 @@ def step(optimizer: torch.optim.Optimizer, module: nn.Module, scaler: torch.amp.
     scaler.unscale_(optimizer)
     parameters = [p for p in module.parameters() if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters])
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # under shards it is a sum over the ranks
+    norm = checkpoint.whole(norm)  # under shards it is a sum over the ranks
     finite = math.isfinite(norm)
     if not finite and not scaler.is_enabled():
         return float(norm)
