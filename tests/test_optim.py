@@ -186,18 +186,20 @@ def test_step_returns_the_global_norm_and_clips_it(clip):
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
 def test_freed_memory_is_taken_again_without_page_faults():
-    """64 MiB taken, written and freed ten times: 16,384 pages are faulted in once, not every time."""
+    """64 MiB taken, written and freed again and again: after a few times none of its 16,384 pages is faulted in."""
     code = """
 import resource, torch
 from rlhf.infra.optim import make_optimizer
 make_optimizer(torch.nn.Linear(1, 1), 1.0)
+for _ in range(10):  # glibc finds up to four places for it, by where the heap happens to begin
+    torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
     torch.ones(2**24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 2 * 2**14
+    assert int(done.stdout) < 2**14
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])

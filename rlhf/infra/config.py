@@ -235,7 +235,7 @@ def run(main, stopped: str = "stopped; the same command goes on from the last ch
             main()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output (head, less) has gone: nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        forget_output()
         raise SystemExit(141) from None
     except KeyboardInterrupt as stop:  # ours knows its signal; another library may have set Python's own handler
         number = getattr(stop, "number", signals.SIGINT)
@@ -246,7 +246,16 @@ def run(main, stopped: str = "stopped; the same command goes on from the last ch
         if os.environ.get("PLAIN_RLHF_TRACEBACK") == "1" or not line:
             raise
         complain(f"error: {line}")
+        forget_output()
         raise SystemExit(2) from None
+
+
+def forget_output() -> None:
+    """What standard output could not take is dropped: Python would try again at its exit, and end with code 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def one_line(error: Exception) -> str | None:
