@@ -5,6 +5,7 @@ python evaluate.py --base=out/lm --tuned=out/ppo_1,out/ppo_2 --reward=out/rm_2 -
 python evaluate.py rm --model=out/rm --data=out/data/vader  # a reward model's report card: see rm --help
 python evaluate.py overoptimisation --run=out/ppo --proxy=out/rm_a --gold=out/rm_b --out=out/overoptimisation
 python evaluate.py report --run=out/demo  # a run, or a directory of runs, as one HTML page and Markdown
+python evaluate.py compare out/demo results/demo  # its curves beside those of our seeds: inside their band, or where not
 """
 
 import math
@@ -22,7 +23,7 @@ from data.judge import own_judge
 from data.loader import TextLoader, in_order, open_data
 from data.records import Record
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
-from evaluation import card, minimal_pairs, overoptimisation, report, safety, verifiable
+from evaluation import band, card, minimal_pairs, overoptimisation, report, safety, verifiable
 from evaluation.comparison import (
     elo,
     elo_line,
@@ -47,6 +48,7 @@ from model.half import store
 from model.transformer import Transformer
 from rlhf.infra import config, distributed, run
 from rlhf.infra.files import read_json, write_json, write_lines, write_text
+from rlhf.infra.metrics import printable
 from rlhf.infra.precision import PrecisionName, chosen
 from rlhf.lm.language_model import LanguageModel
 from rlhf.lm.pretrained import Pretrained, open_pretrained
@@ -386,19 +388,40 @@ def write(out: str, summary: dict, files: dict[str, list[dict]]) -> None:
         "minimal_pairs": minimal_pairs.markdown,
         "safety": safety.markdown,
     }
-    found = [part(summary[name]) for name, part in parts.items() if name in summary]
     text = "\n\n".join(
         [
+            continuations(files["samples.jsonl"][:5]),
+            *filter(None, [verdict(summary)]),
             markdown_table(*results_table(summary["rows"]), rule="---"),
             comparison_lines(summary),
-            *found,
-            continuations(files["samples.jsonl"][:5]),
+            *(part(summary[name]) for name, part in parts.items() if name in summary),
         ]
     )
     write_text(f"{out}/results.md", text + "\n")
     print(text)
     seconds = " ".join(f"{name} {x:.0f}" for name, x in summary["seconds"].items() if x)
     print(f"\nseconds: {seconds}\nwrote {out}/{', '.join(['summary.json', 'results.md', *files])}")
+
+
+def verdict(summary: dict) -> str:
+    """What one tuned model is worth, in a sentence, and what costs no training in another; "" for several models."""
+    if len(summary["pairwise"]) > 1:
+        return ""
+    ppo, rows, what = summary["ppo"], summary["rows"], "judge" if "judge_gain" in summary["ppo"] else "reward"
+    gain, wins = ppo[f"{what}_gain"], ppo[f"win_rate_{what}"]["mean"]
+    told = (
+        "likes the tuned model better than the base" if gain["low"] > 0 else "cannot tell the tuned model from the base"
+    )
+    told = "likes the tuned model less than the base" if gain["high"] < 0 else told
+    text = (
+        f"The {what} {told}: {ppo[f'{what}_before']:.3f} -> {ppo[f'{what}_after']:.3f}, {show(gain, '+.3f')}; it wins "
+        f"{wins:.0%} of {summary['prompts']} held-out prompts, {ppo['kl']:.1f} nats from the base; distinct-3 "
+        f"{ppo['distinct3_before']:.3f} -> {ppo['distinct3_after']:.3f}."
+    )
+    if best := [name for name in rows if name.startswith("best of")]:
+        chosen = rows[best[-1]][what]["mean"] - rows["base"][what]["mean"]
+        text += f"\nWithout training, the {best[-1]} samples of the base, chosen by the reward, gains {chosen:+.3f}."
+    return text
 
 
 def comparison_lines(summary: dict) -> str:
@@ -422,13 +445,13 @@ def comparison_lines(summary: dict) -> str:
 def continuations(pairs: list[dict[str, str]]) -> str:
     width = max(map(len, pairs[0])) + 1
     return "\n".join(
-        f"{f'{i}.' if n == 0 else '':<3}{f'{name}:':<{width}} {text}"
+        f"{f'{i}.' if n == 0 else '':<3}{f'{name}:':<{width}} {printable(' '.join(text.split()))}"
         for i, pair in enumerate(pairs, 1)
         for n, (name, text) in enumerate(pair.items())
     )
 
 
-COMMANDS = {"rm": card, "overoptimisation": overoptimisation, "report": report}
+COMMANDS = {"rm": card, "overoptimisation": overoptimisation, "report": report, "compare": band}
 
 if __name__ == "__main__":
     command = COMMANDS[sys.argv.pop(1)].main if sys.argv[1:2] and sys.argv[1] in COMMANDS else main

@@ -64,7 +64,7 @@ def main() -> None:
     if not chosen:
         raise ValueError(f"--only={','.join(cfg.only)}: no bench is called so; there are\n" + "\n".join(benches))
     found = {words: {"command": f"python bench/{words}", "seconds": [], "ratios": {}} for words in chosen}
-    facts = machine()
+    facts = figures.machine()
     ends, took = time.perf_counter() + 60 * cfg.minutes, 0.0
     while took == 0 or time.perf_counter() + took < ends:
         start = time.perf_counter()
@@ -79,12 +79,6 @@ def main() -> None:
     print(f"{facts} -> {cfg.out}")
     if failed := [bench["command"] for bench in found.values() if "failed" in bench]:
         raise ValueError(f"{len(failed)} of {len(found)} benches have no figures, or not all: {'; '.join(failed)}")
-
-
-def machine() -> dict:
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    kernels = torch.backends.cpu.get_cpu_capability()
-    return {"cpu": figures.cpu(), "kernels": kernels, "torch": torch.__version__, "commit": git.stdout.strip()}
 
 
 def take(words: str, bench: dict, seconds: float) -> None:

@@ -3,10 +3,21 @@
 import json
 import os
 import statistics
+import subprocess
 from pathlib import Path
+
+import torch
 
 COLLECTED = "PLAIN_RLHF_FIGURES"  # in the environment: the file that gets every ratio, as a JSON line
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")  # as /proc/cpuinfo spells them
+
+
+def machine() -> dict[str, str]:
+    """What a figure was met on, and at which commit."""
+    root = Path(__file__).resolve().parent
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    kernels = torch.backends.cpu.get_cpu_capability()
+    return {"cpu": cpu(), "kernels": kernels, "torch": torch.__version__, "commit": git.stdout.strip()}
 
 
 def ratio(what: str, of: str, ratios: list[float]) -> str:

@@ -93,6 +93,23 @@ def lines(series: Sequence[tuple], title: str, xlabel: str = "") -> Callable:
     return panel
 
 
+def band(x: np.ndarray, run: np.ndarray, seeds: np.ndarray, low: np.ndarray, high: np.ndarray, title: str) -> Callable:
+    """A panel: the run (B,) on top of the seeds (S, B), and the band (B,) that one more of them would stay in."""
+
+    def panel(ax) -> None:
+        ax.fill_between(x, low, high, color=SERIES[1], alpha=0.15, linewidth=0)
+        ax.plot(x, seeds.T, color=SERIES[1], linewidth=0.8)
+        ax.plot(x, run, color=SERIES[0], marker="o", markersize=3)
+        ax.set_title(title, loc="left")
+        ax.set_xlabel("iteration")
+        inside = np.concatenate([low, high, seeds.ravel()])  # what is far out ends at the edge
+        room = inside.max() - inside.min()
+        seen = np.clip(run[np.isfinite(run)], inside.min() - room, inside.max() + room)
+        ax.set_ylim(*(f(inside.min(), inside.max(), *seen) for f in (min, max)))
+
+    return panel
+
+
 def whole_ticks(ax, x: Sequence[float]) -> None:
     """Iterations and rounds have no halves."""
     if all(float(v).is_integer() for v in x):

@@ -2,31 +2,31 @@
 
 python evaluate.py report --run=out/demo
 python evaluate.py report --run=out/demo --picture=docs/picture.svg
+python evaluate.py report --run=out/demo --reference=results/demo  # with its curves beside those of our seeds
 
 Only files are read: what train_*.py, evaluate.py and iterate.py left. What is missing is named at the end of the page.
 """
 
 import ast
 import json
-import math
-import os
-import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from evaluation import plots, verifiable, words
+from evaluation.band import compare
 from evaluation.card import accuracy_table, calibration_table, coverage_table, groups_table, probes_table
 from evaluation.comparison import GATE, pairs_table, results_table, rounds_table
 from evaluation.overoptimisation import fits_table, points_table
 from evaluation.page import Block, Microscope, Plots, Sample, Shade, Table, Text, plain, write
+from evaluation.sources import KINDS, Source, find, is_number, series
 from evaluation.words import number, show
 from rlhf.doctor.diagnosis import diagnose, in_words
 from rlhf.infra import config
-from rlhf.infra.files import read_json, read_lines, write_text
+from rlhf.infra.files import write_text
 from rlhf.overoptimisation import CURVES
 
 
@@ -34,6 +34,7 @@ from rlhf.overoptimisation import CURVES
 class Config:
     run: str = "out/demo"  # directory of a run (of train_*.py, evaluate.py, iterate.py), or of several
     out: str | None = None  # the HTML file, report.md goes beside it; none = report.html in the run
+    reference: str | None = None  # directory of PPO runs of several seeds, as results/demo: is this one like them?
     picture: str | None = None  # also an SVG file with learning curve and frontier alone, for a page about the run
 
     def __post_init__(self):
@@ -51,77 +52,20 @@ def main() -> None:
     file = Path(cfg.out) if cfg.out else Path(cfg.run) / "report.html"
     title = f"Report: {Path(cfg.run).resolve().name}"
     sections, missing = build(sources)
+    if cfg.reference:
+        found = compare(cfg.run, cfg.reference)
+        sections = {"Beside the reference runs": found.blocks(), **sections}
+        print(found.verdict())
     beside = write(title, sections, file)
     files = [str(file), str(beside)]
     if cfg.picture:
         write_text(cfg.picture, drawing)
         files.append(cfg.picture)
-    for line in missing:
-        print(line)
-    print(f"{len(sources)} directories, {len(sections)} sections -> {', '.join(files)}")
+    absent = f" ({len(missing)} more have nothing to show, the page's end says why)" * bool(missing)
+    print(f"{len(sources)} directories, {len(sections)} sections{absent} -> {', '.join(files)}")
 
 
-# --- what is read ---
-
-DEPTH = 3  # levels of directories below --run
-JSON = ("run.json", "report.json", "card.json", "summary.json", "overoptimisation.json", "rounds.json")
-LINES = ("metrics.jsonl", "samples.jsonl")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A directory with files that we know."""
-
-    name: str  # relative to --run
-    files: dict[str, dict | list]  # name -> content
-    damaged: list[str] = field(default_factory=list)  # why a file of it is left out
-
-    @property
-    def kind(self) -> str:
-        """What run.json's options belong to."""
-        options = self.files.get("run.json", {})
-        return next((kind for kind, (_, option) in KINDS.items() if option in options), "other")
-
-
-KINDS = {  # kind -> its script, and an option that no other script has
-    "PPO": ("train_ppo.py", "kl_coef"),
-    "reward model": ("train_rm.py", "pooling"),
-    "language model": ("train_lm.py", "width"),
-    "rounds": ("iterate.py", "rater_noise"),
-}
-
-
-def find(run: Path) -> list[Source]:
-    """The directories up to DEPTH levels below `run` that hold files of ours, by name; ValueError where there is none."""
-    if not run.is_dir():
-        raise ValueError(f"--run={run} is not a directory")
-    sources = []
-    for place, below, files in os.walk(run):
-        path = Path(place)
-        depth = len(path.relative_to(run).parts)
-        # checkpoints are part of their run; prepared data has a manifest
-        below[:] = sorted(x for x in below if not re.match(r"step_\d+$|best$|\.", x)) if depth < DEPTH else []
-        if "manifest.json" in files:
-            below[:] = []
-        elif {*files} & {*JSON, *LINES}:
-            sources.append(read(path, str(path.relative_to(run)) if depth else run.resolve().name))
-    if not sources:
-        raise ValueError(
-            f"--run={run} holds no run: none of {', '.join(JSON + LINES)} in it or up to {DEPTH} levels below; "
-            "name what was --out of train_*.py, evaluate.py or iterate.py"
-        )
-    return sources
-
-
-def read(path: Path, name: str) -> Source:
-    found, damaged = {}, []
-    for file in (x for x in JSON + LINES if (path / x).is_file()):
-        try:
-            if content := (read_lines if file in LINES else read_json)(path / file):
-                found[file] = content
-        except (ValueError, OSError) as error:
-            damaged.append(f"Left out, {name}/{file}: {error}")
-    return Source(name, found, damaged)
+# --- what it says ---
 
 
 def build(sources: list[Source]) -> tuple[dict[str, list[Block]], list[str]]:
@@ -382,25 +326,6 @@ def drawn(sources: list[Source], wanted: Callable[[str], bool]) -> list[Block]:
 
 def order(metric: str) -> tuple:
     return (*(not metric.startswith(start) for start in FIRST + GROUPS), metric)
-
-
-def series(rows: Sequence[dict], wanted: Callable[[str], bool]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Steps and values of every metric that has finite ones."""
-    columns: dict[str, list] = {}
-    for row in rows:
-        for name, x in row.items():
-            if (
-                name not in ("step", "iteration", "episode")
-                and wanted(name)
-                and is_number(x)
-                and is_number(row.get("step"))
-            ):
-                columns.setdefault(name, []).append((row["step"], x))
-    return {name: tuple(np.array(x, float).T) for name, x in columns.items()}
-
-
-def is_number(x) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
 # --- frontier and over-optimisation ---

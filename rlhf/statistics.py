@@ -1,5 +1,6 @@
 """Statistics of a comparison: intervals, rank correlation, ROC, win rates, best-of-n with its analytic KL."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -33,6 +34,31 @@ def paired_bootstrap(difference: np.ndarray, resamples: int = 10_000, seed: int 
     means = [difference[rng.integers(0, n, (size, n))].mean(1) for size in sizes]
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return float(low), float(high)
+
+
+@functools.cache
+def student_quantile(p: float, df: float) -> float:
+    """The t with P(T <= t) = p, 0.5 <= p < 1, for T of Student's distribution with df >= 1 degrees of freedom (Gosset 1908).
+
+    T = sqrt(df) tan(theta), and theta has a density in proportion to cos(theta)^(df - 1) on (-pi/2, pi/2).
+    """
+    theta = np.linspace(0, math.pi / 2, 2**14 + 1)
+    density = np.cos(theta[:-1] + theta[1] / 2) ** (df - 1)  # in the middle of every step
+    below = np.concatenate([[0.0], np.cumsum(density)]) / density.sum()
+    return math.sqrt(df) * math.tan(np.interp(2 * p - 1, below, theta))
+
+
+def prediction_interval(
+    mean: np.ndarray, deviation: np.ndarray, n: int, df: float, level: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where one more observation falls with probability `level`, after n of the mean, from a normal distribution:
+
+        mean -+ t sqrt(1 + 1/n) deviation,  t the (1 + level) / 2 quantile of Student's distribution with df degrees of freedom
+
+    (Student's prediction interval; df = n - 1 where the deviation is that of the n). Any shape -> its low and high ends.
+    """
+    half = student_quantile((1 + level) / 2, df) * math.sqrt(1 + 1 / n) * deviation
+    return mean - half, mean + half
 
 
 def cluster_bootstrap(

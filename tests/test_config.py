@@ -134,8 +134,14 @@ def test_a_required_option():
         steps: int = 3
 
     assert config.parse(Required, ["--data=x"]) == Required("x")
+    assert (
+        config.parse(Required, ["x"]) == config.parse(Required, ["--steps", "3", "x"]) == Required("x")
+    )  # its name is free
     with pytest.raises(ValueError, match="--data=text is required"):
         config.parse(Required, [])
+    for words in (["x", "y"], ["--data=x", "y"]):
+        with pytest.raises(ValueError, match="'y' is not an option"):
+            config.parse(Required, words)
 
 
 def test_what_an_option_needs_is_needed_by_those_that_need_it():

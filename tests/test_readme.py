@@ -238,6 +238,8 @@ def runnable(command: Command) -> list[str] | None:
         return command.words[2:]
     if command.words[1:3] == ["evaluate.py", "report"] and not importlib.util.find_spec("matplotlib"):
         return None
+    if command.words[1:3] == ["evaluate.py", "compare"]:
+        return None  # runs of several seeds: tests/test_band.py makes them
     if script_of(command) == "iterate.py" and any(word.startswith("--rater=") for word in command.words):
         return None  # a simulated rater: minutes, and what tests/test_iterate.py runs
     return small(command) if script_of(command) in WHOLE else None

@@ -27,9 +27,11 @@ from rlhf.statistics import (
     pair_calibration,
     paired_bootstrap,
     partial_spearman,
+    prediction_interval,
     ranks,
     roc,
     spearman,
+    student_quantile,
     win_rate,
 )
 
@@ -175,6 +177,25 @@ def test_rank_correlation_sees_order_alone():
     given = rng.normal(size=4000)
     x, y = given + rng.normal(size=4000), given + rng.normal(size=4000)
     assert spearman(x, y) > 0.4 and abs(partial_spearman(x, y, given)) < 0.05  # only `given` connects them
+
+
+@pytest.mark.parametrize("p", [0.5, 0.6, 0.9, 0.975, 0.9999])
+def test_student_against_closed_forms_and_tables(p):
+    """df = 1, 2 and 4 have quantiles in closed form; the others are from Student's table."""
+    q, a = 2 * p - 1, 4 * p * (1 - p)
+    fourth = math.sqrt(4 * (math.cos(math.acos(math.sqrt(a)) / 3) / math.sqrt(a) - 1))
+    for df, expected in ((1, math.tan(math.pi * q / 2)), (2, q * math.sqrt(2 / a)), (4, fourth)):
+        assert student_quantile(p, df) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    for df, expected in ((3, 3.182446), (10, 2.228139), (30, 2.042272), (1000, 1.962339)):
+        assert student_quantile(0.975, df) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_a_prediction_interval_holds_as_often_as_it_says(n):
+    x = RNG(8).normal(3, 2, (4000, n + 1))
+    seen = x[:, :n]
+    low, high = prediction_interval(seen.mean(1), seen.std(1, ddof=1), n, n - 1, 0.9)
+    assert ((low < x[:, n]) & (x[:, n] < high)).mean() == pytest.approx(0.9, abs=0.02)
 
 
 def test_pairs_that_share_sentences_are_fewer_than_they_look():

@@ -1,6 +1,5 @@
 """python -m rlhf.check DUMP: recompute the numbers of any framework, and name the convention behind a difference."""
 
-import sys
 from dataclasses import dataclass
 
 from rlhf.check.dump import load_dump
@@ -16,8 +15,7 @@ class Config:
 
 
 def main() -> None:
-    words = [word if word.startswith("-") or i else f"--dump={word}" for i, word in enumerate(sys.argv[1:])]
-    config = parse(Config, words)
+    config = parse(Config)
     dump = load_dump(config.dump)
     findings = check(dump, config.tolerance, config.most)
     if all(f.missing for f in findings):

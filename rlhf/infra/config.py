@@ -3,7 +3,8 @@
 Each option is one line of the script's Config: `name: type = default  # meaning, unit [what it needs]`. The comment is the
 --help text, a comment line above a group of options is its heading. [kl_control=adaptive] says that the option works only
 where kl_control is that; [trunk=full|adapters, votes] that trunk is one of two and votes is not none. What the other option
-needs is needed too. A misspelt, repeated or ineffective option is an error.
+needs is needed too. A misspelt, repeated or ineffective option is an error. Options without a default may be given without
+their names, in their order.
 """
 
 import builtins
@@ -29,7 +30,8 @@ from rlhf.infra import peers, signals
 
 
 def parse(Config: type, argv: list[str] | None = None):
-    """The frozen Config that the command line asks for: --name=value, --name value, name=value, or a bare --flag.
+    """The frozen Config that the command line asks for: --name=value, --name value, name=value, or a bare --flag; a word
+    alone is the next required option.
 
     Every mistake is a ValueError with one line, an option without effect too. --help prints and exits.
     """
@@ -39,9 +41,13 @@ def parse(Config: type, argv: list[str] | None = None):
     if "--help" in argv or "-h" in argv:
         print(help_text(Config), flush=True)
         raise SystemExit(0)
+    fields = dataclasses.fields(Config)
+    required = [x.name for x in fields if x.default is x.default_factory is dataclasses.MISSING]
     given, words = {}, iter(argv)
     for word in words:
         name, equals, text = word.partition("=")
+        if not word.startswith("-") and not equals and (missing := [x for x in required if x not in given]):
+            name, equals, text = missing[0], "=", word
         if not name.startswith("--") and not equals:
             raise ValueError(f"{word!r} is not an option: write --name=value; --help lists the names")
         name = name.removeprefix("--").replace("-", "_")
@@ -60,9 +66,8 @@ def parse(Config: type, argv: list[str] | None = None):
         except (ValueError, KeyError):
             raise ValueError(f"--{name}={text} is not valid; expected {kind_name(kinds[name])}") from None
 
-    for field in dataclasses.fields(Config):
-        if field.default is field.default_factory is dataclasses.MISSING and field.name not in given:
-            raise ValueError(f"--{field.name}={kind_name(kinds[field.name])} is required; --help lists the options")
+    if missing := [name for name in required if name not in given]:
+        raise ValueError(f"--{missing[0]}={kind_name(kinds[missing[0]])} is required; --help lists the options")
     config = Config(**given)
 
     for name in given:

@@ -1,0 +1,305 @@
+"""A run beside runs of ours of several seeds: inside the band that they span, or which metric leaves it, and where.
+
+python evaluate.py compare out/demo results/demo
+python evaluate.py compare --run=out/ppo --reference=out/seeds   # any directory that holds two PPO runs or more
+
+Curves are compared in blocks of iterations, evaluations by what summary.json says of the last model. A band is Student's
+prediction interval for one more seed, so a healthy run leaves any of them in 5% of the cases. Exit code 1 where this one does.
+"""
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from evaluation import plots
+from evaluation.card import can_draw
+from evaluation.page import Block, Plots, Table, Text, plain, write
+from evaluation.sources import Source, find, is_number
+from evaluation.words import markdown_table
+from rlhf.infra import config
+from rlhf.infra.run import FREE
+from rlhf.statistics import prediction_interval
+
+
+@dataclass(frozen=True)
+class Config:
+    run: str  # a PPO run, or a directory with one run and its evaluation; the word "--run" may be left out
+    reference: str  # directory of PPO runs of several seeds; the word "--reference" may be left out
+    out: str | None = None  # the HTML page, its Markdown goes beside it; none = compare.html in the run
+    plots: bool | None = None  # draw the curves, which needs matplotlib; none = if it is installed
+
+    def __post_init__(self):
+        if self.out is not None and not self.out.endswith(".html"):
+            raise ValueError(f"--out={self.out} must end in .html")
+
+
+def main() -> None:
+    cfg = config.parse(Config)
+    found = compare(cfg.run, cfg.reference)
+    drawn = can_draw(cfg.plots)
+    file = Path(cfg.out) if cfg.out else Path(cfg.run) / "compare.html"
+    beside = write(f"{plain(cfg.run)} beside {plain(cfg.reference)}", {"Verdict": found.blocks(drawn)}, file)
+    print(markdown_table(*found.table()))
+    for line in found.notes:
+        print(line)
+    print(f"{found.verdict()}\n-> {file}, {beside}")
+    sys.stdout.flush()
+    raise SystemExit(1 if found.outside else 0)
+
+
+CURVES = (  # of metrics.jsonl
+    "objective/scores",
+    "objective/kl",
+    "policy/entropy",
+    "policy/approxkl",
+    "policy/clipfrac",
+    "value/explained_var",
+    "response/length",
+    "response/distinct_2",
+)
+NUMBERS = {  # of the evaluation: the key in summary.json's "ppo" -> its name
+    "judge_gain": "gain of the judge",
+    "reward_gain": "gain of the reward",
+    "kl": "KL to the base, nats",
+    "distinct3_after": "distinct-3",
+}
+BLOCKS = 8  # of a whole reference run
+MISSED = 0.025  # a healthy run leaves one of the curves' bands so often, and one of the evaluation's
+FINEST = 0.01  # no deviation is taken for smaller than this part of what is measured: rounding differs between CPUs
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric: the means over B blocks of iterations, of the run and of S seeds, and the band for one more seed."""
+
+    name: str
+    blocks: list[tuple[int, int]]  # first and last iteration of each; of a number of the evaluation one, of nothing
+    run: np.ndarray  # (B,); NaN where the run has no number
+    seeds: np.ndarray  # (S, B)
+    low: np.ndarray  # (B,)
+    high: np.ndarray  # (B,)
+
+    @property
+    def outside(self) -> np.ndarray:
+        """Which blocks leave the band, (B,) bool; what is no number does."""
+        return ~((self.run >= self.low) & (self.run <= self.high))
+
+    @property
+    def worst(self) -> int:
+        """The block that is furthest out, in half widths of its band."""
+        half = np.maximum(self.high - self.low, 1e-12) / 2
+        return int(np.nan_to_num(np.abs(self.run - (self.high + self.low) / 2) / half, nan=math.inf).argmax())
+
+    @property
+    def is_curve(self) -> bool:
+        return self.blocks[0][1] >= 0
+
+    def band(self, i: int) -> str:
+        return f"{self.low[i]:.3g} to {self.high[i]:.3g}"
+
+    def place(self, i: int) -> str:
+        """`5 to 9`, of the iterations."""
+        return span(self.blocks[i], self.blocks[i]) if self.is_curve else "the evaluation"
+
+    def where(self) -> str:
+        """`iterations 5 to 14, 20 to 24`: neighbouring blocks outside are said together."""
+        spans: list[list[int]] = []
+        for i in np.flatnonzero(self.outside):
+            if spans and spans[-1][1] == i - 1:
+                spans[-1][1] = i
+            else:
+                spans.append([i, i])
+        told = ", ".join(span(self.blocks[first], self.blocks[last]) for first, last in spans)
+        return f"iterations {told}" if self.is_curve else "the evaluation"
+
+
+def span(first: tuple[int, int], last: tuple[int, int]) -> str:
+    return f"{first[0]} to {last[1]}" if last[1] > first[0] else str(first[0])
+
+
+def row(
+    name: str, blocks: list[tuple[int, int]], run: np.ndarray, seeds: np.ndarray, tests: int, together: int = 1
+) -> Row:
+    """The band of seeds (S, B) for one more, in all `tests` blocks at once (Bonferroni), and as wide as the seeds are.
+
+    Few seeds know their deviation badly, so that of a block is pooled with its neighbours', `together` of them; what is
+    alike in neighbours is not known any better, so each of them counts half.
+    """
+    count, width = len(seeds), seeds.shape[1]
+    variance = seeds.var(0, ddof=1)
+    near = [variance[max(0, i - together // 2) : i + together // 2 + 1] for i in range(width)]
+    mean, level = seeds.mean(0), 1 - MISSED / tests
+    deviation = np.maximum(np.sqrt([x.mean() for x in near]), FINEST * np.abs(mean).max())
+    freedom = [(count - 1) * (1 + len(x)) / 2 for x in near]
+    ends = [prediction_interval(mean[i], deviation[i], count, freedom[i], level) for i in range(width)]
+    low, high = np.array(ends).T
+    return Row(name, blocks, run, seeds, np.minimum(low, seeds.min(0)), np.maximum(high, seeds.max(0)))
+
+
+def curve(name: str, run: dict[int, float], seeds: Sequence[dict[int, float]], metrics: int) -> Row:
+    """A metric by iteration, of the run and of the seeds. ValueError where they have no iteration in common.
+
+    The last block of a run that ended early is met with the same iterations of the seeds.
+    """
+    steps = sorted(set.intersection(*({step for step, x in seed.items() if math.isfinite(x)} for seed in seeds)))
+    size = math.ceil(len(steps) / BLOCKS)
+    cut = [steps[i : i + size] for i in range(0, len(steps), size)]
+    blocks = [shared for block in cut if (shared := [step for step in block if step in run])]
+    if not blocks:
+        raise ValueError(f"{name}: the run and the reference runs have no iteration in common")
+    means = np.array([[np.mean([x[step] for step in block]) for block in blocks] for x in (run, *seeds)])
+    return row(name, [(b[0], b[-1]) for b in blocks], means[0], means[1:], metrics * len(cut), together=3)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A comparison."""
+
+    reference: str
+    seeds: int
+    rows: list[Row]
+    notes: list[str]
+
+    @property
+    def outside(self) -> list[Row]:
+        return [row for row in self.rows if row.outside.any()]
+
+    def verdict(self) -> str:
+        """One sentence, and one more for every metric that leaves its band."""
+        of = f"the band of {self.seeds} seeds of {self.reference}"
+        curves, last = sum(row.is_curve for row in self.rows), max(row.blocks[-1][1] for row in self.rows)
+        if not self.outside:
+            numbers = len(self.rows) - curves
+            evaluated = f" and {numbers} numbers of the evaluation" * bool(numbers)
+            return f"Inside {of}: {curves} curves to iteration {last}{evaluated}."
+        lines = [f"Outside {of} in {len(self.outside)} of {len(self.rows)}:"]
+        for x in self.outside:
+            i = x.worst
+            lines.append(f"  {x.name} in {x.where()}: {said(x.run[i])} in {x.place(i)}, band {x.band(i)}")
+        return "\n".join(lines)
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Every metric where it is furthest out."""
+        rows = [
+            [x.name, x.place(i), said(x.run[i]), f"{x.seeds[:, i].mean():.3g}", x.band(i),
+             f"leaves it in {x.where()}" if x.outside.any() else "inside"]
+            for x in self.rows for i in [x.worst]
+        ]  # fmt: skip
+        return ["metric", "furthest out in iterations", "this run", "mean of the seeds", "band", "verdict"], rows
+
+    def blocks(self, drawn: bool = True) -> list[Block]:
+        """The page: verdict, table, and the run's curves on top of the seeds'."""
+        lines = self.verdict().split("\n")
+        curves = [x for x in self.rows if x.is_curve]
+        svgs = [
+            plots.svg(f"band {x.name}", f"{x.name}: {said(x.run[-1])} in {x.place(-1)}", [plots.band(*drawing_of(x))])
+            for x in (curves if drawn else ())
+        ]
+        legend = ["this run", f"{self.seeds} runs of {self.reference}, and the band of one more"]
+        caption = f"Means over blocks of iterations; all bands together hold {1 - 2 * MISSED:.0%} of healthy runs"
+        shown = [Plots(svgs, legend)] * bool(svgs)
+        return [*map(Text, lines), *map(Text, self.notes), *shown, Table(*self.table(), caption)]
+
+
+def drawing_of(x: Row) -> tuple:
+    middles = np.array([(first + last) / 2 for first, last in x.blocks])
+    return middles, x.run, x.seeds, x.low, x.high, x.name
+
+
+def said(x: float) -> str:
+    return f"{x:.3g}" if math.isfinite(x) else "no number"
+
+
+# --- what is compared ---
+
+
+def compare(run: str, reference: str) -> Found:
+    """The run in `run` beside those in `reference`. ValueError where one holds no PPO run, or the other fewer than two."""
+    ours, theirs = [*runs_of(run, "run")], [*runs_of(reference, "reference")]
+    if len(ours) > 1:
+        names = ", ".join(source.name for source, _ in ours)
+        raise ValueError(f"--run={run} holds {len(ours)} PPO runs ({names}): name one of them")
+    if len(theirs) < 2:
+        raise ValueError(f"--reference={reference} holds one PPO run: a band needs the runs of two seeds or more")
+    (source, summary), *_ = ours
+    seeds = [by_metric(x.files["metrics.jsonl"]) for x, _ in theirs]
+    values = by_metric(source.files["metrics.jsonl"])
+    known = [name for name in CURVES if all(name in seed for seed in seeds)]
+    rows = [curve(x, values[x], [seed[x] for seed in seeds], len(known)) for x in known if x in values]
+    notes = [f"Not compared, this run has no {name}." for name in known if name not in values]
+    evaluated = [x["ppo"] for _, x in theirs if x]
+    if summary and len(evaluated) > 1:
+        rows += list(numbers(summary["ppo"], evaluated))
+    else:
+        notes.append(f"The evaluation is not compared: {run if not summary else reference} has no summary.json.")
+    done, whole = (max(x["objective/kl"]) + 1 for x in (values, seeds[0]))
+    if done != whole:
+        notes.append(f"This run has {done} iterations, theirs {whole}.")
+    if differing := differences(source.files.get("run.json", {}), theirs[0][0].files.get("run.json", {})):
+        notes.append(f"Other options than theirs: {', '.join(differing)}.")
+    return Found(reference, len(theirs), rows, notes)
+
+
+def runs_of(directory: str, option: str) -> Iterator[tuple[Source, dict]]:
+    """The PPO runs below `directory` with metrics, each with the evaluation that lies with it or above it, {} without."""
+    path = Path(directory)
+    if option == "reference" and not path.is_dir():
+        ours = ", ".join(f"results/{x.name}" for x in sorted(Path("results").glob("*/"))) or "none here"
+        raise ValueError(f"--reference={directory} is not a directory; runs of ours: {ours}")
+    sources = {source.name: source for source in find(path, option)}
+    if damaged := [line for source in sources.values() for line in source.damaged]:
+        raise ValueError(damaged[0])
+    top, found = path.resolve().name, False
+    for name, source in sources.items():
+        if source.kind == "PPO" and any("objective/kl" in row for row in source.files.get("metrics.jsonl", [])):
+            above = str(Path(name).parent)
+            near = [sources[x] for x in (name, top if above == "." else above) if x in sources]
+            summaries = [x.files["summary.json"] for x in near if "ppo" in x.files.get("summary.json", {})]
+            yield source, summaries[0] if summaries else {}
+            found = True
+    if not found:
+        raise ValueError(
+            f"--{option}={directory} holds no PPO run with metrics.jsonl; name what was --out of train_ppo.py"
+        )
+
+
+def by_metric(rows: Sequence[dict]) -> dict[str, dict[int, float]]:
+    """{metric: {iteration: value}} of what is compared; NaN for null, which a run writes for what is not finite."""
+    found: dict[str, dict[int, float]] = {}
+    for line in rows:
+        for name in CURVES:
+            if name in line and is_number(line.get("step")):
+                found.setdefault(name, {})[int(line["step"])] = line[name] if is_number(line[name]) else math.nan
+    return found
+
+
+def numbers(ours: dict, theirs: Sequence[dict]) -> Iterator[Row]:
+    """What both evaluations say of the last model."""
+
+    def value(found: dict, name: str) -> float:
+        x = found[name].get("mean") if isinstance(found[name], dict) else found[name]
+        return x if is_number(x) else math.nan
+
+    known = [name for name in NUMBERS if all(name in x for x in (ours, *theirs))]
+    for name in known:
+        run, *seeds = ([value(x, name)] for x in (ours, *theirs))
+        yield row(NUMBERS[name], [(-1, -1)], np.array(run), np.array(seeds), len(known))
+
+
+UNLIKE = {*FREE, "init", "reward", "data", "judge", "seed", "overrides"}  # these differ, or say where things lie
+
+
+def differences(ours: dict, theirs: dict) -> list[str]:
+    """`--lr=0.03 (0.0003)` for every option that is not as in their runs; inputs by their sha256."""
+    same = {"init_sha256": "another init", "data_sha256": "other data"}
+    told = [text for name, text in same.items() if name in ours and name in theirs and ours[name] != theirs[name]]
+    names = [x for x in ours if x in theirs and x not in UNLIKE and not x.endswith("_sha256") and ours[x] != theirs[x]]
+
+    def shown(x) -> str:
+        return config.show(tuple(x) if isinstance(x, list) else x)
+
+    return [*told, *(f"--{name}={shown(ours[name])} ({shown(theirs[name])})" for name in names)]
