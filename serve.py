@@ -10,7 +10,7 @@ share of the cores. A request with a seed gets the same text alone or in company
 
 import asyncio
 import logging
-import multiprocessing.connection
+import multiprocessing
 import os
 import signal
 import socket
@@ -27,7 +27,8 @@ from rlhf.infra import config, distributed
 from rlhf.infra.precision import PrecisionName, chosen
 from rlhf.lm.pretrained import Pretrained, open_pretrained
 from rlhf.reward.scorer import open_scorer
-from rlhf.serve.api import is_loopback
+from rlhf.serve.api import Service, is_loopback
+from rlhf.serve.workers import Alone, Crew, Member, Seat
 
 KEY = "PLAIN_RLHF_KEY"  # the environment variable for --key
 
@@ -40,6 +41,7 @@ class Config:
     reference: str | None = None  # the model before tuning: /v1/tokens tells the KL to it
     reward: str | None = None  # directory of train_rm.py, or file.py:function: /v1/score
     feedback: str | None = None  # file of a feedback store: comparisons are shown and votes taken
+    weights_dir: str | None = None  # directory that POST /v1/weights may take other weights from; needs a key
     name: str | None = None  # what clients call the model; none = the last part of --init
     precision: PrecisionName = "auto"  # of matrix products; auto = bf16 where that is fast, else fp32
     device: str = "cpu"  # cpu | cuda; with several workers the k-th takes the k-th GPU
@@ -81,6 +83,8 @@ def main() -> None:
         raise ValueError(
             f"--host={cfg.host} can be reached by others: give a key with --key or {KEY}, or stay on 127.0.0.1"
         )
+    if key is None and cfg.weights_dir:
+        raise ValueError(f"--weights_dir lets clients exchange the weights: give a key with --key or {KEY}")
     listener = bind(cfg.host, cfg.port)
     try:
         import starlette  # noqa: F401
@@ -88,33 +92,15 @@ def main() -> None:
     except ImportError:
         raise ValueError("the server needs starlette and uvicorn: pip install -e '.[serve]'") from None
     if cfg.workers == 1:
-        return work(cfg, key, listener, 0, None)
+        return work(cfg, key, listener, Seat())
 
-    # the workers inherit one socket: whoever is free takes the next connection
+    # the workers inherit one socket, which stays open for those that come later: whoever is free takes the next connection
     context = multiprocessing.get_context("fork")  # before any model is opened, or a GPU touched
-    ready = context.Barrier(cfg.workers)
-    workers = [
-        context.Process(target=config.run, args=(lambda k=k: work(cfg, key, listener, k, ready),))
-        for k in range(cfg.workers)
-    ]
-    for worker in workers:
-        worker.start()
-    listener.close()
-
-    def stop(*_) -> None:
-        ready.abort()  # who waits there for one that has failed would never end
-        for worker in workers:
-            if worker.is_alive():
-                worker.terminate()
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    multiprocessing.connection.wait([worker.sentinel for worker in workers])
-    stop()  # one has ended: so do the others
-    for worker in workers:
-        worker.join()
-    if failed := [worker.exitcode for worker in workers if worker.exitcode]:
-        raise SystemExit(2 if 2 in failed else 1)
+    Crew(
+        cfg.workers,
+        lambda seat: context.Process(target=config.run, args=(lambda: work(cfg, key, listener, seat),)),
+        context.Barrier(cfg.workers),
+    ).run()
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -129,15 +115,15 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def work(cfg: Config, key: str | None, listener: socket.socket, rank: int, ready) -> None:
+def work(cfg: Config, key: str | None, listener: socket.socket, seat: Seat) -> None:
     """One process of the server, until a signal ends it."""
     torch.set_grad_enabled(False)
     torch.set_num_threads(cfg.threads)
     distributed.leave_out_cudnn_attention()
     device = torch.device(cfg.device)
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", rank % max(1, torch.cuda.device_count()))
-    cfg, dtype = chosen(cfg, device, quiet=rank > 0)
+        device = torch.device("cuda", seat.rank % max(1, torch.cuda.device_count()))
+    cfg, dtype = chosen(cfg, device, quiet=seat.rank > 0 or seat.again)
     opened = open_pretrained(cfg.init, device, base=cfg.base)
     reference = open_pretrained(cfg.reference, device) if cfg.reference else None
     if reference and reference.tokenizer.fingerprint != opened.tokenizer.fingerprint:
@@ -146,42 +132,26 @@ def work(cfg: Config, key: str | None, listener: socket.socket, rank: int, ready
     if cfg.reward:
         under = reference or (open_pretrained(cfg.base, device) if cfg.base else opened)
         reward = open_scorer(cfg.reward, opened.tokenizer, device, base=under, dtype=dtype)
-    asyncio.run(serve(cfg, key, listener, rank, ready, opened, reference, reward, dtype))
+    asyncio.run(serve(cfg, key, listener, seat, opened, reference, reward, dtype))
 
 
 async def serve(
-    cfg: Config, key: str | None, listener: socket.socket, rank: int, ready, opened: Pretrained,
+    cfg: Config, key: str | None, listener: socket.socket, seat: Seat, opened: Pretrained,
     reference: Pretrained | None, reward, dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """Listens until SIGTERM or Ctrl-C, then lets running requests finish for a while."""
-    from rlhf.feedback.store import FeedbackStore
     from rlhf.serve import connections
-    from rlhf.serve.api import Bounded, Service, application, deliver_to
-    from rlhf.serve.protocol import Limits
-    from rlhf.serve.scheduler import Scheduler
-    from rlhf.serve.scorer import Scorer, load_values
+    from rlhf.serve.api import Bounded, application
 
     log = logging.StreamHandler()
     log.addFilter(connections.OncePerSecond())
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[log])
-    loop, tokenizer = asyncio.get_running_loop(), opened.tokenizer
-    model = to_sample_with(opened.model, dtype)
-    # by the same products as the model, or the KL between equal weights would not be 0
-    other = to_sample_with(reference.model, dtype).eval() if reference else None
-    chat = chat_of(opened)
-    stop_ids = {*opened.stop_ids, *(chat.stop_ids() if chat else ())}
-    scheduler = Scheduler(
-        model, tokenizer, stop_ids, cfg.max_batch, cfg.cache_tokens // cfg.max_batch, cfg.queue, deliver_to(loop)
-    )
-    scorer = Scorer(model, other, reward, load_values(cfg.init, model, cfg.base))
-    service = Service(
-        scheduler, scorer, tokenizer, chat, cfg.name or Path(cfg.init).name, opened.digest[:16],
-        Limits(scheduler.width, min(cfg.max_tokens, scheduler.width), cfg.max_batch + cfg.queue),
-        cfg.timeout, cfg.patience, cfg.max_body, key, FeedbackStore(cfg.feedback) if cfg.feedback else None,
-    )  # fmt: skip
+    loop = asyncio.get_running_loop()
+    service = service_of(cfg, key, seat, opened, reference, reward, dtype)
+    scheduler = service.scheduler
     wanted = cfg.max_batch + 2 * cfg.queue + 16  # texts, as many jobs as may wait, and the page's own requests
     room, most = connections.room(wanted)
-    if most < wanted and rank == 0:
+    if most < wanted and seat.rank == 0:
         print(
             f"note: {most} requests at a time, not {wanted}: a process may open too few files (ulimit -n)",
             file=sys.stderr,
@@ -195,14 +165,14 @@ async def serve(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
-    if ready is not None:
+    if seat.ready is not None:
         try:
-            await asyncio.to_thread(ready.wait)
+            await asyncio.to_thread(seat.ready.wait)
         except threading.BrokenBarrierError:
             return  # another worker has failed, or we were told to stop
     scheduler.start()
     listener.listen(2048)  # from here on connections wait, and are not refused
-    if rank == 0:
+    if seat.rank == 0 and not seat.again:
         host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
         print(
             f"serving {service.name} at http://{host}:{listener.getsockname()[1]} ({cfg.workers} x {cfg.max_batch} "
@@ -213,6 +183,52 @@ async def serve(
         await server.serve(sockets=[listener])
     finally:
         await asyncio.to_thread(scheduler.stop)
+
+
+def service_of(
+    cfg: Config,
+    key: str | None,
+    seat: Seat,
+    opened: Pretrained,
+    reference: Pretrained | None,
+    reward,
+    dtype: torch.dtype,
+) -> Service:
+    """What a worker's endpoints need."""
+    from rlhf.feedback.store import FeedbackStore
+    from rlhf.serve.api import deliver_to
+    from rlhf.serve.protocol import Limits
+    from rlhf.serve.scheduler import Scheduler
+    from rlhf.serve.scorer import Scorer, load_values
+    from rlhf.serve.weights import Weights, own
+
+    if cfg.weights_dir:
+        own(opened.model)
+    loop, tokenizer = asyncio.get_running_loop(), opened.tokenizer
+    model = to_sample_with(opened.model, dtype)
+    # by the same products as the model, or the KL between equal weights would not be 0
+    other = to_sample_with(reference.model, dtype).eval() if reference else None
+    chat = chat_of(opened)
+    stop_ids = {*opened.stop_ids, *(chat.stop_ids() if chat else ())}
+    scheduler = Scheduler(
+        model, tokenizer, stop_ids, cfg.max_batch, cfg.cache_tokens // cfg.max_batch, cfg.queue, deliver_to(loop)
+    )
+    scheduler.weights = opened.digest
+    weights, shared = None, None
+    if cfg.weights_dir:
+        weights = Weights(scheduler, tokenizer.fingerprint, cfg.precision, Path(cfg.weights_dir))
+        scheduler.weights = weights.load(*seat.pushed) if seat.pushed else opened.digest
+        shared = Alone(weights)
+    if seat.line is not None:
+        shared = Member(weights, seat.line, cfg.workers)
+    values = None if cfg.weights_dir else load_values(cfg.init, model, cfg.base)  # a critic's, of these weights alone
+    scorer = Scorer(model, other, reward, values)
+    return Service(
+        scheduler, scorer, tokenizer, chat, cfg.name or Path(cfg.init).name,
+        Limits(scheduler.width, min(cfg.max_tokens, scheduler.width), cfg.max_batch + cfg.queue),
+        cfg.timeout, cfg.patience, cfg.max_body, key, FeedbackStore(cfg.feedback) if cfg.feedback else None,
+        weights, shared,
+    )  # fmt: skip
 
 
 def promise(exact: bool, rounding: float) -> str:

@@ -56,8 +56,9 @@ from rlhf.ppo.acting import Acted, Acting, Resampling, group_metrics
 from rlhf.ppo.early_stop import HeldOutJudge, KLBound, NoBound, NoJudge
 from rlhf.ppo.guard import Guard, Limits
 from rlhf.ppo.plan import Sizes, peak, plan, table
+from rlhf.ppo.remote import Room, Servers
 from rlhf.ppo.roles import CRITICS, LAYOUTS, Roles
-from rlhf.ppo.rollout import Cut, Experience, act, gather, judge, minibatches
+from rlhf.ppo.rollout import Cut, Experience, OwnSampler, Sampler, gather, judge, minibatches
 from rlhf.ppo.self_check import check_once
 from rlhf.reward.files import check_form
 from rlhf.reward.scorer import Scorer, check_room, open_scorer, response_starts, scorer_of
@@ -91,6 +92,9 @@ class Config:
     response_tokens: int = 24  # longest response, tokens
     batch: int = 64  # responses per iteration, over all ranks
     samples_per_prompt: int = 1  # responses to the same prompt, in neighbouring rows
+    sampler: Names = None  # URLs of servers that give the responses (docs/your-cluster.md); none = the policy here
+    sampler_dir: str | None = None  # where weights are laid for them; none = OUT/sampler [sampler]
+    sampler_timeout: float = 300.0  # seconds that they may take for a response, all tries together [sampler]
     temperature: float = 1.0  # of sampling, and of every log-prob
     resample_flat: bool = False  # sample groups whose scores are all equal again, of further prompts (DAPO)
     resample_tries: int = 3  # at most so often in an iteration [resample_flat=true]
@@ -118,6 +122,7 @@ class Config:
     value_coef: float = 0.5  # weight of the value loss [estimator=gae]
     value_clip: float | None = 0.2  # values may move this far from the old ones; none = unclipped [estimator=gae]
     entropy_coef: float = 0.0  # weight of the entropy bonus
+    importance_cap: float | None = None  # largest weight of a token where pi_old is not what sampled (TIS); none = off
     target_approxkl: float | None = None  # end an iteration's updates when KL(old, new) per token passes it
     max_kl: float | None = None  # end the run at the last policy whose KL to the reference keeps it, nats per response
     max_ratio: float | None = 10.0  # a step whose mean ratio passes it is skipped; none = any finite one
@@ -156,7 +161,7 @@ class Config:
         config.at_least(self, max_ratio=1, max_value_loss=0, max_bad_steps=1, resample_tries=1)
         config.at_least(self, lr=0, warmup=0, weight_decay=0, adam_eps=0, grad_clip=0, seed=0)
         config.at_least(self, keep_checkpoints=1, judge_every=1, judge_patience=1, judge_prompts=1)
-        config.at_least(self, lora_rank=1, lora_alpha=0, branch_layers=1)
+        config.at_least(self, lora_rank=1, lora_alpha=0, branch_layers=1, importance_cap=1, sampler_timeout=0.1)
         config.at_most(self, gamma=1, lam=1, temperature=10)  # hotter, any model draws all tokens alike
         if self.layout == "full" and self.critic == "shared":
             raise ValueError("--layout=full has a critic of its own; use --layout=shared, or leave --critic=shared out")
@@ -173,6 +178,8 @@ class Config:
             )
         if self.micro_batch and self.micro_batch_tokens:
             raise ValueError("--micro_batch counts rows and --micro_batch_tokens tokens of the same forwards; give one")
+        if self.sampler == ():
+            raise ValueError("--sampler= names no server: give URLs, or leave it out")
         if self.shard and self.micro_batch_tokens:
             raise ValueError(
                 "--micro_batch_tokens gives every rank its own number of forwards, and shards need the same on all: "
@@ -359,34 +366,54 @@ def open_cast(cfg: Config, dist: Dist, precision: Precision) -> Cast:
     model, lora = base.model.eval(), lora_of(cfg)
     roles = LAYOUTS[cfg.layout](model, critic_of(cfg), cfg.temperature, lora, cfg.branch_layers)
     stored = stored_dtype(cfg, precision)
-    roles = roles.stored_in(stored)
+    roles = roles.stored_in(stored, sampler=cfg.sampler is None)
     asked = {"records": prompts.records, "template": train.template}
     reward = open_scorer(cfg.reward, tokenizer, dist.device, base, roles.frozen, **asked, dtype=stored)
     dist.rest(model, *reward.modules)
     for path in reward.own_models:
         check_form(path, train)
     sampling = Sampling(cfg.response_tokens, stop_ids, tokenizer.pad, cfg.temperature)
-    respond = dist.whole(roles.policy.model)(partial(act, roles.sampler, sampling, cfg.seed, precision))
-    held_out = open_judge(cfg, dist, tokenizer, base, respond, prompts, stored)
+    saved_as = policy_config(base, cfg, stop_ids)
+    sampler = sampler_of(cfg, roles, sampling, dist, precision, prompts.longest, saved_as, [tokenizer.path])
+    held_out = open_judge(cfg, dist, tokenizer, base, sampler, prompts, stored)
     whole = reward.is_function or reward.by_row  # a function may rightly look at its whole batch
     alone = None if whole else reward.score
-    check = partial(check_once, roles.policy, score=alone, eos=stop_ids, dist=dist, precision=cfg.precision)
+    precisions = {"precision": cfg.precision, "sampled_in": sampler.precision}
+    check = partial(check_once, roles.policy, score=alone, eos=stop_ids, dist=dist, **precisions)
     inputs = {"init_sha256": base.digest, "data_sha256": train.digest}
     inputs |= {"reward_sha256": reward.digest, "judge_sha256": cfg.judge and scorer_of(cfg.judge, rules=True).digest}
-    acting = acting_of(cfg, respond, prompts, reward, dist, precision)
+    acting = acting_of(cfg, sampler, prompts, reward, dist, precision)
     check_room(
         prompts.longest, cfg.response_tokens, cfg.micro_batch_tokens, "--micro_batch_tokens allows a micro-batch"
     )
     reward.check_room(prompts.longest, cfg.response_tokens)
-    cuts, saved_as = cuts_of(cfg, dist.world), policy_config(base, cfg, stop_ids)
-    return Cast(roles, reward, acting, *cuts, held_out, check, tokenizer, inputs, saved_as)
+    return Cast(roles, reward, acting, *cuts_of(cfg, dist.world), held_out, check, tokenizer, inputs, saved_as)
+
+
+def sampler_of(
+    cfg: Config,
+    roles: Roles,
+    sampling: Sampling,
+    dist: Dist,
+    precision: Precision,
+    longest: int,
+    saved_as: dict,
+    files: list[Path],
+) -> Sampler:
+    """The policy itself, or the servers that hold its weights."""
+    if cfg.sampler is None:
+        return OwnSampler(roles, sampling, cfg.seed, precision, dist, cfg.precision)
+    stored = {"kind": "lm"} | {name: saved_as[name] for name in ("model", "tokenizer", "stop_ids")}
+    room = Room(cfg.sampler_dir or f"{cfg.out}/sampler", stored, files)
+    how = (room, longest, cfg.sampler_timeout, dist)
+    return Servers(cfg.sampler, roles.policy.model, sampling, cfg.seed, *how)
 
 
 def acting_of(
-    cfg: Config, respond, prompts: PromptLoader, reward: Scorer, dist: Dist, precision: Precision
+    cfg: Config, sampler: Sampler, prompts: PromptLoader, reward: Scorer, dist: Dist, precision: Precision
 ) -> Acting | Resampling:
     """How an iteration gets its responses."""
-    how = (respond, prompts, cfg.samples_per_prompt, dist)
+    how = (sampler, prompts, cfg.samples_per_prompt, dist)
     if not cfg.resample_flat:
         return Acting(*how)
     further, at_once = replace(prompts, seed=cfg.seed + 1), row_counts(cfg, dist.world)
@@ -442,7 +469,7 @@ def open_judge(
     dist: Dist,
     tokenizer: Tokenizer,
     base: Pretrained,
-    respond,
+    sampler: Sampler,
     prompts: PromptLoader,
     dtype: torch.dtype,
 ) -> HeldOutJudge | NoJudge:
@@ -463,7 +490,7 @@ def open_judge(
     for path in opened.own_models:
         check_form(path, validation)
     return HeldOutJudge(
-        opened.score, opened.modules, respond, *batch, cfg.judge_every, cfg.judge_patience, cfg.batch, dist
+        opened.score, opened.modules, sampler, *batch, cfg.judge_every, cfg.judge_patience, cfg.batch, dist
     )
 
 
@@ -481,6 +508,7 @@ def memory_plan(cfg: Config, dist: Dist, micro_batch: int) -> float:
         recompute=cfg.recompute,
         ranks=dist.world // cfg.replicas if cfg.shard else 1,
         reward=scorer_of(cfg.reward).parameters,
+        sampler=cfg.sampler is None,
         baseline=resident_bytes() if dist.device.type == "cpu" else 0,
         dtype=stored_dtype(cfg, optim.amp(dist.device, cfg.precision)),
     )

@@ -84,6 +84,19 @@ def cispo_loss(
     return -weight * advantages * new_logprobs
 
 
+def truncated_importance(logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
+    """Weight of a token's policy loss where another engine, or precision, sampled than the one that learns. (B, T) -> (B, T)
+
+    min(exp(log pi_old - log pi_sampler), C): truncated importance sampling, TIS (Yao et al. 2025, "Your efficient RL
+    framework secretly brings you off-policy RL training", fengyao.notion.site/off-policy-rl). Exactly 1 where the two
+    agree. ValueError for C < 1, which would scale down also what needs no correction.
+    """
+    _same_shape(logprobs=logprobs, sampler_logprobs=sampler_logprobs)
+    if not cap >= 1:
+        raise ValueError(f"the cap of importance weights is {cap}; it must be at least 1")
+    return (logprobs - sampler_logprobs).exp().clamp(max=cap).detach()
+
+
 def approx_kl(new_logprobs: Tensor, logprobs: Tensor) -> Tensor:
     """How far the policy has moved since it acted: (log pi_new - log pi_old)^2 / 2, nats. (B, T) -> (B, T)
 

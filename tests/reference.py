@@ -69,6 +69,12 @@ def adaptive_kl(coef, target, horizon, history):
     return trace
 
 
+def truncated_ratio(logp, logq, cap):
+    """Truncated importance sampling: how much likelier the first is, but at most `cap` times."""
+    ratio = math.exp(logp) / math.exp(logq)
+    return ratio if ratio < cap else cap
+
+
 # ---- rewards and advantages ----------------------------------------------------------------------------------------
 
 

@@ -55,6 +55,9 @@ def respond(prompts, lengths, ids, iteration) -> Generated:
     )
 
 
+respond.refresh = lambda: None  # a sampler whose weights never change
+
+
 class Ranks:
     """Ranks that are threads: each waits until all have handed in their rows."""
 

@@ -20,6 +20,7 @@ from rlhf.losses import (
     next_token_loss,
     policy_loss,
     preference_loss,
+    truncated_importance,
     value_clip_fraction,
     value_loss,
 )
@@ -51,6 +52,30 @@ def test_policy_loss(batch, clip):
     new, old, advantages = policies(batch)
     expected = elementwise(lambda *x: -reference.policy_objective(*x, *clip), new, old, advantages)
     close(policy_loss(new, old, advantages, *clip), expected)
+
+
+@given(batches(), st.sampled_from([1.0, 1.5, 2.0, 8.0]))
+def test_truncated_importance(batch, cap):
+    old, sampled, _ = policies(batch)
+    expected = elementwise(lambda p, q: reference.truncated_ratio(p, q, cap), old, sampled)
+    close(truncated_importance(old, sampled, cap), expected)
+    assert torch.equal(truncated_importance(old, old.clone(), cap), torch.ones_like(old))  # not one bit
+
+
+def test_importance_weights_have_no_gradient_and_scale_nothing_down():
+    old, sampled = doubles((2, 3), (2, 3))
+    assert not truncated_importance(old, sampled, 2.0).requires_grad
+    for cap in (0.99, math.nan):
+        with pytest.raises(ValueError, match="at least 1"):
+            truncated_importance(old, sampled, cap)
+
+
+def test_truncation_bounds_the_variance_and_without_it_the_mean_is_right():
+    """By enumeration over one token: E_q[min(p/q, C) f] is E_p[f] where C is large, and short of it where C bites."""
+    p, q = torch.tensor([0.7, 0.2, 0.1]).double(), torch.tensor([0.1, 0.3, 0.6]).double()
+    f = torch.tensor([3.0, -1.0, 2.0]).double()
+    means = [float((q * truncated_importance(p.log(), q.log(), cap) * f).sum()) for cap in (100.0, 2.0)]
+    assert means[0] == pytest.approx(float((p * f).sum())) and means[1] == pytest.approx(0.2 * 3 - 0.2 + 0.1 * 2)
 
 
 @given(batches(), clips)

@@ -36,7 +36,7 @@ def calls(tokenizer):
 # ---- known fields
 
 OTHER_SERVERS = {
-    "stop_token_ids": [2], "min_tokens": 5, "ignore_eos": True, "guided_json": {"type": "object"}, "guided_regex": "a+",
+    "min_tokens": 5, "return_tokens_as_token_ids": True, "guided_json": {"type": "object"}, "guided_regex": "a+",
     "guided_choice": ["a", "b"], "guided_grammar": "root ::= 'a'", "guided_decoding_backend": "outlines",
     "structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}, "tools": [{"type": "function"}],
     "tool_choice": "required", "functions": [{"name": "f"}], "function_call": {"name": "f"}, "logit_bias": {"5": 1},
@@ -74,7 +74,13 @@ def test_fields_of_the_other_endpoint_are_refused(calls):
         ("chat", "echo", True),
         ("chat", "best_of", 2),
         ("chat", "add_special_tokens", True),
+        ("chat", "return_token_ids", True),
+        ("chat", "logprobs_mode", "processed_logprobs"),
+        ("chat", "uniforms", {"seed": 1, "rows": [0]}),
         ("score", "add_special_tokens", False),
+        ("score", "stop_token_ids", [2]),
+        ("score", "ignore_eos", True),
+        ("score", "uniforms", {}),
     ):
         with pytest.raises(ApiError, match=name):
             calls[endpoint](**{name: value})
@@ -95,6 +101,48 @@ def test_the_start_token_can_be_left_out(calls, tokenizer):
     with pytest.raises(ApiError, match="no tokens"):
         calls["completions"](prompt="", add_special_tokens=False)
     assert calls["completions"](prompt=[7, 8], add_special_tokens=False).prompts == [[7, 8]]
+
+
+def test_uniforms_are_those_of_an_iteration_and_its_rows(calls):
+    """What `seed` alone means is the case of iteration 0 and rows 0, 1, ..."""
+    ask = calls["completions"]
+    for fields, drawn in (
+        ({"seed": 5, "n": 2}, [(5, 0, 0), (5, 0, 1)]),
+        ({"uniforms": {"seed": 5, "iteration": -1, "rows": [7, 3]}, "n": 2}, [(5, -1, 7), (5, -1, 3)]),
+        ({"uniforms": {"rows": [2**62]}}, [(0, 0, 2**62)]),
+        ({"uniforms": None, "seed": 1}, [(1, 0, 0)]),
+    ):
+        settings = [request.sampling for request in ask(**fields).requests]
+        assert [(s.seed, s.iteration, s.row) for s in settings] == drawn
+    for fields, why in (
+        ({"uniforms": {"rows": [1]}, "seed": 1}, "seed has no effect beside uniforms"),
+        ({"uniforms": {"rows": [1], "row": 1}}, "no 'row'"),
+        ({"uniforms": {"rows": [1, 2]}}, "n = 1 integers"),
+        ({"uniforms": {"rows": [True]}}, "integers"),
+        ({"uniforms": {"rows": [1], "iteration": "2"}}, "iteration must be an integer"),
+        ({"uniforms": [1]}, "must be an object"),
+    ):
+        with pytest.raises(ApiError, match=why):
+            ask(**fields)
+
+
+def test_what_a_rollout_asks_for_is_taken_or_refused_by_name(calls):
+    ask = calls["completions"]
+    s = ask(stop_token_ids=[2, 3], ignore_eos=True, logprobs=0, logprobs_mode="processed_logprobs").requests[0].sampling
+    assert (s.stop_ids, s.ignore_eos, s.processed) == ((2, 3), True, True)
+    assert ask(return_token_ids=True).token_ids and not ask(logprobs=1, logprobs_mode="raw_logprobs").token_ids
+    for fields, why in (
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"stop_token_ids": 2}, "stop_token_ids"),
+        ({"stop_token_ids": [0] * 2000}, "at most 1024"),
+        ({"logprobs_mode": "raw_logits", "logprobs": 0}, "raw_logprobs, processed_logprobs, not 'raw_logits'"),
+        ({"logprobs_mode": "processed_logprobs"}, "use logprobs 0"),
+        ({"logprobs_mode": "processed_logprobs", "logprobs": 2}, "use logprobs 0"),
+        ({"logprobs_mode": "processed_logprobs", "logprobs": 0, "echo": True}, "no echo"),
+        ({"return_token_ids": True, "stream": True}, "not supported with stream"),
+    ):
+        with pytest.raises(ApiError, match=why):
+            ask(**fields)
 
 
 # ---- numbers

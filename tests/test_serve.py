@@ -155,7 +155,7 @@ def test_offsets_are_of_characters(home):
     tokenizer = load_tokenizer(home / "lm")
     asked = {"prompt": "a", "max_tokens": 9, "echo": True, "logprobs": 0}
     call = parse_completion(asked, tokenizer, "lm", Limits(64, 64, 1))
-    writer = Writer(call, tokenizer, "lm", "", "")
+    writer = Writer(call, tokenizer, "lm", "")
     ids = tokenizer.encode("a film\u20ac bad")
     call.requests[0].prompt_tokens += [Token(i, None, []) for i in call.prompts[0]]
     (choice,) = writer.whole([" film\u20ac bad"], [[Token(i, -1.0, []) for i in ids[1:]]], ["stop"])["choices"]

@@ -133,6 +133,7 @@ def judged(dist: distributed.Dist, out: Path) -> float:
         uniforms = row_uniforms(1, iteration, rows.tolist(), RESPONSE)
         return generate(policy.model, ids, lengths, Sampling(RESPONSE, [EOS], PAD, TEMPERATURE), uniforms)
 
+    act.refresh = lambda: None
     ask, numbers = (*prompts(3), torch.arange(3)), (1, 1, 2)
     judge = HeldOutJudge(lambda *x: score.score(*x[:3]), [base], act, *ask, *numbers, dist)
     bound = NoBound(SimpleNamespace(module=policy, save_best=lambda record: None))

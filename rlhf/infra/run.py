@@ -45,6 +45,9 @@ REPORT = (
     "weak_reward",
     "shard",
     "replicas",
+    "sampler",
+    "sampler_dir",
+    "sampler_timeout",
 )
 FREE = (*REPORT, "out", "plan", "override")  # change no number of a run; a run may be moved
 

@@ -1,6 +1,5 @@
 """Acting: the responses of an iteration, and groups that teach nothing sampled again (DAPO, arXiv:2503.14476, section 3.2)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +9,7 @@ from torch.nn import functional as F
 from model.generate import Generated
 from rlhf.infra.distributed import Dist
 from rlhf.infra.optim import Precision
-from rlhf.ppo.rollout import interleaved
+from rlhf.ppo.rollout import Sampler, interleaved
 from rlhf.reward.model import Score
 from rlhf.rewards import missing_eos
 
@@ -31,16 +30,16 @@ class Acted:
 class Acting:
     """acting(iteration) -> Acted: `samples_per_prompt` responses to each prompt of the step, in neighbouring global rows.
 
-    respond(prompts, lengths, ids, iteration) -> Generated: see rollout.act. prompts: batch(step) and width(step), the same
-    on every rank.
+    prompts: batch(step) and width(step), the same on every rank.
     """
 
-    respond: Callable[..., Generated]
+    sampler: Sampler
     prompts: object
     samples_per_prompt: int
     dist: Dist
 
     def __call__(self, iteration: int) -> Acted:
+        self.sampler.refresh()
         batch = self.prompts.batch(iteration)
         samples, rows = self.answers(batch, len(batch.rows), 0, iteration)
         return Acted(samples, batch.rows, rows, self.prompts.width(iteration))
@@ -49,7 +48,7 @@ class Acting:
         """This rank's share of the responses to the first `groups` prompts, and which of the data's they answer."""
         mine = torch.arange(self.dist.rank, groups * self.samples_per_prompt, self.dist.world)
         of = mine // self.samples_per_prompt
-        return self.respond(batch.prompts[of], batch.prompt_lengths[of], first_id + mine, iteration), batch.rows[of]
+        return self.sampler(batch.prompts[of], batch.prompt_lengths[of], first_id + mine, iteration), batch.rows[of]
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,15 @@
 """When a run ends before its last iteration: a held-out judge stops liking what it sees, or the policy is too far away."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from model.generate import Generated
 from rlhf.infra import checkpoint
 from rlhf.infra.distributed import Dist
 from rlhf.infra.run import Run
 from rlhf.overoptimisation import best_place, has_stalled
+from rlhf.ppo.rollout import Sampler
 from rlhf.reward.model import Score
 
 
@@ -28,16 +28,16 @@ class NoJudge:
 class HeldOutJudge:
     """Scores the policy every few iterations, always on the same prompts with the same random numbers.
 
-    act(prompts (P, T), lengths (P,), ids, iteration) -> Generated answers as the policy does now. rows (P,): which of the
-    data's prompts they are, for a score that looks them up; modules: the score's weights, of which a rank may keep a part.
-    `verdicts` are the mean scores so far; the policy with the best of them is kept in out/best.
+    prompts (P, T), lengths (P,). rows (P,): which of the data's prompts they are, for a score that looks them up; modules:
+    the score's weights, of which a rank may keep a part. `verdicts` are the mean scores so far; the policy with the best of
+    them is kept in out/best.
     """
 
     def __init__(
         self,
         score: Score,
         modules: Sequence[nn.Module],
-        act: Callable[..., Generated],
+        sampler: Sampler,
         prompts: Tensor,
         lengths: Tensor,
         rows: Tensor,
@@ -46,7 +46,7 @@ class HeldOutJudge:
         at_once: int,
         dist: Dist,
     ):
-        self.score, self.modules, self.act = score, modules, act
+        self.score, self.modules, self.sampler = score, modules, sampler
         self.prompts, self.lengths, self.rows = prompts, lengths, rows
         self.every, self.patience, self.at_once, self.dist = every, patience, at_once, dist
         self.verdicts: list[float] = []
@@ -61,11 +61,14 @@ class HeldOutJudge:
         """judge/mean of the policy after `done` iterations, when it is time."""
         if done % self.every:
             return {}
+        self.sampler.refresh()
         scores = torch.zeros(len(self.prompts), dtype=torch.float64)
         with self.dist.whole(bound.run.module.model, *self.modules):
             for start in range(self.dist.rank, len(scores), self.at_once):
                 rows = torch.arange(start, min(start + self.at_once, len(scores)), self.dist.world)
-                g = self.act(self.prompts[rows], self.lengths[rows], rows, -1)  # -1: numbers that no iteration draws
+                g = self.sampler(
+                    self.prompts[rows], self.lengths[rows], rows, -1
+                )  # -1: numbers that no iteration draws
                 scores[rows] = self.score(g.tokens, g.lengths, g.mask, self.rows[rows]).double().cpu()
         mean = float(self.dist.sum(scores).mean())  # each rank adds zeros to the others': exact for any world size
         self.verdicts.append(mean)

@@ -16,7 +16,7 @@ from rlhf.kl import AdaptiveKL, FixedKL
 from rlhf.losses import value_loss
 from rlhf.ppo.roles import ActorCritic
 from rlhf.ppo.rollout import Experience
-from rlhf.ppo.update import POLICY_LOSSES, Objective
+from rlhf.ppo.update import Objective, weighted_policy_loss
 
 
 class Limits(NamedTuple):
@@ -56,7 +56,7 @@ def step_formulas(
     yield Formula("ratio", ratio)
     if limits.ratio is not None:
         yield Formula("mean ratio", masked_mean(ratio, mask), limits.ratio, ratio)
-    loss = POLICY_LOSSES[o.policy_loss](logprobs, batch, o)
+    loss = weighted_policy_loss(logprobs, batch, o)
     yield Formula("policy loss", torch.where(mask, loss, 0))
     loss = torch.where(mask, value_loss(values, batch.values, batch.returns, o.value_clip), 0)
     yield Formula("value loss", loss)

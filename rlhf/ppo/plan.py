@@ -50,6 +50,7 @@ class Sizes:
     branch_layers: int = 4
     reward: int = 0  # parameters of a reward model that shares none
     recompute: bool = False  # --recompute
+    sampler: bool = True  # does this process sample, or do servers?
     ranks: int = 1  # over which --shard=true cuts weights, gradients and moments
     baseline: int = 0  # bytes that the process holds before: Python, torch, libraries
     dtype: torch.dtype = torch.float32  # of matrix products
@@ -59,7 +60,9 @@ def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
     """Bytes of every part; ValueError where the layout does not fit the model."""
     s, base, critic = sizes, empty(config), sizes.critic or CRITICS[layout]
     critic = "separate" if layout == "full" and critic == "shared" else critic
-    roles = LAYOUTS[layout](base, critic, 1.0, s.lora, min(s.branch_layers, config.layers)).stored_in(s.dtype)
+    roles = LAYOUTS[layout](base, critic, 1.0, s.lora, min(s.branch_layers, config.layers)).stored_in(
+        s.dtype, s.sampler
+    )
     policy, half = roles.policy, s.dtype.itemsize
     trained = count(x for x in policy.parameters() if x.requires_grad)
     models = [model for model in (policy.model, policy.value_trunk) if model is not None]
@@ -73,7 +76,7 @@ def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
         kept = kept // blocks + FLOAT * config.width * blocks
     kept += sum(2 * FLOAT * config.width for _ in models)  # the final norm
     # and gradient; or what sampling makes
-    logits = max(2 * half * s.micro_batch * s.response, 4 * FLOAT * s.batch) * config.vocab_size
+    logits = max(2 * half * s.micro_batch * s.response, 4 * FLOAT * s.batch * s.sampler) * config.vocab_size
     columns = min(s.prompt + s.response, config.context) + 1
     parts = {
         "baseline": s.baseline,
@@ -81,7 +84,7 @@ def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
         "casts": half * cast,
         "gradients": FLOAT * (trained + twice),
         "optimiser": 2 * FLOAT * trained,
-        "cache": half * 2 * config.layers * s.batch * columns * config.kv_heads * config.head_dim,
+        "cache": half * 2 * config.layers * s.sampler * s.batch * columns * config.kv_heads * config.head_dim,
         "activations": s.micro_batch * length * kept,
         "logits": logits,
     }

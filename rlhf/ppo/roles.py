@@ -124,9 +124,12 @@ class Roles:
         """The policy as it is now, to sample with."""
         return self.half.refresh() if self.half else self.policy.model
 
-    def stored_in(self, dtype: torch.dtype) -> "Roles":
-        """The same with frozen weights stored in `dtype`, in place, and a copy in it that samples; float32: as it is."""
-        half = None if dtype == torch.float32 else Half(self.policy.model, dtype)
+    def stored_in(self, dtype: torch.dtype, sampler: bool = True) -> "Roles":
+        """The same with frozen weights stored in `dtype`, in place, and a copy in it that samples; float32: as it is.
+
+        sampler: without it there is no copy, because somebody else samples.
+        """
+        half = Half(self.policy.model, dtype) if sampler and dtype != torch.float32 else None
         self.store(dtype)
         return replace(self, half=half)
 

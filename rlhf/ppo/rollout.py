@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from model.generate import Generated, Sampling, generate, row_uniforms
 from model.transformer import Transformer
 from rlhf.infra.distributed import Dist
 from rlhf.infra.optim import Precision
-from rlhf.ppo.roles import ActorCritic, Reference, no_features
+from rlhf.ppo.roles import ActorCritic, Reference, Roles, no_features
 from rlhf.reward.model import Score
 
 
@@ -117,6 +118,37 @@ def act(
     uniforms = row_uniforms(seed, iteration, ids.tolist(), sampling.max_new_tokens).to(device)
     with precision.autocast():
         return generate(model, prompts.to(device), lengths.to(device), sampling, uniforms)
+
+
+class Sampler(Protocol):
+    """Where responses come from."""
+
+    precision: str  # that it samples in
+
+    def refresh(self) -> None:
+        """It samples by the policy's weights of now, from here on. All ranks call it together."""
+
+    def __call__(self, prompts: Tensor, lengths: Tensor, ids: Tensor, iteration: int) -> Generated:
+        """Responses to right-padded prompts (B, P) of these lengths (B,), for rows with these global ids, see `act`."""
+
+
+@dataclass(frozen=True)
+class OwnSampler:
+    """The policy itself, in this process."""
+
+    roles: Roles
+    sampling: Sampling
+    seed: int
+    autocast: Precision
+    dist: Dist
+    precision: str
+
+    def refresh(self) -> None:
+        """Nothing: its weights are the policy's."""
+
+    def __call__(self, prompts: Tensor, lengths: Tensor, ids: Tensor, iteration: int) -> Generated:
+        with self.dist.whole(self.roles.policy.model):
+            return act(self.roles.sampler, self.sampling, self.seed, self.autocast, prompts, lengths, ids, iteration)
 
 
 @torch.no_grad()

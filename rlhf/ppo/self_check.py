@@ -47,14 +47,17 @@ def self_check(
     dist: Dist,
     fresh: bool = True,
     precision: str = "fp32",
+    sampled_in: str | None = None,
 ) -> list[Check]:
     """The checks of a first rollout, one Check each. `fresh` says that policy and reference hold the same weights.
 
     `rollout` is what this rank has judged, one micro-batch of it is enough. `score` None leaves out the reward: a Python
     function may rightly look at its whole batch. Of several `eos` the likeliest counts. What a token may differ by in two
-    forwards is the largest of all in fp32, and in half precision the mean, see TOLERANCE.
+    forwards is the largest of all in fp32, and in half precision the mean, see TOLERANCE; sampled_in: the sampler's precision,
+    where it is another.
     """
-    mask, tolerance = rollout.mask, TOLERANCE[precision]
+    mask = rollout.mask
+    coarser = max(precision, sampled_in or precision, key=TOLERANCE.get)
     output = policy(rollout.tokens, mask, rollout.features)
 
     few = rollout[:FEW_ROWS]
@@ -68,20 +71,20 @@ def self_check(
         """The largest of all ranks; unlike a maximum by all-reduce, it keeps a NaN."""
         return float(dist.all_gather_rows(torch.as_tensor(x, dtype=torch.float32, device=mask.device).reshape(1)).max())
 
-    def among(name: str, largest: Tensor, mean: Tensor) -> Check:
+    def among(name: str, largest: Tensor, mean: Tensor, precision: str = precision) -> Check:
         """Of differences whose largest and mean these are."""
         if precision == "fp32":
-            return Check(name, worst(largest), tolerance)
-        return Check(name, worst(mean), tolerance, worst(largest))
+            return Check(name, worst(largest), TOLERANCE[precision])
+        return Check(name, worst(mean), TOLERANCE[precision], worst(largest))
 
-    def per_token(name: str, difference: Tensor) -> Check:
+    def per_token(name: str, difference: Tensor, precision: str = precision) -> Check:
         """Of (B, T) differences."""
         difference = torch.where(mask, difference.abs(), 0)
-        return among(name, difference.max(), masked_mean(difference, mask))
+        return among(name, difference.max(), masked_mean(difference, mask), precision)
 
     checks = [
         per_token("first ratio: |pi / pi_old - 1|", (output.logprobs - rollout.logprobs).exp() - 1),
-        per_token("sampler: |cached - full forward| log-prob", rollout.logprobs - rollout.sampler_logprobs),
+        per_token("sampler: |cached - full forward| log-prob", rollout.logprobs - rollout.sampler_logprobs, coarser),
         Check("EOS can be sampled (0 = somewhere with probability)", worst(no_eos), 0.5),
         Check("all ranks hold the same weights (1 = they differ)", worst(not dist.same(policy)), 0),
     ]
@@ -102,9 +105,10 @@ def check_once(
     dist: Dist,
     fresh: bool,
     precision: str,
+    sampled_in: str | None = None,
 ) -> None:
     """Before the first update: say PASS or FAIL for every identity; ValueError on all ranks where one fails."""
-    checks = self_check(policy, rollout, score, eos, dist, fresh, precision)
+    checks = self_check(policy, rollout, score, eos, dist, fresh, precision, sampled_in)
     say("self-check before the first update\n" + "\n".join(map(str, checks)), dist.is_main)
     if failed := [check.name for check in checks if not check.passed]:
         raise ValueError(f"self-check failed: {'; '.join(failed)}")

@@ -16,6 +16,7 @@ from rlhf.losses import (
     gspo_loss,
     mean_log_ratio,
     policy_loss,
+    truncated_importance,
     value_clip_fraction,
     value_loss,
 )
@@ -34,6 +35,7 @@ class Objective:
     value_coef: float = 0.5
     entropy_coef: float = 0.0
     policy_loss: str = "ppo"  # of POLICY_LOSSES
+    importance_cap: float | None = None  # of the weights that correct for another sampler; None = no weights
 
 
 POLICY_LOSSES = {  # (log-probs now (B, T), what was experienced, the numbers) -> per token (B, T)
@@ -41,6 +43,16 @@ POLICY_LOSSES = {  # (log-probs now (B, T), what was experienced, the numbers) -
     "gspo": lambda new, b, o: gspo_loss(new, b.logprobs, b.advantages, b.mask, o.clip, o.clip_high),
     "cispo": lambda new, b, o: cispo_loss(new, b.logprobs, b.advantages, o.clip, o.clip_high),
 }
+
+
+def weighted_policy_loss(new_logprobs: Tensor, batch: Experience, objective: Objective) -> Tensor:
+    """The policy loss of every token, times its importance weight where there is one. (B, T) -> (B, T)"""
+    loss = POLICY_LOSSES[objective.policy_loss](new_logprobs, batch, objective)
+    if objective.importance_cap is None:
+        return loss
+    return loss * truncated_importance(batch.logprobs, batch.sampler_logprobs, objective.importance_cap)
+
+
 CLIPPED = {  # what `clip_fraction` is asked about: (new, old, the sign that makes it count)
     "ppo": lambda new, b: (new, b.logprobs, b.advantages),
     "gspo": lambda new, b: (b.logprobs + mean_log_ratio(new, b.logprobs, b.mask), b.logprobs, b.advantages),
@@ -51,7 +63,7 @@ CLIPPED = {  # what `clip_fraction` is asked about: (new, old, the sign that mak
 def ppo_loss(output: PolicyOutput, batch: Experience, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum of the loss over the masked tokens, and the sums of what is logged. The caller divides by the step's tokens."""
     o, mask = objective, batch.mask
-    policy = POLICY_LOSSES[o.policy_loss](output.logprobs, batch, o)  # (B, T)
+    policy = weighted_policy_loss(output.logprobs, batch, o)  # (B, T)
     value = value_loss(output.values, batch.values, batch.returns, o.value_clip)  # (B, T)
     loss = masked_sum(policy, mask) + o.value_coef * masked_sum(value, mask)
     if o.entropy_coef:

@@ -22,6 +22,8 @@ from rlhf.serve import protocol
 from rlhf.serve.protocol import ApiError, Call, Limits, Writer
 from rlhf.serve.scheduler import Event, Full, Scheduler
 from rlhf.serve.scorer import Scorer
+from rlhf.serve.weights import Weights
+from rlhf.serve.workers import Alone, Member
 
 PAGE = Path(__file__).with_name("page.html")
 LOG = logging.getLogger(__name__)
@@ -38,13 +40,14 @@ class Service:
     tokenizer: Tokenizer
     chat: Chat | None
     name: str
-    fingerprint: str  # of the weights
     limits: Limits
     timeout: float  # seconds a request may take
     patience: float  # seconds its body may take to arrive
     max_body: int  # bytes
     key: str | None = None
     feedback: object | None = None  # a FeedbackStore
+    weights: Weights | None = None  # that may be exchanged
+    shared: Alone | Member | None = None  # with which workers
 
     # ---- who may do what
 
@@ -129,7 +132,7 @@ class Service:
             self.scheduler.submit(call.requests)
         except Full:
             raise overloaded() from None
-        writer = Writer(call, self.tokenizer, self.name, self.fingerprint, secrets.token_hex(12))
+        writer = Writer(call, self.tokenizer, self.name, secrets.token_hex(12))
         if call.stream:
             return Stream(self, call, writer, queue)
         task = asyncio.ensure_future(self.collect(call, writer, queue))
@@ -199,6 +202,38 @@ class Service:
         keys = ("logprob", "kl", "value", "reward")
         tokens = [{"text": text} | {key: record[key] for key in keys} for text, record in zip(texts, records)]
         return reply({"tokens": tokens})
+
+    # ---- the weights
+
+    async def weights_now(self, request):
+        self.check_exchange()
+        about = self.weights.about() | {"max_length": self.limits.width, "max_tokens": self.limits.max_tokens}
+        about |= {"workers": self.shared.workers, "exact": self.scheduler.exact, "timeout": self.timeout}
+        return reply(about | {"weights_dir": str(self.weights.directory.resolve())})
+
+    async def new_weights(self, request):
+        """Other weights for all workers; answered when all have them."""
+        self.check_exchange()
+        body = await self.body(request)
+        path, sha256 = protocol.take(body, "path", str), protocol.take(body, "sha256", str)
+        if not path:
+            raise ApiError(400, "path must be that of a checkpoint directory", "path")
+        try:
+            digest = await asyncio.to_thread(lambda: self.weights.read(path, sha256)[1])
+        except ValueError as error:
+            raise ApiError(400, str(error), "path") from None
+        try:
+            await self.shared.exchange(path, digest)
+        except Full:
+            raise overloaded() from None
+        except (RuntimeError, ValueError, OSError) as error:
+            LOG.error("%s", error)
+            raise ApiError(500, f"not all workers have the weights: {error}") from None
+        return reply({"sha256": digest, "workers": self.shared.workers})
+
+    def check_exchange(self) -> None:
+        if self.key is None or self.weights is None:
+            raise ApiError(403, "this server exchanges no weights: start it with --weights_dir=DIRECTORY and a key")
 
     async def health(self, request):
         s = self.scheduler
@@ -522,6 +557,8 @@ def application(service: Service):
         route("/v1/completions", service.completions, "POST"),
         route("/v1/score", service.score, "POST"),
         route("/v1/tokens", service.tokens, "POST"),
+        route("/v1/weights", service.weights_now),
+        route("/v1/weights", service.new_weights, "POST"),
     ]
     if service.feedback is not None:
         routes += [

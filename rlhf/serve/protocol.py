@@ -13,7 +13,8 @@ from data.chat import Chat
 from data.tokenizer import Detokenizer, Tokenizer
 from rlhf.serve.scheduler import Request, Sampling, TextStream, Token
 
-MOST_STOPS, MOST_ALTERNATIVES = 4, 20
+MOST_STOPS, MOST_STOP_IDS, MOST_ALTERNATIVES = 4, 1024, 20
+LOGPROBS = ("raw_logprobs", "processed_logprobs")  # of the model, and of what is sampled from: vLLM's names
 MOST_LOGPROBS = 2**20  # that one request may ask for, some hundred bytes each
 COLDEST, HOTTEST = 0.01, 100.0  # temperatures beside 0: a colder one would overflow the logits
 UNSUPPORTED = {  # known fields that would change the answer, and the values at which they do not; null never does
@@ -30,11 +31,9 @@ UNSUPPORTED = {  # known fields that would change the answer, and the values at 
     # vLLM's
     **dict.fromkeys(("min_p", "min_tokens", "priority"), (0,)),
     **dict.fromkeys(("repetition_penalty", "length_penalty"), (1,)),
-    **dict.fromkeys(("stop_token_ids", "allowed_token_ids", "bad_words", "logits_processors", "documents"), ([],)),
-    **dict.fromkeys(
-        ("ignore_eos", "include_stop_str_in_output", "use_beam_search", "continue_final_message"), (False,)
-    ),
-    **dict.fromkeys(("return_tokens_as_token_ids", "return_token_ids"), (False,)),
+    **dict.fromkeys(("allowed_token_ids", "bad_words", "logits_processors", "documents"), ([],)),
+    **dict.fromkeys(("include_stop_str_in_output", "use_beam_search", "continue_final_message"), (False,)),
+    "return_tokens_as_token_ids": (False,),
     **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens", "add_generation_prompt"), (True,)),
     **dict.fromkeys(("truncate_prompt_tokens", "prompt_logprobs", "structured_outputs", "structural_tag"), ()),
     **dict.fromkeys(("chat_template_kwargs", "mm_processor_kwargs"), ({},)),
@@ -53,9 +52,19 @@ UNSUPPORTED = {  # known fields that would change the answer, and the values at 
 }
 GUIDED = "guided_"  # and all that begin so: guided_json, guided_regex, guided_choice, guided_grammar ...
 OF_TOOLS = ("tool_calls", "function_call", "tool_call_id", "audio")  # of a message
-OF_COMPLETIONS = {"echo": (False,), "best_of": (1,), "add_special_tokens": (False,)}  # that a chat has not
+OF_COMPLETIONS = {  # that a chat has not
+    **dict.fromkeys(("echo", "add_special_tokens", "return_token_ids"), (False,)),
+    "best_of": (1,),
+    "logprobs_mode": ("raw_logprobs",),
+    "uniforms": (),
+}
 OF_CHATS = {"max_completion_tokens": (), "top_logprobs": (0,)}  # that a completion has not
-OF_TEXTS = {"add_special_tokens": (True,)}  # whose scores and log-probs are those of training, with the start token
+OF_SAMPLING = {  # that a text which is there already has no use for
+    **dict.fromkeys(("ignore_eos", "return_token_ids"), (False,)),
+    **{name: OF_COMPLETIONS[name] for name in ("logprobs_mode", "uniforms")},
+    "stop_token_ids": ([],),
+}
+OF_TEXTS = OF_SAMPLING | {"add_special_tokens": (True,)}  # scores are those of training, with the start token
 
 
 class ApiError(Exception):
@@ -90,6 +99,7 @@ class Call:
     skip: int  # tokens of a prompt that are ours, not the client's: the start token before a text
     n: int
     logprobs: bool
+    token_ids: bool  # of all that was sampled, the token that ended it included
     stream: bool
     include_usage: bool
 
@@ -150,6 +160,35 @@ def stops(body: dict) -> tuple[str, ...]:
     if any(not text(stop, "stop") or len(stop) > 1000 for stop in value):
         raise ApiError(400, "a stop text must have between 1 and 1000 characters", "stop")
     return tuple(value)
+
+
+def stop_tokens(body: dict) -> tuple[int, ...]:
+    """Tokens that end the answer beside the model's own."""
+    value = body.get("stop_token_ids")
+    value = [] if value is None else value
+    if not isinstance(value, list) or len(value) > MOST_STOP_IDS or any(type(i) is not int or i < 0 for i in value):
+        raise ApiError(400, f"stop_token_ids must be a list of at most {MOST_STOP_IDS} token ids", "stop_token_ids")
+    return tuple(value)
+
+
+def draws(body: dict, n: int) -> tuple[int | None, int, list[int]]:
+    """(seed, iteration, row of each of the n choices): what its uniforms depend on, see model.generate.row_uniforms.
+
+    "seed" alone: the rows 0 .. n-1 of iteration 0. Ours is "uniforms": {"seed", "iteration", "rows"}, what a rollout of
+    PPO draws by.
+    """
+    seed, given = take(body, "seed", int, None, -(2**63), 2**64), take(body, "uniforms", dict)
+    if given is None:
+        return seed, 0, list(range(n))
+    if seed is not None:
+        raise ApiError(400, "seed has no effect beside uniforms, which have their own", "seed")
+    if strange := given.keys() - {"seed", "iteration", "rows"}:
+        raise ApiError(400, f"uniforms have no {min(strange)!r:.40}; they have seed, iteration and rows", "uniforms")
+    rows = given.get("rows")
+    if not isinstance(rows, list) or len(rows) != n or any(type(row) is not int or abs(row) >= 2**63 for row in rows):
+        raise ApiError(400, f"the rows of uniforms must be a list of n = {n} integers", "uniforms")
+    seed = take(given, "seed", int, 0, -(2**63), 2**64)
+    return seed, take(given, "iteration", int, 0, -(2**63), 2**63), rows
 
 
 def check_model(body: dict, name: str) -> None:
@@ -269,6 +308,15 @@ def parse_completion(body: dict, tokenizer: Tokenizer, name: str, limits: Limits
     check_unsupported(body, OF_CHATS)
     prompts, texts, skip = prompts_of(body, tokenizer, limits.choices)
     alternatives = take(body, "logprobs", int, None, 0, MOST_ALTERNATIVES)
+    mode = take(body, "logprobs_mode", str, LOGPROBS[0])
+    if mode not in LOGPROBS:
+        raise ApiError(400, f"logprobs_mode must be one of {', '.join(LOGPROBS)}, not {mode!r:.40}", "logprobs_mode")
+    if mode != LOGPROBS[0] and (alternatives != 0 or take(body, "echo", bool, False)):
+        raise ApiError(400, f"logprobs_mode {mode} is of sampled tokens: use logprobs 0, and no echo", "logprobs_mode")
+    if take(body, "return_token_ids", bool, False) and take(body, "stream", bool, False):
+        raise ApiError(
+            400, "return_token_ids is not supported with stream", "return_token_ids", "unsupported_parameter"
+        )
     longest = take(body, "max_tokens", int, 16, 0, limits.max_tokens)
     if take(body, "best_of", int, 1, 1) > take(body, "n", int, 1, 1):
         raise ApiError(400, "best_of is not supported; use n", "best_of", "unsupported_parameter")
@@ -291,8 +339,16 @@ def call(
     top_p = take(body, "top_p", float, 1.0, 0, 1)
     if top_p == 0:
         raise ApiError(400, "top_p must be above 0", "top_p")
-    top_k, seed = max(0, take(body, "top_k", int, 0, -1)), take(body, "seed", int, None, -(2**63), 2**64)  # -1: off
+    top_k = max(0, take(body, "top_k", int, 0, -1))  # -1: off
+    seed, iteration, rows = draws(body, n)
     stop, stream = stops(body), take(body, "stream", bool, False)
+    how = dict(
+        iteration=iteration,
+        stop_ids=stop_tokens(body),
+        ignore_eos=take(body, "ignore_eos", bool, False),
+        processed=body.get("logprobs_mode") == LOGPROBS[1],
+        strip=chat,
+    )
     options = take(body, "stream_options", dict, {})
     if options and not stream:
         raise ApiError(400, "stream_options have no effect without stream", "stream_options")
@@ -312,14 +368,14 @@ def call(
             reported += n * (most + (len(ids) if echo else 0)) * (1 + alternatives)
         if reported > MOST_LOGPROBS:
             raise ApiError(400, f"more than {MOST_LOGPROBS} log-probs asked for; lower n or max_tokens", "logprobs")
-        for row in range(n):
+        for row in rows:
             sampling = Sampling(
                 most, temperature, top_k, top_p, stop, seed, row, alternatives,
-                prompt_logprobs=echo is not None and alternatives is not None, strip=chat,
+                prompt_logprobs=echo is not None and alternatives is not None, **how,
             )  # fmt: skip
             requests.append(Request(ids, sampling))
-    usage = take(options, "include_usage", bool, False)
-    return Call(chat, requests, prompts, echo, skip, n, alternatives is not None, stream, usage)
+    usage, token_ids = take(options, "include_usage", bool, False), take(body, "return_token_ids", bool, False)
+    return Call(chat, requests, prompts, echo, skip, n, alternatives is not None, token_ids, stream, usage)
 
 
 # ---- answers
@@ -342,19 +398,22 @@ def finite(logprob: float) -> float:
 class Writer:
     """One call's answer, whole or in pieces."""
 
-    def __init__(self, call: Call, tokenizer: Tokenizer, name: str, fingerprint: str, identity: str):
+    def __init__(self, call: Call, tokenizer: Tokenizer, name: str, identity: str):
         self.call, self.tokenizer = call, tokenizer
         self.control = {i: name for name, i in tokenizer.control.items()}
-        prefix, kind = ("chatcmpl-", "chat.completion") if call.chat else ("cmpl-", "text_completion")
-        self.head = {
-            "id": prefix + identity,
-            "object": kind,
-            "created": int(time.time()),
-            "model": name,
-            "system_fingerprint": fingerprint,
-        }
+        prefix, self.kind = ("chatcmpl-", "chat.completion") if call.chat else ("cmpl-", "text_completion")
+        self.identity, self.name, self.created = prefix + identity, name, int(time.time())
         self.offsets = [0] * len(call.requests)  # characters of each text so far
         self.sampled = [Detokenizer(tokenizer) for _ in call.requests]  # half a character adds none
+
+    def head(self, kind: str) -> dict:
+        """What every body of the answer begins with. Weights may have been exchanged since the request came: the fingerprint
+        is of those that sampled, and null where its texts are of several.
+        """
+        begun = {request.weights for request in self.call.requests if request.weights is not None}
+        fingerprint = begun.pop()[:16] if len(begun) == 1 else None
+        head = {"id": self.identity, "object": kind, "created": self.created, "model": self.name}
+        return head | {"system_fingerprint": fingerprint}
 
     def names(self, i: int) -> str:
         return self.control.get(i) or self.tokenizer.token_bytes(i).decode("utf-8", "replace")
@@ -409,6 +468,9 @@ class Writer:
         choices = []
         for index, (text, some, finish) in enumerate(zip(texts, tokens, finishes)):
             choice = {"index": index, "finish_reason": finish}
+            if self.call.token_ids:
+                some = self.call.requests[index].sampled
+                choice["token_ids"] = [token.id for token in some]
             if self.call.chat:
                 choice["message"] = {"role": "assistant", "content": text, "refusal": None}
                 choice["logprobs"] = self.logprobs(index, some)
@@ -417,7 +479,7 @@ class Writer:
                 choice["text"] = before + text
                 choice["logprobs"] = joined(self.logprobs(index, own, prompt=True), self.logprobs(index, some))
             choices.append(choice)
-        return self.head | {"choices": choices, "usage": self.usage()}
+        return self.head(self.kind) | {"choices": choices, "usage": self.usage()}
 
     def chunk(self, index: int, text: str, tokens: list[Token], finish: str | None, first: bool = False) -> dict:
         """A piece of a stream. first: the one that opens a choice."""
@@ -430,12 +492,12 @@ class Writer:
             choice["logprobs"] = self.logprobs(index, tokens, prompt=first) if tokens or first else None
         kind = "chat.completion.chunk" if self.call.chat else "text_completion"
         usage = {"usage": None} if self.call.include_usage else {}
-        return self.head | {"object": kind, "choices": [choice]} | usage
+        return self.head(kind) | {"choices": [choice]} | usage
 
     def last(self) -> dict:
         """With include_usage, the chunk after all choices."""
         kind = "chat.completion.chunk" if self.call.chat else "text_completion"
-        return self.head | {"object": kind, "choices": [], "usage": self.usage()}
+        return self.head(kind) | {"choices": [], "usage": self.usage()}
 
 
 def joined(a: dict | None, b: dict | None) -> dict | None:

@@ -50,6 +50,10 @@ class Sampling:
     row: int = 0  # which of the texts of this seed: the n-th choice
     logprobs: int | None = None  # how many alternatives to report for each token; None: no log-probs at all
     prompt_logprobs: bool = False  # also of the prompt's tokens, with as many alternatives
+    iteration: int = 0  # which round of them
+    processed: bool = False  # log-probs are those of the distribution that was sampled from, not the model's
+    stop_ids: tuple[int, ...] = ()  # tokens that end the answer beside the model's own
+    ignore_eos: bool = False  # or in place of them
     strip: bool = False  # the text starts afresh: without the space before sentencepiece's first word
 
 
@@ -82,14 +86,21 @@ class Request:
     cancelled: bool = False
     read: int = 0  # tokens of the prompt in the cache
     prompt_tokens: list[Token] = field(default_factory=list)  # with prompt_logprobs
-    count: int = 0  # sampled tokens
+    sampled: list[Token] = field(default_factory=list)  # all of them, also what ended the answer
+    weights: str | None = None  # sha256 of those that it is sampled by; None before it begins
     submitted: float = field(default_factory=time.monotonic)
 
-    def begin(self, tokenizer: Tokenizer) -> None:
-        s = self.sampling
+    @property
+    def count(self) -> int:
+        return len(self.sampled)
+
+    def begin(self, tokenizer: Tokenizer, weights: str) -> None:
+        s, self.weights = self.sampling, weights
         self.stream = TextStream(tokenizer, s.stop, s.strip)
         seed = s.seed if s.seed is not None else secrets.randbits(63)
-        self.uniforms = row_uniforms(seed, 0, [s.row], s.max_tokens)[0] if s.temperature else None  # (max_tokens,)
+        self.uniforms = (
+            row_uniforms(seed, s.iteration, [s.row], s.max_tokens)[0] if s.temperature else None
+        )  # (max_tokens,)
 
 
 class TextStream:
@@ -171,6 +182,8 @@ class Scheduler:
         self.in_spare: tuple[list[int], Tensor] | None = None  # a prompt that lies there, and its last hidden state
         self.waiting: deque[Request] = deque()
         self.jobs: deque[tuple[Callable, Future]] = deque()
+        self.changes: deque[tuple[Callable, Future]] = deque()  # of the weights: they wait until no text is under way
+        self.weights = ""  # sha256 of the model's
         self.wake, self.thread, self.stopping = threading.Condition(), None, False
         self.counts = Counter()  # what /metrics shows
         with torch.no_grad():
@@ -205,12 +218,21 @@ class Scheduler:
 
     def call(self, function: Callable, *args) -> Future:
         """The function's result, between two steps, in the thread that owns the model. Full as for `submit`."""
+        return self._queued(self.jobs, self.queue, function, *args)
+
+    def change(self, function: Callable, *args) -> Future:
+        """The same, when no text is under way: those that are end before, those that wait begin after. It may change the
+        model: what was read of prompts is forgotten. The function returns the sha256 of the weights that it leaves.
+        """
+        return self._queued(self.changes, 8, self._change, function, *args)
+
+    def _queued(self, queue: deque, most: int, function: Callable, *args) -> Future:
         future = Future()
         with self.wake:
-            if self.stopping or len(self.jobs) >= self.queue:
+            if self.stopping or len(queue) >= most:
                 self.counts["rejected"] += 1
                 raise Full
-            self.jobs.append((lambda: function(*args), future))
+            queue.append((lambda: function(*args), future))
             self.wake.notify()
         return future
 
@@ -228,7 +250,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        return not (self.active or self.reading or self.waiting or self.jobs)
+        return not (self.active or self.reading or self.waiting or self.jobs or self.changes)
 
     def _run(self) -> None:
         torch.set_grad_enabled(False)  # of this thread
@@ -240,7 +262,7 @@ class Scheduler:
             self._attempt()
         left = [*self.active, *self.waiting, *([self.reading] if self.reading else [])]
         self.deliver([Event(request, error="the server stops") for request in left])
-        for _, future in self.jobs:
+        for _, future in [*self.jobs, *self.changes]:
             future.cancel()
 
     # ---- the thread that owns the model
@@ -257,10 +279,11 @@ class Scheduler:
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """Drops who left, runs a job, reads prompts, decodes one token of every row; -> events, which are delivered."""
+        """Drops who left, runs a job or change, reads prompts, decodes a token of every row; -> events, which are delivered."""
         self._drop()
         with self.wake:
-            job = self.jobs.popleft() if self.jobs else None
+            queue = self.changes if self.changes and not (self.active or self.reading) else self.jobs
+            job = queue.popleft() if queue else None
         if job and job[1].set_running_or_notify_cancel():
             try:
                 job[1].set_result(job[0]())
@@ -275,6 +298,10 @@ class Scheduler:
             if events:
                 self.deliver(events)
         return events
+
+    def _change(self, function: Callable, *args) -> None:
+        self.in_spare = None  # read by the weights of before
+        self.weights = function(*args)
 
     def _drop(self) -> None:
         now = time.monotonic()
@@ -395,21 +422,21 @@ class Scheduler:
                 uniforms = torch.stack([requests[row].uniforms[requests[row].count] for row in rows]).to(self.device)
             some = logits if len(rows) == len(logits) else logits[rows]
             try:
-                chosen = sample_step(some, uniforms, *how)[0].tolist()
+                chosen, logprobs = (x.tolist() for x in sample_step(some, uniforms, *how))
             except ValueError as error:  # not finite: in one of them, perhaps
                 if len(rows) == 1:
                     sampled[rows[0]] = str(error)
                 for row in rows if len(rows) > 1 else ():
                     draw(how, [row])
                 return
-            for row, i in zip(rows, chosen):
-                sampled[row] = Token(i, None, [])
+            for row, i, logprob in zip(rows, chosen, logprobs):
+                sampled[row] = Token(i, logprob if requests[row].sampling.processed else None, [])
 
         for how, rows in groups.items():
             draw(how, rows)
         wanted = [
             row for row, request in enumerate(requests)
-            if request.sampling.logprobs is not None and isinstance(sampled[row], Token)
+            if request.sampling.logprobs is not None and isinstance(sampled[row], Token) and not request.sampling.processed
         ]  # fmt: skip
         if wanted:
             most = max(requests[row].sampling.logprobs for row in wanted)
@@ -425,16 +452,17 @@ class Scheduler:
         if request.count == 0:
             self.counts["first_tokens"] += 1
             self.counts["first_token_seconds"] += time.monotonic() - request.submitted
-        request.count += 1
+        request.sampled.append(token)
         self.counts["tokens"] += 1
         event = Event(request)
-        if token.id in self.stop_ids:
+        s = request.sampling
+        if token.id in s.stop_ids or token.id in self.stop_ids and not s.ignore_eos:
             event.finish = "stop"
         else:
             event.text, event.tokens = request.stream.push(token)
             if request.stream.stopped:
                 event.finish = "stop"
-            elif request.count == request.sampling.max_tokens or time.monotonic() > request.deadline:
+            elif request.count == s.max_tokens or time.monotonic() > request.deadline:
                 event.finish = "length"
         if event.finish:
             text, tokens = request.stream.flush()
@@ -449,12 +477,12 @@ class Scheduler:
         while budget > 0 and len(self.active) < self.rows:
             with self.wake:
                 if self.reading is None:
-                    if not self.waiting:
+                    if not self.waiting or self.changes:
                         break
                     self.reading = self.waiting.popleft()
             request, started = self.reading, time.perf_counter()
             if request.read == 0:
-                request.begin(self.tokenizer)
+                request.begin(self.tokenizer, self.weights)
             if self.in_spare and self.in_spare[0] == request.prompt and not request.sampling.prompt_logprobs:
                 hidden, request.read = self.in_spare[1], len(request.prompt)  # another choice for the same prompt
             else:

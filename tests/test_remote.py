@@ -1,0 +1,470 @@
+"""The other side of the sampler's wall: real serve.py processes give the rollouts that the policy itself would give."""
+
+import concurrent.futures
+import copy
+import http.server
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny_server
+import torch
+from small_rollout import moved
+from tiny import TIMEOUT, lines
+from tiny_server import serving
+
+from model.generate import Sampling
+from model.half import to_sample_with
+from rlhf.infra import checkpoint, optim
+from rlhf.infra.distributed import Dist
+from rlhf.lm.pretrained import open_pretrained
+from rlhf.lm.trunks import LoRA
+from rlhf.ppo.remote import KEY, Lines, Lost, Refused, Room, Server, Servers, answers, questions
+from rlhf.ppo.roles import CRITICS, LAYOUTS, Roles
+from rlhf.ppo.rollout import OwnSampler
+from rlhf.serve.scheduler import Scheduler
+from rlhf.serve.weights import Weights, own
+
+pytestmark = pytest.mark.bits
+
+SECRET, RESPONSE, TEMPERATURE = "secret", 30, 0.7
+AUTH = {"Authorization": f"Bearer {SECRET}"}
+OPTIONS = ("--max_batch=8", "--cache_tokens=1024", "--weights_dir=room")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def key():
+    before = os.environ.get(KEY)
+    os.environ[KEY] = SECRET
+    yield
+    os.environ.pop(KEY) if before is None else os.environ.update({KEY: before})
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tiny_server.build(tmp_path_factory.mktemp("remote"))
+
+
+@pytest.fixture(scope="module")
+def server(home):
+    with serving(home, "--workers=2", *OPTIONS, env={KEY: SECRET}) as server:
+        yield server
+
+
+def workers_of(server) -> list[int]:
+    return [int(x) for x in Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()]
+
+
+def roles_of(home, layout: str, dtype=torch.float32, sampler=True) -> Roles:
+    """A policy that is no longer its reference."""
+    base = open_pretrained(home / "lm").model.eval()
+    roles = LAYOUTS[layout](base, CRITICS[layout], TEMPERATURE, LoRA(3, 6.0), 1).stored_in(dtype, sampler)
+    return roles
+
+
+def move(roles: Roles, by: float = 0.02) -> None:
+    moved(torch.nn.ParameterList(x for x in roles.policy.parameters() if x.requires_grad), by)
+
+
+def sampling_of(home) -> Sampling:
+    opened = open_pretrained(home / "lm")
+    return Sampling(RESPONSE, opened.stop_ids, opened.tokenizer.pad, TEMPERATURE)
+
+
+def servers_of(home, urls, model, room="room", longest=6, patience=60.0, **changes) -> Servers:
+    opened = open_pretrained(home / "lm")
+    config = {"kind": "lm", "model": opened.model.config.stored(), "tokenizer": opened.tokenizer.fingerprint} | changes
+    config |= {"stop_ids": opened.stop_ids}
+    place = Room(home / room, config, [opened.tokenizer.path])
+    return Servers(urls, model, sampling_of(home), 5, place, longest, patience, Dist())
+
+
+def asked(rows: int = 20):
+    """Ragged prompts, of which neighbours may be the same, and ids as rank 1 of 2 has them."""
+    generator = torch.Generator().manual_seed(rows)
+    prompts = torch.randint(3, 300, (rows, 6), generator=generator)
+    prompts[1::4] = prompts[::4]
+    lengths = torch.arange(rows) // 2 % 6 + 1
+    return prompts, lengths, 2 * torch.arange(rows) + 1
+
+
+def assert_same_rollouts(ours, theirs) -> None:
+    for name in ("tokens", "lengths", "prompt_lengths", "mask", "finished"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    assert float((ours.logprobs - theirs.logprobs).abs().max()) < 2e-5 and ours.logprobs.dtype == theirs.logprobs.dtype
+
+
+# ---- what arrives
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_weights_that_arrive_are_those_of_the_built_in_copy(home, tmp_path, layout, dtype):
+    """To the bit, where a rollout in half precision merges adapters and rounds; float32 samples by unmerged ones."""
+    roles, remote = roles_of(home, layout, dtype), roles_of(home, layout, dtype, sampler=False)
+    assert remote.half is None
+    opened = open_pretrained(home / "lm")
+    own(opened.model)
+    model = to_sample_with(opened.model, dtype)
+    scheduler = Scheduler(model, opened.tokenizer, opened.stop_ids, 2, 32, 4, lambda events: None)
+    weights = Weights(scheduler, opened.tokenizer.fingerprint, "", tmp_path)
+    config = {"kind": "lm", "model": model.config.stored(), "tokenizer": opened.tokenizer.fingerprint}
+    room = Room(tmp_path, config, [opened.tokenizer.path])
+    for number in (1, 2):
+        for one in (roles, remote):
+            move(one)
+        found, sha256 = room.lay(remote.policy.model)
+        assert found == number and weights.load(str(room.place(number)), sha256) == sha256
+        mine = roles.sampler()
+        for name, x in model.state_dict().items():
+            y = dict(mine.named_parameters(remove_duplicate=False))[name]
+            if layout == "adapters" and dtype == torch.float32 and name.removesuffix(".weight") in lora_names(mine):
+                y = mine.get_submodule(name.removesuffix(".weight")).merged("policy")
+            assert x.dtype == y.dtype and torch.equal(x, y), name
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["weights_000001", "weights_000002"]
+    room.keep(2)
+    assert [x.name for x in tmp_path.iterdir()] == ["weights_000002"]
+    assert not torch.equal(model.embed_tokens.weight, open_pretrained(home / "lm").model.lm_head.weight)
+
+
+def lora_names(model) -> set[str]:
+    return {name.partition(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
+
+
+def test_a_servers_file_is_never_written_to(home):
+    opened = open_pretrained(home / "lm")
+    before = checkpoint.load(home / "lm").digest
+    own(opened.model)
+    moved(opened.model, 1.0)
+    assert checkpoint.verify(home / "lm").digest == before
+
+
+# ---- the same rollouts
+
+
+@pytest.mark.parametrize("layout", ["shared", "adapters", "branch"])
+def test_rollouts_are_those_of_the_policy_itself(home, server, layout):
+    """Over three updates, for rows that share prompts; and one of the two workers is killed while they answer."""
+    roles = roles_of(home, layout)
+    ours = OwnSampler(roles, sampling_of(home), 5, optim.amp(torch.device("cpu")), Dist(), "fp32")
+    theirs = servers_of(home, (server.url, server.url + "/v1"), roles.policy.model)
+    assert theirs.precision == "fp32" and theirs.threads == 32
+    seen = []
+    for iteration in (0, 1, -1):
+        move(roles)
+        theirs.refresh()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            future = pool.submit(theirs, *asked(), iteration)
+            if iteration == 1:
+                while not server.request("/health")[2]["running"] and not future.done():
+                    pass
+                os.kill(workers_of(server)[0], signal.SIGKILL)
+            found = future.result()
+        assert_same_rollouts(ours(*asked(), iteration), found)
+        seen.append(found.tokens)
+    assert not any(torch.equal(a, b) for a, b in zip(seen, seen[1:]))
+    assert len(list((home / "room").iterdir())) == 1  # what was before is gone
+    assert len(workers_of(server)) == 2
+
+
+def test_other_weights_are_noticed_and_the_right_ones_given_again(home, server):
+    """Somebody else gives the server others; it was started again; its worker comes up late: all show in the answer."""
+    roles = roles_of(home, "shared")
+    ours = OwnSampler(roles, sampling_of(home), 5, optim.amp(torch.device("cpu")), Dist(), "fp32")
+    theirs = servers_of(home, (server.url,), roles.policy.model)
+    move(roles, 0.03)
+    theirs.refresh()
+    moved_lm = open_pretrained(home / "lm")
+    config = {"kind": "lm", "model": moved_lm.model.config.stored(), "tokenizer": moved_lm.tokenizer.fingerprint}
+    tensors = moved(copy.deepcopy(moved_lm.model), 0.5).state_dict()
+    checkpoint.save(home / "room" / "strange", tensors, config, files=[moved_lm.tokenizer.path])
+    status, _, told = server.request("/v1/weights", {"path": "strange"}, **AUTH)
+    assert status == 200 and told == {"sha256": checkpoint.load(home / "room" / "strange").digest, "workers": 2}
+    assert server.request("/v1/weights", **AUTH)[2]["sha256"] == told["sha256"] != theirs.sha256
+    assert_same_rollouts(ours(*asked(), 2), theirs(*asked(), 2))
+    assert server.request("/v1/weights", **AUTH)[2]["sha256"] == theirs.sha256
+    checkpoint.remove([home / "room" / "strange"])
+
+
+# ---- POST /v1/weights
+
+
+def test_what_is_no_weight_of_this_model_changes_nothing(home, server, tmp_path):
+    before = server.request("/v1/weights", **AUTH)[2]["sha256"]
+    opened = open_pretrained(home / "lm")
+    tensors = opened.model.state_dict()
+    good = {"kind": "lm", "model": opened.model.config.stored(), "tokenizer": opened.tokenizer.fingerprint}
+
+    def lay(name: str, tensors=tensors, **config) -> dict:
+        checkpoint.save(home / "room" / name, tensors, good | config, files=[opened.tokenizer.path])
+        return {"path": name}
+
+    damaged = lay("damaged")
+    with open(home / "room" / "damaged" / "model.safetensors", "r+b") as file:
+        file.seek(-8, os.SEEK_END)
+        file.write(b"\1\2\3\4")
+    (home / "room" / "out").symlink_to(home / "lm")
+    (home / "room" / "circle").symlink_to(home / "room" / "circle")
+    wrong = {name: torch.full_like(x, torch.nan) if name == "norm.weight" else x for name, x in tensors.items()}
+    fewer = {name: x for name, x in tensors.items() if name != "norm.weight"}
+    for body, why in (
+        (damaged, "damaged"),
+        (lay("nan", wrong), "norm.weight holds nan"),
+        (lay("fewer", fewer), "norm.weight, missing there"),
+        (lay("eps", model=good["model"] | {"norm_eps": 1e-3}), "norm_eps is 0.001, not 1e-05"),
+        (lay("wider", model=good["model"] | {"layers": 3}), "layers is 3, not 2"),
+        (lay("tokens", tokenizer="0" * 64), "other tokens"),
+        (lay("kind", kind="reward"), "no checkpoint of a whole language model"),
+        (lay("right") | {"sha256": "0" * 64}, "000000000000 were asked for"),
+        ({"path": "out"}, "not inside"),
+        ({"path": str(home / "lm")}, "not inside"),
+        ({"path": "../lm"}, "not inside"),
+        ({"path": "circle"}, "not inside"),
+        ({"path": "."}, "not inside"),
+        ({"path": "\0"}, "not inside"),
+        ({"path": "nowhere"}, "no checkpoint at nowhere"),
+        ({"path": ""}, "path must be"),
+        ({"path": 7}, "path must be"),
+        ({}, "path must be"),
+    ):
+        status, _, told = server.request("/v1/weights", body, **AUTH)
+        assert status == 400 and why in told["error"]["message"] and "\n" not in told["error"]["message"], (body, told)
+        assert server.request("/v1/weights", **AUTH)[2]["sha256"] == before
+    for body, headers in (({"path": "right"}, {}), ({"path": "right"}, {"Authorization": "Bearer x"}), (None, {})):
+        assert server.request("/v1/weights", body, **headers)[0] == 401
+    for name in ("damaged", "nan", "fewer", "eps", "wider", "tokens", "kind", "right", "out", "circle"):
+        checkpoint.remove([home / "room" / name])
+
+
+def test_without_a_key_or_a_directory_no_weights_are_taken(home):
+    process = tiny_server.start("--init=lm", "--port=0", "--weights_dir=room", cwd=home)
+    out, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 2 and err.count("\n") == 1 and "give a key with --key" in err
+    with serving(home, "--max_batch=2", "--cache_tokens=512", env={KEY: SECRET}) as plain:
+        for body in ({"path": "x"}, None):
+            status, _, told = plain.request("/v1/weights", body, **AUTH)
+            assert status == 403 and "--weights_dir" in told["error"]["message"]
+        with pytest.raises(ValueError, match=f"--sampler: {plain.url}/v1/weights answers 403.*--weights_dir"):
+            servers_of(home, (plain.url,), open_pretrained(home / "lm").model)
+
+
+# ---- who is asked, and what they may say
+
+
+class Stranger(http.server.BaseHTTPRequestHandler):
+    """Another server: it knows no /v1/weights."""
+
+    def do_GET(self):
+        self.send_error(404)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_the_wrong_server_is_refused_before_the_first_rollout(home, server, tmp_path):
+    model = open_pretrained(home / "lm").model
+    stranger = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stranger)
+    threading.Thread(target=stranger.serve_forever, daemon=True).start()
+    other = tiny_server.build(tmp_path, seed=3, layers=1)
+    with serving(other, *OPTIONS, env={KEY: SECRET}) as wrong:
+        for urls, changes, why in (
+            (("http://127.0.0.1:9",), {}, "http://127.0.0.1:9 does not answer .ConnectionRefused"),
+            ((server.url, "http://127.0.0.1:9"), {}, "http://127.0.0.1:9 does not answer"),
+            ((f"http://127.0.0.1:{stranger.server_port}",), {}, "answers 404.*it is no serve.py"),
+            ((wrong.url,), {}, "another model than --init: layers 1 for 2"),
+            ((server.url,), {"tokenizer": "0" * 64}, "another tokenizer"),
+            ((server.url,), {"room": "elsewhere"}, "takes weights from .*/room.*--weights_dir=.*/elsewhere"),
+            ((server.url,), {"longest": 99}, "room for 128 tokens and answers of 128; this run needs 129 and 30"),
+            (("ftp://x",), {}, "not of the form"),
+            (("http://a:b@x",), {}, "not of the form"),
+            (("http://x:y",), {}, "is no URL"),
+        ):
+            with pytest.raises(ValueError, match=why) as caught:
+                servers_of(home, urls, model, **changes)
+            assert "\n" not in str(caught.value)
+    stranger.shutdown()
+    os.environ[KEY] = "another"
+    with pytest.raises(ValueError, match="answers 401.*a key is needed"):
+        servers_of(home, (server.url,), model)
+    os.environ[KEY] = SECRET
+
+
+GOOD = {"index": 0, "finish_reason": "length", "token_ids": [5, 6], "logprobs": {"token_logprobs": [-1.0, 0.0]}}
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({}, None),
+        ({"finish_reason": "stop", "token_ids": [5, 2]}, None),
+        ({"finish_reason": "stop", "token_ids": [2], "logprobs": {"token_logprobs": [-3]}}, None),
+        ({"index": 1}, "1 choices, not the 1 asked for in order"),
+        ({"token_ids": None}, "without token_ids"),
+        ({"logprobs": None}, "without token_ids or token_logprobs"),
+        ({"token_ids": []}, "no 1 to 2 token ids below 9"),
+        ({"token_ids": [5, 6, 7]}, "no 1 to 2 token ids"),
+        ({"token_ids": [5, 9]}, "no 1 to 2 token ids below 9"),
+        ({"token_ids": [5, -1]}, "no 1 to 2 token ids below 9"),
+        ({"token_ids": [5, True]}, "no 1 to 2 token ids below 9"),
+        ({"logprobs": {"token_logprobs": [-1.0]}}, "for 2 tokens"),
+        ({"logprobs": {"token_logprobs": [-1.0, None]}}, "log-probs"),
+        ({"logprobs": {"token_logprobs": [-1.0, float("nan")]}}, "log-probs"),
+        ({"logprobs": {"token_logprobs": [-1.0, float("-inf")]}}, "log-probs"),
+        ({"logprobs": {"token_logprobs": [-1.0, 0.5]}}, "log-probs"),
+        ({"token_ids": [2, 5]}, "after one that ends"),
+        ({"token_ids": [5, 2]}, "finish_reason 'length' after token 2"),
+        ({"finish_reason": "stop"}, "finish_reason 'stop' after token 6"),
+        ({"token_ids": [5], "logprobs": {"token_logprobs": [-1.0]}}, "1 of 2 tokens: .*--timeout"),
+    ],
+)
+def test_an_answer_is_checked(change, why):
+    of = SimpleNamespace(
+        model=SimpleNamespace(config=SimpleNamespace(vocab_size=9)), sampling=SimpleNamespace(stop_ids=[2])
+    )
+    told = {"choices": [GOOD | change]}
+    if why is None:
+        (answer,) = answers(told, 1, 2, of, "http://x")
+        assert answer.ids == told["choices"][0]["token_ids"] and answer.finished == (answer.ids[-1] == 2)
+        return
+    with pytest.raises(ValueError, match=f"--sampler=http://x gave .*{why}"):
+        answers(told, 1, 2, of, "http://x")
+    for broken in ({}, {"choices": 5}, {"choices": [5]}, {"choices": []}):
+        with pytest.raises(ValueError, match="choices"):
+            answers(broken, 1, 2, of, "http://x")
+
+
+def test_neighbours_with_one_prompt_are_one_question():
+    prompts = torch.tensor([[3, 4, 9], [3, 4, 8], [3, 4, 8], [5, 0, 0], [3, 4, 0]])
+    found = questions(prompts, torch.tensor([2, 2, 3, 1, 2]), torch.tensor([0, 2, 4, 6, 8]), most=9)
+    assert [(q.first, q.prompt, q.ids) for q in found] == [
+        (0, [3, 4], [0, 2]),
+        (2, [3, 4, 8], [4]),
+        (3, [5], [6]),
+        (4, [3, 4], [8]),
+    ]
+    assert [q.ids for q in questions(prompts[:2], torch.tensor([2, 2]), torch.tensor([0, 1]), most=1)] == [[0], [1]]
+
+
+class Broken(http.server.BaseHTTPRequestHandler):
+    """What a server may do to a client; the path says which."""
+
+    def do_GET(self):
+        kind = self.path.strip("/")
+        if kind == "reset":
+            self.connection.shutdown(2)
+            return
+        content = {"no_json": b"{", "a_list": b"[]"}.get(kind, b"{}")
+        self.send_response({"full": 503, "failed": 500, "bad": 400}.get(kind, 200))
+        self.send_header("Content-Length", str(len(content) + 5 * (kind == "short")))
+        self.end_headers()
+        self.wfile.write(content)
+        if kind == "slow":
+            self.wfile.flush()
+        self.close_connection = True
+
+    def log_message(self, *args):
+        pass
+
+
+def test_every_way_not_to_answer_is_lost_and_may_be_tried_again():
+    broken = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Broken)
+    broken.handle_error = lambda *request: None  # a client that has left
+    threading.Thread(target=broken.serve_forever, daemon=True).start()
+    server = Server(f"http://127.0.0.1:{broken.server_port}/", None)
+
+    def ask(kind: str):
+        return server.ask("GET", f"/{kind}", None, time.monotonic() + 30, Lines())
+
+    assert ask("good") == {}
+    for kind in ("reset", "no_json", "a_list", "full", "failed", "short"):
+        with pytest.raises(Lost) as caught:
+            ask(kind)
+        assert caught.value.failed == (kind == "failed"), kind
+    with pytest.raises(Refused, match="answers 400"):
+        ask("bad")
+    with pytest.raises(Lost, match="TimeoutError|timed out"):
+        server.ask("GET", "/good", None, time.monotonic() - 1, Lines())
+    ended = Lines()
+    ended.end()
+    with pytest.raises(Lost, match="ended"):
+        server.ask("GET", "/good", None, time.monotonic() + 30, ended)
+    broken.shutdown()
+
+
+# ---- whole runs
+
+
+def numbers(run: Path) -> list[dict]:
+    """metrics.jsonl without the clock, and without the last bits of the sampler's own log-probs."""
+    rows = lines(run / "metrics.jsonl")
+    assert all(row["rollout/logprob_diff_max"] < 1e-4 for row in rows)
+    left_out = ("time/", "perf/", "rollout/")
+    return [{name: x for name, x in row.items() if not name.startswith(left_out)} for row in rows]
+
+
+RUN = {"iterations": 6, "samples_per_prompt": 2, "judge": "rm", "judge_every": 2, "judge_prompts": 8, "minibatches": 2}
+SERVE = ("--workers=2", "--max_batch=4", "--cache_tokens=512")
+
+
+def remote(world, server, out, **changes):
+    options = RUN | {"out": out, "sampler": server.url, "sampler_timeout": 60} | changes
+    return world.command("train_ppo.py", **options)
+
+
+@pytest.mark.slow
+def test_ppo_by_servers_is_ppo(world):
+    """The same tokens over all iterations and judgements, so the same metrics and weights; a worker is killed in the middle."""
+    assert world.run("train_ppo.py", out="own", **RUN).code == 0
+    with serving(world.path, *SERVE, f"--weights_dir={world.path / 'away' / 'sampler'}", env={KEY: SECRET}) as server:
+        running = world.start(remote(world, server, "away"), {KEY: SECRET})
+        metrics = world.path / "away" / "metrics.jsonl"
+        while len(lines(metrics)) < 2 and running.process.is_alive():
+            pass
+        os.kill(workers_of(server)[1], signal.SIGKILL)
+        done = running.wait()
+        assert (done.code, done.err) == (0, ""), done
+        assert numbers(world.path / "away") == numbers(world.path / "own")
+        theirs, ours = (checkpoint.load(world.path / name).tensors for name in ("away", "own"))
+        assert all(torch.equal(theirs[name], x) for name, x in ours.items())
+        assert server.request("/v1/weights", **AUTH)[2]["sha256"] != checkpoint.load(world.path / "lm").digest
+
+        # two ranks, each for its own rows
+        room = world.path / "away" / "sampler" / "two"
+        command = remote(world, server, "two", sampler_dir=room)
+        process = world.popen(command, 2)
+        out, err = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == 0, err
+        for ours, theirs in zip(numbers(world.path / "own"), numbers(world.path / "two"), strict=True):
+            for name, x in ours.items():
+                assert theirs[name] == pytest.approx(x, rel=1e-3, abs=1e-4, nan_ok=True), name
+
+
+@pytest.mark.slow
+def test_a_run_whose_server_ends_says_so_and_goes_on_with_another(world):
+    assert world.run("train_ppo.py", out="own2", **RUN).code == 0
+    options = (*SERVE, f"--weights_dir={world.path / 'gone' / 'sampler'}")
+    process = tiny_server.start("--init=lm", "--port=0", *options, cwd=world.path, env={KEY: SECRET})
+    url = "http://" + process.stdout.readline().partition("http://")[2].split()[0]
+    first = SimpleNamespace(url=url, process=process)
+    running = world.start(remote(world, first, "gone", sampler_timeout=1), {KEY: SECRET})
+    metrics = world.path / "gone" / "metrics.jsonl"
+    while len(lines(metrics)) < 3 and running.process.is_alive():
+        pass
+    process.send_signal(signal.SIGTERM)
+    done = running.wait()
+    process.communicate(timeout=TIMEOUT)
+    assert done.code == 2 and done.err.count("\n") == 1 and "--sampler" in done.err and url in done.err, done
+
+    # the same command: absent at the start, it is refused in one line
+    done = world.start(remote(world, first, "gone"), {KEY: SECRET}).wait()
+    assert done.code == 2 and done.err.count("\n") == 1 and f"{url} does not answer" in done.err
+    with serving(world.path, *options, env={KEY: SECRET}) as second:
+        done = world.start(remote(world, second, "gone"), {KEY: SECRET}).wait()
+        assert (done.code, done.err) == (0, ""), done
+    assert numbers(world.path / "gone") == numbers(world.path / "own2")
+    json.loads((world.path / "gone" / "run.json").read_text())
