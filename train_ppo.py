@@ -61,6 +61,7 @@ from rlhf.ppo.roles import CRITICS, LAYOUTS, Roles
 from rlhf.ppo.rollout import Cut, Experience, OwnSampler, Sampler, gather, judge, minibatches
 from rlhf.ppo.self_check import check_once
 from rlhf.reward.files import check_form
+from rlhf.reward.function import load_function
 from rlhf.reward.scorer import Scorer, check_room, open_scorer, response_starts, scorer_of
 from rlhf.rewards import missing_eos, shape_rewards
 
@@ -94,6 +95,7 @@ class Config:
     samples_per_prompt: int = 1  # responses to the same prompt, in neighbouring rows
     sampler: Names = None  # URLs of servers that give the responses (docs/your-cluster.md); none = the policy here
     sampler_dir: str | None = None  # where weights are laid for them; none = OUT/sampler [sampler]
+    sampler_push: str | None = None  # file.py:function(url, directory) that gives it to other servers, vLLM [sampler]
     sampler_timeout: float = 300.0  # seconds that they may take for a response, all tries together [sampler]
     temperature: float = 1.0  # of sampling, and of every log-prob
     resample_flat: bool = False  # sample groups whose scores are all equal again, of further prompts (DAPO)
@@ -404,8 +406,9 @@ def sampler_of(
     if cfg.sampler is None:
         return OwnSampler(roles, sampling, cfg.seed, precision, dist, cfg.precision)
     stored = {"kind": "lm"} | {name: saved_as[name] for name in ("model", "tokenizer", "stop_ids")}
-    room = Room(cfg.sampler_dir or f"{cfg.out}/sampler", stored, files)
-    how = (room, longest, cfg.sampler_timeout, dist)
+    room = Room(cfg.sampler_dir or f"{cfg.out}/sampler", stored, files, hf=cfg.sampler_push is not None)
+    push = load_function(cfg.sampler_push, "--sampler_push") if cfg.sampler_push else None
+    how = (room, longest, cfg.sampler_timeout, dist, push)
     return Servers(cfg.sampler, roles.policy.model, sampling, cfg.seed, *how)
 
 

@@ -87,6 +87,20 @@ def test_activations_are_what_autograd_keeps(layout, family, critic, precision):
     assert 0.7 < sum(kept.values()) / planned < 1.25, (sum(kept.values()), planned)
 
 
+@every_layout
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_servers_sample_there_is_no_cache_and_no_copy(layout, dtype):
+    base = Transformer(config())
+    roles = LAYOUTS[layout](base, CRITICS[layout], 1.0, LORA, 2).stored_in(dtype, sampler=False)
+    assert roles.half is None
+    planned, own = (plan(config(), sizes(dtype=dtype, sampler=on), layout) for on in (False, True))
+    assert planned["weights"] == size_of([*base.parameters(), *roles.policy.parameters()])
+    assert planned["cache"] == 0 < own["cache"] and planned["logits"] <= own["logits"]
+    assert (planned["weights"] < own["weights"]) == (dtype != torch.float32)
+    same = PARTS[:1] + ("gradients", "optimiser", "activations", "casts")
+    assert [planned[name] for name in same] == [own[name] for name in same]
+
+
 def test_the_layouts_in_order():
     """At the shape of SmolLM2-135M: what shares more needs less, and nothing is forgotten."""
     smollm2 = ModelConfig(49152, width=576, layers=30, heads=9, kv_heads=3, ffn=1536, context=2048)

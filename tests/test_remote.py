@@ -18,13 +18,14 @@ from small_rollout import moved
 from tiny import TIMEOUT, lines
 from tiny_server import serving
 
-from model.generate import Sampling
+from model.generate import Sampling, generate
 from model.half import to_sample_with
 from rlhf.infra import checkpoint, optim
+from rlhf.infra.client import Lines, Lost, Refused, Server
 from rlhf.infra.distributed import Dist
 from rlhf.lm.pretrained import open_pretrained
 from rlhf.lm.trunks import LoRA
-from rlhf.ppo.remote import KEY, Lines, Lost, Refused, Room, Server, Servers, answers, questions
+from rlhf.ppo.remote import KEY, Room, Servers, answers, questions
 from rlhf.ppo.roles import CRITICS, LAYOUTS, Roles
 from rlhf.ppo.rollout import OwnSampler
 from rlhf.serve.scheduler import Scheduler
@@ -76,12 +77,12 @@ def sampling_of(home) -> Sampling:
     return Sampling(RESPONSE, opened.stop_ids, opened.tokenizer.pad, TEMPERATURE)
 
 
-def servers_of(home, urls, model, room="room", longest=6, patience=60.0, **changes) -> Servers:
+def servers_of(home, urls, model, room="room", longest=6, patience=60.0, push=None, **changes) -> Servers:
     opened = open_pretrained(home / "lm")
     config = {"kind": "lm", "model": opened.model.config.stored(), "tokenizer": opened.tokenizer.fingerprint} | changes
     config |= {"stop_ids": opened.stop_ids}
-    place = Room(home / room, config, [opened.tokenizer.path])
-    return Servers(urls, model, sampling_of(home), 5, place, longest, patience, Dist())
+    place = Room(home / room, config, [opened.tokenizer.path], hf=push is not None)
+    return Servers(urls, model, sampling_of(home), 5, place, longest, patience, Dist(), push)
 
 
 def asked(rows: int = 20):
@@ -294,6 +295,83 @@ def test_the_wrong_server_is_refused_before_the_first_rollout(home, server, tmp_
     os.environ[KEY] = SECRET
 
 
+class Other(http.server.BaseHTTPRequestHandler):
+    """A server of another house, in vLLM's dialect: its own random numbers, no fingerprint, weights by a way of its own."""
+
+    home: Path
+    opened = None
+    seeds: list[int]
+
+    def answer(self, told: dict, status: int = 200) -> None:
+        content = json.dumps(told).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_GET(self):
+        models = {"object": "list", "data": [{"id": "other", "max_model_len": 128}]}
+        self.answer(models if self.path == "/v1/models" else {}, 200 if self.path == "/v1/models" else 404)
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/reload":
+            type(self).opened = open_pretrained(body["path"])
+            return self.answer({})
+        assert body["model"] == "other" and body["ignore_eos"] and not {"uniforms", "logprobs_mode"} & body.keys()
+        self.seeds.append(body["seed"])
+        n, prompt = body["n"], torch.tensor([body["prompt"]])
+        sampling = Sampling(body["max_tokens"], body["stop_token_ids"], 0, body["temperature"], top_p=body["top_p"])
+        uniforms = torch.rand(n, body["max_tokens"], generator=torch.Generator().manual_seed(body["seed"])).double()
+        out = generate(self.opened.model, prompt, torch.tensor([len(body["prompt"])]), sampling, uniforms)
+        choices = [
+            {"index": i, "finish_reason": "stop" if out.finished[i] else "length", "text": "", "stop_reason": None}
+            | {"token_ids": out.tokens[i][out.mask[i]].tolist()}
+            | {"logprobs": {"token_logprobs": out.logprobs[i][out.mask[i]].tolist()}}
+            for i in range(n)
+        ]
+        self.answer({"choices": choices, "system_fingerprint": None})
+
+    def log_message(self, *args):
+        pass
+
+
+def test_servers_of_others_are_given_weights_by_a_function(home):
+    """Tokens differ from the built-in sampler's, and no two questions have the same seed; but what is said of every token is
+    what the policy says."""
+    Other.home, Other.seeds = home, []
+    other = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other)
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+    url, pushed = f"http://127.0.0.1:{other.server_port}", []
+
+    def push(where: str, directory: str) -> None:
+        pushed.append((where, directory))
+        Server(where, None).ask("POST", "/reload", {"path": directory}, time.monotonic() + 60, Lines())
+
+    roles = roles_of(home, "adapters")
+    servers = servers_of(home, (url,), roles.policy.model, room="others", push=push)
+    assert servers.precision == "bf16"
+    for iteration in range(2):
+        move(roles)
+        servers.refresh()
+        found = servers(*asked(), iteration)
+        with torch.no_grad():
+            said = roles.policy(found.tokens, found.mask).logprobs
+        assert float((said - found.logprobs).abs().max()) < 1e-4
+    assert [where for where, _ in pushed] == [url] * 2 and len(set(Other.seeds)) == len(Other.seeds) == 2 * 15
+    assert (home / "others").is_dir() and len(list((home / "others").iterdir())) == 1
+
+    def wrong(where: str, directory: str) -> None:
+        raise KeyError("weights")
+
+    broken = servers_of(home, (url,), roles.policy.model, room="others", push=wrong)
+    with pytest.raises(ValueError, match=f"--sampler_push failed for {url} .KeyError: 'weights'"):
+        broken.refresh()
+    with pytest.raises(ValueError, match="room for 128 tokens; this run needs 130"):
+        servers_of(home, (url,), roles.policy.model, longest=100, push=push)
+    other.shutdown()
+
+
 GOOD = {"index": 0, "finish_reason": "length", "token_ids": [5, 6], "logprobs": {"token_logprobs": [-1.0, 0.0]}}
 
 
@@ -323,19 +401,16 @@ GOOD = {"index": 0, "finish_reason": "length", "token_ids": [5, 6], "logprobs": 
     ],
 )
 def test_an_answer_is_checked(change, why):
-    of = SimpleNamespace(
-        model=SimpleNamespace(config=SimpleNamespace(vocab_size=9)), sampling=SimpleNamespace(stop_ids=[2])
-    )
     told = {"choices": [GOOD | change]}
     if why is None:
-        (answer,) = answers(told, 1, 2, of, "http://x")
+        (answer,) = answers(told, 1, 2, 9, [2], "http://x")
         assert answer.ids == told["choices"][0]["token_ids"] and answer.finished == (answer.ids[-1] == 2)
         return
     with pytest.raises(ValueError, match=f"--sampler=http://x gave .*{why}"):
-        answers(told, 1, 2, of, "http://x")
+        answers(told, 1, 2, 9, [2], "http://x")
     for broken in ({}, {"choices": 5}, {"choices": [5]}, {"choices": []}):
         with pytest.raises(ValueError, match="choices"):
-            answers(broken, 1, 2, of, "http://x")
+            answers(broken, 1, 2, 9, [2], "http://x")
 
 
 def test_neighbours_with_one_prompt_are_one_question():
@@ -433,15 +508,15 @@ def test_ppo_by_servers_is_ppo(world):
         assert all(torch.equal(theirs[name], x) for name, x in ours.items())
         assert server.request("/v1/weights", **AUTH)[2]["sha256"] != checkpoint.load(world.path / "lm").digest
 
-        # two ranks, each for its own rows
-        room = world.path / "away" / "sampler" / "two"
-        command = remote(world, server, "two", sampler_dir=room)
-        process = world.popen(command, 2)
-        out, err = process.communicate(timeout=TIMEOUT)
-        assert process.returncode == 0, err
-        for ours, theirs in zip(numbers(world.path / "own"), numbers(world.path / "two"), strict=True):
-            for name, x in ours.items():
-                assert theirs[name] == pytest.approx(x, rel=1e-3, abs=1e-4, nan_ok=True), name
+        # two ranks, each for its own rows; and with shards
+        for out, more in (("two", {}), ("cut", {"shard": "true"})):
+            room = world.path / "away" / "sampler" / out
+            process = world.popen(remote(world, server, out, sampler_dir=room, **more), 2)
+            _, err = process.communicate(timeout=TIMEOUT)
+            assert process.returncode == 0, err
+            for ours, theirs in zip(numbers(world.path / "own"), numbers(world.path / out), strict=True):
+                for name, x in ours.items():
+                    assert theirs[name] == pytest.approx(x, rel=1e-3, abs=1e-4, nan_ok=True), name
 
 
 @pytest.mark.slow

@@ -1,10 +1,13 @@
 """Continuous batching against the plain sampler: the same texts in any company, and every row comes back."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from reference_model import FAMILIES, random_ids, small_model
+from small_rollout import moved
 
 from data.tokenizer import SentencePieceTokenizer, train_sentencepiece
 from model import generate as sampler
@@ -221,6 +224,86 @@ def test_more_choices_of_one_prompt_read_it_once():
     s.submit([Request([1], Sampling(1, 0.0)), alone])
     run(s)
     assert log[alone] == log[choices[3]]
+
+
+def expected_ids(model, request, stop_ids=()) -> list[int]:
+    """What the plain sampler makes of it."""
+    set_, n = request.sampling, len(request.prompt)
+    how = sampler.Sampling(set_.max_tokens, stop_ids, 0, set_.temperature)
+    uniforms = row_uniforms(set_.seed, set_.iteration, [set_.row], set_.max_tokens)
+    out = generate(model, torch.tensor([request.prompt]), torch.tensor([n]), how, uniforms)
+    return out.tokens[0, n : out.lengths[0]].tolist()
+
+
+def test_other_weights_wait_for_texts_under_way_and_begin_the_next(monkeypatch):
+    """One decodes and one is being read when they come; two wait, one with the prompt that lies in the cache."""
+    monkeypatch.setattr("rlhf.serve.scheduler.CHUNK", 4)
+    model = small_model("smollm2", torch.float64, head_dim=8, **SHAPE)
+    before, after = copy.deepcopy(model), moved(copy.deepcopy(model), 0.3)
+    s, log = scheduler(model)
+    s.weights = "old"
+    first, second, third, fourth = (
+        Request(random_ids(k, n).tolist(), Sampling(9, 1.0, seed=3, row=k, iteration=4, logprobs=0))
+        for k, n in enumerate((3, 11, 11, 3))
+    )
+    third.prompt[:] = second.prompt
+    s.submit([first, second])
+    s.step()
+    s.step()
+    assert s.active == [first] and s.reading is second
+
+    def other() -> str:
+        assert not s.active and s.reading is None
+        model.load_state_dict(after.state_dict())
+        return "new"
+
+    change = s.change(other)
+    s.submit([third, fourth])
+    job = s.call(lambda: s.weights)
+    s.step()
+    assert job.result() == "old" and not change.done()  # jobs do not wait
+    run(s)
+    change.result()
+    for request, of, named in (
+        (first, before, "old"),
+        (second, before, "old"),
+        (third, after, "new"),
+        (fourth, after, "new"),
+    ):
+        assert log.ids(request) == expected_ids(of, request) and request.weights == named
+    assert [token.id for token in first.sampled] == log.ids(first)
+    nothing_leaked(s)
+
+    def fails() -> str:
+        raise ValueError("no weights")
+
+    failing = s.change(fails)
+    s.submit([again := copy_of(third)])
+    run(s)
+    assert "no weights" in str(failing.exception()) and again.weights == s.weights == "new"
+    assert log[again] == log[third]
+
+
+@pytest.mark.parametrize(
+    "ignore_eos, extra, ends", [(False, (), {3}), (False, (5,), {3, 5}), (True, (5,), {5}), (True, (), ())]
+)
+def test_what_ends_a_text_and_what_is_said_of_its_tokens(ignore_eos, extra, ends):
+    """All sampled tokens are kept, the one that ends a text too; processed log-probs are the sampler's own."""
+    model = MODELS["smollm2"].double()
+    s, log = scheduler(model, stop_ids={3})
+    for seed in range(6):
+        prompt = random_ids(seed, 5).tolist()
+        how = dict(stop_ids=extra, ignore_eos=ignore_eos, processed=True, logprobs=0)
+        s.submit([request := Request(prompt, Sampling(20, 0.6, 5, 0.9, seed=seed, **how))])
+        run(s)
+        drawn = sampler.Sampling(20, ends, 0, 0.6, 5, 0.9)
+        out = generate(model, torch.tensor([prompt]), torch.tensor([5]), drawn, row_uniforms(seed, 0, [0], 20))
+        assert [token.id for token in request.sampled] == out.tokens[0][out.mask[0]].tolist()
+        assert [token.logprob for token in request.sampled] == pytest.approx(
+            out.logprobs[0][out.mask[0]].tolist(), abs=1e-9
+        )
+        assert log.end(request) == ("stop" if out.finished[0] else "length")
+    MODELS["smollm2"].float()
 
 
 def test_bounds():

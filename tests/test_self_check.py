@@ -52,6 +52,14 @@ def test_another_reference():
     assert checks(reference=other, fresh=False) == []  # a resumed policy has rightly moved away
 
 
+def test_another_engine_may_differ_as_its_precision_does():
+    """Sampled a little colder: too much for one forward against another in float32, little for bf16."""
+    assert checks(sampled_at=TEMPERATURE * 1.01) == ["sampler"]
+    assert checks(sampled_at=TEMPERATURE * 1.01, sampled_in="bf16") == []
+    assert checks(sampled_at=TEMPERATURE * 3, sampled_in="bf16") == ["sampler"]
+    assert checks(sampled_in="fp32") == []
+
+
 @pytest.mark.parametrize("gap", [0.01, -0.01])
 def test_a_gap_of_either_sign_on_one_token(gap):
     policy, score = actor_critic("shared", "gpt2", torch.float32), reward_model(torch.float32).score

@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,29 @@ def assert_differs(gradient: Gradient, expected: Gradient):
 def at_once(policy: ActorCritic, experience: Experience) -> Gradient:
     """The gradient of one forward and backward over all rows."""
     return step_gradient(ALONE, policy, experience, ROWS)[0]
+
+
+@pytest.mark.parametrize("kind", ["ppo", "gspo", "cispo"])
+def test_importance_weights_multiply_the_policy_loss_alone(kind):
+    """Where sampler and policy agree not a bit changes; else every token's loss counts as often as it was too rare, by the
+    textbook, and truncated.
+    """
+    policy, rollout = acted("shared")
+    objective = replace(OBJECTIVE, policy_loss=kind, entropy_coef=0.0, value_coef=0.0)
+    weighing = replace(objective, importance_cap=2.0)
+    same = replace(credit(rollout), sampler_logprobs=rollout.logprobs)
+    output = policy(same.tokens, same.mask)
+    assert torch.equal(ppo.ppo_loss(output, same, objective)[0], ppo.ppo_loss(output, same, weighing)[0])
+
+    noise = torch.randn(rollout.logprobs.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    other = replace(same, sampler_logprobs=torch.where(same.mask, same.logprobs + noise, 0))
+    plain = ppo.POLICY_LOSSES[kind](output.logprobs, other, objective).tolist()
+    pairs = zip(other.logprobs.tolist(), other.sampler_logprobs.tolist())
+    weights = [[reference.truncated_ratio(p, q, 2.0) for p, q in zip(*rows)] for rows in pairs]
+    expected = [[w * x for w, x in zip(*rows)] for rows in zip(weights, plain)]
+    assert {2.0} < {w for row in weights for w in row}  # some are truncated, some are not
+    total = sum(reference.counted(expected, other.mask.tolist()))
+    assert ppo.ppo_loss(output, other, weighing)[0].item() == pytest.approx(total, rel=1e-12)
 
 
 # ---- one process

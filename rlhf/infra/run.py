@@ -47,6 +47,7 @@ REPORT = (
     "replicas",
     "sampler",
     "sampler_dir",
+    "sampler_push",
     "sampler_timeout",
 )
 FREE = (*REPORT, "out", "plan", "override")  # change no number of a run; a run may be moved

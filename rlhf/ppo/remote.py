@@ -1,160 +1,72 @@
 """Responses from servers: the other side of the sampler's wall, behind `--sampler=URL,URL`.
 
-Token ids go out, token ids and their log-probs come back (/v1/completions); before an iteration the policy's weights are laid
-into a directory that the servers see, and each is told to take them (POST /v1/weights, docs/serve.md). serve.py draws from the
-uniforms of (seed, iteration, row) that the built-in sampler has, so a row's tokens are the same here and there.
+Token ids go out, token ids and their log-probs come back (/v1/completions). Before an iteration the policy's weights are laid
+into a directory that the servers see, and each server is told. serve.py takes them (POST /v1/weights, docs/serve.md) and draws
+from the uniforms of (seed, iteration, row) that the built-in sampler has: a row's tokens are the same here and there. Others,
+vLLM, are given the weights by a function of the user's, and draw by their own random numbers.
 
-Every answer says by which weights it was sampled: one by others is asked for again, after its server got the right ones. What
-does not answer is asked again, the other servers in turn, for `patience` seconds; then the run ends in one line.
+Every answer of serve.py says by which weights it was sampled: one by others is asked for again, after the server got the right
+ones. What does not answer is asked again, the servers in turn, for `patience` seconds; then the run ends in one line.
 """
 
-import http.client
+import hashlib
 import json
 import math
 import os
 import re
-import socket
-import threading
 import time
-import urllib.parse
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.generate import Generated, Sampling
+from model.hf import save_hf
 from model.lora import lora_layers
 from model.transformer import Transformer
 from rlhf.infra import checkpoint
+from rlhf.infra.client import Lines, Lost, Refused, Server
 from rlhf.infra.distributed import Dist
 from rlhf.infra.metrics import say
 from rlhf.lm.checkpoints import empty
 
 KEY = "PLAIN_RLHF_KEY"  # the environment variable with the servers' key
-LARGEST_ANSWER = 2**28  # bytes
 MOST_THREADS = 128  # requests of a rank that are under way
+MOST_CHOICES = 128  # of a request to a server that does not say
 LONGEST_PAUSE = 2.0  # seconds between two tries
+FIRST_CHECK = 30.0  # seconds that a server has to say who it is
 QUICK = 3  # tries for a server that does not take weights while another has
 FAILURES = 3  # answers with status 500 to one request: a server that fails on it will go on to do so
 PRECISIONS = ("fp32", "bf16", "fp16")
 PLACE = re.compile(r"weights_(\d{6})")
 
 
-class Lost(Exception):
-    """A try that brought no answer; another may. failed: the server met an error of its own."""
-
-    def __init__(self, text: str, failed: bool = False):
-        super().__init__(text)
-        self.failed = failed
-
-
-class Refused(ValueError):
-    """An answer that says no."""
-
-
-class Lines:
-    """The connections of one round of requests, so that they can be ended together."""
-
-    def __init__(self):
-        self.over = threading.Event()
-        self.open: set[http.client.HTTPConnection] = set()
-        self.lock = threading.Lock()
-
-    def add(self, connection: http.client.HTTPConnection) -> None:
-        with self.lock:
-            self.open.add(connection)
-
-    def check(self) -> None:
-        if self.over.is_set():
-            raise Lost("the requests were ended")
-
-    def drop(self, connection: http.client.HTTPConnection) -> None:
-        with self.lock:
-            self.open.discard(connection)
-        connection.close()
-
-    def end(self) -> None:
-        self.over.set()
-        with self.lock:
-            for connection in self.open:
-                if connection.sock is not None:
-                    try:
-                        connection.sock.shutdown(socket.SHUT_RDWR)
-                    except OSError:
-                        pass  # it has ended
-
-
-class Server:
-    """One URL. ValueError where it is none."""
-
-    def __init__(self, url: str, key: str | None):
-        try:
-            parts = urllib.parse.urlsplit(url)
-            self.port = parts.port
-        except ValueError as error:
-            raise ValueError(f"--sampler={url} is no URL: {error}") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-            raise ValueError(f"--sampler={url} is not of the form http://HOST:PORT (the key is read from {KEY})")
-        self.secure, self.host, self.key = parts.scheme == "https", parts.hostname, key
-        self.base = parts.path.rstrip("/").removesuffix("/v1")
-        self.url, self.lock = url, threading.Lock()
-        self.given = 0.0  # when it last got weights, time.monotonic()
-
-    def ask(self, method: str, path: str, body: dict | None, end: float, lines: Lines) -> dict:
-        """The JSON object of an answer with status 200. Refused for one of 4xx, Lost for what may be better next time."""
-        kind = http.client.HTTPSConnection if self.secure else http.client.HTTPConnection
-        connection = kind(self.host, self.port, timeout=max(0.01, end - time.monotonic()))
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        lines.add(connection)
-        try:
-            data = None if body is None else json.dumps(body).encode()
-            connection.request(method, self.base + path, data, headers | {"Content-Type": "application/json"})
-            lines.check()  # from here on `end` of the lines reaches it
-            answer = connection.getresponse()
-            content = read_before(connection, answer, end)
-            told = json.loads(content) if content else {}
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise Lost(f"{self.url} does not answer ({type(error).__name__}: {error})") from None
-        finally:
-            lines.drop(connection)
-        if answer.status == 200 and isinstance(told, dict):
-            return told
-        error = told.get("error") if isinstance(told, dict) else None
-        why = str(error.get("message", "")) if isinstance(error, dict) else ""
-        text = f"{self.url}{path} answers {answer.status} {answer.reason}" + (f": {why:.300}" if why else "")
-        if 400 <= answer.status < 500 and answer.status not in (408, 429):
-            raise Refused(text)
-        raise Lost(text, failed=answer.status == 500)
-
-
-def read_before(connection: http.client.HTTPConnection, answer: http.client.HTTPResponse, end: float) -> bytes:
-    """The body; an error where it is too large, or not there at time `end`, however slowly it comes."""
-    parts, size = [], 0
-    while part := answer.read1(1 << 20):
-        parts.append(part)
-        size += len(part)
-        if size > LARGEST_ANSWER:
-            raise ValueError(f"more than {LARGEST_ANSWER} bytes")
-        left = end - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("it answers too slowly")
-        if connection.sock is not None:
-            connection.sock.settimeout(left)
-    if answer.length:
-        raise http.client.IncompleteRead(b"", answer.length)
-    return b"".join(parts)
-
-
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """Neighbouring rows of this rank that answer the same prompt."""
 
     first: int  # of the rows
     prompt: list[int]
     ids: list[int]  # global ids of the rows
+
+
+class Answer(NamedTuple):
+    """One response."""
+
+    ids: list[int]  # what ended it included
+    logprobs: list[float]  # under the distribution that was sampled from
+    finished: bool  # ended with a stop token
+
+
+class About(NamedTuple):
+    """What a server can do."""
+
+    precision: str
+    choices: int  # texts of one request
+    at_once: int  # texts that decode together
 
 
 def questions(prompts: Tensor, lengths: Tensor, ids: Tensor, most: int) -> list[Question]:
@@ -168,6 +80,14 @@ def questions(prompts: Tensor, lengths: Tensor, ids: Tensor, most: int) -> list[
     return found
 
 
+def pauses() -> Iterator[float]:
+    """Seconds between tries: each twice the one before."""
+    return (min(LONGEST_PAUSE, 0.05 * 2 ** min(n, 10)) for n in count())
+
+
+# ---- weights
+
+
 def sampled_weights(model: Transformer) -> dict[str, Tensor]:
     """What samples, by the names of a plain transformer: active adapters merged."""
     tensors = dict(model.named_parameters(remove_duplicate=False))
@@ -178,10 +98,13 @@ def sampled_weights(model: Transformer) -> dict[str, Tensor]:
 
 
 class Room:
-    """The directory through which weights go: each time a place of its own, of which the last one stays."""
+    """The directory through which weights go: each time a place of its own, of which the last one stays.
 
-    def __init__(self, path: str | Path, config: dict, files: list[Path]):
-        self.path, self.config, self.files = Path(path).resolve(), config, files
+    config and files: of the checkpoints in it, see checkpoint.save. hf: they are HF directories instead.
+    """
+
+    def __init__(self, path: str | Path, config: dict, files: list[Path], hf: bool = False):
+        self.path, self.config, self.files, self.hf = Path(path).resolve(), config, files, hf
 
     def place(self, number: int) -> Path:
         return self.path / f"weights_{number:06d}"
@@ -191,19 +114,110 @@ class Room:
 
     def lay(self, model: Transformer) -> tuple[int, str]:
         """The weights into the next place, beside those of before; -> its number, and their sha256."""
-        number = max(self.taken(), default=0) + 1
-        checkpoint.save(self.place(number), sampled_weights(model), self.config, files=self.files)
-        return number, checkpoint.load(self.place(number)).digest
+        number, tensors = max(self.taken(), default=0) + 1, sampled_weights(model)
+        where = self.place(number)
+        if not self.hf:
+            checkpoint.save(where, tensors, self.config, files=self.files)
+            return number, checkpoint.load(where).digest
+        plain = empty(model.config)
+        plain.load_state_dict(tensors, assign=True)
+        save_hf(where, plain, eos_ids=self.config["stop_ids"], files=self.files)
+        return number, checkpoint.sha256(where / "model.safetensors")
 
     def keep(self, number: int) -> None:
         checkpoint.remove(self.place(other) for other in self.taken() if other != number)
+
+
+# ---- two kinds of servers
+
+
+class Ours:
+    """serve.py, with --weights_dir and a key."""
+
+    def __init__(self, room: Room):
+        self.room = room
+
+    def check(self, server: Server, longest: int, response: int, end: float) -> About:
+        """ValueError where it does not serve this model, or has no room for prompts and responses of these lengths."""
+        about = server.ask("GET", "/v1/weights", None, end, Lines())
+        asked, room, wanted = longest + response, self.room, json.loads(json.dumps(self.room.config["model"]))
+        try:
+            if about["model"] != wanted:
+                names = sorted(name for name in wanted | about["model"] if wanted.get(name) != about["model"].get(name))
+                found = ", ".join(f"{name} {about['model'].get(name)} for {wanted.get(name)}" for name in names)
+                raise ValueError(f"serves another model than --init: {found}")
+            if about["tokenizer"] != room.config["tokenizer"]:
+                raise ValueError("serves a model with another tokenizer than --init")
+            if not room.path.is_relative_to(about["weights_dir"]):
+                raise ValueError(
+                    f"takes weights from {about['weights_dir']}, this run lays them into {room.path}: start it with "
+                    f"--weights_dir={room.path}, or choose --sampler_dir"
+                )
+            if about["max_length"] < asked or about["max_tokens"] < response:
+                raise ValueError(
+                    f"has room for {about['max_length']} tokens and answers of {about['max_tokens']}; this run needs {asked} "
+                    f"and {response}: raise its --cache_tokens, or --max_tokens"
+                )
+            choices, rows = about["max_choices"], about["max_batch"] * about["workers"]
+            if about["precision"] not in PRECISIONS or min(choices, rows) < 1:
+                raise ValueError(f"says precision {about['precision']}, {choices} choices and {rows} rows")
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError("does not say what serve.py says at /v1/weights") from None
+        return About(about["precision"], choices, rows)
+
+    def give(self, server: Server, path: str, sha256: str, end: float, lines: Lines) -> None:
+        server.ask("POST", "/v1/weights", {"path": path, "sha256": sha256}, end, lines)
+
+    def fields(self, one: Question, seed: int, iteration: int) -> dict:
+        """What decides the draws, and which log-probs are asked for."""
+        drawn = {"seed": seed, "iteration": iteration, "rows": one.ids}
+        return {"uniforms": drawn, "logprobs_mode": "processed_logprobs"}
+
+    def sampled_by(self, told: dict, sha256: str) -> bool:
+        """Was this answer sampled by these weights?"""
+        return told.get("system_fingerprint") == sha256[:16]
+
+
+class Others:
+    """Servers that speak vLLM's dialect of OpenAI's API. push(url, directory) gives one the weights of an HF directory."""
+
+    def __init__(self, push: Callable[[str, str], object]):
+        self.push, self.names = push, {}
+
+    def check(self, server: Server, longest: int, response: int, end: float) -> About:
+        told = server.ask("GET", "/v1/models", None, end, Lines())
+        try:
+            (model,) = told["data"]
+            self.names[server.url], width = str(model["id"]), model.get("max_model_len")
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise ValueError("does not say at /v1/models that it serves one model") from None
+        if width is not None and (type(width) is not int or width < longest + response):
+            raise ValueError(f"has room for {width} tokens; this run needs {longest + response}")
+        return About("bf16", MOST_CHOICES, MOST_THREADS)  # it does not say; a coarser tolerance is no harm
+
+    def give(self, server: Server, path: str, sha256: str, end: float, lines: Lines) -> None:
+        try:
+            self.push(server.url, path)
+        except OSError as error:  # of a connection, too
+            raise Lost(f"--sampler_push failed for {server.url} ({error})") from None
+        except Exception as error:  # the user's function is wrong
+            raise ValueError(f"--sampler_push failed for {server.url} ({type(error).__name__}: {error})") from error
+
+    def fields(self, one: Question, seed: int, iteration: int) -> dict:
+        """A seed that no other question has."""
+        digest = hashlib.blake2b(f"{seed}/{iteration}/{one.ids[0]}".encode(), digest_size=8).digest()
+        return {"seed": int.from_bytes(digest, "little") >> 1}
+
+    def sampled_by(self, told: dict, sha256: str) -> bool:
+        return True  # it does not say
 
 
 class Servers:
     """servers(prompts, lengths, ids, iteration) -> Generated, as rollout.act has it, of servers that hold `model`'s weights.
 
     refresh() gives them the weights of now, through the room: all ranks call it together. longest: tokens of the longest
-    prompt. ValueError, naming the URL, where one does not answer, is not of this model, or cannot do what is asked for.
+    prompt. push: see `Others`; None for serve.py. ValueError, naming the URL, where one does not answer, is not of this model,
+    or cannot do what is asked for.
     """
 
     def __init__(
@@ -216,53 +230,27 @@ class Servers:
         longest: int,
         patience: float,
         dist: Dist,
+        push: Callable[[str, str], object] | None = None,
     ):
         self.servers = [Server(url, os.environ.get(KEY) or None) for url in urls]
         self.model, self.sampling, self.seed, self.dist = model, sampling, seed, dist
-        self.room, self.patience = room, patience
+        self.room, self.patience, self.kind = room, patience, Others(push) if push else Ours(room)
         self.sha256, self.path = "", ""  # of the weights that are sampled by, and where they lie
         about = [self.check(server, longest) for server in self.servers]
-        self.precision = max((each["precision"] for each in about), key=PRECISIONS.index)  # the coarsest
-        self.choices = min(each["max_choices"] for each in about)
-        self.threads = max(1, min(MOST_THREADS, sum(x["max_batch"] * x["workers"] for x in about) // dist.world))
+        self.precision = max((each.precision for each in about), key=PRECISIONS.index)  # the coarsest
+        self.choices = min(each.choices for each in about)
+        self.threads = max(1, min(MOST_THREADS, sum(each.at_once for each in about) // dist.world))
 
-    def check(self, server: Server, longest: int) -> dict:
-        """What the server says of itself. ValueError where it cannot serve this run."""
+    def check(self, server: Server, longest: int) -> About:
+        end = time.monotonic() + min(self.patience, FIRST_CHECK)
         try:
-            about = server.ask("GET", "/v1/weights", None, time.monotonic() + min(self.patience, 30), Lines())
+            return self.kind.check(server, longest, self.sampling.max_new_tokens, end)
         except (Lost, Refused) as error:
-            what = "; it is no serve.py of this version" if " answers 404 " in str(error) else ""
+            other = isinstance(self.kind, Ours) and " answers 404 " in str(error)
+            what = "; it is no serve.py of this version, see --sampler_push" if other else ""
             raise ValueError(f"--sampler: {error}{what}") from None
-        asked, s, room = longest + self.sampling.max_new_tokens, self.sampling, self.room
-        wanted = json.loads(json.dumps(room.config["model"]))
-        wrong = ""
-        try:
-            if about["model"] != wanted:
-                names = sorted(name for name in wanted | about["model"] if wanted.get(name) != about["model"].get(name))
-                found = ", ".join(f"{name} {about['model'].get(name)} for {wanted.get(name)}" for name in names)
-                wrong = f"serves another model than --init: {found}"
-            elif about["tokenizer"] != room.config["tokenizer"]:
-                wrong = "serves a model with another tokenizer than --init"
-            elif not room.path.is_relative_to(about["weights_dir"]):
-                wrong = (
-                    f"takes weights from {about['weights_dir']}, this run lays them into {room.path}: start it with "
-                    f"--weights_dir={room.path}, or choose --sampler_dir"
-                )
-            elif about["max_length"] < asked or about["max_tokens"] < s.max_new_tokens:
-                wrong = (
-                    f"has room for {about['max_length']} tokens and answers of {about['max_tokens']}; this run needs {asked} "
-                    f"and {s.max_new_tokens}: raise its --cache_tokens, or --max_tokens"
-                )
-            counts = [about[name] for name in ("max_choices", "max_batch", "workers")]
-            if about["precision"] not in PRECISIONS or min(counts) < 1:
-                wrong = f"says precision {about['precision']} and {counts} for its rows and workers"
-        except (KeyError, TypeError, AttributeError):
-            wrong = "does not say what serve.py says at /v1/weights"
-        if wrong:
-            raise ValueError(f"--sampler={server.url} {wrong}")
-        return about
-
-    # ---- weights
+        except ValueError as error:
+            raise ValueError(f"--sampler={server.url} {error}") from None
 
     def refresh(self) -> None:
         """The servers get the policy's weights of now. All ranks call it together; ValueError on all where it fails."""
@@ -272,7 +260,7 @@ class Servers:
                 try:
                     number, self.sha256 = self.room.lay(self.model)
                     self.path = str(self.room.place(number))
-                    self.push()
+                    self.give_all()
                     self.room.keep(number)
                     told = torch.tensor([[number, *bytes.fromhex(self.sha256)]])
                 except (ValueError, OSError) as caught:
@@ -282,19 +270,20 @@ class Servers:
             raise error or ValueError("the servers of --sampler did not get the weights")
         self.sha256, self.path = bytes(digest).hex(), str(self.room.place(number))
 
-    def push(self) -> None:
-        """To every server. One that does not answer in a few tries gets them when it samples by others; ValueError where that
-        are all of them, until their time is over.
+    def give_all(self) -> None:
+        """The weights to every server. One that does not answer in a few tries gets them when it samples by others; ValueError
+        where that are all of them, until their time is over.
         """
         left, end, lines = self.servers, time.monotonic() + self.patience, Lines()
         for n, pause in enumerate(pauses()):
             with ThreadPoolExecutor(len(left)) as pool:
                 errors = [*pool.map(lambda server: self.give(server, end, lines), left)]
             left, lost = [x for x, error in zip(left, errors) if error], [error for error in errors if error]
-            if not left or n >= QUICK and len(left) < len(self.servers):
+            others = isinstance(self.kind, Ours) and len(left) < len(self.servers)
+            if not left or n >= QUICK and others:
                 break
             if time.monotonic() + pause > end:
-                raise ValueError(f"--sampler: no server took the weights in {self.patience:g} s: {'; '.join(lost)}")
+                raise ValueError(f"--sampler: no weights were taken in {self.patience:g} s: {'; '.join(lost)}")
             lines.over.wait(pause)
         for line in lost:
             say(f"{line}; the other servers are asked for its rows")
@@ -304,20 +293,17 @@ class Servers:
         try:
             with server.lock:
                 if server.given < since:
-                    body = {"path": self.path, "sha256": self.sha256}
-                    server.ask("POST", "/v1/weights", body, end, lines)
+                    self.kind.give(server, self.path, self.sha256, end, lines)
                     server.given = time.monotonic()
         except Lost as error:
             return str(error)
         return ""
 
-    # ---- responses
-
     def __call__(self, prompts: Tensor, lengths: Tensor, ids: Tensor, iteration: int) -> Generated:
         """Responses to right-padded prompts (B, P) of these lengths (B,), on this rank's device."""
         asked = questions(prompts, lengths, ids, self.choices)
         lines, found = Lines(), {}
-        with ThreadPoolExecutor(min(len(asked), self.threads)) as pool:
+        with ThreadPoolExecutor(self.threads) as pool:
             futures = {pool.submit(self.answer, k, one, iteration, lines): one for k, one in enumerate(asked)}
             try:
                 for future in as_completed(futures):
@@ -328,40 +314,40 @@ class Servers:
                 raise
         return self.assembled(prompts, lengths, [found[row] for row in range(len(ids))])
 
-    def answer(self, turn: int, one: Question, iteration: int, lines: Lines) -> list["Answer"]:
+    def answer(self, turn: int, one: Question, iteration: int, lines: Lines) -> list[Answer]:
         """The answer to each row of a question, from the turn-th server or the next that gives one."""
-        s, end, failed = self.sampling, time.monotonic() + self.patience, 0
+        s, start, failed = self.sampling, time.monotonic(), 0
         most = min(s.max_new_tokens, self.model.config.context - len(one.prompt))
         body = {
-            "prompt": one.prompt, "max_tokens": most, "temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p,
-            "n": len(one.ids), "uniforms": {"seed": self.seed, "iteration": iteration, "rows": one.ids},
-            "stop_token_ids": [*s.stop_ids], "ignore_eos": True, "return_token_ids": True, "logprobs": 0,
-            "logprobs_mode": "processed_logprobs",
+            "prompt": one.prompt, "max_tokens": most, "temperature": s.temperature, "top_p": s.top_p,
+            "n": len(one.ids), "stop_token_ids": [*s.stop_ids], "ignore_eos": True, "return_token_ids": True, "logprobs": 0,
         }  # fmt: skip
+        body |= self.kind.fields(one, self.seed, iteration) | ({"top_k": s.top_k} if s.top_k else {})
         for step, pause in zip(count(turn), pauses()):
-            server = self.servers[step % len(self.servers)]
-            began = time.monotonic()
+            server, began = self.servers[step % len(self.servers)], time.monotonic()
+            named = {"model": self.kind.names[server.url]} if isinstance(self.kind, Others) else {}
             try:
-                told = server.ask("POST", "/v1/completions", body, end, lines)
-                if told.get("system_fingerprint") == self.sha256[:16]:
-                    return answers(told, len(one.ids), most, self, server.url)
+                told = server.ask("POST", "/v1/completions", body | named, start + self.patience, lines)
+                if self.kind.sampled_by(told, self.sha256):
+                    return answers(told, len(one.ids), most, self.model.config.vocab_size, s.stop_ids, server.url)
                 # it was started again, or somebody else has given it others
-                raise Lost(self.give(server, end, lines, began) or f"{server.url} sampled by other weights")
+                why = self.give(server, start + self.patience, lines, began)
+                raise Lost(why or f"{server.url} sampled by other weights")
             except Lost as error:
-                failed += getattr(error, "failed", False)
-                if failed >= FAILURES or time.monotonic() + pause > end or lines.over.wait(pause):
-                    tried = f"{step - turn + 1} tries in {self.patience + time.monotonic() - end:.0f} s"
+                failed += error.failed
+                late = time.monotonic() + pause > start + self.patience
+                if failed >= FAILURES or late or lines.over.wait(pause):
+                    tried = f"{step - turn + 1} tries in {time.monotonic() - start:.1f} s"
                     raise ValueError(
                         f"--sampler gave no responses for iteration {iteration}, {tried}: {error}"
                     ) from None
 
-    def assembled(self, prompts: Tensor, lengths: Tensor, rows: list["Answer"]) -> Generated:
+    def assembled(self, prompts: Tensor, lengths: Tensor, rows: list[Answer]) -> Generated:
         """Prompts and answers as `generate` puts them together."""
         starts, pad, device = lengths.tolist(), self.sampling.pad, self.dist.device
         whole = torch.tensor([start + len(row.ids) for start, row in zip(starts, rows)])
         T = int(whole.max())
-        tokens = torch.full((len(rows), T), pad, dtype=torch.int64)
-        logprobs = torch.zeros(len(rows), T)
+        tokens, logprobs = torch.full((len(rows), T), pad, dtype=torch.int64), torch.zeros(len(rows), T)
         for i, (start, row) in enumerate(zip(starts, rows)):
             tokens[i, :start] = prompts[i, :start]
             tokens[i, start : start + len(row.ids)] = torch.tensor(row.ids)
@@ -372,40 +358,25 @@ class Servers:
         return Generated(*(x.to(device) for x in (tokens, whole, begin, mask, logprobs, finished)))
 
 
-def pauses():
-    """Seconds between tries: each twice the one before."""
-    return (min(LONGEST_PAUSE, 0.05 * 2 ** min(n, 10)) for n in count())
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One response."""
-
-    ids: list[int]  # what ended it included
-    logprobs: list[float]  # under the distribution that was sampled from
-    finished: bool  # ended with a stop token
-
-
-def answers(told: dict, n: int, most: int, of: Servers, url: str) -> list[Answer]:
+def answers(told: dict, n: int, most: int, vocabulary: int, stop_ids, url: str) -> list[Answer]:
     """The n choices of an answer of /v1/completions, each checked. ValueError for what no sampler gives."""
 
     def check(holds: bool, what: str) -> None:
         if not holds:
             raise ValueError(f"--sampler={url} gave {what}")
 
-    choices = told.get("choices")
+    choices, ends, found = told.get("choices"), set(stop_ids), []
     check(isinstance(choices, list) and all(isinstance(x, dict) for x in choices), "an answer without choices")
     check(
         [x.get("index") for x in choices] == list(range(n)), f"{len(choices)} choices, not the {n} asked for in order"
     )
-    found, vocabulary, ends = [], of.model.config.vocab_size, set(of.sampling.stop_ids)
     for choice in choices:
         ids, reason, logprobs = choice.get("token_ids"), choice.get("finish_reason"), choice.get("logprobs")
         numbers = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
         check(isinstance(ids, list) and isinstance(numbers, list), "a choice without token_ids or token_logprobs")
         known = all(type(i) is int and 0 <= i < vocabulary for i in ids)
         check(known and 1 <= len(ids) <= most, f"no 1 to {most} token ids below {vocabulary}, but {str(ids):.60}")
-        real = all(type(x) in (int, float) and -1e9 < x <= 1e-6 for x in numbers)
+        real = all(type(x) in (int, float) and -1e9 < x <= 1e-4 for x in numbers)  # rounding may lead above 0
         check(real and len(numbers) == len(ids), f"log-probs {str(numbers):.60} for {len(ids)} tokens")
         finished = ids[-1] in ends
         check(ends.isdisjoint(ids[:-1]), "tokens after one that ends an answer")

@@ -67,11 +67,15 @@ def components_of(
     return components
 
 
-def load_function(spec: str) -> Callable:
-    """The function that `file.py:function` names. FileNotFoundError, or ValueError where the file cannot be imported."""
+def load_function(spec: str, what: str = "reward") -> Callable:
+    """The function that `file.py:function` names. FileNotFoundError, or ValueError where the file cannot be imported.
+
+    what: the option that names it.
+    """
+    directory = "a directory, or " if what == "reward" else ""
     file, _, name = spec.rpartition(":")
     if not Path(file).is_file():
-        raise FileNotFoundError(f"{file}: no such file (reward is a directory, or file.py:function)")
+        raise FileNotFoundError(f"{file}: no such file ({what} is {directory}file.py:function)")
     place = Path(file).resolve()
     module_name = f"reward_{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
     loader = importlib.util.spec_from_file_location(module_name, place)
@@ -80,10 +84,10 @@ def load_function(spec: str) -> Callable:
     try:
         loader.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"the reward {file} cannot be imported: {told(error, place)}") from error
+        raise ValueError(f"the {what} {file} cannot be imported: {told(error, place)}") from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"{file} has no function {name!r} (reward is a directory, or file.py:function)")
+        raise ValueError(f"{file} has no function {name!r} ({what} is {directory}file.py:function)")
     return function
 
 
