@@ -64,6 +64,13 @@ plausible = {
     "top_logprobs": st.integers(0, 20),
     "echo": st.booleans(),
     "stream": st.booleans(),
+    "stop_token_ids": st.lists(st.integers(-1, 400), max_size=3),
+    "ignore_eos": st.booleans(),
+    "return_token_ids": st.booleans(),
+    "logprobs_mode": st.sampled_from(["raw_logprobs", "processed_logprobs", "x"]),
+    "uniforms": st.fixed_dictionaries(
+        {"rows": st.lists(st.integers(), min_size=1, max_size=2)}, optional={"seed": numbers}
+    ),
     "stream_options": st.fixed_dictionaries({"include_usage": st.booleans()}),
     "rater": texts,
     "choice": st.sampled_from(["left", "right", "tie", "up"]),
@@ -76,9 +83,11 @@ OF = {  # fields that make an answer likely
     "/v1/tokens": ["messages", "response"], "/v1/comparison/1/vote": ["rater", "choice", "nonce"],
     "/v1/votes/1/undo": ["rater"],
 }  # fmt: skip
+ROLLOUTS = {"return_token_ids", "logprobs_mode", "uniforms"}
 FOREIGN = {
     "/v1/completions": {"messages", "top_logprobs"},
-    "/v1/chat/completions": {"prompt", "echo", "add_special_tokens"},
+    "/v1/chat/completions": {"prompt", "echo", "add_special_tokens"} | ROLLOUTS,
+    **dict.fromkeys(("/v1/score", "/v1/tokens"), {"stop_token_ids", "ignore_eos"} | ROLLOUTS),
 }
 
 

@@ -242,6 +242,8 @@ def runnable(command: Command) -> list[str] | None:
         return None  # runs of several seeds: tests/test_band.py makes them
     if script_of(command) == "iterate.py" and any(word.startswith("--rater=") for word in command.words):
         return None  # a simulated rater: minutes, and what tests/test_iterate.py runs
+    if any(word.startswith("--sampler=") for word in command.words):
+        return None  # it asks a server: what tests/test_remote.py runs
     return small(command) if script_of(command) in WHOLE else None
 
 

@@ -93,7 +93,7 @@ class Server:
             text += ", and no JSON object"
         elif isinstance(error := told.get("error"), dict):
             text += f": {str(error.get('message', '')):.300}"
-        if 400 <= answer.status < 500 and answer.status not in (408, 429):
+        if answer.status not in (200, 408, 429) and answer.status < 500:
             raise Refused(text)
         raise Lost(text, failed=answer.status == 500)
 
