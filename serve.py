@@ -208,7 +208,7 @@ def service_of(
     model = to_sample_with(opened.model, dtype)
     # by the same products as the model, or the KL between equal weights would not be 0
     other = to_sample_with(reference.model, dtype).eval() if reference else None
-    chat = chat_of(opened)
+    chat = chat_of(opened, quiet=seat.rank > 0 or seat.again)
     stop_ids = {*opened.stop_ids, *(chat.stop_ids() if chat else ())}
     scheduler = Scheduler(
         model, tokenizer, stop_ids, cfg.max_batch, cfg.cache_tokens // cfg.max_batch, cfg.queue, deliver_to(loop)
@@ -240,12 +240,13 @@ def promise(exact: bool, rounding: float) -> str:
     return f"a seed's text up to rounding: log-probs of one token differ by {rounding:.0e}"
 
 
-def chat_of(opened: Pretrained) -> Chat | None:
+def chat_of(opened: Pretrained, quiet: bool = False) -> Chat | None:
     """The model's chat template, or ChatML where its tokenizer can spell it; None: it has neither."""
     try:
         return Chat(opened.tokenizer)
     except ValueError as error:
-        print(f"no chat: {error}", file=sys.stderr)
+        if not quiet:
+            print(f"no chat: {error}", file=sys.stderr)
         return None
 
 

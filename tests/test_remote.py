@@ -482,7 +482,16 @@ def numbers(run: Path) -> list[dict]:
     return [{name: x for name, x in row.items() if not name.startswith(left_out)} for row in rows]
 
 
-RUN = {"iterations": 6, "samples_per_prompt": 2, "judge": "rm", "judge_every": 2, "judge_prompts": 8, "minibatches": 2}
+RUN = {
+    "iterations": 6,
+    "samples_per_prompt": 2,
+    "judge": "rm",
+    "judge_every": 2,
+    "judge_prompts": 5,
+    "prompt_tokens": 12,
+    "sources": "",
+    "minibatches": 2,
+}
 SERVE = ("--workers=2", "--max_batch=4", "--cache_tokens=512")
 
 
@@ -495,7 +504,9 @@ def remote(world, server, out, **changes):
 def test_ppo_by_servers_is_ppo(world):
     """The same tokens over all iterations and judgements, so the same metrics and weights; a worker is killed in the middle."""
     assert world.run("train_ppo.py", out="own", **RUN).code == 0
-    with serving(world.path, *SERVE, f"--weights_dir={world.path / 'away' / 'sampler'}", env={KEY: SECRET}) as server:
+    with serving(
+        world.path, *SERVE, f"--weights_dir={world.path / 'away' / 'sampler'}", env={KEY: SECRET}, says="no chat"
+    ) as server:
         running = world.start(remote(world, server, "away"), {KEY: SECRET})
         metrics = world.path / "away" / "metrics.jsonl"
         while len(lines(metrics)) < 2 and running.process.is_alive():
@@ -538,7 +549,7 @@ def test_a_run_whose_server_ends_says_so_and_goes_on_with_another(world):
     # the same command: absent at the start, it is refused in one line
     done = world.start(remote(world, first, "gone"), {KEY: SECRET}).wait()
     assert done.code == 2 and done.err.count("\n") == 1 and f"{url} does not answer" in done.err
-    with serving(world.path, *options, env={KEY: SECRET}) as second:
+    with serving(world.path, *options, env={KEY: SECRET}, says="no chat") as second:
         done = world.start(remote(world, second, "gone"), {KEY: SECRET}).wait()
         assert (done.code, done.err) == (0, ""), done
     assert numbers(world.path / "gone") == numbers(world.path / "own2")
