@@ -13,7 +13,7 @@ trainers) is not DPO and is not offered. The same pairs, layouts and checkpoints
 evaluate.py puts all of them on one frontier of reward against KL.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from data.loader import PairBatch, PairLoader, in_order, open_data, shard
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
 from model.transformer import recompute_blocks
-from rlhf.infra import config, distributed, optim
+from rlhf.infra import config, distributed, offload, optim
 from rlhf.infra.brakes import Brakes
 from rlhf.infra.distributed import Dist
 from rlhf.infra.metrics import Metrics, say
@@ -59,6 +59,7 @@ class Config:
     batch: int = 16  # pairs per optimiser step, over all ranks
     micro_batch: int | None = None  # pairs per forward on one rank; none = all of its share
     recompute: bool = False  # compute each block again for the backward pass: less memory, more time
+    offload: tuple[Literal["reference"], ...] = ()  # rests in the host's memory, or a file, until asked [layout=full]
     lr: float = 1e-5  # peak learning rate
     warmup: int = 10  # steps of linear warm-up
     decay: Literal["linear", "cosine", "constant"] = "linear"  # learning rate after the warm-up
@@ -98,6 +99,9 @@ def main() -> None:
     roles = LAYOUTS[cfg.layout](base.model.eval(), "none", 1.0, lora_of(cfg), cfg.branch_layers)
     roles.store(stored_dtype(cfg, precision))
     recompute_blocks(roles.policy, cfg.recompute)
+    asleep = base.model.parameters if cfg.offload else tuple
+    resting = offload.Sleeper(asleep, offload.elsewhere(dist.device, cfg.out), frozen=True)
+    roles = replace(roles, reference=resting.awake()(roles.reference))
     total = int(cfg.epochs * loader.order.steps_per_epoch)
     if total < 1:
         raise ValueError(
@@ -114,13 +118,15 @@ def main() -> None:
         cfg.out, options, roles.policy, optimizer, precision.scaler, dist, saved_as, files, cfg.keep_checkpoints, old
     )
     say(f"training on {loader.summary}; validation on {held_out.summary}", dist.is_main)
-    fit(cfg, roles, learner, optimizer, loader, held_out, tokenizer, total, run, precision, dist)
+    resting.sleep()
+    fit(cfg, roles, resting, learner, optimizer, loader, held_out, tokenizer, total, run, precision, dist)
     dist.close()
 
 
 def fit(
     cfg: Config,
     roles: Roles,
+    resting: offload.Sleeper,
     learner,
     optimizer,
     loader,
@@ -155,13 +161,13 @@ def fit(
             means = (dist.sum(sums) / weight).tolist()
             record = dict(zip(NUMBERS, means)) | {"policy/grad_norm": grad_norm, "lr": lr, "bad/steps": brakes.count()}
             if done % cfg.eval_every == 0 and done < total and not brakes.ended:
-                record |= validate(roles, held_out, cfg, dist, precision)
+                record |= validate(roles, resting, held_out, cfg, dist, precision)
             log.log(step, record | {"episode": done * cfg.batch})
         brakes.check()
         if run.due(done, cfg.checkpoint_every, total):
             run.save(done, **brakes.state())
 
-    report = {"steps": total, **validate(roles, held_out, cfg, dist, precision), "seconds": run.seconds}
+    report = {"steps": total, **validate(roles, resting, held_out, cfg, dist, precision), "seconds": run.seconds}
     if dist.is_main:
         write_json(f"{cfg.out}/report.json", report)
         print(
@@ -216,10 +222,12 @@ def pair_losses(learner, roles: Roles, batch: PairBatch, cfg: Config, device) ->
 
 
 @torch.no_grad()
-def validate(roles: Roles, data: PairLoader, cfg: Config, dist: Dist, precision: Precision) -> dict[str, float]:
+def validate(
+    roles: Roles, resting: offload.Sleeper, data: PairLoader, cfg: Config, dist: Dist, precision: Precision
+) -> dict[str, float]:
     """Loss, margin and accuracy over all held-out pairs, shared out over the ranks."""
     total = torch.zeros(len(NUMBERS) + 1, dtype=torch.float64)
-    with dist.whole(roles.policy, roles.frozen.model), precision.autocast():
+    with resting.awake(), dist.whole(roles.policy, roles.frozen.model), precision.autocast():
         for rows in list(in_order(len(data), data.batch_size))[dist.rank :: dist.world]:
             batch = data.take(rows)
             _, numbers = pair_losses(roles.policy, roles, batch, cfg, dist.device)

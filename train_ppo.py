@@ -40,7 +40,7 @@ from rlhf import kl
 from rlhf.advantages import ESTIMATORS
 from rlhf.doctor.diagnosis import diagnose, in_words, stops_of
 from rlhf.functional import whiten
-from rlhf.infra import checkpoint, config, distributed, optim
+from rlhf.infra import checkpoint, config, distributed, offload, optim
 from rlhf.infra.brakes import Brakes
 from rlhf.infra.distributed import Dist
 from rlhf.infra.files import read_json, read_lines, write_json
@@ -68,6 +68,7 @@ from rlhf.rewards import missing_eos, shape_rewards
 Layout = Literal["full", "shared", "adapters", "branch"]
 Critic = Literal["shared", "separate"] | None
 Names = tuple[str, ...] | None
+Sleeping = tuple[Literal["reference", "reward", "optimizer"], ...]
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class Config:
     micro_batch: int | None = None  # responses per forward on one rank; none = all of its share of a minibatch
     micro_batch_tokens: int | None = None  # instead: rows of like length together, so many tokens with their padding
     recompute: bool = False  # compute each block again for the backward pass: less memory, more time
+    offload: Sleeping = ()  # what leaves the device between its phases, for the host's memory (a GPU) or a file in out
     policy_loss: Literal["ppo", "gspo", "cispo"] = "ppo"  # gspo: a ratio per response; cispo: clipped weights
     clip: float = 0.2  # ratio may move this far from 1; for gspo some 3e-4
     clip_high: float | None = None  # upper bound instead of clip, for ratios above 1
@@ -187,6 +189,15 @@ class Config:
                 "--micro_batch_tokens gives every rank its own number of forwards, and shards need the same on all: "
                 "use --micro_batch"
             )
+        if "reference" in self.offload and self.layout in ("adapters", "branch"):
+            raise ValueError(
+                f"--offload=reference: with --layout={self.layout} it is the frozen trunk, which the policy computes with in "
+                "every phase; leave it out"
+            )
+        if "reward" in self.offload and self.resample_flat:
+            raise ValueError(
+                "--offload=reward: --resample_flat=true asks the reward while it acts; leave one of them out"
+            )
         if self.resample_flat and self.samples_per_prompt < 2:
             raise ValueError("--resample_flat compares responses to one prompt; set --samples_per_prompt to 2 or more")
         if ESTIMATORS[self.estimator].needs_group and self.samples_per_prompt < 2:
@@ -210,6 +221,7 @@ class Cast:
     cut: Cut | None  # of a minibatch's rows on this rank, by tokens; None: by rows
     cut_rollout: Cut | None  # the same of all rows of this rank
     held_out: HeldOutJudge | NoJudge
+    judges: offload.Sleeper  # those of --offload that are needed to judge alone
     check_once: Callable[..., None]  # (rollout, fresh=), see self_check.check_once
     tokenizer: Tokenizer
     inputs: dict[str, str | None]  # checksums of what came in, for run.json
@@ -221,6 +233,7 @@ def main() -> None:
     dist = distributed.setup(cfg.shard, cfg.replicas)
     cfg, micro_batch = settled(cfg, dist), row_counts(cfg, dist.world)
     precision = optim.amp(dist.device, cfg.precision)
+    check_offload(cfg)
     planned = memory_plan(cfg, dist, micro_batch)
     if cfg.plan:
         return
@@ -250,6 +263,7 @@ def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch
     group = torch.arange(cfg.batch, device=dist.device) // cfg.samples_per_prompt
     bound = NoBound(run) if cfg.max_kl is None else KLBound(run, cfg.max_kl)
     guard = guard_of(cfg, cast, run, optimizer, objective, kl_control, micro_batch, precision)
+    moments = sleeping_moments(cfg, cast, optimizer)
     state = partial(state_of, kl_control, held_out, guard.brakes)
     broken = stalled = ""
 
@@ -262,7 +276,7 @@ def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch
         clock.lap("time/rollout")
 
         # 2. judge: policy, reference and value of every token; one score per response
-        with precision.autocast():
+        with precision.autocast(), cast.judges.awake():
             asked, shared = (cast.reward.detailed, micro_batch, acted.width), cast.roles.features
             judged = judge(acted.samples, policy, reference, *asked, shared, acted.rows, acted.said, cast.cut_rollout)
             if iteration == run.done:
@@ -284,7 +298,7 @@ def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch
         # 4. learn: epochs x minibatches x micro-batches; stop early when the policy has moved far enough
         optim.set_lr(optimizer, lr := optim.schedule(iteration, cfg.iterations, cfg.warmup, cfg.lr, cfg.decay))
         updates, order = [], minibatches(cfg.batch, cfg.minibatches, cfg.epochs, cfg.seed, iteration)
-        for rows in guard.admitted(order, experience, iteration, acted.prompts) if not broken else ():
+        for rows in moments.during(guard.admitted(order, experience, iteration, acted.prompts) if not broken else ()):
             minibatch = experience[rows[dist.rank :: dist.world].to(dist.device)]
             update = ppo.accumulate_gradient(learner, minibatch, objective, micro_batch, dist, precision, cast.cut)
             updates += guard.step(update, experience, rows, iteration, len(updates))
@@ -325,6 +339,15 @@ def open_run(
     kl_control.load_state_dict(run.state.get("kl_control", kl_control.state_dict()))
     cast.held_out.verdicts = run.state.get("verdicts", [])
     return run, kl_control
+
+
+def sleeping_moments(cfg: Config, cast: Cast, optimizer: torch.optim.Optimizer) -> offload.Sleeper:
+    """AdamW's, where --offload names it; they fall asleep, and so does what only judges."""
+    moments = partial(offload.moments, optimizer) if "optimizer" in cfg.offload else tuple
+    sleeper = offload.Sleeper(moments, cast.judges.place)
+    for each in (cast.judges, sleeper):
+        each.sleep()
+    return sleeper
 
 
 def state_of(kl_control: kl.FixedKL | kl.AdaptiveKL, held_out: HeldOutJudge | NoJudge, brakes: Brakes) -> dict:
@@ -378,6 +401,7 @@ def open_cast(cfg: Config, dist: Dist, precision: Precision) -> Cast:
     saved_as = policy_config(base, cfg, stop_ids)
     sampler = sampler_of(cfg, roles, sampling, dist, precision, prompts.longest, saved_as, [tokenizer.path])
     held_out = open_judge(cfg, dist, tokenizer, base, sampler, prompts, stored)
+    judges = judges_of(cfg, dist, model, roles, reward, held_out)
     whole = reward.is_function or reward.by_row  # a function may rightly look at its whole batch
     alone = None if whole else reward.score
     precisions = {"precision": cfg.precision, "sampled_in": sampler.precision}
@@ -389,7 +413,8 @@ def open_cast(cfg: Config, dist: Dist, precision: Precision) -> Cast:
         prompts.longest, cfg.response_tokens, cfg.micro_batch_tokens, "--micro_batch_tokens allows a micro-batch"
     )
     reward.check_room(prompts.longest, cfg.response_tokens)
-    return Cast(roles, reward, acting, *cuts_of(cfg, dist.world), held_out, check, tokenizer, inputs, saved_as)
+    cuts = cuts_of(cfg, dist.world)
+    return Cast(roles, reward, acting, *cuts, held_out, judges, check, tokenizer, inputs, saved_as)
 
 
 def sampler_of(
@@ -410,6 +435,29 @@ def sampler_of(
     push = load_function(cfg.sampler_push, "--sampler_push") if cfg.sampler_push else None
     how = (room, longest, cfg.sampler_timeout, dist, push)
     return Servers(cfg.sampler, roles.policy.model, sampling, cfg.seed, *how)
+
+
+def check_offload(cfg: Config) -> None:
+    """ValueError where --offload names a reward that has nothing to put away."""
+    if "reward" in cfg.offload and not any(scorer_of(path).parameters for path in scorer_of(cfg.reward).own_models):
+        raise ValueError(
+            f"--offload=reward: {cfg.reward} has no trunk of its own that could sleep (a function, a head on the frozen trunk, "
+            "or an HF classifier); leave it out"
+        )
+
+
+def judges_of(cfg: Config, dist: Dist, model, roles: Roles, reward: Scorer, held_out) -> offload.Sleeper:
+    """The frozen weights that --offload names and nobody but the judging phase computes with."""
+    modules = [model] * ("reference" in cfg.offload) + reward.modules * ("reward" in cfg.offload)
+    others = [roles.policy, *(held_out.modules if isinstance(held_out, HeldOutJudge) else ())]
+    theirs = {id(x) for module in others for x in module.parameters()}
+    tensors = {id(x): x for module in modules for x in module.parameters()}
+    if len(tensors.keys() - theirs) < len(tensors) and "reference" in cfg.offload:
+        raise ValueError(
+            f"--offload=reference: the held-out judge {cfg.judge} reads the reference's trunk; leave it out"
+        )
+    mine = [x for key, x in tensors.items() if key not in theirs]
+    return offload.Sleeper(lambda: mine, offload.elsewhere(dist.device, cfg.out), frozen=True)
 
 
 def acting_of(
@@ -514,10 +562,11 @@ def memory_plan(cfg: Config, dist: Dist, micro_batch: int) -> float:
         sampler=cfg.sampler is None,
         baseline=resident_bytes() if dist.device.type == "cpu" else 0,
         dtype=stored_dtype(cfg, optim.amp(dist.device, cfg.precision)),
+        offload=cfg.offload,
     )
     if cfg.plan and dist.is_main:
         print(table(model, sizes, cfg.layout))
-    return peak(plan(model, sizes, cfg.layout)) / 1e9
+    return peak(plan(model, sizes, cfg.layout), cfg.offload) / 1e9
 
 
 def longest_prompt(cfg: Config, context: int) -> int:

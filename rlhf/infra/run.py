@@ -42,6 +42,7 @@ REPORT = (
     "micro_batch",
     "micro_batch_tokens",
     "recompute",
+    "offload",
     "weak_reward",
     "shard",
     "replicas",

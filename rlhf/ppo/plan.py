@@ -1,11 +1,11 @@
 """Memory of one rank before anything is allocated: what each layout of the roles needs for weights, training and passes.
 
 The models are built without memory (torch's meta device), so weights, gradients and moments are counted, not estimated;
-activations, logits and cache follow from the sizes of a micro-batch. The parts are not all needed at the same moment: acting
-and learning have their own sums, and the larger is the peak. Of shards a rank keeps its part; what it gathers comes on top:
-the whole policy to sample, the layers at work to learn. In half precision frozen matrices, the copy that samples and the
-cache take it, what autocast makes of the trained ones (`casts`) comes on top, and gradients, moments and the residual stream
-stay float32.
+activations, logits and cache follow from the sizes of a micro-batch. The parts are not all needed at the same moment: acting,
+judging and learning have their own sums, and the largest is the peak; what --offload names is left out where it sleeps. Of
+shards a rank keeps its part; what it gathers comes on top: the whole policy to sample, the layers at work to learn. In half
+precision frozen matrices, the copy that samples and the cache take it, what autocast makes of the trained ones (`casts`)
+comes on top, and gradients, moments and the residual stream stay float32.
 """
 
 from collections.abc import Iterable
@@ -22,6 +22,8 @@ FLOAT = 4  # bytes
 PARTS = (
     "baseline",
     "weights",
+    "reference",
+    "reward",
     "gradients",
     "optimiser",
     "cache",
@@ -31,9 +33,27 @@ PARTS = (
     "gathered",
     "casts",
 )
-PHASES = {  # which parts are there at once; judging needs less than either
-    "act": ("baseline", "weights", "optimiser", "cache", "logits", "whole"),
-    "learn": ("baseline", "weights", "gradients", "optimiser", "activations", "logits", "gathered", "casts"),
+PHASES = {  # which parts are there at once
+    "act": ("baseline", "weights", "reference", "reward", "optimiser", "cache", "logits", "whole"),
+    "judge": ("baseline", "weights", "reference", "reward", "optimiser", "logits", "gathered", "casts"),
+    "learn": (
+        "baseline",
+        "weights",
+        "reference",
+        "reward",
+        "gradients",
+        "optimiser",
+        "activations",
+        "logits",
+        "gathered",
+        "casts",
+    ),
+}
+CUT = ("weights", "reference", "reward", "optimiser")  # of which a shard keeps its part
+SLEEPS = {  # what --offload names: its part, and the phases in which it lies elsewhere
+    "reference": ("reference", ("act", "learn")),
+    "reward": ("reward", ("act", "learn")),
+    "optimizer": ("optimiser", ("act", "judge")),
 }
 
 
@@ -54,6 +74,7 @@ class Sizes:
     ranks: int = 1  # over which --shard=true cuts weights, gradients and moments
     baseline: int = 0  # bytes that the process holds before: Python, torch, libraries
     dtype: torch.dtype = torch.float32  # of matrix products
+    offload: tuple[str, ...] = ()  # --offload
 
 
 def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
@@ -78,9 +99,13 @@ def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
     # and gradient; or what sampling makes
     logits = max(2 * half * s.micro_batch * s.response, 4 * FLOAT * s.batch * s.sampler) * config.vocab_size
     columns = min(s.prompt + s.response, config.context) + 1
+    alone = {id(x) for x in base.parameters()}.isdisjoint(id(x) for x in policy.parameters())
+    reference = size_of(base.parameters()) if alone else 0  # otherwise the policy computes with it too
     parts = {
         "baseline": s.baseline,
-        "weights": size_of([*base.parameters(), *policy.parameters(), *roles.sampler().parameters()]) + half * s.reward,
+        "weights": size_of([*base.parameters(), *policy.parameters(), *roles.sampler().parameters()]) - reference,
+        "reference": reference,
+        "reward": half * s.reward,
         "casts": half * cast,
         "gradients": FLOAT * (trained + twice),
         "optimiser": 2 * FLOAT * trained,
@@ -89,7 +114,7 @@ def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
         "logits": logits,
     }
     if s.ranks > 1:
-        parts |= {name: FLOAT * -(-parts[name] // FLOAT // s.ranks) for name in ("weights", "optimiser")}
+        parts |= {name: FLOAT * -(-parts[name] // FLOAT // s.ranks) for name in CUT}
         parts["gradients"] = FLOAT * -(-trained // s.ranks)
         parts["whole"] = FLOAT * count(policy.model.parameters())
         # outside of the layers the weights stay for the backward, and their whole gradient until it is handed out
@@ -102,9 +127,15 @@ def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
     return {name: parts.get(name, 0) for name in PARTS}
 
 
-def peak(parts: dict[str, int]) -> int:
+def phases(parts: dict[str, int], offload: Iterable[str] = ()) -> dict[str, int]:
+    """Bytes of every phase, without what sleeps in it."""
+    asleep = {(part, phase) for part, when in map(SLEEPS.get, offload) for phase in when}
+    return {phase: sum(parts[x] for x in names if (x, phase) not in asleep) for phase, names in PHASES.items()}
+
+
+def peak(parts: dict[str, int], offload: Iterable[str] = ()) -> int:
     """Bytes of the phase that needs most."""
-    return max(sum(parts[name] for name in names) for names in PHASES.values())
+    return max(phases(parts, offload).values())
 
 
 def size_of(tensors: Iterable[torch.Tensor]) -> int:
@@ -141,12 +172,16 @@ def kept_per_token(c: ModelConfig, length: int, half: int = FLOAT) -> int:
 def table(config: ModelConfig, sizes: Sizes, layout: str) -> str:
     """The plans of all layouts as text, GB: every part, and what a phase needs together; a star marks the run's own."""
     plans = {name: plan(config, sizes, name) for name in LAYOUTS}
+    asleep = f", asleep between its phases: {', '.join(sizes.offload)}" if sizes.offload else ""
     cut, kind = f", one of {sizes.ranks} shards" if sizes.ranks > 1 else "", str(sizes.dtype).removeprefix("torch.")
-    lines = [f"memory of one rank in GB, {kind}{cut}: {sizes.batch} x ({sizes.prompt} + {sizes.response}) tokens"]
+    lines = [
+        f"memory of one rank in GB, {kind}{cut}: {sizes.batch} x ({sizes.prompt} + {sizes.response}) tokens{asleep}"
+    ]
     lines += [" " * 14 + "".join(f"{name + '*' * (name == layout):>11}" for name in plans)]
     rows = {part: [parts[part] for parts in plans.values()] for part in PARTS if any(p[part] for p in plans.values())}
-    rows |= {phase: [sum(parts[name] for name in PHASES[phase]) for parts in plans.values()] for phase in PHASES}
-    rows["peak"] = [peak(parts) for parts in plans.values()]
+    sums = [phases(parts, sizes.offload) for parts in plans.values()]
+    rows |= {phase: [each[phase] for each in sums] for phase in PHASES}
+    rows["peak"] = [max(each.values()) for each in sums]
     return "\n".join(
         lines + [f"{name:<14}" + "".join(f"{x / 1e9:>11.3f}" for x in numbers) for name, numbers in rows.items()]
     )
