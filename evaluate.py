@@ -337,12 +337,15 @@ def perplexity(model: Transformer, texts: Examples, count: int | None, device) -
 
 def describe(result: dict) -> dict:
     """One row of the results table."""
+    responses = result["responses"]
+    ids = torch.tensor([i for response in responses for i in response], dtype=torch.int64)
+    lengths = torch.tensor([len(response) for response in responses])
     return {
         **{what: mean_and_interval(result[what]) for what in ("reward", "judge") if what in result},
         "kl": float(result["kl"].mean()),
         "kl_interval": paired_bootstrap(result["kl"]),
         "kl_k3": float(result["kl_k3"].mean()),
-        **{f"distinct_{n}": distinct_n(result["responses"], n) for n in (1, 2, 3)},
+        **{f"distinct_{n}": distinct_n(ids, lengths, n) for n in (1, 2, 3)},
         "length": float(result["length"].mean()),
         "eos_rate": float(result["finished"].mean()),
         "perplexity_of_human_text": result["perplexity"],

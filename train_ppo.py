@@ -58,7 +58,7 @@ from rlhf.ppo.guard import Guard, Limits
 from rlhf.ppo.plan import Sizes, peak, plan, table
 from rlhf.ppo.remote import Room, Servers
 from rlhf.ppo.roles import CRITICS, LAYOUTS, Roles
-from rlhf.ppo.rollout import Cut, Experience, OwnSampler, Sampler, gather, judge, minibatches
+from rlhf.ppo.rollout import Cut, Experience, OwnSampler, Sampler, gather, judge, minibatches, share
 from rlhf.ppo.self_check import check_once
 from rlhf.reward.files import check_form
 from rlhf.reward.function import load_function
@@ -299,7 +299,7 @@ def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch
         optim.set_lr(optimizer, lr := optim.schedule(iteration, cfg.iterations, cfg.warmup, cfg.lr, cfg.decay))
         updates, order = [], minibatches(cfg.batch, cfg.minibatches, cfg.epochs, cfg.seed, iteration)
         for rows in moments.during(guard.admitted(order, experience, iteration, acted.prompts) if not broken else ()):
-            minibatch = experience[rows[dist.rank :: dist.world].to(dist.device)]
+            minibatch = share(experience, judged.features, rows, dist)
             update = ppo.accumulate_gradient(learner, minibatch, objective, micro_batch, dist, precision, cast.cut)
             updates += guard.step(update, experience, rows, iteration, len(updates))
         clock.lap("time/learn")

@@ -25,7 +25,7 @@ from rlhf.infra import checkpoint, distributed, optim
 from rlhf.lm.trunks import LoRA, policy_adapter, tuned_model
 from rlhf.ppo import update as ppo
 from rlhf.ppo.roles import CRITICS, LAYOUTS, Roles
-from rlhf.ppo.rollout import Experience, Rollout, gather, judge, minibatches
+from rlhf.ppo.rollout import Experience, Rollout, gather, judge, minibatches, share
 from rlhf.rewards import shape_rewards
 
 pytestmark = pytest.mark.bits
@@ -55,9 +55,10 @@ def act(roles: Roles, mine=EVERYBODY, iteration=0):
 
 
 def act_and_judge(roles: Roles, dist=ALONE, iteration=0, micro_batch=4) -> Rollout:
+    """This rank's rows."""
     samples = act(roles, torch.arange(dist.rank, ROWS, dist.world), iteration)
     score = reward_model(roles.policy.model.norm.weight.dtype).score
-    return gather(judge(samples, roles.policy, roles.reference, score, micro_batch, WIDTH, roles.features), dist)
+    return judge(samples, roles.policy, roles.reference, score, micro_batch, WIDTH, roles.features)
 
 
 def experience_of(rollout: Rollout) -> Experience:
@@ -70,9 +71,10 @@ def train(roles: Roles, dist=ALONE, iterations=2, micro_batch=4) -> list[dict]:
     learner, precision, updates = dist.wrap(roles.policy), optim.amp(dist.device), []
     optimizer = optim.make_optimizer(roles.policy, lr=1e-2, eps=1e-5)
     for iteration in range(iterations):
-        experience = experience_of(act_and_judge(roles, dist, iteration, micro_batch))
+        judged = act_and_judge(roles, dist, iteration, micro_batch)
+        experience = experience_of(gather(judged, dist))
         for rows in minibatches(ROWS, 2, 2, 1, iteration):
-            minibatch = experience[rows[dist.rank :: dist.world]]
+            minibatch = share(experience, judged.features, rows, dist)
             updates.append(ppo.accumulate_gradient(learner, minibatch, OBJECTIVE, micro_batch, dist, precision))
             optim.step(optimizer, roles.policy, precision.scaler, clip=0.5)
     return updates

@@ -12,7 +12,7 @@ from test_layouts import build
 from test_resume import assert_equal_runs, numbers
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from model.transformer import ModelConfig
+from model.transformer import ModelConfig, Transformer
 from rlhf.infra import optim
 from rlhf.infra.offload import File, Rest, Sleeper, moments
 from rlhf.ppo.plan import Sizes, phases, plan
@@ -20,7 +20,15 @@ from rlhf.ppo.plan import Sizes, phases, plan
 PLACES = {"file": File, "memory": lambda directory: lambda x: Rest(x.clone(), lambda: None)}
 every_place = pytest.mark.parametrize("place", PLACES)
 ALL = "reference,reward,optimizer"
-PPO = {"iterations": 4, "checkpoint_every": 2, "minibatches": 2, "batch": 32, "judge": "data", "judge_every": 3}
+PPO = {
+    "iterations": 4,
+    "checkpoint_every": 2,
+    "minibatches": 2,
+    "batch": 32,
+    "judge": "data",
+    "judge_every": 3,
+    "judge_prompts": 1,
+}
 
 
 @every_place
@@ -75,7 +83,13 @@ def test_moments_sleep_while_they_are_needed_least(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*(net.parameters() for net in nets)))
 
 
-@pytest.mark.parametrize("layout, offload", [("full", ALL), ("shared", "optimizer"), ("branch", "reward,optimizer")])
+@pytest.mark.parametrize(
+    "layout, offload",
+    [
+        ("full", ALL),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in (("shared", "optimizer"), ("branch", "reward"))),
+    ],
+)
 def test_a_run_is_the_same_and_its_checkpoints_hold_what_sleeps(world, tmp_path, layout, offload):
     """The second half is run again from the checkpoint in the middle, which may be read with another --offload."""
     options = PPO | {"layout": layout} | ({"branch_layers": 1} if layout == "branch" else {})
@@ -83,7 +97,7 @@ def test_a_run_is_the_same_and_its_checkpoints_hold_what_sleeps(world, tmp_path,
     world.ok("train_ppo.py", out=tmp_path / "asleep", offload=offload, **options)
     assert_equal_runs(tmp_path / "asleep", tmp_path / "plain")
     shutil.rmtree(tmp_path / "asleep/step_000004")
-    world.ok("train_ppo.py", out=tmp_path / "asleep", offload="optimizer", **options)
+    world.ok("train_ppo.py", out=tmp_path / "asleep", **options)
     assert_equal_runs(tmp_path / "asleep", tmp_path / "plain")
 
 
@@ -106,18 +120,19 @@ def test_what_would_never_sleep_is_refused(world, tmp_path, options, reason):
     assert done.err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
-def test_no_space_for_what_sleeps_is_one_line(world, tmp_path):
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
+def limit_files() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
 
-    done = world.run("train_ppo.py", out=tmp_path / "out", before=limit, offload="reference")
+
+def test_no_space_for_what_sleeps_is_one_line(world, tmp_path):
+    done = world.run("train_ppo.py", out=tmp_path / "out", before=limit_files, offload="reference")
     assert done.code == 2 and done.err == f"error: File too large: {tmp_path / 'out'}\n"
 
 
 def test_the_plan_leaves_out_what_sleeps(world, tmp_path):
     sizes = Sizes(batch=8, micro_batch=4, prompt=5, response=6, reward=10**6)
     parts = plan(ModelConfig(**SMALL), sizes, "shared")
-    model = sum(x.numel() for x in small_model("llama", layers=SMALL["layers"]).parameters())
+    model = sum(x.numel() for x in Transformer(ModelConfig(**SMALL)).parameters())
     assert (parts["reference"], parts["reward"]) == (4 * model, 4 * 10**6)
     plain, asleep = phases(parts), phases(parts, ALL.split(","))
     frozen = parts["reference"] + parts["reward"]
@@ -131,7 +146,7 @@ def test_the_plan_leaves_out_what_sleeps(world, tmp_path):
 @pytest.mark.slow
 def test_shards_sleep_too(world, tmp_path):
     for out, more in (("plain", {}), ("asleep", {"offload": ALL})):
-        options = PPO | {"layout": "full", "shard": "true", "judge": None, "judge_every": None}
+        options = PPO | {"layout": "full", "shard": "true", "judge": None, "judge_every": None, "judge_prompts": None}
         done = world.spawn(world.command("train_ppo.py", out=tmp_path / out, **options, **more), ranks=2)
         assert done.code == 0, done.err
     assert len(numbers(tmp_path / "plain")) == 4

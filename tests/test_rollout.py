@@ -11,7 +11,7 @@ from small_rollout import EOS, PAD, RESPONSE, TEMPERATURE, WIDTH, act, actor_cri
 from model.generate import Generated
 from rlhf.infra import distributed, optim
 from rlhf.ppo import update as ppo
-from rlhf.ppo.rollout import Experience, Rollout, concatenate, gather, judge, minibatches
+from rlhf.ppo.rollout import Experience, Rollout, concatenate, gather, judge, minibatches, share
 
 pytestmark = pytest.mark.bits
 
@@ -121,11 +121,14 @@ class Ranks:
 
 
 def test_gather_restores_the_global_order():
-    """Rank r holds rows r, r + 2, ...: the gathered rollout is what one process would hold."""
+    """Rank r holds rows r, r + 2, ...: the gathered rollout is what one process would hold, but for the features."""
     facts = some(6)
-    parts = [facts[rank::2] for rank in (0, 1)]
-    assert same(gather(parts[0], Ranks(parts)), facts) and same(gather(parts[1], Ranks(parts)), facts)
     bare = replace(facts, features=facts.features[..., :0])  # nobody is asked to send nothing
+    parts = [facts[rank::2] for rank in (0, 1)]
+    for part in parts:
+        columns = Ranks(parts)
+        columns.columns.pop()  # of the features
+        assert same(gather(part, columns), bare)
 
     class Silent(Ranks):
         def all_gather_rows(self, x):
@@ -135,6 +138,35 @@ def test_gather_restores_the_global_order():
     parts = [bare[rank::2] for rank in (0, 1)]
     assert same(gather(parts[0], Silent(parts)), bare)
     assert gather(facts, distributed.Dist()) is facts
+
+
+class Post:
+    """Ranks in one process, asked one after the other: first what they send, then again, with what they get."""
+
+    def __init__(self, world: int):
+        self.world, self.rank, self.device, self.sent, self.asked = world, 0, torch.device("cpu"), {}, 0
+
+    def exchange_rows(self, parts, counts):
+        self.asked += 1
+        self.sent[self.rank] = parts
+        theirs = [self.sent[rank][self.rank] if rank in self.sent else parts[0] for rank in range(self.world)]
+        assert len(self.sent) < self.world or [len(x) for x in theirs] == counts
+        return torch.cat(theirs) if len(self.sent) == self.world else torch.cat(parts)[:1].repeat(sum(counts), 1, 1)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_features_go_to_whoever_learns_from_their_rows(world):
+    """In every minibatch of three epochs each rank has what one process would have; in the first nobody sends anything."""
+    lengths = torch.tensor([4, 2, 3, 5, 1, 4] * 4)
+    facts = some(24, lengths=lengths, mask=torch.arange(5) < lengths[:, None])
+    bare = facts if world == 1 else replace(facts, features=facts.features[..., :0])
+    for number, rows in enumerate(minibatches(24, 2, 3, 1, 0)):
+        post = Post(world)
+        for post.rank in [*range(world), *range(world)]:
+            part = share(bare, facts.features[post.rank :: world], rows, post)
+            if post.asked > world or not post.asked:
+                assert same(part, facts[rows[post.rank :: world]])
+        assert post.asked == (0 if world == 1 or number < 2 else 2 * world)
 
 
 # ---- minibatches

@@ -31,7 +31,7 @@ from rlhf.lm.frozen import FrozenStates
 from rlhf.ppo import update as ppo
 from rlhf.ppo.early_stop import HeldOutJudge, NoBound
 from rlhf.ppo.roles import ActorCritic
-from rlhf.ppo.rollout import gather, judge, minibatches
+from rlhf.ppo.rollout import gather, judge, minibatches, share
 from rlhf.reward.model import FrozenReward
 
 FAMILIES = ("llama", "qwen2")  # an output matrix of its own, and a tied one
@@ -59,7 +59,7 @@ def train(layout: str, critic: str, family: str, dist: distributed.Dist, micro_b
         rollout = gather(judged, dist)
         experience = experience_of(rollout)
         for rows in minibatches(ROWS, 2, 2, 1, iteration):
-            part = experience[rows[dist.rank :: dist.world]]
+            part = share(experience, judged.features, rows, dist)
             update = ppo.accumulate_gradient(learner, part, OBJECTIVE, micro_batch, dist, precision)
             gradients = {n: x.grad for n, x in policy.named_parameters() if x.grad is not None}
             if not seen:

@@ -109,9 +109,18 @@ class Dist:
         if self.world == 1:
             return x.clone()
         mine = x.detach().to(self.device).contiguous()
-        parts = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(parts, mine)
-        return torch.cat(parts).to(x.device)
+        rows = mine.new_empty(self.world, *mine.shape)
+        dist.all_gather([*rows], mine)
+        return rows.flatten(0, 1).to(x.device)
+
+    def exchange_rows(self, parts: list[Tensor], counts: list[int]) -> Tensor:
+        """parts[r] goes to rank r; -> what they send here, counts[r] rows of rank r, below each other in rank order."""
+        if self.world == 1:
+            return parts[0].clone()
+        mine = torch.cat(parts).detach().to(self.device)
+        rows = mine.new_empty(sum(counts), *mine.shape[1:])
+        dist.all_to_all_single(rows, mine, counts, [len(part) for part in parts])
+        return rows.to(parts[0].device)
 
     def same(self, x: Tensor | nn.Module) -> bool:
         """Do all ranks hold the same names, shapes and bits? Every rank gets the same answer.

@@ -128,11 +128,16 @@ def rest(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         attach(part, units(part, mesh))
     for part in module.modules():
         for name in METHODS:
-            if hasattr(part, name) and (needed := units_of(part.embed_tokens)):
+            if hasattr(part, name) and (needed := units_of(matrix_of(part, name))):
                 setattr(part, name, awake(getattr(part, name), needed))
         if hasattr(part, "logits_in_parts") and units_of(part.lm_head or part.embed_tokens):
             part.logits_in_parts = False  # ranks have different numbers of rows, and gather for every part
     return module
+
+
+def matrix_of(model: nn.Module, method: str) -> nn.Module:
+    """What one of METHODS computes with."""
+    return model.lm_head or model.embed_tokens if method == "project" else model.embed_tokens
 
 
 def owners(module: nn.Module) -> Iterator[nn.Module]:
@@ -164,16 +169,20 @@ def attach(part: nn.Module, units: list[Unit]) -> None:
         return
     part.rests = True
     part.register_forward_pre_hook(lambda _, args: wake(units), prepend=True)
-    part.register_forward_hook(lambda _, args, output: leave(units, args, output))
+    # also where it is left early, as a block is that has computed again all that the backward pass needs of it
+    part.register_forward_hook(lambda _, args, output: leave(units, args, output), always_call=True)
 
 
 def awake(method: Callable[..., Tensor], units: list[Unit]) -> Callable[..., Tensor]:
     @functools.wraps(method)
     def waking(*args) -> Tensor:
         wake(units)
-        output = method(*args)
-        leave(units, args, output)
-        return output
+        output = None
+        try:
+            output = method(*args)
+            return output
+        finally:
+            leave(units, args, output)
 
     return waking
 
@@ -188,13 +197,13 @@ def let_rest(units: list[Unit]) -> None:
         unit.rest()
 
 
-def leave(units: list[Unit], args: tuple, output: Tensor) -> None:
-    """After a forward: let them rest until the backward needs them, which is between two gradients.
+def leave(units: list[Unit], args: tuple, output: Tensor | None) -> None:
+    """After a forward: let them rest until the backward needs them, which is between two gradients. None: it was cut short.
 
     Where it is computed again for a checkpoint of activations, the backward has woken them already.
     """
     in_backward = torch._C._current_graph_task_id() != -1
-    if torch.is_grad_enabled() and output.requires_grad and not in_backward:
+    if torch.is_grad_enabled() and not in_backward and output is not None and output.requires_grad:
         x = args[0]
 
         def before(grad: Tensor) -> None:

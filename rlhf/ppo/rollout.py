@@ -217,18 +217,40 @@ def concatenate(parts: list[Rollout]) -> Rollout:
 def gather(rollout: Rollout, dist: Dist) -> Rollout:
     """The rollout of all ranks in global row order: rank r holds the rows r, r + world, r + 2 world, ...
 
-    A rollout is a few numbers per token (in the branch layout one hidden state), so every rank can hold all of it. Credit
-    and whitening are then global without further thought, and a minibatch is the same set of rows for every world size.
+    A rollout is a few numbers per token, so every rank can hold all of it. Credit and whitening are then global without further
+    thought, and a minibatch is the same set of rows for every world size. Features, a hidden state per token, stay with the
+    rank that judged their rows, see `share`: all of them together would not fit.
     """
+    if dist.world == 1:
+        return rollout
+    return replace(rollout, features=rollout.features[..., :0]).map(lambda x: interleaved(x, dist))
 
-    return rollout if dist.world == 1 else rollout.map(lambda x: interleaved(x, dist))
+
+def share(experience: Experience, features: Tensor, rows: Tensor, dist: Dist) -> Experience:
+    """This rank's part of a minibatch of these global rows.
+
+    features (B / world, T, D): of the rows that this rank judged. In the first epoch it learns from them itself; those of
+    other rows are sent to whoever learns from them now.
+    """
+    learners = [rows[rank :: dist.world] for rank in range(dist.world)]  # the rows that each rank learns from
+    mine = experience[learners[dist.rank].to(dist.device)]
+    if dist.world == 1 or features.shape[-1] == 0:
+        return mine
+    if all(bool((of % dist.world == rank).all()) for rank, of in enumerate(learners)):
+        here = (learners[dist.rank] // dist.world).to(dist.device)
+        return replace(mine, features=features[here])
+    parts = [features[(of[of % dist.world == dist.rank] // dist.world).to(dist.device)] for of in learners]
+    judges = learners[dist.rank] % dist.world  # who sends each of them
+    counts = judges.bincount(minlength=dist.world).tolist()
+    places = judges.argsort(stable=True).argsort().to(dist.device)  # where each of them comes in
+    return replace(mine, features=dist.exchange_rows(parts, counts)[places])
 
 
 def interleaved(x: Tensor, dist: Dist) -> Tensor:
     """The rows of all ranks in global order: (B, ...) -> (world B, ...)."""
     if dist.world == 1:
         return x
-    if x.numel() == 0:  # no features: nothing to send
+    if x.numel() == 0:  # nothing to send
         return x.new_zeros(dist.world * len(x), *x.shape[1:])
     parts = dist.all_gather_rows(x).reshape(dist.world, *x.shape)  # (world, B, ...)
     return parts.transpose(0, 1).reshape(dist.world * len(x), *x.shape[1:])

@@ -132,7 +132,6 @@ def metrics(
     kl = mean_kl(experience)
     reward = float(masked_sum(experience.rewards, mask, 1).mean())
     mismatch = torch.where(mask, (experience.logprobs - experience.sampler_logprobs).abs(), 0)
-    responses = [row[m].tolist() for row, m in zip(experience.tokens, mask)]
     record = {
         "objective/scores": score,
         "objective/kl": kl,
@@ -143,7 +142,7 @@ def metrics(
         "response/length": float(mask.sum(1).double().mean()),
         "response/eos_rate": float(experience.finished.double().mean()),
         "response/truncated_rate": float((~experience.finished).double().mean()),
-        "response/distinct_2": distinct_n(responses, 2),
+        "response/distinct_2": distinct_n(experience.tokens[mask], mask.sum(1), 2),
         "rollout/logprob_diff_mean": float(masked_mean(mismatch, mask)),
         "rollout/logprob_diff_max": float(mismatch.max()),
         "returns/mean": float(masked_mean(returns, mask)),
@@ -165,7 +164,17 @@ def mean_kl(rollout: Rollout) -> float:
     return float(masked_sum(rollout.logprobs - rollout.ref_logprobs, rollout.mask, 1).mean())
 
 
-def distinct_n(rows: list[list[int]], n: int) -> float:
-    """Different n-grams / all n-grams, counted over all rows together (Li et al. 2016, arXiv:1510.03055); 0 if none."""
-    grams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 0.0
+def distinct_n(ids: Tensor, lengths: Tensor, n: int) -> float:
+    """Different n-grams / all n-grams, counted over all rows together (Li et al. 2016, arXiv:1510.03055); 0 if none.
+
+    ids (N,) of the rows, one after the other; lengths (B,) of them.
+    """
+    row, last = torch.arange(len(lengths), device=ids.device).repeat_interleave(lengths), len(ids) - n + 1
+    if last < 1:
+        return 0.0
+    grams = ids[:last]  # as one number each, which stands for all ids so far
+    for i in range(1, n):
+        following = ids[i : last + i]
+        grams = grams.unique(return_inverse=True)[1] * (following.max() + 1) + following
+    grams = grams[row[:last] == row[n - 1 :]]
+    return len(grams.unique()) / len(grams) if len(grams) else 0.0
