@@ -96,7 +96,7 @@ def test_where_servers_sample_there_is_no_cache_and_no_copy(layout, dtype):
     roles = LAYOUTS[layout](base, CRITICS[layout], 1.0, LORA, 2).stored_in(dtype, sampler=False)
     assert roles.half is None
     planned, own = (plan(config(), sizes(dtype=dtype, sampler=on), layout) for on in (False, True))
-    assert planned["weights"] == size_of([*base.parameters(), *roles.policy.parameters()])
+    assert planned["weights"] + planned["reference"] == size_of([*base.parameters(), *roles.policy.parameters()])
     assert planned["cache"] == 0 < own["cache"] and planned["logits"] <= own["logits"]
     assert (planned["weights"] < own["weights"]) == (dtype != torch.float32)
     same = PARTS[:1] + ("gradients", "optimiser", "activations", "casts")
