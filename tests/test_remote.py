@@ -1,7 +1,9 @@
 """The other side of the sampler's wall: real serve.py processes give the rollouts that the policy itself would give."""
 
 import concurrent.futures
+import contextlib
 import copy
+import http.client
 import http.server
 import json
 import os
@@ -14,6 +16,8 @@ from types import SimpleNamespace
 import pytest
 import tiny_server
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from small_rollout import moved
 from tiny import TIMEOUT, lines
 from tiny_server import serving
@@ -190,6 +194,22 @@ def test_other_weights_are_noticed_and_the_right_ones_given_again(home, server):
     assert_same_rollouts(ours(*asked(), 2), theirs(*asked(), 2))
     assert server.request("/v1/weights", **AUTH)[2]["sha256"] == theirs.sha256
     checkpoint.remove([home / "room" / "strange"])
+
+
+def test_workers_that_come_later_begin_with_the_newest_weights(home, server):
+    """All that are there have been killed; nobody gives the weights again."""
+    theirs = servers_of(home, (server.url,), moved(open_pretrained(home / "lm").model, 0.1))
+    theirs.refresh()
+    first = workers_of(server)
+    for pid in first:
+        os.kill(pid, signal.SIGKILL)
+    seen, body = set(), {"prompt": [5, 6], "max_tokens": 2}
+    while len(seen) < 20:
+        with contextlib.suppress(OSError, http.client.HTTPException):  # those that were connected to one that died
+            status, _, told = server.request("/v1/completions", body, **AUTH)
+            assert status == 200 and told["system_fingerprint"] == theirs.sha256[:16]
+            seen.add(told["id"])
+    assert len(workers_of(server)) == 2 and not {*first} & {*workers_of(server)}
 
 
 # ---- POST /v1/weights
@@ -411,6 +431,33 @@ def test_an_answer_is_checked(change, why):
     for broken in ({}, {"choices": 5}, {"choices": [5]}, {"choices": []}):
         with pytest.raises(ValueError, match="choices"):
             answers(broken, 1, 2, 9, [2], "http://x")
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*GOOD, "token_logprobs"]), inner),
+    max_leaves=6,
+)
+choices = st.fixed_dictionaries(
+    {},
+    optional={
+        "index": st.sampled_from([0, 0, 1]) | anything,
+        "finish_reason": st.sampled_from(["stop", "length"]) | anything,
+        "token_ids": st.lists(st.integers(0, 9), max_size=3) | anything,
+        "logprobs": st.fixed_dictionaries({"token_logprobs": st.lists(st.floats(-9, 0), max_size=3)}) | anything,
+    },
+)
+
+
+@given(st.fixed_dictionaries({"choices": st.lists(choices | anything, min_size=1, max_size=2) | anything}))
+def test_whatever_a_server_says_is_a_response_or_refused(told):
+    try:
+        (answer,) = answers(told, 1, 2, 9, [2], "http://x")
+    except ValueError as error:
+        assert str(error).startswith("--sampler=http://x gave ") and len(str(error)) < 300
+        return
+    assert 1 <= len(answer.ids) == len(answer.logprobs) <= 2 and {*answer.ids} <= {*range(9)}
+    assert answer.finished == (2 in answer.ids) == (answer.ids[-1] == 2) and (answer.finished or len(answer.ids) == 2)
 
 
 def test_neighbours_with_one_prompt_are_one_question():

@@ -301,6 +301,7 @@ class Servers:
 
     def __call__(self, prompts: Tensor, lengths: Tensor, ids: Tensor, iteration: int) -> Generated:
         """Responses to right-padded prompts (B, P) of these lengths (B,), on this rank's device."""
+        prompts, lengths = prompts.cpu(), lengths.cpu()
         asked = questions(prompts, lengths, ids, self.choices)
         lines, found = Lines(), {}
         with ThreadPoolExecutor(self.threads) as pool:
@@ -352,10 +353,10 @@ class Servers:
             tokens[i, :start] = prompts[i, :start]
             tokens[i, start : start + len(row.ids)] = torch.tensor(row.ids)
             logprobs[i, start : start + len(row.ids)] = torch.tensor(row.logprobs)
-        columns, begin = torch.arange(T), lengths.cpu()
-        mask = (columns >= begin[:, None]) & (columns < whole[:, None])
+        columns = torch.arange(T)
+        mask = (columns >= lengths[:, None]) & (columns < whole[:, None])
         finished = torch.tensor([row.finished for row in rows])
-        return Generated(*(x.to(device) for x in (tokens, whole, begin, mask, logprobs, finished)))
+        return Generated(*(x.to(device) for x in (tokens, whole, lengths, mask, logprobs, finished)))
 
 
 def answers(told: dict, n: int, most: int, vocabulary: int, stop_ids, url: str) -> list[Answer]:
