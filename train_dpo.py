@@ -96,7 +96,7 @@ def main() -> None:
     precision = optim.amp(dist.device, cfg.precision)
     base = open_pretrained(cfg.init, dist.device)
     tokenizer, loader, held_out = open_pairs(cfg, base)
-    roles = LAYOUTS[cfg.layout](base.model.eval(), "none", 1.0, lora_of(cfg), cfg.branch_layers)
+    roles = LAYOUTS[cfg.layout](base.model.eval(), "none", 1.0, lora_of(cfg), cfg.branch_layers, dist.copied)
     roles.store(stored_dtype(cfg, precision))
     recompute_blocks(roles.policy, cfg.recompute)
     asleep = base.model.parameters if cfg.offload else tuple
@@ -107,8 +107,8 @@ def main() -> None:
         raise ValueError(
             f"epochs {cfg.epochs} of {loader.order.steps_per_epoch} steps each is less than one step; use more"
         )
-    dist.rest(base.model)
     learner = dist.wrap(roles.policy)
+    dist.rest(base.model)
     optimizer = optim.make_optimizer(roles.policy, cfg.lr, cfg.weight_decay, betas=(0.9, 0.999))
     inputs = {"init_sha256": base.digest, "data_sha256": loader.data.digest}
     options, files = asdict(cfg) | inputs, [tokenizer.path]

@@ -34,7 +34,7 @@ from data.examples import Examples
 from data.loader import PromptLoader, drawn, micro_batches, open_data, prompts_of, unseen
 from data.tokenizer import Detokenizer, Tokenizer, check_fingerprint, load_tokenizer
 from evaluation.card import beats_length
-from model.generate import Sampling
+from model.generate import SAMPLED_AT_ONCE, Sampling
 from model.transformer import recompute_blocks
 from rlhf import kl
 from rlhf.advantages import ESTIMATORS
@@ -216,6 +216,7 @@ class Cast:
     """Who plays in a run, opened by `open_cast`."""
 
     roles: Roles
+    learner: torch.nn.Module  # the policy as `dist.wrap` makes it
     reward: Scorer
     act: Callable[[int], Acted]  # of an iteration
     cut: Cut | None  # of a minibatch's rows on this rank, by tokens; None: by rows
@@ -251,8 +252,7 @@ def main() -> None:
 def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch: int) -> None:
     """The loop: `iterations` times act, judge, assign credit, learn and report, or until there is a reason to stop."""
     policy, reference, held_out = cast.roles.policy, cast.roles.reference, cast.held_out
-    recompute_blocks(policy, cfg.recompute)
-    learner = dist.wrap(policy)
+    learner = cast.learner
     optimizer = optim.make_optimizer(policy, cfg.lr, cfg.weight_decay, betas=(0.9, 0.999), eps=cfg.adam_eps)
     objective = objective_of(cfg)
     estimator = ESTIMATORS[cfg.estimator]
@@ -389,12 +389,15 @@ def open_cast(cfg: Config, dist: Dist, precision: Precision) -> Cast:
     prompts = open_prompts(cfg, train, base)
     say(f"prompts: {prompts.summary}", dist.is_main)
     model, lora = base.model.eval(), lora_of(cfg)
-    roles = LAYOUTS[cfg.layout](model, critic_of(cfg), cfg.temperature, lora, cfg.branch_layers)
+    roles = LAYOUTS[cfg.layout](model, critic_of(cfg), cfg.temperature, lora, cfg.branch_layers, dist.copied)
     stored = stored_dtype(cfg, precision)
     roles = roles.stored_in(stored, sampler=cfg.sampler is None)
+    recompute_blocks(roles.policy, cfg.recompute)
+    learner = dist.wrap(roles.policy)
+    dist.rest(model)  # before another model is opened
     asked = {"records": prompts.records, "template": train.template}
     reward = open_scorer(cfg.reward, tokenizer, dist.device, base, roles.frozen, **asked, dtype=stored)
-    dist.rest(model, *reward.modules)
+    dist.rest(*reward.modules)
     for path in reward.own_models:
         check_form(path, train)
     sampling = Sampling(cfg.response_tokens, stop_ids, tokenizer.pad, cfg.temperature)
@@ -414,7 +417,7 @@ def open_cast(cfg: Config, dist: Dist, precision: Precision) -> Cast:
     )
     reward.check_room(prompts.longest, cfg.response_tokens)
     cuts = cuts_of(cfg, dist.world)
-    return Cast(roles, reward, acting, *cuts, held_out, judges, check, tokenizer, inputs, saved_as)
+    return Cast(roles, learner, reward, acting, *cuts, held_out, judges, check, tokenizer, inputs, saved_as)
 
 
 def sampler_of(
@@ -557,6 +560,7 @@ def memory_plan(cfg: Config, dist: Dist, micro_batch: int) -> float:
         lora=lora_of(cfg),
         branch_layers=cfg.branch_layers,
         recompute=cfg.recompute,
+        drawn=SAMPLED_AT_ONCE if dist.device.type == "cpu" else None,
         ranks=dist.world // cfg.replicas if cfg.shard else 1,
         reward=scorer_of(cfg.reward).parameters,
         sampler=cfg.sampler is None,

@@ -34,7 +34,7 @@ import figures  # noqa: E402
 import peers  # noqa: E402
 import torch  # noqa: E402
 
-from model.generate import Sampling, generate, row_uniforms  # noqa: E402
+from model.generate import SAMPLED_AT_ONCE, Sampling, generate, row_uniforms  # noqa: E402
 from model.half import store  # noqa: E402
 from model.transformer import ModelConfig, Transformer  # noqa: E402
 from rlhf.advantages import gae  # noqa: E402
@@ -158,6 +158,7 @@ def planned_memory(sizes: Sizes, side: str, precision: str) -> float:
         branch_layers=sizes.branch_layers,
         reward=trunk_parameters(model) if own_reward else 0,
         baseline=run.resident_bytes(),
+        drawn=SAMPLED_AT_ONCE,
         dtype=optim.DTYPES[precision],
     )
     return plan.peak(plan.plan(model, planned, layout)) / 1e9

@@ -37,6 +37,7 @@ from model.families import (
     show_names,
     size,
 )
+from model.mapped import mapped
 from model.transformer import Transformer
 
 BUFFERS = re.compile(r"(h\.\d+\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")  # of old files: masks, frequencies
@@ -149,31 +150,34 @@ class Stored:
     name: str  # in that file
     shape: tuple[int, ...]
     dtype: str  # as safetensors spells it: F32, BF16 ...
+    begin: int  # in bytes
 
     def read(self) -> Tensor:
-        """The tensor, through a mapping of its own: what was read leaves the memory with it."""
-        with open_tensors(self.file) as tensors:
-            return tensors.get_tensor(self.name)
-
-
-def open_tensors(file: Path) -> safe_open:
-    """A memory-mapped safetensors file. ValueError where it is damaged: the header is checked against the file's size."""
-    if not file.is_file():
-        raise FileNotFoundError(errno.ENOENT, "no such file", str(file))  # a pipe or a device would be waited for
-    with open(file, "rb") as start:
-        header = int.from_bytes(start.read(8), "little")
-    if header > LARGEST_JSON:
-        raise ValueError(f"{file} claims a header of {header} bytes; at most {LARGEST_JSON} are read")
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a readable safetensors file: {show(str(error), 150)}") from None
+        """The tensor, mapped into memory: what was read leaves the memory with it. ValueError for a dtype that is unknown."""
+        if self.dtype not in DTYPES:
+            raise ValueError(
+                f"{self.file}: {show(self.name, 100)} is stored as {self.dtype}; known: {', '.join(DTYPES)}"
+            )
+        return mapped(self.file, self.begin, DTYPES[self.dtype], self.shape)
 
 
 def stored_tensors(file: Path) -> dict[str, Stored]:
-    with open_tensors(file) as tensors:
-        slices = {name: tensors.get_slice(name) for name in tensors.keys()}
-        return {name: Stored(file, name, tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
+    """What a safetensors file holds. ValueError where it is damaged: the header is checked against the file's size."""
+    if not file.is_file():
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(file))  # a pipe or a device would be waited for
+    with open(file, "rb") as start:
+        length = int.from_bytes(start.read(8), "little")
+        if length > LARGEST_JSON:
+            raise ValueError(f"{file} claims a header of {length} bytes; at most {LARGEST_JSON} are read")
+        header = start.read(length)
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            names = [*tensors.keys()]
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a readable safetensors file: {show(str(error), 150)}") from None
+    entries = json.loads(header)
+    data = {name: (entries[name], 8 + length + entries[name]["data_offsets"][0]) for name in names}
+    return {name: Stored(file, name, tuple(x["shape"]), x["dtype"], begin) for name, (x, begin) in data.items()}
 
 
 def shard_files(directory: Path, index: Path) -> dict[str, set[str]]:
@@ -291,26 +295,19 @@ def load_hf(
     check_shapes(shapes, found, directory, f"this {info.family} {info.kind} model")
 
     dtype = dtype or reduce(torch.promote_types, (DTYPES[found[name].dtype] for name in shapes))
-    mapped: dict[Path, safe_open] = {}
     state = {}
     for name, parts in layout.items():
-        tensor = fetch(found[name], dtype, device, mapped, transposed=name.endswith(CONV1D))
+        tensor = fetch(found[name], dtype, device, transposed=name.endswith(CONV1D))
         rows = tensor.split([ours[part][0] for part in parts])
         state |= {part: x.contiguous() for part, x in zip(parts, rows)}
     model.load_state_dict(state, assign=True)
     if info.kind == "classifier":
-        info = replace(info, score=fetch(found["score.weight"], dtype, device, mapped))
+        info = replace(info, score=fetch(found["score.weight"], dtype, device))
     return model, info
 
 
-def fetch(
-    stored: Stored, dtype: torch.dtype, device: torch.device | str, mapped: dict[Path, safe_open], transposed=False
-) -> Tensor:
-    """One tensor from its file: a view of the mapped file, or a copy where it must change."""
-    if DTYPES[stored.dtype] == dtype and torch.device(device).type == "cpu" and not transposed:
-        if stored.file not in mapped:
-            mapped[stored.file] = open_tensors(stored.file)
-        return check_finite(mapped[stored.file].get_tensor(stored.name), stored)
+def fetch(stored: Stored, dtype: torch.dtype, device: torch.device | str, transposed: bool = False) -> Tensor:
+    """One tensor from its file: mapped into memory, or a copy where it must change."""
     tensor = check_finite(stored.read(), stored).to(device=device, dtype=dtype)
     return tensor.T.contiguous() if transposed else tensor
 

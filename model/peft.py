@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.config import show
 from model.families import family_of, flag, hf_module, real, show_names, size
-from model.hf import DTYPES, complete_directory, inside, open_tensors, read_json, stored_tensors, write_tensors
+from model.hf import DTYPES, complete_directory, inside, read_json, stored_tensors, write_tensors
 from model.lora import adapter_scale, load_adapter, lora_layers
 from model.transformer import Transformer
 
@@ -160,21 +160,20 @@ def load_peft(
         raise ValueError(f"{file} holds no floating-point numbers in {show_names(odd)}")
 
     tensors = {}
-    with open_tensors(file) as opened:
-        for key, entry in stored.items():
-            module, _, which = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-            if not key.startswith(PREFIX) or module not in groups or which not in ("lora_A", "lora_B"):
-                raise ValueError(f"{file} holds {show(key, 100)}, which this model has no place for")
-            paths = groups[module]
-            rows = [model.get_submodule(path).out_features for path in paths]
-            shape = (rank, model.get_submodule(paths[0]).in_features) if which == "lora_A" else (sum(rows), rank)
-            if entry.shape != shape:
-                raise ValueError(f"{file}: {show(key, 100)} has shape {entry.shape}; {shape} was expected")
-            tensor = opened.get_tensor(key)
-            if not torch.isfinite(tensor).all():
-                raise ValueError(f"{file} is damaged: {show(key, 100)} holds numbers that are not finite")
-            pieces = [tensor] * len(paths) if which == "lora_A" else tensor.split(rows)
-            tensors |= {f"{path}.{which}": piece for path, piece in zip(paths, pieces)}
+    for key, entry in stored.items():
+        module, _, which = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if not key.startswith(PREFIX) or module not in groups or which not in ("lora_A", "lora_B"):
+            raise ValueError(f"{file} holds {show(key, 100)}, which this model has no place for")
+        paths = groups[module]
+        rows = [model.get_submodule(path).out_features for path in paths]
+        shape = (rank, model.get_submodule(paths[0]).in_features) if which == "lora_A" else (sum(rows), rank)
+        if entry.shape != shape:
+            raise ValueError(f"{file}: {show(key, 100)} has shape {entry.shape}; {shape} was expected")
+        tensor = entry.read()
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{file} is damaged: {show(key, 100)} holds numbers that are not finite")
+        pieces = [tensor] * len(paths) if which == "lora_A" else tensor.split(rows)
+        tensors |= {f"{path}.{which}": piece for path, piece in zip(paths, pieces)}
     try:
         return load_adapter(model, tensors, scale, name)
     except ValueError as error:

@@ -129,11 +129,12 @@ def test_every_layout_learns_and_is_a_model(place, tmp_path, layout):
 
 
 @pytest.mark.slow
-def test_ranks_and_micro_batches_change_nothing(place, tmp_path):
+def test_ranks_shards_and_micro_batches_change_nothing(place, tmp_path):
     runs = [
         train(place, tmp_path / "one", "--epochs=0.5", "--loss=ipo"),
         train(place, tmp_path / "micro", "--epochs=0.5", "--loss=ipo", "--micro_batch=2"),
         train(place, tmp_path / "two", "--epochs=0.5", "--loss=ipo", ranks=2),
+        train(place, tmp_path / "shards", "--epochs=0.5", "--loss=ipo", "--micro_batch=2", "--shard=true", ranks=2),
     ]
     for other in runs[1:]:
         for a, b in zip(runs[0], other, strict=True):

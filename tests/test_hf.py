@@ -1,7 +1,9 @@
 """HF-format directories: against transformers where it is installed, against ourselves and by refusal everywhere."""
 
 import copy
+import gc
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -18,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from model.config import ModelConfig
 from model.families import family_of
 from model.gguf import read_gguf
+from model.half import store
 from model.hf import complete_directory, load_hf, read_config, reward_head, save_hf
 from rlhf.infra import checkpoint
 from rlhf.reward.model import RewardModel
@@ -169,6 +172,29 @@ def test_a_loaded_model_is_a_model_like_any_other(gpt2, tmp_path):
     checkpoint.load_weights(trained, checkpoint.load(path).tensors, path)
     save_hf(gpt2, model)  # in place of the files that it is mapped from
     assert same_weights(trained, model) and same_weights(trained, load_hf(gpt2)[0])
+
+
+def mapped_bytes(file: Path) -> int:
+    """Of this process's address space that lie in a file."""
+    rows = [row.split()[0].split("-") for row in Path("/proc/self/maps").read_text().splitlines() if str(file) in row]
+    return sum(int(end, 16) - int(begin, 16) for begin, end in rows)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not tell what a process maps")
+def test_what_is_stored_in_half_leaves_the_memory(tmp_path):
+    """Each tensor is mapped for itself: alone its own pages, which go with it. None keeps a file descriptor."""
+    directory = save_hf(tmp_path / "hf", small_model("llama", torch.float32, width=64, ffn=512, layers=3))
+    file, descriptors = directory / "model.safetensors", len(os.listdir("/proc/self/fd"))
+    model, _ = load_hf(directory)
+    size, parameters = file.stat().st_size, len(list(model.parameters()))
+    assert size <= mapped_bytes(file) + 2**14 and mapped_bytes(file) < size + 2 * mmap.PAGESIZE * parameters
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    store(model.requires_grad_(False), torch.bfloat16)
+    gc.collect()
+    assert 0 < mapped_bytes(file) <= 2 * mmap.PAGESIZE * sum(x.ndim == 1 for x in model.parameters())
+    del model
+    gc.collect()
+    assert mapped_bytes(file) == 0
 
 
 def test_types(llama, tmp_path):

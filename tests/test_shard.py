@@ -3,11 +3,13 @@
 The file is its own worker: `torchrun tests/test_shard.py DIR WAY` trains every layout on every rank.
 """
 
+import contextlib
 import functools
 import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +22,9 @@ from reference_model import SMALL, random_ids, small_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_rollout import EOS, PAD, RESPONSE, TEMPERATURE, WIDTH, prompts, reward_model
-from test_layouts import CASES, LAYERS, OBJECTIVE, ROWS, build, experience_of
+from test_layouts import CASES, LAYERS, OBJECTIVE, ROWS, SETTINGS, TOP, build, experience_of
+from test_resume import numbers, wait_for
+from tiny import lines
 
 from model import transformer
 from model.generate import Sampling, generate, row_uniforms
@@ -30,7 +34,7 @@ from rlhf.lm import language_model
 from rlhf.lm.frozen import FrozenStates
 from rlhf.ppo import update as ppo
 from rlhf.ppo.early_stop import HeldOutJudge, NoBound
-from rlhf.ppo.roles import ActorCritic
+from rlhf.ppo.roles import LAYOUTS, ActorCritic
 from rlhf.ppo.rollout import gather, judge, minibatches, share
 from rlhf.reward.model import FrozenReward
 
@@ -41,11 +45,12 @@ WAYS = {"few": {"shard": True}, "ddp": {}, "fsdp": {"shard": True}, "hsdp": {"sh
 def train(layout: str, critic: str, family: str, dist: distributed.Dist, micro_batch: int = 2) -> dict:
     """Two iterations of act, judge and learn, with accumulation and clipping; what came of it."""
     base = small_model(family, torch.float64, seed=1, layers=LAYERS)
-    roles, reward = build(layout, critic, base), reward_model(torch.float64).requires_grad_(False)
-    dist.rest(base, reward)
+    roles = LAYOUTS[layout](base, critic, TEMPERATURE, SETTINGS, TOP, dist.copied)
+    reward = reward_model(torch.float64).requires_grad_(False)
     policy, precision = roles.policy, optim.amp(dist.device)
     recompute_blocks(policy, dist.mesh is not None and layout in ("adapters", "full"))  # which changes no bit
     learner = dist.wrap(policy)
+    dist.rest(base, reward)
     optimizer = optim.make_optimizer(policy, lr=1e-2, eps=1e-5)
     mine, seen = torch.arange(dist.rank, ROWS, dist.world), []
     kept = {id(x): x for module in (base, policy, reward) for x in module.parameters()}.values()
@@ -310,4 +315,62 @@ def test_a_full_disk_of_one_rank_is_one_line_on_all(tmp_path):
 def test_a_rank_with_a_file_system_of_its_own_is_told(tmp_path):
     first, _ = answers(tmp_path, "another_machine")
     assert "rank 0 does not see what other ranks wrote" in first and "that all machines share" in first
-    assert not list((tmp_path / "0/run").iterdir())
+    assert not list((tmp_path / "0/run").iterdir()) and not list((tmp_path / "1/run").iterdir())
+
+
+# by the scripts
+
+PPO = {"iterations": 3, "minibatches": 2, "micro_batch": 2, "grad_clip": 0.05, "checkpoint_every": 2}
+STEPS = {"epochs": 0.5, "micro_batch": 4, "grad_clip": 0.05, "log_every": 1}
+SCRIPTS = {
+    "ppo full": ("train_ppo.py", PPO | {"layout": "full"}),
+    "ppo adapters": ("train_ppo.py", PPO | {"layout": "adapters", "lora_rank": 4, "recompute": "true"}),
+    "ppo branch": ("train_ppo.py", PPO | {"layout": "branch", "branch_layers": 1}),
+    "lm": ("train_lm.py", STEPS),
+    "rm": ("train_rm.py", STEPS),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_measure_the_same_on_any_number_of_ranks(world, tmp_path, name):
+    script, options = SCRIPTS[name]
+    world.ok(script, out=tmp_path / "1", **options)
+    ways = [(2, "false"), (2, "true"), (4, "true")] if name == "ppo full" else [(2, "true")]
+    for ranks, shard in ways:
+        out = tmp_path / f"{ranks}{shard}"
+        done = world.spawn(world.command(script, out=out, shard=shard, **options), ranks)
+        assert done.code == 0, done.err
+        for ours, theirs in zip(numbers(out), numbers(tmp_path / "1"), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4, nan_ok=True), (ranks, shard)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, then", [(2, 2), (4, 2)])
+def test_killed_shards_go_on(world, tmp_path, ranks, then):
+    """To the bit with as many ranks, to rounding with others."""
+    options = PPO | {"iterations": 8, "shard": "true"}
+    done = world.spawn(world.command("train_ppo.py", out=tmp_path / "undisturbed", **options), ranks)
+    assert done.code == 0, done.err
+    for attempt in range(5):
+        run = tmp_path / f"killed{attempt}"
+        command = world.command("train_ppo.py", out=run, **options)
+        with world.popen(command, ranks) as launcher:
+            wait_for(lambda run=run: len(lines(run / "metrics.jsonl")) >= 3, lambda p=launcher: p.poll() is None)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
+        if 3 <= len(lines(run / "metrics.jsonl")) < 8:
+            break
+    else:
+        pytest.fail("could not kill a run in the middle in five attempts")
+    done = world.spawn(command, then)
+    assert done.code == 0, done.err
+    near = {"rel": 0, "abs": 0} if then == ranks else {"rel": 1e-4, "abs": 1e-4}
+    for ours, theirs in zip(numbers(run), numbers(tmp_path / "undisturbed"), strict=True):
+        assert ours == pytest.approx(theirs, **near)
+    ours, theirs = (checkpoint.load(place) for place in (run, tmp_path / "undisturbed"))
+    for part in ("tensors", "optimizer"):
+        a, b = getattr(ours, part), getattr(theirs, part)
+        assert a.keys() == b.keys()
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=near["rel"], atol=near["abs"])

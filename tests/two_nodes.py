@@ -7,6 +7,7 @@ Each node has its own network, host name and process ids; a pair of virtual card
 then the same command, which goes on. Exit code 0: as it should be.
 """
 
+import ctypes
 import json
 import os
 import shutil
@@ -46,6 +47,9 @@ def tear_down() -> None:
         shutil.rmtree(f"/etc/netns/{node}", ignore_errors=True)
 
 
+RUNNING: list[subprocess.Popen] = []
+
+
 def torchrun(world, command: list[str], port: int) -> list[subprocess.Popen]:
     """The command on both nodes."""
     first, started = next(iter(NODES.values())), []
@@ -57,8 +61,21 @@ def torchrun(world, command: list[str], port: int) -> list[subprocess.Popen]:
         shell = ["sh", "-c", f'hostname {node}; exec "$@"', "sh"]
         env = world.environment(GLOO_SOCKET_IFNAME=f"{node}v", OMP_NUM_THREADS="1", PLAIN_RLHF_TIMEOUT="120")
         log = open(world.path / f"{node}.log", "w")
-        started.append(subprocess.Popen([*apart, *shell, *inside], cwd=world.path, env=env, stdout=log, stderr=log))
+        how = {"cwd": world.path, "env": env, "stdout": log, "stderr": log, "preexec_fn": die_with_parent}
+        started.append(subprocess.Popen([*apart, *shell, *inside], **how))
+    RUNNING.extend(started)
     return started
+
+
+def die_with_parent() -> None:
+    """A killed script takes its nodes along; a node its processes, by the namespace that they have."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
+
+
+def end_nodes() -> None:
+    for node in RUNNING:
+        node.kill()
+        node.wait()
 
 
 def wait(world, nodes: list[subprocess.Popen]) -> list[int]:
@@ -93,6 +110,7 @@ def main() -> int:
     import tiny
 
     place = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()).resolve()
+    place.mkdir(parents=True, exist_ok=True)
     world = tiny.World(place) if (place / "rm").is_dir() else tiny.build(place)
     for name in ("one", "two", "killed"):
         shutil.rmtree(place / name, ignore_errors=True)
@@ -130,6 +148,7 @@ def main() -> int:
         )
         assert difference < 1e-4
     finally:
+        end_nodes()
         tear_down()
     return 0
 

@@ -16,6 +16,7 @@ no pickle: opening a checkpoint from a stranger runs none of their code, follows
 """
 
 import contextlib
+import copy
 import errno
 import functools
 import hashlib
@@ -24,7 +25,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -81,22 +82,22 @@ class Checkpoint:
     def read(self, name: str) -> dict[str, Tensor]:
         parts = self.parts(name)
         if parts == [name]:
-            if name not in self.files:
-                raise FileNotFoundError(errno.ENOENT, "this checkpoint has no such file", str(self.path / name))
             self.check(name)
             return read_tensors(self.path / name)
         return dict(self.one_by_one(name))
 
-    def one_by_one(self, name: str) -> Mapping[str, Tensor]:
-        """As `read`, but of shards a tensor is put together each time when somebody asks for it."""
+    def one_by_one(self, name: str) -> "Tensors":
+        """As `read`, but a tensor is read, and put together of shards, each time when somebody asks for it."""
         parts = self.parts(name)
         for part in parts:
             self.check(part)
-        return self.read(name) if parts == [name] else Shards([self.path / part for part in parts])
+        return (Tensors if parts == [name] else Shards)([self.path / part for part in parts])
 
     def check(self, name: str) -> None:
-        """ValueError unless the file holds the bytes that were written."""
-        wanted = self.files.get(name, {}).get("sha256")
+        """ValueError unless the file holds the bytes that were written; FileNotFoundError where there is none."""
+        if name not in self.files:
+            raise FileNotFoundError(errno.ENOENT, "this checkpoint has no such file", str(self.path / name))
+        wanted = self.files[name].get("sha256")
         if wanted is None or name in self.checked:
             return
         if (found := sha256(self.path / name)) != wanted:
@@ -105,52 +106,42 @@ class Checkpoint:
         self.checked.add(name)
 
 
-class Shards(Mapping):
-    """The tensors of a sharded file by name, each put together from the rows in its shards when it is asked for.
-
-    ValueError where shards do not make up a whole tensor.
+class Tensors(Mapping):
+    """The tensors of a file by name, each read when it is asked for, through a mapping of its own: it leaves the memory with
+    it. ValueError where the file is damaged.
     """
 
     def __init__(self, files: list[Path]):
-        self.open, self.chunks = {}, {}  # chunks: name -> [(first row, rows, file)], in order
+        self.chunks: dict[str, list[tuple[int, int, Path, str]]] = {}  # name -> [(first row, rows, file, name there)]
         self.shapes: dict[str, tuple[int, ...]] = {}
-        widths: dict[str, tuple] = {}  # name -> what all its shards have in common
         for file in files:
-            with damage_told(file):
-                check_regular(file)
-                opened = self.open[file] = safe_open(file, "pt")
-                begins = parse_json((opened.metadata() or {})[OFFSETS].encode(), str(file))
-                for name in opened.keys():
-                    shape, offsets = opened.get_slice(name).get_shape(), begins[name]["saved_offsets"]
-                    first, width = offsets[0] if shape else 0, (*shape[1:], opened.get_slice(name).get_dtype())
-                    if width != widths.setdefault(name, width):
-                        raise ValueError(f"{name} is {width} here and {widths[name]} in another")
-                    if len(offsets) != len(shape) or any(offsets[1:]) or type(first) is not int:
-                        raise ValueError(f"{name} begins at {offsets}")
-                    self.chunks.setdefault(name, []).append((first, shape[0] if shape else 1, file))
-                    self.shapes[name] = tuple(shape)
-        for name, chunks in self.chunks.items():
-            chunks.sort(key=lambda chunk: chunk[:2])
-            rows, file = 0, chunks[0][2]
-            for first, count, file in chunks:
-                if first != rows and count:
-                    raise ValueError(f"{file} is damaged ({name} has no row {rows}); use another checkpoint")
-                rows += count
-            if self.shapes[name]:
-                self.shapes[name] = (rows, *self.shapes[name][1:])
+            with opened(file) as tensors:
+                self.find(tensors, file)
+
+    def find(self, tensors: safe_open, file: Path) -> None:
+        for name in tensors.keys():
+            self.shapes[name] = tuple(tensors.get_slice(name).get_shape())
+            self.chunks[name] = [(0, 0, file, name)]
+
+    def renamed(self, name_of: Callable[[str], str | None]) -> "Tensors":
+        """The same under other names; without those that get none."""
+        found = copy.copy(self)
+        for part in ("chunks", "shapes"):
+            named = {name_of(name): x for name, x in getattr(self, part).items()}
+            setattr(found, part, {name: x for name, x in named.items() if name is not None})
+        return found
 
     def __getitem__(self, name: str) -> Tensor:
-        chunks = self.chunks[name]
-        if not self.shapes[name]:
-            return self.open[chunks[0][2]].get_tensor(name)
-        tensor = None
-        for first, count, file in chunks:
-            with damage_told(file):
-                rows = self.open[file].get_tensor(name)
-                if tensor is None:
-                    tensor = torch.empty(self.shapes[name], dtype=rows.dtype)
-                tensor[first : first + count] = rows
-        return tensor
+        chunks, whole = self.chunks[name], None
+        for first, count, file, there in chunks:
+            with opened(file) as tensors:
+                rows = tensors.get_tensor(there)
+            if len(chunks) == 1:
+                return rows
+            if whole is None:
+                whole = torch.empty(self.shapes[name], dtype=rows.dtype)
+            whole[first : first + count] = rows
+        return whole
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.chunks)
@@ -159,7 +150,48 @@ class Shards(Mapping):
         return len(self.chunks)
 
 
+class Shards(Tensors):
+    """The same of a file in shards, put together from the rows in them. ValueError where they do not make up whole tensors."""
+
+    def __init__(self, files: list[Path]):
+        self.widths: dict[str, tuple] = {}  # name -> what all its shards have in common
+        super().__init__(files)
+        for name, chunks in self.chunks.items():
+            chunks.sort(key=lambda chunk: chunk[:2])
+            rows, file = 0, chunks[0][2]
+            for first, count, file, _ in chunks:
+                if first != rows and count:
+                    raise ValueError(f"{file} is damaged ({name} has no row {rows}); use another checkpoint")
+                rows += count
+            if self.shapes[name]:
+                self.shapes[name] = (rows, *self.shapes[name][1:])
+            del chunks[len(chunks) if self.shapes[name] else 1 :]  # numbers that are no rows are the same in all
+
+    def find(self, tensors: safe_open, file: Path) -> None:
+        begins = parse_json((tensors.metadata() or {})[OFFSETS].encode(), str(file))
+        for name in tensors.keys():
+            part = tensors.get_slice(name)
+            shape, offsets = part.get_shape(), begins[name]["saved_offsets"]
+            first, width = offsets[0] if shape else 0, (*shape[1:], part.get_dtype())
+            if width != self.widths.setdefault(name, width):
+                raise ValueError(f"{name} is {width} here and {self.widths[name]} in another")
+            if len(offsets) != len(shape) or any(offsets[1:]) or type(first) is not int:
+                raise ValueError(f"{name} begins at {offsets}")
+            self.chunks.setdefault(name, []).append((first, shape[0] if shape else 0, file, name))
+            self.shapes[name] = tuple(shape)
+
+
 OFFSETS = "DCP_SHARDING_INFO"  # torch.distributed.checkpoint's name for where the rows of a shard begin
+
+
+@contextlib.contextmanager
+def opened(file: Path) -> Iterator[safe_open]:
+    """A file of tensors, mapped into memory. ValueError in one line for whatever it says that makes no sense."""
+    with damage_told(file):
+        check_regular(file)
+        open(file, "rb").close()  # safetensors says "no such file" where only the permission is missing
+        with safe_open(file, "pt") as tensors:
+            yield tensors
 
 
 @contextlib.contextmanager
@@ -509,9 +541,9 @@ def remove(directories: Iterable[Path]) -> None:
                 directory.unlink()
 
 
-def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, file)
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, file, metadata)
     except SafetensorError as error:  # hides the OSError: "... (os error 28)"
         if number := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from None

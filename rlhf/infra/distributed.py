@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -62,6 +62,13 @@ class Dist:
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
             )
+
+    @property
+    def copied(self) -> Callable[[Tensor], Tensor]:
+        """How the copy of a parameter that trains gets its numbers. Under shards it borrows the original's, out of which
+        `wrap` cuts its rows, since a rank may have no room for several whole models.
+        """
+        return (lambda x: x) if self.mesh else torch.clone
 
     def rest(self, *modules: nn.Module) -> None:
         """Under shards every rank keeps a part of what is frozen in these modules, and gathers a layer when it computes."""

@@ -280,15 +280,12 @@ class Run:
         """
         together = self.dist.together
         if self.dist.is_main or together:
-            extra = {} if self.scheduled else {"off_schedule": True}
             path = checkpoint.save_step(
                 self.out,
                 done,
                 tensors=checkpoint.trained_state(self.module),
                 config=self.config,
-                state={"done": done, "seconds": self.seconds, **state, "scaler": self.scaler.state_dict()}
-                | {"options": self.options, **{key: self.lines(file, done) for key, file in LINES.items()}}
-                | extra,
+                state=self.remembered(done, state) if self.dist.is_main else None,
                 optimizer=checkpoint.optimizer_tensors(self.optimizer, self.module),
                 files=self.files,
                 keep=None,
@@ -298,6 +295,12 @@ class Run:
                 checkpoint.prune(self.out, self.keep, [self.extra] if self.extra and self.extra != path else [])
             self.extra, self.scheduled = None if self.scheduled else path, True
         self.dist.barrier()
+
+    def remembered(self, done: int, state: dict) -> dict:
+        """state.json of the checkpoint after `done` steps."""
+        state = {"done": done, "seconds": self.seconds, **state, "scaler": self.scaler.state_dict()}
+        state |= {"options": self.options, **{key: self.lines(file, done) for key, file in LINES.items()}}
+        return state if self.scheduled else state | {"off_schedule": True}
 
     def save_best(self, state: dict) -> None:
         """Rank 0 writes the weights alone to out/best, in place of those before; with shards every rank its part."""

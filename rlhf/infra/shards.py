@@ -12,6 +12,7 @@ vectors (norms, biases) stay whole.
 import contextlib
 import errno
 import functools
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,13 +21,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageWriter, SavePlan, SavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
-from rlhf.infra import checkpoint
+from rlhf.infra import checkpoint, optim
 
 GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 has the new name
 METHODS = ("embed", "project")  # of a model, that read the embedding without its module: as rows, as output matrix
@@ -34,6 +37,7 @@ METHODS = ("embed", "project")  # of a model, that read the embedding without it
 
 def mesh_of(world: int, replicas: int, device: torch.device) -> DeviceMesh:
     """(replicas, world / replicas): weights are cut over the ranks of a row, and every row has a copy."""
+    optim.return_freed_memory()
     if replicas == 1:
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
     return init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
@@ -128,7 +132,7 @@ def rest(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         attach(part, units(part, mesh))
     for part in module.modules():
         for name in METHODS:
-            if hasattr(part, name) and (needed := units_of(matrix_of(part, name))):
+            if hasattr(part, name) and name not in vars(part) and (needed := units_of(matrix_of(part, name))):
                 setattr(part, name, awake(getattr(part, name), needed))
         if hasattr(part, "logits_in_parts") and units_of(part.lm_head or part.embed_tokens):
             part.logits_in_parts = False  # ranks have different numbers of rows, and gather for every part
@@ -224,7 +228,8 @@ def leave(units: list[Unit], args: tuple, output: Tensor | None) -> None:
 def whole(*modules: nn.Module) -> Iterator[None]:
     """All weights of these modules on every rank, for passes without gradients that may differ between ranks."""
     parts = [part for module in modules for part in module.modules() if isinstance(part, FSDPModule)]
-    parts = list(dict.fromkeys(parts + [OUTERMOST[module] for module in modules if module in OUTERMOST]))
+    # the outermost first: it is the largest, and gathering takes as much again
+    parts = list(dict.fromkeys([OUTERMOST[module] for module in modules if module in OUTERMOST] + parts))
     frozen = list(dict.fromkeys(unit for module in modules for unit in units_of(module)))
     wake(frozen)
     for part in parts:
@@ -267,7 +272,15 @@ class Ranks:
 
     def help(self, path: Path, tensors: dict[str, Tensor], optimizer: dict[str, Tensor] | None) -> Path:
         place = path.with_name(self.tell(""))
-        self.facts_of_all(self.rows_to(place, tensors, optimizer))
+        try:
+            place.mkdir(parents=True)
+        except FileExistsError:  # rank 0 made it, on a file system that both see
+            self.facts_of_all(self.rows_to(place, tensors, optimizer))
+            return path
+        try:  # rank 0 will miss what is written here, and end the run; nobody would remove it
+            self.facts_of_all(self.rows_to(place, tensors, optimizer))
+        finally:
+            checkpoint.remove([place])
         return path
 
     def tell(self, name: str) -> str:
@@ -278,23 +291,16 @@ class Ranks:
 
     def rows_to(self, place: Path, tensors: dict[str, Tensor], optimizer: dict[str, Tensor] | None) -> list[Path]:
         """This rank's files, on the disk: what is not sharded is in one rank's alone."""
-        place.mkdir(parents=True, exist_ok=True)  # on a file system of its own, where rank 0 will miss it
-        kinds = dict.fromkeys(tensors, 1) | dict.fromkeys(optimizer or {}, 2)
+        kinds = dict.fromkeys(tensors, "model") | dict.fromkeys(optimizer or {}, "optimizer")
+        files = {kind: place / f"{kind}-{self.rank + 1:05d}-of-{self.world:05d}.safetensors" for kind in kinds.values()}
         rows = {name: x.detach() for name, x in {**tensors, **(optimizer or {})}.items()}
-        writer = HuggingFaceStorageWriter(str(place), fqn_to_index_mapping=kinds, save_distributed=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch deprecates in its own code
             try:
-                torch.distributed.checkpoint.save(rows, storage_writer=writer)
+                torch.distributed.checkpoint.save(rows, storage_writer=Writer(files, kinds))
             except CheckpointException as failed:  # on all ranks, whoever could not write; it is no Exception
                 raise next(error for error, _ in failed.failures.values()) from None
-        files = []
-        for kind, number in (("model", 1), ("optimizer", 2)):
-            file = place / f"shard-{self.rank + 1:05d}-model-{number:05d}-of-{max(kinds.values()):05d}.safetensors"
-            if file.exists():
-                files.append(file.rename(place / f"{kind}-{self.rank + 1:05d}-of-{self.world:05d}.safetensors"))
-                checkpoint.flush_to_disk(files[-1])
-        return files
+        return [file for file in files.values() if file.exists()]
 
     def facts_of_all(self, files: list[Path]) -> dict[str, dict]:
         """Size and sha256 of the files of all ranks, each having read its own."""
@@ -309,6 +315,26 @@ class Ranks:
             if size := int.from_bytes(bytes(row[:8]), "little"):
                 found[name] = {"bytes": size, "sha256": bytes(row[8:]).hex()}
         return found
+
+
+class Writer(HuggingFaceStorageWriter):
+    """Torch's format for HF, written from where the tensors lie: its own writer collects a file in memory, and copies it."""
+
+    def __init__(self, files: dict[str, Path], kinds: dict[str, str]):
+        super().__init__(str(next(iter(files.values())).parent), save_distributed=True)
+        self.files, self.kinds = files, kinds  # kind -> this rank's file; name of a tensor -> kind
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        for kind, file in self.files.items():
+            items = [item for item in plan.items if self.kinds[item.index.fqn] == kind]
+            begins = {item.index.fqn: {"saved_offsets": [*item.tensor_data.chunk.offsets]} for item in items}
+            tensors = {item.index.fqn: planner.resolve_data(item).detach().cpu() for item in items}
+            if tensors:
+                checkpoint.write_tensors(file, tensors, {checkpoint.OFFSETS: json.dumps(begins), "format": "pt"})
+                checkpoint.flush_to_disk(file)
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([])
+        return done
 
 
 def has_size(file: Path, size: int) -> bool:

@@ -33,16 +33,17 @@ def open_stored(spec: str | Path) -> checkpoint.Checkpoint:
     return saved
 
 
-def weights_of(saved: checkpoint.Checkpoint) -> dict[str, Tensor]:
-    """Its tensors. ValueError where the config describes more than they hold, before a model of that size is built, and
-    where one holds a number that no training leaves: all that is computed from it is wrong.
+def weights_of(saved: checkpoint.Checkpoint) -> checkpoint.Tensors:
+    """Its tensors, each of which is read when it is asked for. ValueError where the config describes more than they hold,
+    before a model of that size is built, and where one holds a number that no training leaves: all that is computed from it
+    is wrong.
     """
     if "model" in saved.config and on_no_base(saved.config):
         least, held = least_weights(stored_config(saved.config["model"], saved.path)), saved.size("model.safetensors")
         if least > held:
             what = f"its config describes {least:,} weights, model.safetensors has {held:,} bytes"
             raise ValueError(f"{saved.path}: {what}: damaged, or of another architecture")
-    tensors = saved.tensors
+    tensors = saved.one_by_one("model.safetensors")
     check_numbers(tensors.items(), saved.path / "model.safetensors")
     return tensors
 
@@ -155,7 +156,7 @@ def language_model_of(saved: checkpoint.Checkpoint, path: str | Path) -> Transfo
     tensors = weights_of(saved)
     if kind == "policy":
         prefix = "model."
-        tensors = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+        tensors = tensors.renamed(lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None)
     model = new_transformer(saved.config["model"], path)
     checkpoint.load_weights(model, tensors, path)
     return model

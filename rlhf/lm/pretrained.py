@@ -153,7 +153,8 @@ def open_checkpoint(
         on = open_base(saved.config, saved.path, device, base, near)
         model = tuned_model(on.model, saved.config, weights_of(saved))
     elif saved.config.get("kind") == "int8":
-        model = load_quantized(stored_config(saved.config["model"], path), weights_of(saved), path, device)
+        weights_of(saved)  # looks at every number
+        model = load_quantized(stored_config(saved.config["model"], path), saved.tensors, path, device)
     else:
         model = language_model_of(saved, path)
     # a pretrained base may end its texts with several ids, of which the tokenizer knows one
@@ -234,13 +235,15 @@ def critic_trunk(
     """
     stored = weights_of(saved)
     prefix = "value_trunk." if any(name.startswith("value_trunk.") for name in stored) else PREFIX
-    tensors = {name.removeprefix(prefix): x for name, x in stored.items() if name.startswith(prefix)}
+    output = prefix + "lm_head.weight"  # a critic predicts no tokens
+    tensors = stored.renamed(
+        lambda name: name.removeprefix(prefix) if name.startswith(prefix) and name != output else None
+    )
     if saved.config.get("layout") in STORED:
         tensors = {PREFIX + name.replace(".critic", ".policy"): x for name, x in tensors.items()}
         return tuned_model(open_base(saved.config, where, device, base).model, saved.config, tensors)
     model = new_transformer(saved.config["model"], where)
-    model.lm_head = None  # a critic predicts no tokens
-    tensors.pop("lm_head.weight", None)
+    model.lm_head = None
     checkpoint.load_weights(model, tensors, where)
     return model.to(device)
 

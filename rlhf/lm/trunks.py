@@ -1,7 +1,7 @@
 """Trunks on a base: which parameters are copies that train, which are the base's own; and a tuned model put together again."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -45,11 +45,15 @@ def stored_of(cfg, base_digest: str) -> dict:
     return known | {name: getattr(cfg, name) for name in STORED[cfg.layout]}
 
 
-def shared_copy(base: Transformer, own: Iterable[nn.Parameter] = ()) -> Transformer:
+Copied = Callable[[Tensor], Tensor]  # the numbers of a parameter -> those of its copy, see Dist.copied
+
+
+def shared_copy(base: Transformer, own: Iterable[nn.Parameter] = (), copied: Copied = torch.clone) -> Transformer:
     """A model with modules of its own and the base's frozen parameters, but for trainable copies of those in `own`."""
     base.requires_grad_(False)
     own = {id(x) for x in own}
-    model = copy.deepcopy(base, {id(x): x for x in base.parameters() if id(x) not in own})
+    known = {id(x): nn.Parameter(copied(x.detach())) if id(x) in own else x for x in base.parameters()}
+    model = copy.deepcopy(base, known)
     for mine, theirs in zip(model.parameters(), base.parameters()):
         mine.requires_grad_(mine is not theirs)
     return model
@@ -63,11 +67,11 @@ def adapted(base: Transformer, name: str, lora: LoRA) -> Transformer:
     return model
 
 
-def branched(base: Transformer, layers: int) -> Transformer:
+def branched(base: Transformer, layers: int, copied: Copied = torch.clone) -> Transformer:
     """The base with copies of its top `layers` and of the final norm; the rest is the base's, frozen."""
     if not 0 < layers <= base.config.layers:
         raise ValueError(f"branch_layers {layers} is not between 1 and the model's {base.config.layers} layers")
-    return shared_copy(base, [*base.layers[-layers:].parameters(), *base.norm.parameters()])
+    return shared_copy(base, [*base.layers[-layers:].parameters(), *base.norm.parameters()], copied)
 
 
 def tuned_model(base: Transformer, config: dict, tensors: dict[str, Tensor]) -> Transformer:

@@ -71,6 +71,7 @@ class Sizes:
     reward: int = 0  # parameters of a reward model that shares none
     recompute: bool = False  # --recompute
     sampler: bool = True  # does this process sample, or do servers?
+    drawn: int | None = None  # rows whose next tokens are drawn together; None: of the whole batch
     ranks: int = 1  # over which --shard=true cuts weights, gradients and moments
     baseline: int = 0  # bytes that the process holds before: Python, torch, libraries
     dtype: torch.dtype = torch.float32  # of matrix products
@@ -96,8 +97,9 @@ def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
         blocks = sum(learns(block) for model in models for block in model.layers)
         kept = kept // blocks + FLOAT * config.width * blocks
     kept += sum(2 * FLOAT * config.width for _ in models)  # the final norm
-    # and gradient; or what sampling makes
-    logits = max(2 * half * s.micro_batch * s.response, 4 * FLOAT * s.batch * s.sampler) * config.vocab_size
+    # and gradient; or those of a step of sampling, and what is drawn from: scaled, and their probabilities
+    sampled = (FLOAT if half == FLOAT else 2 * half) * s.batch + 3 * FLOAT * min(s.batch, s.drawn or s.batch)
+    logits = max(2 * half * s.micro_batch * s.response, sampled * s.sampler) * config.vocab_size
     columns = min(s.prompt + s.response, config.context) + 1
     alone = {id(x) for x in base.parameters()}.isdisjoint(id(x) for x in policy.parameters())
     reference = size_of(base.parameters()) if alone else 0  # otherwise the policy computes with it too
@@ -116,14 +118,15 @@ def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
     if s.ranks > 1:
         parts |= {name: FLOAT * -(-parts[name] // FLOAT // s.ranks) for name in CUT}
         parts["gradients"] = FLOAT * -(-trained // s.ranks)
-        parts["whole"] = FLOAT * count(policy.model.parameters())
-        # outside of the layers the weights stay for the backward, and their whole gradient until it is handed out
+        # the policy that samples; before it, a reward model that is opened and not yet cut
+        parts["whole"] = FLOAT * max(count(policy.model.parameters()), s.reward)
+        # outside of the layers the weights stay for the backward, and their gradient, in two parts or in what it is sent in
         outside = sum(count(model.parameters()) - count(model.layers.parameters()) for model in models)
         learned = sum(count(x for x in model.parameters() if x.requires_grad) for model in models) - sum(
             count(x for x in model.layers.parameters() if x.requires_grad) for model in models
         )
         layer = count(base.layers[0].parameters())  # two of them, a gradient and what it is sent in
-        parts["gathered"] = FLOAT * (outside + 2 * learned + twice + 4 * layer)
+        parts["gathered"] = FLOAT * (outside + 2 * learned + 4 * layer)
     return {name: parts.get(name, 0) for name in PARTS}
 
 

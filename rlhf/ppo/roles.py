@@ -21,7 +21,7 @@ from model.half import Half, store_all
 from model.transformer import Transformer
 from rlhf.lm.frozen import FrozenStates
 from rlhf.lm.language_model import to_columns, token_logprobs
-from rlhf.lm.trunks import LoRA, adapted, branched, shared_copy
+from rlhf.lm.trunks import Copied, LoRA, adapted, branched, shared_copy
 
 Reference = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -129,22 +129,29 @@ class Roles:
 
         sampler: without it there is no copy, because somebody else samples.
         """
-        half = Half(self.policy.model, dtype) if sampler and dtype != torch.float32 else None
-        self.store(dtype)
-        return replace(self, half=half)
+        self.store(dtype)  # which frees memory that the copy takes
+        return replace(self, half=Half(self.policy.model, dtype) if sampler and dtype != torch.float32 else None)
 
     def store(self, dtype: torch.dtype) -> None:
         """Frozen weights in `dtype` from here on."""
         store_all(filter(None, (self.policy.model, self.policy.value_trunk, self.frozen.model)), dtype)
 
 
-def models(base: Transformer, critic: str, temperature: float, lora: LoRA, branch_layers: int) -> Roles:
+def models(
+    base: Transformer, critic: str, temperature: float, lora: LoRA, branch_layers: int, copied: Copied = torch.clone
+) -> Roles:
     """full and shared, which differ in the critic alone: the policy is a copy, the base itself is the reference."""
-    policy = ActorCritic(shared_copy(base, base.parameters()), critic, temperature)
+
+    def another(_=None) -> Transformer:
+        return shared_copy(base, base.parameters(), copied)
+
+    policy = ActorCritic(another(), critic, temperature, another=another)
     return Roles(policy, logprobs_of(base, temperature), FrozenStates(base))
 
 
-def adapters(base: Transformer, critic: str, temperature: float, lora: LoRA, branch_layers: int) -> Roles:
+def adapters(
+    base: Transformer, critic: str, temperature: float, lora: LoRA, branch_layers: int, copied: Copied = torch.clone
+) -> Roles:
     def another(_) -> Transformer:
         return adapted(base, "critic", lora)
 
@@ -159,12 +166,14 @@ def adapters(base: Transformer, critic: str, temperature: float, lora: LoRA, bra
     return Roles(policy, reference, frozen)
 
 
-def branch(base: Transformer, critic: str, temperature: float, lora: LoRA, branch_layers: int) -> Roles:
-    def another(_) -> Transformer:
-        return branched(base, branch_layers)
+def branch(
+    base: Transformer, critic: str, temperature: float, lora: LoRA, branch_layers: int, copied: Copied = torch.clone
+) -> Roles:
+    def another(_=None) -> Transformer:
+        return branched(base, branch_layers, copied)
 
     depth = base.config.layers - branch_layers
-    policy = ActorCritic(branched(base, branch_layers), critic, temperature, depth, another)
+    policy = ActorCritic(another(), critic, temperature, depth, another)
     frozen = FrozenStates(base).read([depth])
     return Roles(policy, logprobs_of(base, temperature, depth), frozen, lambda tokens: frozen(tokens)[depth])
 

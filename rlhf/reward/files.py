@@ -1,7 +1,8 @@
 """Reward models on disk: opened, checked against their base, averaged."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ def check_kind(saved: checkpoint.Checkpoint, path: str) -> None:
 
 def restored(
     config: dict,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
     path: str,
     device: torch.device | str,
     base: Pretrained | None = None,
@@ -120,7 +121,7 @@ def restored(
     else:
         language = config.get("language", False)
         reward_model = RewardModel(model, pooling, None, ensemble, stop_ids, language, reads)
-    checkpoint.load_weights(reward_model, OLDER | tensors, path)
+    checkpoint.load_weights(reward_model, ChainMap(tensors, OLDER), path)
     return reward_model.to(device).requires_grad_(False).eval()
 
 
