@@ -143,6 +143,18 @@ def test_ranks_shards_and_micro_batches_change_nothing(place, tmp_path):
             )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_reference_that_sleeps_changes_nothing(place, tmp_path, ranks):
+    options = ["--epochs=0.3", "--micro_batch=2", "--eval_every=2", "--checkpoint_every=2"]
+    options += ["--shard=true"] if ranks > 1 else []
+    ways = {"awake": [], "asleep": ["--offload=reference"]}
+    runs = [train(place, tmp_path / name, *options, *more, ranks=ranks) for name, more in ways.items()]
+    assert runs[0] == runs[1]
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ways]
+    assert reports[0] | {"seconds": 0} == reports[1] | {"seconds": 0}
+
+
 def test_what_cannot_be_trained_on_is_one_line(place, tmp_path):
     def refused(*options):
         words = [f"--init={place / 'hf'}", f"--data={place / 'data'}", f"--out={tmp_path}", *options]

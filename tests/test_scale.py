@@ -152,8 +152,8 @@ def test_an_iteration_of_one_rank_among_many(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_layout_of_one_rank_among_eight(world, tmp_path):
-    check(world, tmp_path, [(8, case) for case in CASES] + [(8, f"{CASES[1]} replicas=4")], pretend=True)
+def test_recomputation_of_one_rank_among_eight(world, tmp_path):
+    check(world, tmp_path, [(8, case) for case in CASES[2::3]], pretend=True)
 
 
 @pytest.mark.slow
