@@ -21,6 +21,32 @@ from model.families import show_names
 from model.hf import NoInit
 
 
+class _Updated(torch.autograd.Function):
+    # x W^T + b + scale (x A^T) B^T of frozen W and b, for training: with few rows, half of the time of the operations that
+    # autograd would put together goes into casts, sums of gradients and calls. All of one type but A and B, see `put`.
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, B, scale):
+        ctx.scale, ctx.dtype = scale, A.dtype
+        A, B, rows = A.to(x.dtype), B.to(x.dtype), x.reshape(-1, x.shape[-1])  # (N, in)
+        down = rows @ A.t()  # (N, r)
+        y = F.linear(x, weight, bias)  # as the base computes it, to the bit
+        y.view(-1, y.shape[-1]).addmm_(down, B.t(), alpha=scale)
+        ctx.save_for_backward(rows, weight, A, B, down)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        rows, weight, A, B, down = ctx.saved_tensors
+        shape, grad, grad_x = grad.shape[:-1], grad.reshape(-1, grad.shape[-1]), None
+        up = (grad @ B).mul_(ctx.scale)  # (N, r), the gradient of `down`
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.mm(grad, weight).addmm_(up, A).view(*shape, -1)
+        grad_A, grad_B = up.t() @ rows, (grad.t() @ down).mul_(ctx.scale)
+        return grad_x, None, None, grad_A.to(ctx.dtype), grad_B.to(ctx.dtype), None
+
+
 class LoRALinear(nn.Linear):
     """A linear layer with named low-rank updates, of which one or none is active.
 
@@ -45,16 +71,13 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
-        y = F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        device = x.device.type
+        x = x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype)
         if self.active not in self.lora_A:  # off, or an adapter that leaves this layer alone
-            return y
+            return F.linear(x, self.weight, self.bias)
         A, B = self.lora_A[self.active], self.lora_B[self.active]
-        autocast = torch.is_autocast_enabled(x.device.type)
-        down = F.linear(x if autocast else x.to(A.dtype), A)  # (..., r)
-        if y.dtype != B.dtype or autocast:
-            return y + F.linear(down * self.scale[self.active], B).to(y.dtype)
-        update = torch.addmm(y.flatten(0, -2), down.flatten(0, -2), B.t(), alpha=self.scale[self.active])
-        return update.view_as(y)
+        weight, bias = (w if w is None else w.to(x.dtype) for w in (self.weight, self.bias))
+        return _Updated.apply(x, weight, bias, A, B, self.scale[self.active])
 
     def merged(self, name: str) -> Tensor:
         """W + scale B A, computed in float32 at least, as W's type. (out, in)"""
