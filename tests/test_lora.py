@@ -83,6 +83,28 @@ def test_golden_peft(golden_dir, precision, case):
     golden.close(model[0].weight, expected["merged_weight"])
 
 
+@pytest.mark.parametrize("kind, close", [("float64", 1e-12), ("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_the_update_and_its_gradients_are_those_of_the_formula(kind, close):
+    """y = x W^T + b + s (x A^T) B^T put together by autograd in float64, of the same rounded numbers."""
+    generator, dtype = torch.Generator().manual_seed(0), getattr(torch, kind)
+    layer = nn.Linear(24, 40, dtype=torch.float64).requires_grad_(False)
+    layer.weight.data, layer.bias.data = layer.weight.to(dtype), layer.bias.to(dtype)
+    lora = LoRALinear(layer)
+    lora.put("a", torch.randn(3, 24, generator=generator), torch.randn(40, 3, generator=generator), 2.5)
+    lora.active = "a"
+    x = torch.randn(2, 7, 24, generator=generator).to(dtype).requires_grad_()
+    up = torch.randn(2, 7, 40, generator=generator).to(dtype)
+    y = lora(x)
+    found = [y, *torch.autograd.grad(y, (x, lora.lora_A["a"], lora.lora_B["a"]), up)]
+    W, b, *others = (z.detach().double() for z in (layer.weight, layer.bias, x, lora.lora_A["a"], lora.lora_B["a"]))
+    X, A, B = (z.requires_grad_() for z in others)
+    expected = X @ W.T + b + 2.5 * (X @ A.T) @ B.T
+    expected = [expected, *torch.autograd.grad(expected, (X, A, B), up.double())]
+    assert [z.dtype for z in found] == [dtype, dtype, *[torch.promote_types(dtype, torch.float32)] * 2]
+    for ours, theirs in zip(found, expected):
+        assert float((ours.detach() - theirs).norm() / theirs.norm()) < close
+
+
 @every_family
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_off_is_the_base_bit_for_bit(family, dtype):
