@@ -42,8 +42,11 @@ BENCHES = (  # most wanted first
     "int8.py --rounds=2",
 )
 IN_BF16 = (  # where this CPU is fast at it
-    "ppo.py --shape=smollm2 --rounds=1 --iterations=1 --precision=bf16 --sides=trl,shared,adapters,branch",
+    "ppo.py --shape=smollm2 --rounds=1 --iterations=1 --precision=bf16",
     "ppo.py --shape=small --rounds=1 --iterations=1 --precision=bf16 --sides=trl,shared,branch",
+    "reward.py --shape=small --rounds=1 --steps=5 --precision=bf16",
+    "sft.py --shape=small --rounds=1 --steps=5 --precision=bf16",
+    "learning.py --rounds=1 --precision=bf16",
 )
 
 

@@ -2,10 +2,12 @@
 
     python bench/learning.py                      # SmolLM2's shape, 1,536 tokens a micro-batch
     python bench/learning.py --rows=2 --length=48 # the micro-batch of bench/ppo.py
+    python bench/learning.py --precision=bf16
 
 A step is forward, loss, backward, clipping and AdamW on random tokens, of which the second half of each row is the response.
 Its products are run again alone, of the same sizes and as often: every linear layer forward, backward to its input and to its
-weight, and the output matrix for the response. Float32, one thread, CPU seconds; share = seconds of the products / of the step.
+weight, and the output matrix for the response, in the same precision. One thread, CPU seconds; share = seconds of the
+products / of the step.
 """
 
 import json
@@ -16,6 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -36,6 +39,7 @@ from rlhf.ppo.rollout import Experience  # noqa: E402
 class Config:
     rows: int = 8  # of a micro-batch
     length: int = 192  # tokens of a row
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, as trainers do it
     rounds: int = 3  # a step and its products once per round, after one to warm up
 
     def __post_init__(self):
@@ -51,11 +55,15 @@ def main() -> None:
     policy = LAYOUTS["shared"](base, "shared", 1.0, LoRA(), 1).policy
     optimizer = optim.make_optimizer(policy, 3e-6, betas=(0.9, 0.999), eps=1e-5)
     batch, sizes = experience(cfg, model), [*products(policy, cfg)]
-    operands = {size: [torch.randn(size[i], size[j]) for i, j in ((0, 1), (2, 1), (0, 2))] for size in set(sizes)}
+    precision = optim.amp(torch.device("cpu"), cfg.precision)
+    operands = {
+        size: [torch.randn(size[i], size[j]).to(precision.dtype) for i, j in ((0, 1), (2, 1), (0, 2))]
+        for size in set(sizes)
+    }
     found = []
     for _ in range(cfg.rounds + 1):
         start = time.process_time()
-        step(policy, optimizer, batch)
+        step(policy, optimizer, batch, precision)
         middle = time.process_time()
         for size in sizes:
             x, weight, grad = operands[size]
@@ -65,7 +73,9 @@ def main() -> None:
     shares = [alone / whole for whole, alone in found[1:]]
     rates = [flops / alone / 1e9 for _, alone in found[1:]]
     print(json.dumps({"step_seconds": found[1:][0][0], "gflop": flops / 1e9, "shares": shares, "rates": rates}))
-    said = figures.ratio(f"learning, SmolLM2, {cfg.rows} x {cfg.length} tokens", "its products", shares)
+    said = figures.ratio(
+        f"learning, SmolLM2, {cfg.rows} x {cfg.length} tokens, {cfg.precision}", "its products", shares
+    )
     print(f"share {said} of the products' {statistics.median(rates):.0f} GFLOP/s")
 
 
@@ -97,8 +107,7 @@ def experience(cfg: Config, model: ModelConfig) -> Experience:
     )  # fmt: skip
 
 
-def step(policy: ActorCritic, optimizer: torch.optim.Optimizer, batch: Experience) -> None:
-    precision = optim.amp(torch.device("cpu"), "fp32")
+def step(policy: ActorCritic, optimizer: torch.optim.Optimizer, batch: Experience, precision: optim.Precision) -> None:
     ppo.accumulate_gradient(policy, batch, ppo.Objective(), len(batch), distributed.Dist(), precision)
     optim.step(optimizer, policy, precision.scaler, 1.0)
 

@@ -5,7 +5,7 @@
     python bench/reward.py --prompt=150 --rounds=2     # both sides of a pair begin with the same 150 tokens
 
 Every measurement is a process of its own: random weights of the same shape, the same pairs of random tokens (both sides
-20 to 200 tokens, drawn apart and uniformly), 16 pairs a step, Bradley-Terry loss, AdamW, float32, one thread. CPU seconds of
+20 to 200 tokens, drawn apart and uniformly), 16 pairs a step, Bradley-Terry loss, AdamW, one thread. CPU seconds of
 whole steps after one to warm up; padding does not count as tokens. TRL pads all 32 texts of a step to the longest; `grouped`
 takes its own group-by-length, by the longer side: 50 steps sorted at a time, of which as many are timed as of the others,
 evenly spread. Ours takes the pairs as they come. The score is read at the last token, as in TRL; `mean` is ours reading all
@@ -39,6 +39,7 @@ Pairs = list[tuple[np.ndarray, np.ndarray]]
 @dataclass(frozen=True)
 class Config:
     shape: Literal["small", "smollm2"] = "small"  # 5.3M parameters, or those of SmolLM2-135M
+    precision: Literal["fp32", "bf16"] = "fp32"  # of all sides; bf16 is autocast in all of them
     rounds: int = 3  # every side once per round
     steps: int = 8  # timed in each measurement, after one to warm up
     prompt: int = 0  # tokens that both sides of every pair begin with
@@ -58,7 +59,7 @@ def main() -> None:
         training.alone(lambda: (we if cfg.side in ("ours", "mean") else they)(cfg, draw(cfg)))
         return
     found = training.in_turns(
-        __file__, cfg, ("trl", "grouped", "ours", "mean"), ("shape", "steps", "prompt", "micro_batch")
+        __file__, cfg, ("trl", "grouped", "ours", "mean"), ("shape", "precision", "steps", "prompt", "micro_batch")
     )
     training.report(cfg, found, "reward training")
 
@@ -81,16 +82,17 @@ def we(cfg: Config, pairs: Pairs) -> tuple[list[float], list[int]]:
     model = Transformer(SHAPES[cfg.shape])
     model.init_weights(generator)
     reward_model = RewardModel(model, {"ours": "last", "mean": "mean"}[cfg.side], generator)
-    optimizer, scaler = optim.make_optimizer(reward_model, LR), optim.amp(torch.device("cpu")).scaler
+    optimizer, precision = optim.make_optimizer(reward_model, LR), optim.amp(torch.device("cpu"), cfg.precision)
     order, seconds, counts = Order(len(pairs), BATCH, seed=0), [], []
     for step in range(cfg.steps + 1):
         start = time.process_time()
         sides = [side for row in order.rows(step) for side in pairs[row]]  # chosen, rejected, chosen, ...
         tokens, lengths = pad(sides, 0)
         for part in torch.arange(len(sides)).split(2 * cfg.micro_batch):
-            scores = reward_model(tokens[part], lengths[part])
+            with precision.autocast():
+                scores = reward_model(tokens[part], lengths[part])
             (preference_loss(*scores.view(-1, 2).unbind(1)).sum() / BATCH).backward()
-        optim.step(optimizer, reward_model, scaler, 1.0)
+        optim.step(optimizer, reward_model, precision.scaler, 1.0)
         seconds.append(time.process_time() - start)
         counts.append(int(lengths.sum()))
     return seconds, counts

@@ -4,7 +4,7 @@
     python bench/sft.py --shape=smollm2 --rounds=2 --steps=2
 
 Every measurement is a process of its own: random weights of the same shape, the same texts of random tokens (20 to 200,
-uniformly), 16 texts a step, next-token loss on all of them, AdamW, gradients clipped to norm 1, float32, one thread. CPU
+uniformly), 16 texts a step, next-token loss on all of them, AdamW, gradients clipped to norm 1, one thread. CPU
 seconds of whole steps after one to warm up; padding does not count as tokens. TRL pads the texts of a step to the longest;
 `grouped` takes transformers' group-by-length: 50 steps sorted at a time, of which as many are timed as of the others, evenly
 spread. Ours takes the texts as they come and puts them one after the other.
@@ -34,6 +34,7 @@ from rlhf.lm.language_model import LanguageModel  # noqa: E402
 @dataclass(frozen=True)
 class Config:
     shape: Literal["small", "smollm2"] = "small"  # 7.4M parameters, or those of SmolLM2-135M
+    precision: Literal["fp32", "bf16"] = "fp32"  # of all sides; bf16 is autocast in all of them
     rounds: int = 3  # every side once per round
     steps: int = 8  # timed in each measurement, after one to warm up
     side: Literal["all", "trl", "grouped", "ours"] = "all"  # one alone prints JSON
@@ -47,7 +48,7 @@ def main() -> None:
     if cfg.side != "all":
         training.alone(lambda: (we if cfg.side == "ours" else they)(cfg, draw(cfg)))
         return
-    found = training.in_turns(__file__, cfg, ("trl", "grouped", "ours"), ("shape", "steps"))
+    found = training.in_turns(__file__, cfg, ("trl", "grouped", "ours"), ("shape", "precision", "steps"))
     training.report(cfg, found, "fine-tuning")
 
 
@@ -62,15 +63,17 @@ def we(cfg: Config, texts: list[np.ndarray]) -> tuple[list[float], list[int]]:
     model = Transformer(SHAPES[cfg.shape])
     model.init_weights(torch.Generator().manual_seed(1))
     language_model = LanguageModel(model)
-    optimizer, scaler = optim.make_optimizer(language_model, LR), optim.amp(torch.device("cpu")).scaler
+    optimizer, precision = optim.make_optimizer(language_model, LR), optim.amp(torch.device("cpu"), cfg.precision)
     order, seconds, counts = Order(len(texts), BATCH, seed=0), [], []
     for step in range(cfg.steps + 1):
         start = time.process_time()
         tokens, lengths = pad([texts[row] for row in order.rows(step)], 0)
         t = torch.arange(tokens.shape[1])
         mask = (t >= 1) & (t < lengths[:, None])
-        (language_model(tokens, mask, lengths).sum() / mask.sum()).backward()
-        optim.step(optimizer, language_model, scaler, 1.0)
+        with precision.autocast():
+            loss = language_model(tokens, mask, lengths).sum() / mask.sum()
+        loss.backward()
+        optim.step(optimizer, language_model, precision.scaler, 1.0)
         seconds.append(time.process_time() - start)
         counts.append(int(lengths.sum()))
     return seconds, counts

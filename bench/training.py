@@ -63,7 +63,7 @@ def report(cfg, found: dict[str, list[dict[str, float]]], what: str) -> None:
         line = f"{side:<10}{statistics.median(speeds):14.0f}"
         for other in ("trl", "grouped"):
             ratios = [speed / theirs["tokens_per_second"] for speed, theirs in zip(speeds, found[other])]
-            name = f"{what}, {cfg.shape}, {side}"
+            name = f"{what}, {cfg.shape}, {cfg.precision}, {side}"
             said = figures.in_words(ratios) if side in ("trl", "grouped") else figures.ratio(name, other, ratios)
             line += f"{said:>22}"
         print(f"{line}{statistics.median(row['peak_memory_gb'] for row in rows):10.2f}")
@@ -110,7 +110,7 @@ def they(
         trainer = trainer_of(
             args=config_of(
                 output_dir=scratch, per_device_train_batch_size=BATCH, learning_rate=LR, max_length=LONGEST,
-                bf16=False, fp16=False, gradient_checkpointing=False, use_cpu=True,
+                bf16=cfg.precision == "bf16", fp16=False, gradient_checkpointing=False, use_cpu=True,
                 save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=10**9, seed=0,
                 dataloader_num_workers=0, dataloader_pin_memory=False, max_steps=cfg.steps + 1,
                 train_sampling_strategy="sequential", **options,
