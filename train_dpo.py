@@ -10,7 +10,8 @@ Rafailov et al. 2023 (arXiv:2305.18290). With log-probs summed over the answer, 
 
 The reference is the model that training starts from, in every layout; a run without a reference (reference_free in other
 trainers) is not DPO and is not offered. The same pairs, layouts and checkpoints as train_rm.py and train_ppo.py, so that
-evaluate.py puts all of them on one frontier of reward against KL.
+evaluate.py puts all of them on one frontier of reward against KL. On a CPU rows stand one after the other where that
+saves enough, without padding, and a long prompt is read once for both answers.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -58,6 +59,7 @@ class Config:
     epochs: float = 1.0  # passes over the training pairs
     batch: int = 16  # pairs per optimiser step, over all ranks
     micro_batch: int | None = None  # pairs per forward on one rank; none = all of its share
+    micro_batch_tokens: int | None = None  # instead: pairs of like length, so many tokens with their padding
     recompute: bool = False  # compute each block again for the backward pass: less memory, more time
     offload: tuple[Literal["reference"], ...] = ()  # rests in the host's memory, or a file, until asked [layout=full]
     lr: float = 1e-5  # peak learning rate
@@ -82,7 +84,8 @@ class Config:
         config.at_least(self, context=2, beta=1e-6, label_smoothing=0, lora_rank=1, lora_alpha=0, branch_layers=1)
         config.at_least(self, epochs=0, batch=1, micro_batch=1, lr=0, warmup=0, weight_decay=0, grad_clip=0, seed=0)
         config.at_least(self, log_every=1, eval_every=1, checkpoint_every=1, keep_checkpoints=1)
-        config.at_least(self, max_bad_steps=1)
+        config.at_least(self, max_bad_steps=1, micro_batch_tokens=2)
+        config.at_most_one(self, "micro_batch", "micro_batch_tokens")
         if self.eval_every % self.log_every:
             raise ValueError(f"eval_every {self.eval_every} is not a multiple of log_every {self.log_every}")
         if self.label_smoothing >= 0.5:
@@ -142,10 +145,10 @@ def fit(
     for step in run.steps(total, "dpo"):
         pairs = shard(loader.order.rows(step), dist.rank, dist.world)
         weight = dist.sum(loader.weights(pairs).sum().double())
-        micro_batch, sums = cfg.micro_batch or len(pairs), 0.0
-        for begin in range(0, len(pairs), micro_batch):
-            batch = loader.take(pairs[begin : begin + micro_batch])
-            with dist.grad_sync(learner, on=begin + micro_batch >= len(pairs)):
+        parts, sums = loader.forwards(step, dist.world, cfg.micro_batch, cfg.micro_batch_tokens), 0.0
+        for part in parts:
+            batch = loader.take(pairs[part.numpy()])
+            with dist.grad_sync(learner, on=part is parts[-1]):
                 with precision.autocast():
                     loss, numbers = pair_losses(learner, roles, batch, cfg, dist.device)
                 precision.scaler.scale(loss.sum() / weight * dist.loss_scale).backward()
@@ -154,7 +157,8 @@ def fit(
         optim.set_lr(optimizer, lr)
         grad_norm = optim.step(optimizer, roles.policy, precision.scaler, cfg.grad_clip)
         if not brakes.took(grad_norm, sums[0], precision.scaler):
-            skip(brakes, roles, loader.take(loader.order.rows(step)), step, micro_batch, cfg, precision, tokenizer)
+            few = cfg.micro_batch or min(map(len, parts))
+            skip(brakes, roles, loader.take(loader.order.rows(step)), step, few, cfg, precision, tokenizer)
 
         done = step + 1
         if done % cfg.log_every == 0 or done == total or brakes.ended:
@@ -206,7 +210,7 @@ def pair_losses(learner, roles: Roles, batch: PairBatch, cfg: Config, device) ->
     t = torch.arange(tokens.shape[1], device=device)
     mask = (t >= prompts[:, None]) & (t < lengths[:, None])  # (2B, T) the answers
     with torch.no_grad():
-        features = roles.features(tokens)
+        features = roles.features(tokens, lengths)
         reference = roles.reference(tokens, mask, features).sum(1)  # (2B,)
     policy = learner(tokens, mask, features).logprobs.sum(1)  # (2B,)
     sides = (policy[0::2], policy[1::2], reference[0::2], reference[1::2])  # winner and loser, (B,) each
@@ -257,7 +261,7 @@ def open_pairs(cfg: Config, base: Pretrained) -> tuple[Tokenizer, PairLoader, Pa
     loader, held_out = PairLoader(train, cfg.batch, cfg.seed, **how), PairLoader(validation, 32, cfg.seed, **how)
     if cfg.batch > len(loader):
         raise ValueError(f"--batch={cfg.batch}: {loader.summary}; use at most {len(loader)}")
-    return tokenizer, loader, held_out
+    return tokenizer, loader.with_room(cfg.micro_batch_tokens), held_out
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data.chat import Chat
 from data.examples import Examples
-from data.loader import TextLoader, cut, in_order, open_data, pad
+from data.loader import TextBatch, TextLoader, cut, in_order, open_data, pad
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
 from model.generate import Sampling, generate, row_uniforms
 from model.half import store
@@ -67,6 +67,7 @@ class Config:
     epochs: float = 4.0  # passes over the training split
     batch: int = 32  # rows per optimiser step, over all ranks
     micro_batch: int | None = None  # rows per forward on one rank; none = all of its share
+    micro_batch_tokens: int | None = None  # instead: rows of like length, so many tokens with padding, if there is any
     recompute: bool = False  # compute each block again for the backward pass: less memory, more time
     lr: float = 3e-3  # peak learning rate
     warmup: int = 50  # steps of linear warm-up
@@ -88,7 +89,8 @@ class Config:
     def __post_init__(self):
         config.at_least(self, width=1, layers=1, heads=1, kv_heads=1, ffn=1, context=2, batch=1, micro_batch=1, seed=0)
         config.at_least(self, epochs=0, lr=0, warmup=0, weight_decay=0, grad_clip=0, lora_rank=1, lora_alpha=0)
-        config.at_least(self, log_every=1, eval_every=1, checkpoint_every=1, max_bad_steps=1)
+        config.at_least(self, log_every=1, eval_every=1, checkpoint_every=1, max_bad_steps=1, micro_batch_tokens=2)
+        config.at_most_one(self, "micro_batch", "micro_batch_tokens")
         if self.eval_every % self.log_every:
             raise ValueError(f"eval_every {self.eval_every} is not a multiple of log_every {self.log_every}")
         if self.layout == "adapters" and not self.init:
@@ -105,6 +107,7 @@ def main() -> None:
     language_model = LanguageModel(store(start(cfg, base, tokenizer).to(dist.device), stored_dtype(cfg, precision)))
     recompute_blocks(language_model, cfg.recompute)
     loaders = loaders_of(cfg, train, validation, language_model.model.config.context, dist)
+    loaders[0].with_room(cfg.micro_batch_tokens)
     total = int(cfg.epochs * loaders[0].order.steps_per_epoch)
     if total < 1:
         per_epoch = loaders[0].order.steps_per_epoch
@@ -131,22 +134,14 @@ def fit(
     loader, held_out = loaders
     log, brakes = Metrics(cfg.out, dist.is_main, run.done), Brakes(run, optimizer, cfg.max_bad_steps)
     for step in run.steps(total, "lm"):
-        batch = loader.batch(step)
-        tokens, lengths, mask = (x.to(dist.device) for x in batch[:3])
-        count, nll = dist.sum(mask.sum()), 0.0
-        micro_batch = cfg.micro_batch or len(tokens)
-        for begin in range(0, len(tokens), micro_batch):
-            rows = slice(begin, begin + micro_batch)
-            with dist.grad_sync(learner, on=begin + micro_batch >= len(tokens)):
-                with precision.autocast():
-                    loss = learner(tokens[rows], mask[rows], lengths[rows]).sum() / count
-                precision.scaler.scale(loss * dist.loss_scale).backward()
-            nll = nll + loss.detach()
+        packed = dist.device.type == "cpu"  # see model/packed.py
+        parts = loader.forwards(step, dist.world, cfg.micro_batch, cfg.micro_batch_tokens, packed)
+        nll = accumulate_gradient(learner, loader.batch(step), parts, dist, precision)
         lr = optim.schedule(step, total, cfg.warmup, cfg.lr, cfg.decay)
         optim.set_lr(optimizer, lr)
         grad_norm = optim.step(optimizer, language_model, precision.scaler, cfg.grad_clip)
         if not brakes.took(grad_norm, nll, precision.scaler):
-            skip(brakes, language_model, loader, step, micro_batch, precision, tokenizer)
+            skip(brakes, language_model, loader, step, cfg.micro_batch or min(map(len, parts)), precision, tokenizer)
 
         done = step + 1
         if done % cfg.log_every == 0 or done == total or brakes.ended:
@@ -168,6 +163,22 @@ def fit(
             f"validation perplexity {report['validation/perplexity']:.1f}, "
             f"{report['validation/bits_per_byte']:.3f} bits per byte, {report['seconds']:.0f} s -> {cfg.out}"
         )
+
+
+def accumulate_gradient(learner, batch: TextBatch, parts: list[Tensor], dist: Dist, precision: Precision) -> Tensor:
+    """Add the gradient of the mean loss over the step's tokens, those of all ranks, a part of the rows at a time; -> this
+    rank's share of that mean.
+    """
+    tokens, lengths, mask = (x.to(dist.device) for x in batch[:3])
+    count, nll = dist.sum(mask.sum()), 0.0
+    for part in parts:
+        rows, width = part.to(dist.device), int(batch.lengths[part].max())
+        with dist.grad_sync(learner, on=part is parts[-1]):
+            with precision.autocast():
+                loss = learner(tokens[rows, :width], mask[rows, :width], lengths[rows]).sum() / count
+            precision.scaler.scale(loss * dist.loss_scale).backward()
+        nll = nll + loss.detach()
+    return nll
 
 
 def skip(

@@ -180,15 +180,9 @@ class Config:
                 f"--data={self.data} is a file: prepare it first, python -m data.prepare {self.data} --tokenizer={self.init} "
                 f"--out=out/data/{Path(self.data).stem}, and give that directory"
             )
-        if self.micro_batch and self.micro_batch_tokens:
-            raise ValueError("--micro_batch counts rows and --micro_batch_tokens tokens of the same forwards; give one")
+        config.at_most_one(self, "micro_batch", "micro_batch_tokens")
         if self.sampler == ():
             raise ValueError("--sampler= names no server: give URLs, or leave it out")
-        if self.shard and self.micro_batch_tokens:
-            raise ValueError(
-                "--micro_batch_tokens gives every rank its own number of forwards, and shards need the same on all: "
-                "use --micro_batch"
-            )
         if "reference" in self.offload and self.layout in ("adapters", "branch"):
             raise ValueError(
                 f"--offload=reference: with --layout={self.layout} it is the frozen trunk, which the policy computes with in "
@@ -416,7 +410,7 @@ def open_cast(cfg: Config, dist: Dist, precision: Precision) -> Cast:
         prompts.longest, cfg.response_tokens, cfg.micro_batch_tokens, "--micro_batch_tokens allows a micro-batch"
     )
     reward.check_room(prompts.longest, cfg.response_tokens)
-    cuts = cuts_of(cfg, dist.world)
+    cuts = cuts_of(cfg, dist)
     return Cast(roles, learner, reward, acting, *cuts, held_out, judges, check, tokenizer, inputs, saved_as)
 
 
@@ -486,14 +480,18 @@ def open_prompts(cfg: Config, train: Examples, base: Pretrained) -> PromptLoader
     return prompts
 
 
-def cuts_of(cfg: Config, world: int) -> tuple[Cut | None, Cut | None]:
-    """Micro-batches of a minibatch by --micro_batch_tokens; and of all rows of a rank, minibatch by minibatch."""
+def cuts_of(cfg: Config, dist: Dist) -> tuple[Cut | None, Cut | None]:
+    """Micro-batches of a minibatch by --micro_batch_tokens; and of all rows of a rank, minibatch by minibatch.
+
+    Every rank cuts alike, for the longest row in each place: under shards all need the same number of forwards.
+    """
     if cfg.micro_batch_tokens is None:
         return None, None
-    share = cfg.batch // (cfg.minibatches * world)
+    share = cfg.batch // (cfg.minibatches * dist.world)
 
     def cut(lengths: Tensor) -> list[Tensor]:
-        return [torch.from_numpy(rows) for rows in micro_batches(lengths.cpu().numpy(), cfg.micro_batch_tokens)]
+        longest = dist.max(lengths).cpu().numpy()
+        return [torch.from_numpy(rows) for rows in micro_batches(longest, cfg.micro_batch_tokens)]
 
     def cut_rollout(lengths: Tensor) -> list[Tensor]:
         shares = enumerate(lengths.split(share))

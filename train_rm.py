@@ -115,6 +115,7 @@ class Config:
     epochs: float = 2.0  # passes over the training split [trunk=full|adapters]
     batch: int = 32  # texts, pairs, or prompts with all answers per step, over all ranks [trunk=full|adapters]
     micro_batch: int | None = None  # of these per forward on a rank; none = its share [trunk=full|adapters]
+    micro_batch_tokens: int | None = None  # instead: of like length, so many tokens in all [trunk=full|adapters]
     recompute: bool = False  # compute blocks again for the backward pass: less memory, more time [trunk=full|adapters]
     lr: float = 1e-3  # peak learning rate [trunk=full|adapters]
     warmup: int = 50  # steps of linear warm-up [trunk=full|adapters]
@@ -143,7 +144,8 @@ class Config:
         config.at_least(self, reference_samples=2, prompt_tokens=1, response_tokens=1)
         config.at_least(self, log_every=1, eval_every=1, checkpoint_every=1, max_bad_steps=1)
         config.at_least(self, sentences=2, eval_sentences=2, features=1, members=1, depth=1, lora_rank=1)
-        config.at_least(self, preference_coef=0, preference_batch=1)
+        config.at_least(self, preference_coef=0, preference_batch=1, micro_batch_tokens=2)
+        config.at_most_one(self, "micro_batch", "micro_batch_tokens")
         config.at_least(self, uncertainty_coef=0, joint_coef=0, margin=0, center_coef=0, lm_coef=0, label_smoothing=0)
         for name in ("depths", "poolings", "ridge", "lora_targets", "average"):
             if getattr(self, name) == ():
@@ -270,16 +272,13 @@ def train(cfg: Config, dist: Dist) -> None:
         cfg.out, options, reward_model, optimizer, precision.scaler, dist, saved_as, [tokenizer.path], defaults=old
     )
 
-    loader = loader_for(cfg, kind, splits[0], base.model.config.context)
+    loader = loader_for(cfg, kind, splits[0], base.model.config.context).with_room(cfg.micro_batch_tokens)
     say(f"training on {loader.summary}{reading(loader)}", dist.is_main)
-    votes, counts = (), bootstrap_counts(len(loader), cfg)
+    votes, counts = votes_of(cfg, base), bootstrap_counts(len(loader), cfg)
     total = int(cfg.epochs * loader.order.steps_per_epoch)
     if total < 1:
         raise ValueError(f"epochs {cfg.epochs} of {loader.order.steps_per_epoch} steps each is less than one step")
     log, brakes = Metrics(cfg.out, dist.is_main, run.done), Brakes(run, optimizer, cfg.max_bad_steps)
-    if cfg.preferences:
-        held = preference_splits(cfg, base)[0].data
-        votes = GroupLoader(held, cfg.preference_batch, cfg.seed, context=base.model.config.context)
     vote_counts, share = bootstrap_counts(len(votes), cfg), len(votes) / len(loader)  # so that a pair weighs as a row
 
     def parts_of(step: int, dist: Dist) -> list[Part]:
@@ -351,12 +350,13 @@ def skip(
 def step_parts(
     cfg: Config, loader, counts: torch.Tensor, step: int, kind: str, scale: torch.Tensor, dist: Dist
 ) -> list[Part]:
-    """This rank's share of a step, cut into --micro_batch units: each with the kind of its loss, and what its sums weigh."""
+    """This rank's share of a step, cut into what shares a forward: each with the kind of its loss, and what its sums weigh."""
     rows = shard(loader.order.rows(step), dist.rank, dist.world)
     texts = texts_of(loader.take(rows), counts[rows])
     scale = scale / dist.sum(texts.totals()).clamp(min=1e-9)  # by what all ranks have of it
-    size = cfg.micro_batch or len(rows)
-    parts = [texts.part(first, first + size) for first in range(0, len(rows), size)]
+    packed = dist.device.type == "cpu"  # see model/packed.py
+    parts = loader.forwards(step, dist.world, cfg.micro_batch, cfg.micro_batch_tokens, packed)
+    parts = [texts.part(units) for units in parts]
     return [(Texts(*(x.to(dist.device) for x in part)), kind, scale.float().to(dist.device)) for part in parts]
 
 
@@ -445,6 +445,14 @@ def loader_for(cfg: Config, kind: str, train: SomeAnswers, context: int) -> Scor
     deviation = "rating_std" if cfg.soft_labels else None
     made = made_pairs(data, MOST_TRAINING_PAIRS, column=column, deviation=deviation)
     return PairLoader(data, cfg.batch, cfg.seed, made=made, column=column, **how)
+
+
+def votes_of(cfg: Config, base: Pretrained) -> GroupLoader | tuple[()]:
+    """The pairs of --preferences to learn from."""
+    if not cfg.preferences:
+        return ()
+    data, context = preference_splits(cfg, base)[0].data, base.model.config.context
+    return GroupLoader(data, cfg.preference_batch, cfg.seed, context=context).with_room(cfg.micro_batch_tokens)
 
 
 def texts_of(batch: ScoredBatch | PairBatch | GroupBatch, counts: torch.Tensor) -> Texts:

@@ -194,24 +194,28 @@ def _plan(order: Order | MixedOrder, epoch: int, window: int) -> np.ndarray:
     return order.plan(epoch, window)
 
 
-def micro_batches(lengths: np.ndarray, tokens: int, world: int = 1, packed: bool = False) -> list[np.ndarray]:
-    """A batch cut so that no part has more than `tokens` tokens, padding included: numbers of this rank's rows, shortest first.
+def micro_batches(
+    lengths: np.ndarray, tokens: int, world: int = 1, packed: bool = False, rows: np.ndarray | int = 1
+) -> list[np.ndarray]:
+    """A batch cut so that no part has more than `tokens` tokens, padding included: numbers of this rank's units, shortest
+    first.
 
-    lengths (B,): of the step's rows on all ranks, in the order of `shard`. Every rank gets the same numbers, since a row
-    counts as long as the longest that stands in its place on any rank; so no rank waits for another. packed: rows stand
-    one after the other, without padding. ValueError if a row alone is longer.
+    lengths (B,): of the step's units on all ranks, in the order of `shard`. Every rank gets the same numbers, since a unit
+    counts as long as the longest that stands in its place on any rank; so no rank waits for another. packed: units stand
+    one after the other, without padding. rows (B,): of each unit, all as long as it. ValueError if a unit alone has more.
     """
     longest = np.asarray(lengths).reshape(-1, world).max(1)  # (B / world,)
-    if len(longest) and longest.max() > tokens:
-        raise ValueError(f"a row has {longest.max()} tokens, a micro-batch may have {tokens}; allow at least as many")
+    rows = np.broadcast_to(rows, np.shape(lengths)).reshape(-1, world).max(1)
+    if len(longest) and (most := (rows * longest).max()) > tokens:
+        raise ValueError(f"a row has {most} tokens, a micro-batch may have {tokens}; allow at least as many")
     parts, begin = [], 0
     order = np.argsort(longest, kind="stable")
-    total = np.append(0, np.cumsum(longest[order]))
+    total, height = (np.append(0, np.cumsum(x[order])) for x in (rows * longest, rows))
     for end in range(1, len(order) + 1):
         full = end == len(order)
         if not full:
-            size = total[end + 1] - total[begin] if packed else (end + 1 - begin) * longest[order[end]]
-            full = size > tokens
+            padded = (height[end + 1] - height[begin]) * longest[order[end]]
+            full = (total[end + 1] - total[begin] if packed else padded) > tokens
         if full:
             parts.append(order[begin:end])
             begin = end
@@ -399,6 +403,34 @@ class _Loader:
 
     def batch(self, step: int):
         return self.take(shard(self.order.rows(step), self.rank, self.world))
+
+    def heights(self, units: np.ndarray) -> np.ndarray:
+        """Rows of each of these units, (M,)."""
+        return np.ones(len(units), np.int64)
+
+    def with_room(self, tokens: int | None) -> _Loader:
+        """The loader; ValueError where a unit of it has more tokens than --micro_batch_tokens allows, None = any."""
+        for units in in_order(len(self) if tokens else 0, 1 << 16):
+            size = self.heights(units) * self.lengths(units)
+            if (most := size.max()) > tokens:
+                height = self.heights(units)[size.argmax()]
+                what = "the longest row has" if height == 1 else f"{height} rows that belong together have"
+                raise ValueError(f"--micro_batch_tokens={tokens}: {what} {most} tokens with padding; allow as many")
+        return self
+
+    def forwards(
+        self, step: int, world: int, count: int | None, tokens: int | None, packed: bool = False
+    ) -> list[Tensor]:
+        """Which of a rank's units of a step share a forward: numbers of them, the same on every rank.
+
+        `count` neighbours, or units of like length with at most `tokens` tokens, see `micro_batches`; neither: all.
+        """
+        units = self.order.rows(step)
+        share = len(shard(units, 0, world))
+        if tokens is None:
+            return list(torch.arange(share).split(count or share))
+        parts = micro_batches(self.lengths(units), tokens, world, packed, self.heights(units))
+        return [torch.from_numpy(np.sort(part)) for part in parts]
 
     def _rows(self, number: int) -> np.ndarray:
         starts = self.data.starts[self.what]
@@ -637,6 +669,9 @@ class PairLoader(_Loader):
         winner, loser = self._pairs(self.units.locate(units)[0])[:2]
         return np.minimum(np.maximum(self.data.row_lengths(winner), self.data.row_lengths(loser)), self.context)
 
+    def heights(self, units: np.ndarray) -> np.ndarray:
+        return np.full(len(units), 2)
+
     def weights(self, units: np.ndarray) -> Tensor:
         """Weights of these units, (M,): no answer is read."""
         return torch.from_numpy(self._pairs(self.units.locate(units)[0]).weight.astype(np.float32))
@@ -721,6 +756,9 @@ class GroupLoader(_Loader):
         """Tokens of the longest row of these units, (M,) int64."""
         prompts, _ = self.units.locate(units)
         return np.minimum(self.data.prompt_lengths(prompts) + self._longest(prompts), self.context)
+
+    def heights(self, units: np.ndarray) -> np.ndarray:
+        return np.diff(self.data.answers_of(self.units.locate(units)[0]))[:, 0]
 
     def take(self, units: np.ndarray) -> GroupBatch:
         prompts, _ = self.units.locate(units)

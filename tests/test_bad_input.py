@@ -118,6 +118,7 @@ def test_ineffective_or_impossible_option(bad, script, options, words):
         *(("train_lm.py", name, 0) for name in ("epochs", "log_every", "eval_every", "checkpoint_every")),
         *(("train_lm.py", name, -1) for name in ("lr", "warmup", "weight_decay", "grad_clip", "seed", "epochs")),
         *(("train_rm.py", name, 0) for name in ("batch", "micro_batch", "epochs", "log_every", "checkpoint_every")),
+        *((script, "micro_batch_tokens", 1) for script in ("train_lm.py", "train_rm.py", "train_ppo.py")),
         *(("train_rm.py", name, 0) for name in ("reference_samples", "prompt_tokens", "response_tokens")),
         *(
             ("train_ppo.py", name, 0)

@@ -134,7 +134,9 @@ def test_ranks_shards_and_micro_batches_change_nothing(place, tmp_path):
         train(place, tmp_path / "one", "--epochs=0.5", "--loss=ipo"),
         train(place, tmp_path / "micro", "--epochs=0.5", "--loss=ipo", "--micro_batch=2"),
         train(place, tmp_path / "two", "--epochs=0.5", "--loss=ipo", ranks=2),
-        train(place, tmp_path / "shards", "--epochs=0.5", "--loss=ipo", "--micro_batch=2", "--shard=true", ranks=2),
+        train(
+            place, tmp_path / "shards", "--epochs=0.5", "--loss=ipo", "--micro_batch_tokens=70", "--shard=true", ranks=2
+        ),
     ]
     for other in runs[1:]:
         for a, b in zip(runs[0], other, strict=True):
@@ -165,4 +167,6 @@ def test_what_cannot_be_trained_on_is_one_line(place, tmp_path):
         return done.stderr
 
     assert "reference_free" in refused("--reference_free=true")
+    assert "--micro_batch_tokens=9: 2 rows" in refused("--micro_batch_tokens=9")
+    assert "give one" in refused("--micro_batch_tokens=90", "--micro_batch=2")
     assert "at most 64" in refused("--context=65") and "at most 160" in refused("--batch=500")

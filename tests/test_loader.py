@@ -208,19 +208,26 @@ def test_a_mixture_has_its_weights_and_every_part_its_epochs(drawn, steps):
     tokens=st.integers(40, 90),
     world=st.sampled_from([1, 2, 4]),
     packed=st.booleans(),
+    high=st.integers(1, 3),
 )
-def test_micro_batches_fit_and_are_the_same_on_all_ranks(lengths, tokens, world, packed):
+def test_micro_batches_fit_and_are_the_same_on_all_ranks(lengths, tokens, world, packed, high):
     lengths = np.array(lengths[: len(lengths) // world * world], np.int64)
-    parts = micro_batches(lengths, tokens, world, packed)
+    rows = 1 + np.arange(len(lengths)) * 7 % high  # of every unit
+    tokens *= high
+    parts = micro_batches(lengths, tokens, world, packed, rows)
     assert sorted(np.concatenate([np.zeros(0, int), *parts]).tolist()) == list(range(len(lengths) // world))
+
+    def size(lengths, rows):
+        return (lengths * rows).sum() if packed else lengths.max() * rows.sum()
+
     for rank in range(world):
-        mine = shard(lengths, rank, world) if len(lengths) else lengths
+        mine, high = (shard(x, rank, world) if len(x) else x for x in (lengths, rows))
         for part in parts:
-            assert len(part) and (mine[part].sum() if packed else mine[part].max() * len(part)) <= tokens
+            assert len(part) and size(mine[part], high[part]) <= tokens
     if world == 1:  # no two neighbours could have been one
         for a, b in zip(parts, parts[1:]):
             first = np.append(a, b[:1])
-            assert (lengths[first].sum() if packed else lengths[first].max() * len(first)) > tokens
+            assert size(lengths[first], rows[first]) > tokens
 
 
 def test_a_row_that_is_longer_than_a_micro_batch():
@@ -318,6 +325,28 @@ def test_shards_ranks_and_resumes_change_nothing(file, sharded, name, context):
         rows = torch.cat([torch.nn.functional.pad(b[0], (0, width - b[0].shape[1]), value=file.pad) for b in alone])
         assert torch.equal(together[0], rows) and torch.equal(together[1], torch.cat([b[1] for b in alone]))
         assert one.lengths(units).tolist() == [int(b[1].max()) for b in alone]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("name", [name for name in LOADERS if "prompts" not in name])
+def test_what_shares_a_forward_fits(file, name, packed):
+    """Every unit of a step once, in batches of at most so many tokens as they are read; one that cannot fit is told first."""
+    loader = LOADERS[name](file)
+    units = np.arange(len(loader))
+    most = int((loader.heights(units) * loader.lengths(units)).max())
+    loader.with_room(most)
+    with pytest.raises(ValueError, match=f"--micro_batch_tokens={most - 1}: .* {most} tokens .* allow as many"):
+        loader.with_room(most - 1)
+    for step, world in ((0, 1), (1, 2)):
+        parts = loader.forwards(step, world, None, most, packed)
+        assert torch.cat(parts).sort().values.tolist() == list(range(4 // world))
+        for rank in range(world):
+            mine = shard(loader.order.rows(step), rank, world)
+            for part in parts:
+                lengths = loader.take(mine[part.numpy()]).lengths
+                assert (lengths.sum() if packed else lengths.max() * len(lengths)) <= most
+    assert [part.tolist() for part in loader.forwards(0, 1, 3, None)] == [[0, 1, 2], [3]]
+    assert [part.tolist() for part in loader.forwards(0, 2, None, None)] == [[0, 1]]
 
 
 @pytest.mark.parametrize("name", LOADERS)

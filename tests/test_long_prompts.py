@@ -80,13 +80,17 @@ def test_kill_9_and_the_same_command_again(world, home, tmp_path):
 
 
 def test_micro_batches_by_tokens_are_those_by_rows(world, home, tmp_path):
+    """Also where each of two ranks has a part of the weights, so that both need the same number of forwards."""
     plain = {"micro_batch_tokens": None, "micro_batch": 2}
-    for name, changes in (("tokens", {}), ("rows", plain)):
-        world.ok("train_ppo.py", out=tmp_path / name, **options(home, iterations=2, **changes))
-    rows = zip(*(lines(tmp_path / name / "metrics.jsonl") for name in ("tokens", "rows")))
-    for a, b in rows:
-        for name in a.keys() - {x for x in a if x.startswith(("time/", "perf/"))}:
-            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), name
+    for name, changes, ranks in (("rows", plain, 0), ("tokens", {}, 0), ("shards", {"shard": "true"}, 2)):
+        command = world.command("train_ppo.py", out=tmp_path / name, **options(home, iterations=2, **changes))
+        assert world.spawn(command, ranks).code == 0
+    first, *others = (lines(tmp_path / name / "metrics.jsonl") for name in ("rows", "tokens", "shards"))
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            for name in a.keys() - {x for x in a if x.startswith(("time/", "perf/", "rollout/"))}:
+                assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), name
+            assert b["policy/ratio_first"] == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,16 @@ def test_micro_batches_change_memory_and_nothing_else(world, tmp_path):
     assert_same(whole, parts)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["joint", "regression"])
+def test_micro_batches_by_tokens_change_no_reward_model(world, tmp_path, objective):
+    rows = []
+    for name, cut in (("whole", {}), ("tokens", {"micro_batch_tokens": 120})):
+        world.ok("train_rm.py", out=tmp_path / name, objective=objective, epochs=0.2, log_every=1, eval_every=50, **cut)
+        rows.append(lines(tmp_path / name / "metrics.jsonl"))
+    assert_same(*rows, iterations=20)
+
+
 # ---- one process and two (the exactness promise of data-parallel training)
 
 # Not compared: seconds, throughput and memory; and how far float32 rounding puts the sampler's log-probs from those of the

@@ -15,7 +15,10 @@ from data.records import Record
 from data.tokenizer import write_hf
 from model.hf import save_hf
 from model.transformer import ModelConfig, Transformer
+from rlhf.infra import optim
+from rlhf.infra.distributed import Dist
 from rlhf.lm.language_model import LanguageModel
+from train_lm import accumulate_gradient
 
 TALKS = [
     [("user", "What is it?"), ("assistant", "A film.")],
@@ -130,15 +133,32 @@ def test_two_ranks_with_packing_and_accumulation_are_one(world, tmp_path):
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     main([str(tmp_path / "chats.jsonl"), f"--out={tmp_path / 'data'}"])
     steps = {}
-    for name, ranks, micro_batch in (("one", 0, None), ("two", 2, 2)):
+    cuts = {"one": {}, "two": {"micro_batch": 2}, "tokens": {"micro_batch_tokens": 256}}
+    for name, cut in cuts.items():
         out = tmp_path / name
         options = dict(data=tmp_path / "data", out=out, batch=12, epochs=2, log_every=1, eval_every=100, warmup=2)
-        done = world.spawn(world.command("train_lm.py", **options, micro_batch=micro_batch), ranks)
+        done = world.spawn(world.command("train_lm.py", **options, **cut), 0 if name == "one" else 2)
         assert done.code == 0 and "loss on answers" in done.out, done
         steps[name] = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert len(steps["one"]) == len(steps["two"]) >= 12
-    for one, two in zip(*steps.values()):
+    assert len(steps["one"]) == len(steps["two"]) == len(steps["tokens"]) >= 12
+    for one, *others in zip(*steps.values()):
         for name in ("loss/train", "grad_norm"):
-            assert two[name] == pytest.approx(one[name], rel=1e-5), (name, one, two)
-    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in steps]
-    assert reports[1]["validation/loss"] == pytest.approx(reports[0]["validation/loss"], rel=1e-5)
+            assert [other[name] for other in others] == pytest.approx([one[name]] * 2, rel=1e-5), (name, one, others)
+    losses = [json.loads((tmp_path / name / "report.json").read_text())["validation/loss"] for name in steps]
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("times, packed", [(1, False), (2, True), (2.5, False)])
+def test_what_shares_a_forward_changes_no_gradient(tmp_path, tokenizer, times, packed):  # noqa: F811
+    """In float64, of rows whose padding and order are cut differently."""
+    model = LanguageModel(model_of(tokenizer).double())
+    loader = TextLoader(prepared(tokenizer, "chatml", tmp_path)[0], 4, 0)
+    batch, precision, found = loader.batch(0), optim.amp(torch.device("cpu")), []
+    tokens = int(times * batch.lengths.max())
+    for parts in ([torch.arange(4)], loader.forwards(0, 1, None, tokens, packed)):
+        model.zero_grad()
+        nll = accumulate_gradient(model, batch, parts, Dist(), precision)
+        found.append([nll, *(x.grad for x in model.parameters())])
+    assert len(parts) > 1 and torch.cat(parts).sort().values.equal(torch.arange(4))
+    for whole, cut in zip(*found):
+        torch.testing.assert_close(cut, whole, rtol=1e-10, atol=1e-12)

@@ -158,6 +158,13 @@ def at_most(config, **most: float) -> None:
             raise ValueError(f"--{name}={show(value)} is too large; it must be at most {show(bound)}")
 
 
+def at_most_one(config, *names: str) -> None:
+    """ValueError where several of these options are given: they say the same in different ways."""
+    given = [f"--{name}={show(getattr(config, name))}" for name in names if getattr(config, name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} say the same in different ways; give one")
+
+
 def kind_name(kind) -> str:
     """How the --help text and the errors name the type of an option."""
     inner = typing.get_args(kind)

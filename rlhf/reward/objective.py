@@ -38,18 +38,17 @@ class Texts(NamedTuple):
     weight: Tensor  # (P,)
     counts: Tensor  # (G, M) how often a unit counts for head m
 
-    def part(self, first: int, end: int) -> "Texts":
-        """The units `first` to `end - 1`, for themselves."""
-        rows = (self.group >= first) & (self.group < end)
-        pairs = rows[self.winner]
-        before = int((self.group < first).sum())
+    def part(self, units: Tensor) -> "Texts":
+        """These units (U,), in ascending order, for themselves."""
+        rows = torch.isin(self.group, units)
+        pairs, at = rows[self.winner], rows.cumsum(0) - 1  # (P,), (R,) where each row goes
         width = int(self.lengths[rows].max())
         return Texts(
             self.tokens[rows, :width],
-            *(x[rows] for x in (self.lengths, self.begins, self.group - first, self.scores)),
-            *(x[pairs] - before for x in (self.winner, self.loser)),
+            *(x[rows] for x in (self.lengths, self.begins, torch.searchsorted(units, self.group), self.scores)),
+            *(at[x[pairs]] for x in (self.winner, self.loser)),
             *(x[pairs] for x in (self.p, self.gap, self.weight)),
-            self.counts[first:end],
+            self.counts[units],
         )
 
     def totals(self) -> Tensor:
