@@ -3,11 +3,15 @@
     python bench/learning.py                      # SmolLM2's shape, 1,536 tokens a micro-batch
     python bench/learning.py --rows=2 --length=48 # the micro-batch of bench/ppo.py
     python bench/learning.py --precision=bf16
+    python bench/learning.py --ragged=true        # what rows save that end early
 
 A step is forward, loss, backward, clipping and AdamW on random tokens, of which the second half of each row is the response.
 Its products are run again alone, of the same sizes and as often: every linear layer forward, backward to its input and to its
 weight, and the output matrix for the response, in the same precision. One thread, CPU seconds; share = seconds of the
 products / of the step.
+
+--ragged: responses end anywhere, and with --groups=4 each prompt has four of them. A step packs such rows, see
+model/packed.py; beside it is the same step with padding, and with every prompt once for each answer.
 """
 
 import json
@@ -16,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +31,7 @@ import figures  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from model import packed  # noqa: E402
 from model.transformer import ModelConfig, Transformer  # noqa: E402
 from rlhf.infra import config, distributed, optim  # noqa: E402
 from rlhf.lm.trunks import LoRA  # noqa: E402
@@ -40,10 +45,12 @@ class Config:
     rows: int = 8  # of a micro-batch
     length: int = 192  # tokens of a row
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, as trainers do it
-    rounds: int = 3  # a step and its products once per round, after one to warm up
+    ragged: bool = False  # rows that end early, packed against padded
+    groups: int = 1  # neighbours that answer the same prompt [ragged=true]
+    rounds: int = 3  # a step and what it is held against once per round, after one to warm up
 
     def __post_init__(self):
-        config.at_least(self, rows=1, length=2, rounds=1)
+        config.at_least(self, rows=1, length=2, groups=1, rounds=1)
 
 
 def main() -> None:
@@ -56,6 +63,8 @@ def main() -> None:
     optimizer = optim.make_optimizer(policy, 3e-6, betas=(0.9, 0.999), eps=1e-5)
     batch, sizes = experience(cfg, model), [*products(policy, cfg)]
     precision = optim.amp(torch.device("cpu"), cfg.precision)
+    if cfg.ragged:
+        return packed_and_padded(cfg, policy, optimizer, batch, precision)
     operands = {
         size: [torch.randn(size[i], size[j]).to(precision.dtype) for i, j in ((0, 1), (2, 1), (0, 2))]
         for size in set(sizes)
@@ -105,6 +114,26 @@ def experience(cfg: Config, model: ModelConfig) -> Experience:
         ref_logprobs=blank, values=blank, sampler_logprobs=blank, parts=blank[:, :0], features=blank[..., None][..., :0],
         rewards=blank, advantages=random(), returns=random(),
     )  # fmt: skip
+
+
+def packed_and_padded(
+    cfg: Config, policy: ActorCritic, optimizer, whole: Experience, precision: optim.Precision
+) -> None:
+    start, limit = cfg.length - cfg.length // 2, packed.MOST_LEFT
+    ends = torch.randint(start + 1, cfg.length + 1, (cfg.rows,), generator=torch.Generator().manual_seed(3))
+    beyond, tokens = torch.arange(cfg.length) >= ends[:, None], whole.tokens.clone()
+    tokens[:, :start] = tokens[torch.arange(cfg.rows) // cfg.groups * cfg.groups, :start]
+    batch = replace(whole, tokens=tokens, lengths=ends)
+    batch = batch.map_columns(lambda x: x.masked_fill(beyond, 0) if x.dim() == 2 else x).trim()
+    found = {0.0: [], limit: []}
+    for _ in range(cfg.rounds + 1):
+        for packed.MOST_LEFT, seconds in found.items():
+            began = time.process_time()
+            step(policy, optimizer, batch, precision)
+            seconds.append(time.process_time() - began)
+    ratios = [a / b for a, b in list(zip(*found.values()))[1:]]
+    what = f"learning, SmolLM2, {cfg.rows} x {start} to {cfg.length} tokens, {int(ends.sum())} in all, {cfg.groups} a prompt"
+    print(f"{what}: {figures.ratio(what, 'padded', ratios)} times as fast as padded; {figures.cpu()}")
 
 
 def step(policy: ActorCritic, optimizer: torch.optim.Optimizer, batch: Experience, precision: optim.Precision) -> None:

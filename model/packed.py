@@ -9,6 +9,7 @@ begin with in common is computed once. On a GPU many small attentions cost more 
 
 from collections.abc import Iterable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,24 +17,42 @@ from torch import Tensor
 from model.transformer import Span, Transformer, attend
 
 LEAST_SHARED = 16  # tokens of a common beginning from which on it pays
+MOST_LEFT = 0.8  # of the tokens of padded rows, up to which packing them pays
 
 
-def text_states(model: Transformer, tokens: Tensor, lengths: Tensor) -> Tensor:
-    """Hidden states after the final norm: tokens (B, T) right-padded, lengths (B,) -> (B, T, D), anything on padding."""
+def text_states(
+    model: Transformer, tokens: Tensor, lengths: Tensor, states: Tensor | None = None, depth: int = 0
+) -> Tensor:
+    """Hidden states after the final norm: tokens (B, T) right-padded, lengths (B,) -> (B, T, D), anything on padding.
+
+    states (B, T, D), where given: what the layers below `depth` made of the tokens.
+    """
     if not tokens.is_cpu:
-        return model.trunk(tokens)
-    ids, span, columns, _ = pack(model, tokens, lengths)
-    hidden = model.norm(model.blocks(model.embed(ids, span), span))[0]  # (N, D)
-    return hidden.index_select(0, columns.flatten()).view(*tokens.shape, -1)
+        return model.trunk(tokens) if states is None else model.norm(model.blocks(states, model.span(tokens), depth))
+    packed = pack(model, tokens, lengths)
+    hidden = model.embed(packed.ids, packed.span) if states is None else states[packed.own][None]  # (1, N, D)
+    hidden = model.norm(model.blocks(hidden, packed.span, depth))[0]  # (N, D)
+    return hidden.index_select(0, packed.columns.flatten()).view(*tokens.shape, -1)
+
+
+def saves(tokens: Tensor, lengths: Tensor) -> bool:
+    """Does it pay to put these texts (B, T) of these lengths (B,) one after the other? On a CPU, where few enough are left
+    of the tokens without padding and what neighbours begin with in common: many small attentions cost something, too.
+    """
+    if not tokens.is_cpu:
+        return False
+    common = alike(tokens[:-1], tokens[1:], lengths[:-1], lengths[1:])
+    left = lengths.sum() - torch.where(common >= LEAST_SHARED, common, 0).sum()
+    return int(left) <= MOST_LEFT * tokens.numel()
 
 
 def states_between(model: Transformer, tokens: Tensor, lengths: Tensor, depths: Iterable[int]) -> dict[int, Tensor]:
     """Hidden states above so many layers, without the final norm: (B, T, D) each, anything on padding. On a CPU."""
-    ids, span, columns, _ = pack(model, tokens, lengths)
-    hidden, states, done = model.embed(ids, span), {}, 0
+    packed = pack(model, tokens, lengths)
+    hidden, states, done = model.embed(packed.ids, packed.span), {}, 0
     for depth in sorted(depths):
-        hidden, done = model.blocks(hidden, span, done, depth), depth
-        states[depth] = hidden[0].index_select(0, columns.flatten()).view(*tokens.shape, -1)
+        hidden, done = model.blocks(hidden, packed.span, done, depth), depth
+        states[depth] = hidden[0].index_select(0, packed.columns.flatten()).view(*tokens.shape, -1)
     return states
 
 
@@ -44,9 +63,10 @@ def last_states(model: Transformer, tokens: Tensor, lengths: Tensor) -> Tensor:
     """
     if not tokens.is_cpu:
         return model.trunk(tokens)[torch.arange(len(tokens), device=tokens.device), lengths - 1]
-    ids, span, _, ends = pack(model, tokens, lengths)
-    hidden = model.blocks(model.embed(ids, span), span, 0, len(model.layers) - 1)  # (1, N, D)
-    return model.norm(model.layers[-1](hidden, span, ends))[0]
+    packed = pack(model, tokens, lengths)
+    hidden = model.embed(packed.ids, packed.span)
+    hidden = model.blocks(hidden, packed.span, 0, len(model.layers) - 1)  # (1, N, D)
+    return model.norm(model.layers[-1](hidden, packed.span, packed.ends))[0]
 
 
 def attend_apart(
@@ -79,8 +99,17 @@ def attend_apart(
     return torch.cat(out, 2)
 
 
-def pack(model: Transformer, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Span, Tensor, Tensor]:
-    """ids (1, N) of all texts, their span, the column (B, T) of every token in it, 0 for padding, and (B,) of the last."""
+class Packed(NamedTuple):
+    """Texts (B, T) one after the other."""
+
+    ids: Tensor  # (1, N)
+    span: Span
+    own: Tensor  # (B, T) bool: the N tokens that stand in it, not padding, and not what is there for another row
+    columns: Tensor  # (B, T) where every token stands, 0 for padding
+    ends: Tensor  # (B,) where the last of each text does
+
+
+def pack(model: Transformer, tokens: Tensor, lengths: Tensor) -> Packed:
     if int(lengths.max()) > model.config.context:
         raise ValueError(
             f"a sequence of {int(lengths.max())} tokens exceeds the model's context of {model.config.context}"
@@ -95,7 +124,7 @@ def pack(model: Transformer, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, S
     positions = t.expand_as(tokens)[own][None]  # (1, N)
     apart = partial(attend_apart, sizes=sizes.tolist(), shared=shared.tolist())
     span = Span(positions, model.rotations(positions), attend=apart)
-    return tokens[own][None], span, columns, sizes.cumsum(0) - 1
+    return Packed(tokens[own][None], span, own, columns, sizes.cumsum(0) - 1)
 
 
 def common_beginnings(tokens: Tensor, lengths: Tensor) -> Tensor:

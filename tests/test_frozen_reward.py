@@ -19,6 +19,8 @@ from model.transformer import Transformer
 from rlhf.infra import checkpoint
 from rlhf.lm.frozen import FrozenStates
 from rlhf.lm.pretrained import open_pretrained
+from rlhf.lm.trunks import LoRA
+from rlhf.ppo.roles import CRITICS, LAYOUTS, logprobs_of
 from rlhf.reward.files import load_reward_model
 from rlhf.reward.model import FrozenReward, stretch, text_features
 from rlhf.reward.ridge import Judged, fit_heads, head_of, ridge
@@ -127,6 +129,20 @@ def test_one_forward_pass_serves_all_readers(monkeypatch):
     score = fitted(states)
     states(texts[0])
     score.score(*texts)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_reference_is_of_the_same_pass(monkeypatch, layout):
+    """In every layout, once a reward model reads the trunk: its own log-probs, and no pass more than the policy needs."""
+    base = small_model("llama", torch.float64)
+    roles = LAYOUTS[layout](base, CRITICS[layout], 0.7, LoRA(), 1)
+    reward, (tokens, lengths, mask) = fitted(roles.frozen, dtype=torch.float64), batch(TEXTS)
+    expected, calls, embed = logprobs_of(base, 0.7)(tokens, mask), [], base.embed
+    monkeypatch.setattr(base, "embed", lambda *args: calls.append(1) or embed(*args))
+    reward.score(tokens, lengths, mask)
+    features = roles.features(tokens)
+    torch.testing.assert_close(roles.reference(tokens, mask, features), expected, rtol=0, atol=1e-12)
     assert len(calls) == 1
 
 

@@ -20,6 +20,7 @@ from reference_model import random_ids, small_model
 from small_rollout import EOS, PAD, RESPONSE, TEMPERATURE, WIDTH, prompts, reward_model
 
 from model.generate import Sampling, generate, row_uniforms
+from model.packed import pack
 from rlhf.functional import whiten
 from rlhf.infra import checkpoint, distributed, optim
 from rlhf.lm.trunks import LoRA, policy_adapter, tuned_model
@@ -196,6 +197,32 @@ def test_features_change_nothing(critic, family, top):
     for ours, theirs in zip(found[0], found[2]):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
     assert all(torch.equal(a, b) for a, b in zip(found[1], found[2]))
+
+
+@every_case
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_rows_without_padding_change_nothing(monkeypatch, layout, critic, family):
+    """Of unlike lengths, and answers to one prompt that is long enough to be read once: log-probs, values and gradients."""
+    roles = build(layout, critic, family=family)
+    train(roles)
+    lengths = torch.tensor([25, 22, 30, 19, 4, 9])
+    tokens = torch.where(torch.arange(30) < lengths[:, None], random_ids(2, 6, 30), PAD)
+    tokens[1:4:2, :18] = tokens[0:4:2, :18]
+    mask = (torch.arange(30) >= torch.tensor([18, 18, 18, 18, 2, 2])[:, None]) & (torch.arange(30) < lengths[:, None])
+    found, packed = [], []
+    for most_left in (0, 0.8):
+        monkeypatch.setattr("model.packed.MOST_LEFT", most_left)
+        monkeypatch.setattr("model.packed.pack", lambda *args: packed.append(1) or pack(*args))
+        roles.policy.zero_grad()
+        with torch.no_grad():
+            features = roles.features(tokens, lengths if most_left else None)
+        output = roles.policy(tokens, mask, features)
+        (output.logprobs.sum() + output.values.square().sum() + output.entropy.sum()).backward()
+        grads = [x.grad.clone() for x in roles.policy.parameters() if x.requires_grad]
+        found.append([*vars(output).values(), roles.reference(tokens, mask, features), *grads])
+        assert bool(packed) == bool(most_left)
+    for padded, apart in zip(*found):
+        torch.testing.assert_close(apart, padded, rtol=1e-10, atol=1e-10)
 
 
 def test_learning_costs_the_top_layers_alone(monkeypatch):

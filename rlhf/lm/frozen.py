@@ -15,17 +15,18 @@ class FrozenStates:
     Policy, reference and reward of one micro-batch ask with the same tensor: the answer to the last question is kept. Equal
     numbers in another tensor are another question, since under shards every rank has to run the trunk as often as the others.
     `read` says which depths somebody wants; the trunk runs once, as deep as the deepest. The final norm is not applied.
+    beside: depths that are kept as well as soon as somebody wants any.
     """
 
-    def __init__(self, model: Transformer):
-        self.model = model
+    def __init__(self, model: Transformer, beside: Iterable[int] = ()):
+        self.model, self.beside = model, set(beside)
         self.depths: set[int] = set()
         self._tokens: Tensor | None = None
         self._states: dict[int, Tensor] = {}
 
     def read(self, depths: Iterable[int]) -> "FrozenStates":
         """Keep the states of these depths, 0 (the embedding) to the number of layers, as well."""
-        self.depths |= set(depths)
+        self.depths |= {*depths, *self.beside}
         self._tokens = None
         return self
 

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from model.half import Half, store_all
+from model.packed import saves, text_states
 from model.transformer import Transformer
 from rlhf.lm.frozen import FrozenStates
 from rlhf.lm.language_model import to_columns, token_logprobs
 from rlhf.lm.trunks import Copied, LoRA, adapted, branched, shared_copy
 
-Reference = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Reference = Callable[..., Tensor]  # (tokens (B, T), mask (B, T)[, features (B, T, D)]) -> logprobs (B, T)
 
 
 @dataclass(frozen=True)
@@ -69,40 +70,51 @@ class ActorCritic(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor, features: Tensor | None = None) -> PolicyOutput:
         """tokens (B, T) int64, mask (B, T) bool, features (B, T, D or 0) or None -> PolicyOutput of (B, T) each."""
-        hidden = hidden_states(self.model, tokens, features, self.depth)  # (B, T-1, D)
+        hidden = hidden_states(self.model, tokens, mask, features, self.depth)  # (B, T-1, D)
         logprobs, entropy = token_logprobs(self.model, hidden, tokens, mask, self.temperature)
         if self.value_head is None:
             return PolicyOutput(logprobs, entropy, torch.zeros_like(logprobs))
         if self.value_trunk is not None:
-            hidden = hidden_states(self.value_trunk, tokens, features, self.depth)
+            hidden = hidden_states(self.value_trunk, tokens, mask, features, self.depth)
         with torch.autocast(hidden.device.type, enabled=False):  # half precision would round what is added up
             values = self.value_head(hidden[mask[:, 1:]].to(self.value_head.weight.dtype)).squeeze(-1)  # (N,)
         return PolicyOutput(logprobs, entropy, to_columns(values.to(logprobs.dtype), mask))
 
 
-def hidden_states(model: Transformer, tokens: Tensor, features: Tensor | None = None, depth: int = 0) -> Tensor:
-    """The trunk's output for all tokens but the last, (B, T) -> (B, T-1, D).
+def hidden_states(
+    model: Transformer, tokens: Tensor, mask: Tensor, features: Tensor | None = None, depth: int = 0
+) -> Tensor:
+    """The trunk's output for the tokens before masked ones, (B, T), (B, T) -> (B, T-1, D); elsewhere anything.
 
     features (B, T, D): the states before layer `depth`, where the work of the layers below is already done; None or
-    D = 0: nothing is.
+    D = 0: nothing is. Nobody reads what stands behind the last masked token of a row: where that saves enough, rows stand
+    one after the other without it, which depends on tokens and mask alone, see model/packed.py.
     """
-    inputs = tokens[:, :-1]
-    if features is None or features.shape[-1] == 0:
+    inputs, states = tokens[:, :-1], None
+    if features is not None and features.shape[-1]:
+        states = features[:, :-1]
+    depth = 0 if states is None else depth
+    read = torch.arange(inputs.shape[1], device=mask.device) * mask[:, 1:]
+    lengths = 1 + read.amax(1)  # (B,) of a row's inputs that somebody reads
+    if depth < model.config.layers and saves(inputs, lengths):
+        return text_states(model, inputs, lengths, states, depth)
+    if states is None:
         return model.trunk(inputs)
-    return model.norm(model.blocks(features[:, :-1], model.span(inputs), depth))
+    return model.norm(model.blocks(states, model.span(inputs), depth))
 
 
-def no_features(tokens: Tensor) -> Tensor:
+def no_features(tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
     """What layouts without shared frozen layers keep of a rollout: (B, T) -> (B, T, 0)."""
     return torch.zeros(*tokens.shape, 0, device=tokens.device)
 
 
 def logprobs_of(model: Transformer, temperature: float = 1.0, depth: int = 0) -> Reference:
-    """`model` as a function (tokens, mask, features=None) -> logprobs (B, T), without gradients; it is not copied."""
+    """`model` as a `Reference`, without gradients; it is not copied."""
 
     @torch.no_grad()
     def logprobs(tokens: Tensor, mask: Tensor, features: Tensor | None = None) -> Tensor:
-        return token_logprobs(model, hidden_states(model, tokens, features, depth), tokens, mask, temperature)[0]
+        hidden = hidden_states(model, tokens, mask, features, depth)
+        return token_logprobs(model, hidden, tokens, mask, temperature)[0]
 
     return logprobs
 
@@ -115,9 +127,9 @@ class Roles:
     """Who plays what; the loop asks for no more."""
 
     policy: ActorCritic
-    reference: Reference  # (tokens, mask, features) -> logprobs
+    reference: Reference
     frozen: FrozenStates  # the trunk that came in, for a reward model that reads it too
-    features: Callable[[Tensor], Tensor] = no_features  # tokens (B, T) -> (B, T, D) to keep for the learning epochs
+    features: Callable[..., Tensor] = no_features  # tokens (B, T)[, lengths (B,)] -> (B, T, D) to keep for learning
     half: Half | None = None  # the policy in half precision, see `stored_in`
 
     def sampler(self) -> Transformer:
@@ -137,6 +149,17 @@ class Roles:
         store_all(filter(None, (self.policy.model, self.policy.value_trunk, self.frozen.model)), dtype)
 
 
+def reference_on(base: Transformer, temperature: float) -> tuple[Reference, FrozenStates]:
+    """The base as the reference, and as the trunk that a reward model reads: in one pass, where there is such a one."""
+    top = base.config.layers
+    frozen, alone, above = FrozenStates(base, beside=[top]), *(logprobs_of(base, temperature, n) for n in (0, top))
+
+    def reference(tokens: Tensor, mask: Tensor, features: Tensor | None = None) -> Tensor:
+        return above(tokens, mask, frozen(tokens)[top]) if frozen.depths else alone(tokens, mask)
+
+    return reference, frozen
+
+
 def models(
     base: Transformer, critic: str, temperature: float, lora: LoRA, branch_layers: int, copied: Copied = torch.clone
 ) -> Roles:
@@ -146,7 +169,7 @@ def models(
         return shared_copy(base, base.parameters(), copied)
 
     policy = ActorCritic(another(), critic, temperature, another=another)
-    return Roles(policy, logprobs_of(base, temperature), FrozenStates(base))
+    return Roles(policy, *reference_on(base, temperature))
 
 
 def adapters(
@@ -156,14 +179,7 @@ def adapters(
         return adapted(base, "critic", lora)
 
     policy = ActorCritic(adapted(base, "policy", lora), critic, temperature, another=another)
-    top = base.config.layers
-    frozen = FrozenStates(base).read([top])
-
-    def reference(tokens: Tensor, mask: Tensor, features: Tensor | None = None) -> Tensor:
-        """The trunk without adapters, in the same pass that a reward model on it reads."""
-        return logprobs_of(base, temperature, top)(tokens, mask, frozen(tokens)[top])
-
-    return Roles(policy, reference, frozen)
+    return Roles(policy, *reference_on(base, temperature))  # the trunk without adapters
 
 
 def branch(
@@ -175,7 +191,11 @@ def branch(
     depth = base.config.layers - branch_layers
     policy = ActorCritic(another(), critic, temperature, depth, another)
     frozen = FrozenStates(base).read([depth])
-    return Roles(policy, logprobs_of(base, temperature, depth), frozen, lambda tokens: frozen(tokens)[depth])
+
+    def features(tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        return frozen(tokens, lengths)[depth]
+
+    return Roles(policy, logprobs_of(base, temperature, depth), frozen, features)
 
 
 LAYOUTS = {"full": models, "shared": models, "adapters": adapters, "branch": branch}

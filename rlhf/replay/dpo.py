@@ -34,7 +34,7 @@ def log_probs(roles: Roles, pairs: dict[str, Tensor], micro_batch: int) -> Itera
     mask = (t >= prompts[:, None]) & (t < lengths[:, None])
     for rows in parts_of(len(tokens), 2 * micro_batch):
         with torch.no_grad():
-            features = roles.features(tokens[rows])
+            features = roles.features(tokens[rows], lengths[rows])
             reference = roles.reference(tokens[rows], mask[rows], features)
         yield roles.policy(tokens[rows], mask[rows], features).logprobs, reference
 
