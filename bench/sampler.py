@@ -9,8 +9,9 @@ Random weights and no EOS, or with --init a trained model whose texts end where 
 as in PPO's rollouts, and a token counts only up to its row's EOS. Sampling at temperature 1 in both. CPU seconds of one
 thread, so that a busy machine matters less; what counts is the ratio of neighbouring rounds.
 
---ragged: four times as many prompts, of which `batch` decode together, once to the full length of response, and once with
-so many tokens that end a text that the mean is a quarter of it (random weights are nearly indifferent between tokens).
+--ragged: four times as many prompts, of which `batch` decode together and the others wait for rows that end, with so many
+tokens that end a text that the mean is a quarter of response (random weights are nearly indifferent between tokens). Beside
+it: no text that ends early; the same texts in one batch after the other; all of them at once.
 """
 
 import statistics
@@ -64,7 +65,7 @@ def main() -> None:
         opened = open_pretrained(cfg.init)
         ours, stop_ids = opened.model.eval(), opened.stop_ids
     sides = full_and_ragged(cfg, ours) if cfg.ragged else ours_and_theirs(cfg, ours, stop_ids)
-    first, second = sides
+    first, *others = sides
     speed = {name: [] for name in sides}
     for _ in range(1 + cfg.rounds):
         for name, sampler in sides.items():
@@ -73,14 +74,16 @@ def main() -> None:
             speed[name].append(done / (time.process_time() - start))
     for name, rounds in speed.items():
         unit = "rows/s" if cfg.ragged else "tokens/s"
-        print(f"{name:<20}{statistics.median(rounds[1:]):10.1f} {unit}, median of {cfg.rounds} rounds")
-    ratios = [a / b for a, b in zip(speed[first][1:], speed[second][1:])]
+        print(f"{name:<28}{statistics.median(rounds[1:]):10.1f} {unit}, median of {cfg.rounds} rounds")
     kind = str(dtype(cfg)).removeprefix("torch.")
     what = (
         f"sampling {cfg.batch} rows, {kind}, {cfg.shape}" if cfg.init is None else f"sampling {cfg.batch} rows, {kind}"
     )
     what += ", texts of a quarter of the length" if cfg.ragged else ""
-    print(f"{what}: {figures.ratio(what, second, ratios)} times {second}; {figures.cpu()}; {cfg}")
+    for other in others:
+        ratios = [a / b for a, b in zip(speed[first][1:], speed[other][1:])]
+        print(f"{what}: {figures.ratio(what, other, ratios)} times {other}")
+    print(f"{figures.cpu()}; {cfg}")
 
 
 def dtype(cfg: Config) -> torch.dtype:
@@ -120,16 +123,22 @@ def ours_and_theirs(cfg: Config, model: Transformer, stop_ids) -> dict[str, Call
 
 
 def full_and_ragged(cfg: Config, model: Transformer) -> dict[str, Callable[[], int]]:
-    """Rows that our sampler ends, where they end early and where none does."""
+    """Rows that our sampler ends, where they end early and others wait; and beside that."""
     rows, ours = 4 * cfg.batch, to_sample_with(model, dtype(cfg))
-    prompts, lengths, uniforms = inputs(cfg, model, rows)
-    stop_ids = range(model.config.vocab_size * 4 // cfg.response)
+    whole = inputs(cfg, model, rows)
+    early = range(model.config.vocab_size * 4 // cfg.response)
 
-    def side(stop_ids) -> int:
-        generate(ours, prompts, lengths, Sampling(cfg.response, stop_ids, 0), uniforms, cfg.batch)
+    def side(stop_ids=early, at_once: int = cfg.batch, size: int = rows) -> int:
+        for prompts, lengths, uniforms in zip(*(x.split(size) for x in whole)):
+            generate(ours, prompts, lengths, Sampling(cfg.response, stop_ids, 0), uniforms, at_once)
         return rows
 
-    return {"ragged": lambda: side(stop_ids), "rows of full length": lambda: side(())}
+    return {
+        "ragged": side,
+        "rows of full length": lambda: side(()),
+        "one batch after the other": lambda: side(size=cfg.batch),
+        "all at once": lambda: side(at_once=rows),
+    }
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.chat import check_template
-from data.loader import StartLoader, drawn, in_order, open_data, prompts_of, unseen
+from data.loader import StartLoader, drawn, open_data, prompts_of, unseen
 from data.records import Record
 from data.tokenizer import Tokenizer
 from model.generate import Generated, Sampling, generate, row_uniforms
@@ -61,15 +61,18 @@ def sample_groups(
 
     prompts (P, T) right-padded, lengths (P,). What a row draws depends on (seed, its place) alone, so models can be compared.
     """
-    groups = []
-    at_once = max(1, min(64, 1024 // n))  # prompts: the cache holds all their responses
-    for rows in tqdm(list(in_order(len(prompts), at_once)), desc="sample", leave=False, disable=None):
-        ids = [int(row) + k * len(prompts) for row in rows for k in range(n)]
-        uniforms = (
-            row_uniforms(seed, 0, ids, sampling.max_new_tokens).to(prompts.device) if sampling.temperature else None
-        )
-        groups.append(generate(model, prompts[rows], lengths[rows], sampling, uniforms))
-    return groups
+    size = n * max(1, min(64, 1024 // n))  # responses of a group; so many decode together, as others end
+    ids = [row + k * len(prompts) for row in range(len(prompts)) for k in range(n)]
+    uniforms = row_uniforms(seed, 0, ids, sampling.max_new_tokens).to(prompts.device) if sampling.temperature else None
+    with tqdm(total=len(ids), desc="sample", leave=False, disable=None) as bar:
+        whole = generate(model, prompts, lengths, sampling, uniforms, size, bar.update)
+    return [trimmed(whole, slice(first, first + size)) for first in range(0, len(ids), size)]
+
+
+def trimmed(whole: Generated, rows: slice) -> Generated:
+    """Some rows, without the columns in which all of them are padding."""
+    longest = int(whole.lengths[rows].max())
+    return Generated(**{name: x[rows, :longest] if x.dim() > 1 else x[rows] for name, x in vars(whole).items()})
 
 
 def nth_of(groups: list[Generated], n: int, k: int = 0) -> list[Generated]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -290,13 +290,14 @@ def generate(
     sampling: Sampling,
     uniforms: Tensor | None = None,
     at_once: int = 1 << 30,
+    progress: Callable[[int], object] = lambda rows: None,
 ) -> Generated:
     """Continues right-padded prompts (B, P) until EOS, max_new_tokens or the end of the context; -> Generated.
 
     uniforms (B, max_new_tokens) decide every draw (`row_uniforms`), so a row's text does not depend on its batch;
     (B n, max_new_tokens) draws n samples per prompt, next to each other. temperature 0 needs none. Equal neighbours among
     the prompts are read once. at_once: so many rows decode together, which bounds memory; the others wait until some have
-    ended. ValueError when a prompt is empty or leaves no room.
+    ended. progress: is told how many have ended, whenever some do. ValueError when a prompt is empty or leaves no room.
     """
     device, wanted = prompts.device, prompt_lengths.tolist()
     samples = checked(model, wanted, sampling, uniforms, at_once)
@@ -344,6 +345,7 @@ def generate(
             witnesses.clear()
             gone |= {place for place, ended in enumerate(finished[index].tolist()) if ended}
         if gone:
+            progress(len(gone))
             stay = decoding.leave(gone)
             alive, chosen = (
                 [alive[place] for place in stay],

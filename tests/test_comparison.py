@@ -8,14 +8,37 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_model import small_model
 from test_card import written
 from tiny import lines
 
 from evaluation import comparison
+from evaluation.held_out import sample_groups
+from model.generate import Sampling, generate, row_uniforms
 from rlhf.infra import checkpoint
 from rlhf.reward.scorer import scorer_of
 
 RNG = np.random.default_rng
+
+
+@pytest.mark.parametrize("n, temperature", [(1, 1.0), (1, 0.0), (3, 1.0)])
+def test_groups_are_those_that_are_sampled_apart(n, temperature):
+    """A group's rows begin as others of any group end; tokens, ends and widths are those of the group alone."""
+    model, rng = small_model("llama", torch.float32), RNG(0)
+    lengths = torch.from_numpy(rng.integers(1, 9, 150))
+    prompts, sampling = (
+        torch.from_numpy(rng.integers(0, model.config.vocab_size, (150, 8))),
+        Sampling(10, [1, 2], 0, temperature),
+    )
+    groups = sample_groups(model, prompts, lengths, n, sampling, 5)
+    assert [len(group.tokens) for group in groups] == [64 * n, 64 * n, 22 * n]
+    for group, first in zip(groups, (0, 64, 128)):
+        rows = slice(first, first + 64)
+        ids = [row + k * 150 for row in range(150)[rows] for k in range(n)]
+        draws = row_uniforms(5, 0, ids, 10) if temperature else None
+        alone = generate(model, prompts[rows], lengths[rows], sampling, draws)
+        for name, x in vars(alone).items():
+            torch.testing.assert_close(getattr(group, name), x, rtol=0, atol=1e-5 * (name == "logprobs"))
 
 
 @settings(max_examples=25, deadline=None)
