@@ -35,7 +35,9 @@ from model.peft import save_peft
 from model.quantize import quantize, stored_tensors
 from rlhf.infra import checkpoint, config
 from rlhf.infra.files import write_json
+from rlhf.infra.precision import has_fast_bf16
 from rlhf.lm.distill import distill, drop_layers, layer_distances
+from rlhf.lm.int8 import to_compute_with
 from rlhf.lm.pretrained import Pretrained, critic_trunk, open_base, open_pretrained
 from rlhf.lm.trunks import PREFIX, policy_adapter
 from rlhf.reward.files import load_reward_model
@@ -275,7 +277,12 @@ def measure(cfg: Config, original: Pretrained, place: Path, rows: list[np.ndarra
         template = None if Path(cfg.data).is_file() else open_data(cfg.data, "test").template
         sampling = Sampling(cfg.response_tokens, original.ends_of(template), tokenizer.pad)
         measured["reward"] = receipt.reward_change(models, score, prompts, sampling)
-    return measured | {"tokens_per_s": receipt.decoding_speed(models, torch.from_numpy(rows[0][:8].astype(np.int64)))}
+    prompt = torch.from_numpy(rows[0][:8].astype(np.int64))
+    if cfg.format == "int8":  # beside what serve.py would make of it
+        if has_fast_bf16(torch.device("cpu")):
+            models["bf16"] = to_compute_with(copy.deepcopy(exported.model), False, torch.bfloat16)
+        measured["tokens_per_s_16"] = receipt.decoding_speed(models, prompt, batch=16)
+    return measured | {"tokens_per_s": receipt.decoding_speed(models, prompt)}
 
 
 def export_reward_model(cfg: Config, saved: checkpoint.Checkpoint) -> None:

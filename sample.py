@@ -25,10 +25,12 @@ from data.records import Record
 from data.text import prompt_lines
 from data.tokenizer import Tokenizer, check_fingerprint
 from model.generate import Generated, Sampling, generate, row_uniforms
-from model.half import to_sample_with
 from rlhf.infra import config, distributed
-from rlhf.infra.precision import PrecisionName, chosen
+from rlhf.infra.precision import SamplingPrecision, chosen
+from rlhf.lm.int8 import stays_int8, to_compute_with
 from rlhf.lm.pretrained import Pretrained, open_pretrained
+
+AT_ONCE = 64  # prompts of a file that are answered together
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Config:
     temperature: float = 1.0  # 0 = always the likeliest token
     top_k: int = 0  # sample among the k likeliest tokens; 0 = all
     top_p: float = 1.0  # sample among the likeliest tokens that together have this probability
-    precision: PrecisionName = "auto"  # of matrix products; auto = bf16 where that is fast, else fp32
+    precision: SamplingPrecision = "auto"  # of matrix products; auto = what is fast here; int8: of an int8 export
     seed: int = 1  # the same command with the same seed gives the same texts
     json: bool = False  # one JSON object per continuation, with its log-probability
 
@@ -67,8 +69,10 @@ def main() -> None:
     cfg = config.parse(Config)
     device = distributed.setup().device
     opened = open_pretrained(cfg.checkpoint, device, base=cfg.base)
+    asked, rows = cfg.precision, cfg.samples * (1 if cfg.prompts is None else AT_ONCE)
     cfg, dtype = chosen(cfg, device, quiet=True)  # nothing but texts on stdout
-    opened = replace(opened, model=to_sample_with(opened.model.eval(), dtype))
+    int8 = stays_int8(opened.model, opened.spec, asked, dtype, [rows], quiet=True)
+    opened = replace(opened, model=to_compute_with(opened.model.eval(), int8, dtype))
     if cfg.prompts is not None and Path(cfg.prompts).is_dir():
         for turn, (prompts, stop_ids) in enumerate(prepared(cfg, opened)):
             write(cfg, opened.tokenizer, answer(cfg, opened, prompts, stop_ids, turn), alone=True)
@@ -81,8 +85,8 @@ def main() -> None:
     if keyboard:
         converse(cfg, opened, chat, stop_ids)
     encoder = Encoder(opened.tokenizer, chat)
-    for turn, start in enumerate(range(0, len(records), 64)):
-        asked = records[start : start + 64]
+    for turn, start in enumerate(range(0, len(records), AT_ONCE)):
+        asked = records[start : start + AT_ONCE]
         prompts = [np.array(encoder.encode(record).prompt) for record in asked]
         write(cfg, opened.tokenizer, answer(cfg, opened, prompts, stop_ids, turn), alone=bool(chat))
 
@@ -127,13 +131,13 @@ def write(cfg: Config, tokenizer: Tokenizer, out: Generated, alone: bool) -> lis
 
 
 def prepared(cfg: Config, opened: Pretrained) -> Iterator[tuple[list[np.ndarray], tuple[int, ...]]]:
-    """The prompts of a split of prepared data, 64 at a time, and what ends their answers."""
+    """The prompts of a split of prepared data, AT_ONCE at a time, and what ends their answers."""
     data = open_data(cfg.prompts, cfg.split)
     check_fingerprint(data.fingerprint, opened.tokenizer.fingerprint, cfg.checkpoint)
     stop_ids = opened.ends_of(data.template)
     loader = prompts_of(data, 1, cfg.seed, context=opened.model.config.context, response_tokens=cfg.tokens)
-    for start in range(0, len(loader), 64):
-        batch = loader.take(np.arange(start, min(start + 64, len(loader))))
+    for start in range(0, len(loader), AT_ONCE):
+        batch = loader.take(np.arange(start, min(start + AT_ONCE, len(loader))))
         yield [row[:n].numpy() for row, n in zip(batch.prompts, batch.prompt_lengths)], stop_ids
 
 

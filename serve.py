@@ -16,18 +16,20 @@ import signal
 import socket
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from data.chat import Chat
-from model.half import to_sample_with
-from rlhf.infra import config, distributed
-from rlhf.infra.precision import PrecisionName, chosen
+from model.transformer import Transformer
+from rlhf.infra import config, distributed, optim
+from rlhf.infra.precision import SamplingPrecision, chosen
+from rlhf.lm.int8 import stays_int8, to_compute_with
 from rlhf.lm.pretrained import Pretrained, open_pretrained
 from rlhf.reward.scorer import open_scorer
 from rlhf.serve.api import Service, is_loopback
+from rlhf.serve.weights import own
 from rlhf.serve.workers import Alone, Crew, Member, Seat
 
 KEY = "PLAIN_RLHF_KEY"  # the environment variable for --key
@@ -43,7 +45,7 @@ class Config:
     feedback: str | None = None  # file of a feedback store: comparisons are shown and votes taken
     weights_dir: str | None = None  # directory that POST /v1/weights may take other weights from; needs a key
     name: str | None = None  # what clients call the model; none = the last part of --init
-    precision: PrecisionName = "auto"  # of matrix products; auto = bf16 where that is fast, else fp32
+    precision: SamplingPrecision = "auto"  # of matrix products; auto = what is fast here; int8: of an int8 export
     device: str = "cpu"  # cpu | cuda; with several workers the k-th takes the k-th GPU
 
     # Who may use it
@@ -92,13 +94,14 @@ def main() -> None:
     except ImportError:
         raise ValueError("the server needs starlette and uvicorn: pip install -e '.[serve]'") from None
     if cfg.workers == 1:
-        return work(cfg, key, listener, Seat())
+        return work(cfg, key, listener, Seat(), found=None)
 
     # the workers inherit one socket, which stays open for those that come later: whoever is free takes the next connection
     context = multiprocessing.get_context("fork")  # before any model is opened, or a GPU touched
+    found = context.Array("c", 32)  # what `precision_of` found, for all workers, and for those that come later
     Crew(
         cfg.workers,
-        lambda seat: context.Process(target=config.run, args=(lambda: work(cfg, key, listener, seat),)),
+        lambda seat: context.Process(target=config.run, args=(lambda: work(cfg, key, listener, seat, found),)),
         context.Barrier(cfg.workers),
     ).run()
 
@@ -115,16 +118,31 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def work(cfg: Config, key: str | None, listener: socket.socket, seat: Seat) -> None:
-    """One process of the server, until a signal ends it."""
+def precision_of(cfg: Config, device: torch.device, opened: Pretrained) -> str:
+    """How the model is multiplied, as this machine is fast: "bf16 False", the second whether in int8. It is said."""
+    settled, dtype = chosen(cfg, device)
+    return f"{settled.precision} {stays_int8(opened.model, opened.spec, cfg.precision, dtype, (1, cfg.max_batch))}"
+
+
+def work(cfg: Config, key: str | None, listener: socket.socket, seat: Seat, found) -> None:
+    """One process of the server, until a signal ends it. found: bytes that all workers share, see `main`."""
     torch.set_grad_enabled(False)
     torch.set_num_threads(cfg.threads)
     distributed.leave_out_cudnn_attention()
     device = torch.device(cfg.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", seat.rank % max(1, torch.cuda.device_count()))
-    cfg, dtype = chosen(cfg, device, quiet=seat.rank > 0 or seat.again)
     opened = open_pretrained(cfg.init, device, base=cfg.base)
+    if found is None:
+        words = precision_of(cfg, device, opened)
+    else:  # met once: a seed's text must not depend on who answers
+        if seat.rank == 0 and not found.value:
+            found.value = precision_of(cfg, device, opened).encode()
+        if not wait_for_all(seat):
+            return
+        words = found.value.decode()
+    precision, int8 = words.split()
+    cfg, dtype, int8 = replace(cfg, precision=precision), optim.DTYPES[precision], int8 == "True"
     reference = open_pretrained(cfg.reference, device) if cfg.reference else None
     if reference and reference.tokenizer.fingerprint != opened.tokenizer.fingerprint:
         raise ValueError(f"{cfg.reference} reads other tokens than {cfg.init}: the KL between them means nothing")
@@ -132,12 +150,26 @@ def work(cfg: Config, key: str | None, listener: socket.socket, seat: Seat) -> N
     if cfg.reward:
         under = reference or (open_pretrained(cfg.base, device) if cfg.base else opened)
         reward = open_scorer(cfg.reward, opened.tokenizer, device, base=under, dtype=dtype)
-    asyncio.run(serve(cfg, key, listener, seat, opened, reference, reward, dtype))
+    if cfg.weights_dir:
+        own(opened.model)
+    # by the same products as the model, or the KL between equal weights would not be 0
+    models = [x and to_compute_with(x.model.eval(), int8, dtype) for x in (opened, reference)]
+    asyncio.run(serve(cfg, key, listener, seat, opened, *models, reward))
+
+
+def wait_for_all(seat: Seat) -> bool:
+    """Whether all the first workers have come so far; False: one has failed, or we were told to stop."""
+    if seat.ready is not None:
+        try:
+            seat.ready.wait()
+        except threading.BrokenBarrierError:
+            return False
+    return True
 
 
 async def serve(
-    cfg: Config, key: str | None, listener: socket.socket, seat: Seat, opened: Pretrained,
-    reference: Pretrained | None, reward, dtype: torch.dtype,
+    cfg: Config, key: str | None, listener: socket.socket, seat: Seat, opened: Pretrained, model: Transformer,
+    reference: Transformer | None, reward,
 ) -> None:  # fmt: skip
     """Listens until SIGTERM or Ctrl-C, then lets running requests finish for a while."""
     from rlhf.serve import connections
@@ -147,7 +179,7 @@ async def serve(
     log.addFilter(connections.OncePerSecond())
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[log])
     loop = asyncio.get_running_loop()
-    service = service_of(cfg, key, seat, opened, reference, reward, dtype)
+    service = service_of(cfg, key, seat, opened, model, reference, reward)
     scheduler = service.scheduler
     wanted = cfg.max_batch + 2 * cfg.queue + 16  # texts, as many jobs as may wait, and the page's own requests
     room, most = connections.room(wanted)
@@ -165,11 +197,8 @@ async def serve(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
-    if seat.ready is not None:
-        try:
-            await asyncio.to_thread(seat.ready.wait)
-        except threading.BrokenBarrierError:
-            return  # another worker has failed, or we were told to stop
+    if not await asyncio.to_thread(wait_for_all, seat):
+        return
     scheduler.start()
     listener.listen(2048)  # from here on connections wait, and are not refused
     if seat.rank == 0 and not seat.again:
@@ -190,9 +219,9 @@ def service_of(
     key: str | None,
     seat: Seat,
     opened: Pretrained,
-    reference: Pretrained | None,
+    model: Transformer,
+    reference: Transformer | None,
     reward,
-    dtype: torch.dtype,
 ) -> Service:
     """What a worker's endpoints need."""
     from rlhf.feedback.store import FeedbackStore
@@ -200,14 +229,9 @@ def service_of(
     from rlhf.serve.protocol import Limits
     from rlhf.serve.scheduler import Scheduler
     from rlhf.serve.scorer import Scorer, load_values
-    from rlhf.serve.weights import Weights, own
+    from rlhf.serve.weights import Weights
 
-    if cfg.weights_dir:
-        own(opened.model)
     loop, tokenizer = asyncio.get_running_loop(), opened.tokenizer
-    model = to_sample_with(opened.model, dtype)
-    # by the same products as the model, or the KL between equal weights would not be 0
-    other = to_sample_with(reference.model, dtype).eval() if reference else None
     chat = chat_of(opened, quiet=seat.rank > 0 or seat.again)
     stop_ids = {*opened.stop_ids, *(chat.stop_ids() if chat else ())}
     scheduler = Scheduler(
@@ -222,7 +246,7 @@ def service_of(
     if seat.line is not None:
         shared = Member(weights, seat.line, cfg.workers)
     values = None if cfg.weights_dir else load_values(cfg.init, model, cfg.base)  # a critic's, of these weights alone
-    scorer = Scorer(model, other, reward, values)
+    scorer = Scorer(model, reference, reward, values)
     return Service(
         scheduler, scorer, tokenizer, chat, cfg.name or Path(cfg.init).name,
         Limits(scheduler.width, min(cfg.max_tokens, scheduler.width), cfg.max_batch + cfg.queue),

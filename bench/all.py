@@ -40,6 +40,7 @@ BENCHES = (  # most wanted first
     "sft.py --shape=small --rounds=1 --steps=5",
     "learning.py --rounds=1",
     "int8.py --rounds=2",
+    "int8.py --batch=16 --rounds=2",
 )
 IN_BF16 = (  # where this CPU is fast at it
     "ppo.py --shape=smollm2 --rounds=1 --iterations=1 --precision=bf16",

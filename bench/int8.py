@@ -1,4 +1,5 @@
-"""Decoding with float32 and with int8 weights in the same loop, taken in turns, and with llama.cpp's Q8_0 where it installs.
+"""Decoding with float32, with int8 and, where that is fast, with bf16 weights in the same loop, taken in turns; and with
+llama.cpp's Q8_0 where it installs.
 
     python bench/int8.py                                 # SmolLM2-135M-Instruct, batch 1
     python bench/int8.py --batch=16
@@ -25,8 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model.generate import Sampling, generate  # noqa: E402
 from model.gguf import save_gguf  # noqa: E402
+from model.half import to_sample_with  # noqa: E402
 from model.quantize import quantize, stored_tensors  # noqa: E402
 from rlhf.infra import config  # noqa: E402
+from rlhf.infra.precision import has_fast_bf16  # noqa: E402
 from rlhf.lm.pretrained import open_pretrained  # noqa: E402
 
 
@@ -56,6 +59,9 @@ def main() -> None:
         generate(model, prompts, lengths, Sampling(tokens, [], 0, temperature=0.0))
 
     decoders = {"float32": lambda n: ours(original, n), "int8": lambda n: ours(int8, n)}
+    if has_fast_bf16(torch.device("cpu")):
+        half = to_sample_with(copy.deepcopy(original), torch.bfloat16)
+        decoders["bf16"] = lambda n: ours(half, n)
     with tempfile.TemporaryDirectory() as directory:
         if cfg.llama:
             save_gguf(f"{directory}/model.gguf", original, "Q8_0", opened.tokenizer.parts())
@@ -71,7 +77,10 @@ def main() -> None:
         ratios = [a / b for a, b in zip(seconds["float32"][1:], seconds[name][1:])]
         what = f"{name} decoding, batch {cfg.batch}"
         print(f"{name}, speed of float32's: {figures.ratio(what, 'float32', ratios)}")
-    print(cfg)
+    if "bf16" in seconds:
+        ratios = [a / b for a, b in zip(seconds["bf16"][1:], seconds["int8"][1:])]
+        print(f"int8, speed of bf16's: {figures.ratio(f'int8 decoding, batch {cfg.batch}', 'bf16', ratios)}")
+    print(f"{figures.cpu()}; {torch.backends.cpu.get_cpu_capability()}; {cfg}")
 
 
 def cpu_seconds(decode, tokens: int) -> float:

@@ -68,15 +68,23 @@ def reward_change(
 
 
 @torch.no_grad()
-def decoding_speed(models: dict[str, Transformer], prompt: Tensor, tokens: int = 16, rounds: int = 3) -> dict:
-    """Tokens per second at batch 1, wall clock: the best of some rounds in turns, after one to warm up. prompt (P,)"""
-    best = dict.fromkeys(models, 0.0)
+def decoding_speed(
+    models: dict[str, Transformer], prompt: Tensor, batch: int = 1, tokens: int = 16, rounds: int = 3
+) -> dict:
+    """Tokens per second of so many texts together, wall clock: the best of some rounds in turns, after one to warm up.
+
+    prompt (P,): what they begin with, the first of them differently.
+    """
+    best, lengths, prompts = dict.fromkeys(models, 0.0), torch.full((batch,), len(prompt)), prompt.repeat(batch, 1)
+    prompts[:, 0] = (prompts[:, 0] + torch.arange(batch)) % next(
+        iter(models.values())
+    ).config.vocab_size  # else read once
     for nth in range(1 + rounds):
         for name, model in models.items():
             start = time.perf_counter()
-            generate(model, prompt[None], torch.tensor([len(prompt)]), Sampling(tokens, temperature=0.0))
+            generate(model, prompts, lengths, Sampling(tokens, temperature=0.0))
             if nth:
-                best[name] = max(best[name], tokens / (time.perf_counter() - start))
+                best[name] = max(best[name], batch * tokens / (time.perf_counter() - start))
     return {**best, "threads": torch.get_num_threads()}
 
 
@@ -89,6 +97,10 @@ def check(receipt: dict, max_kl: float) -> None:
         )
 
 
+def beside(speed: dict) -> str:
+    return f" (bf16 {speed['bf16']:.1f})" if "bf16" in speed else ""
+
+
 def lines(receipt: dict) -> str:
     """The receipt as people read it."""
     size, perplexity, speed = (receipt[name] for name in ("bytes", "perplexity", "tokens_per_s"))
@@ -99,8 +111,21 @@ def lines(receipt: dict) -> str:
         f"{perplexity['after'] / perplexity['before'] - 1:+.2%}",
         f"KL           {receipt['kl']:.4f} nats per token",
         f"top-1        {receipt['top1']:.1%} the same, {receipt['tokens']} tokens of {receipt['text']}",
-        f"decoding     {speed['before']:.1f} -> {speed['after']:.1f} tokens/s at batch 1, {speed['threads']} threads",
+        f"decoding     {speed['before']:.1f} -> {speed['after']:.1f} tokens/s at batch 1{beside(speed)}, "
+        f"{speed['threads']} threads",
     ]
+    if many := receipt.get("tokens_per_s_16"):  # of int8
+        rows.append(f"             {many['before']:.1f} -> {many['after']:.1f} tokens/s at batch 16{beside(many)}")
+        slower = [
+            f"{speed['after'] / speed[name]:.2f} of {said}'s speed at batch {batch}"
+            for batch, speed in ((1, speed), (16, many))
+            for name, said in (("before", "float32"), ("bf16", "bf16"))
+            if name in speed and speed["after"] < speed[name]
+        ]
+        told = f"slower: {', '.join(slower)}" if slower else "the fastest at both"
+        rows.append(
+            f"             on this CPU int8 is {told}; serve.py and sample.py take what is faster where they run"
+        )
     if reward := receipt.get("reward"):
         rows.append(
             f"reward       {reward['before']:.3f} -> {reward['after']:.3f}, change "

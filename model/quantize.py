@@ -187,6 +187,35 @@ def tie(model: Transformer) -> None:
         model.lm_head = Int8Linear(*(rows or quantize_rows(embedding.weight, torch.bfloat16)))
 
 
+@torch.no_grad()
+def dequantize(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """Undo `quantize`, but for its rounding, in place: linear layers and embedding hold scale q in `dtype`; -> the model.
+
+    A tied model's output matrix is its embedding again, whose bfloat16 rows are nearer to the original than their int8.
+    """
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, Int8Linear):
+            plain = nn.Linear(*layer.weight.shape[::-1], bias=layer.bias is not None, device="meta")
+            plain.weight = nn.Parameter(scaled(layer.weight, layer.scale, dtype), requires_grad=False)
+            if layer.bias is not None:
+                plain.bias = nn.Parameter(layer.bias, requires_grad=False)
+            model.set_submodule(name, plain)
+    for block in model.layers:
+        del block.self_attn.qkv
+        if block.mlp.gate_proj is not None:
+            del block.mlp.gate_up
+    rows = model.embed_tokens
+    model.embed_tokens = nn.Embedding.from_pretrained(scaled(rows.weight, rows.scale, dtype))
+    if model.config.tied:
+        model.lm_head = None
+    return model
+
+
+def scaled(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """scale q, rounded once. (N, K), (N,) or None -> (N, K)"""
+    return weight.to(dtype) if scale is None else (weight.float() * scale.float()[:, None]).to(dtype)
+
+
 def stored_tensors(model: Transformer) -> dict[str, Tensor]:
     """What a file of the quantized model holds; a tied output matrix is made anew from the embedding."""
     tensors = model.state_dict()

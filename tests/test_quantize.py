@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 
 import golden
 import pytest
@@ -11,11 +12,13 @@ from hypothesis import strategies as st
 from reference_model import FAMILIES, random_ids, slow_logits, small_model
 
 from model.generate import Sampling, generate, row_uniforms
+from model.half import to_sample_with
 from model.quantize import (
     FBGEMM,
     FEW_ROWS,
     Int8Linear,
     decoding_path,
+    dequantize,
     integer_product,
     load_quantized,
     pack,
@@ -24,6 +27,7 @@ from model.quantize import (
     stored_tensors,
 )
 from model.transformer import KVCache
+from rlhf.lm.int8 import is_int8, stays_int8, to_compute_with
 
 pytestmark = pytest.mark.bits
 
@@ -217,6 +221,58 @@ def test_a_model_computes_with_its_dequantized_weights(family, embedding):
         if isinstance(layer, Int8Linear):
             layer.few_rows = 0  # float32 throughout
     assert torch.allclose(quantized(ids)[0].double(), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("embedding", EMBEDDINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_that_are_made_of_int8(family, embedding, dtype):
+    """scale q by the definition; a tied output matrix is the rows that are looked up. As a model: alone, and to sample with."""
+    model = small_model(family, torch.float32)
+    expected = dequantized(model, embedding)
+    if model.config.tied:
+        expected.lm_head.weight = expected.embed_tokens.weight
+    made = dequantize(quantize(copy.deepcopy(model), embedding), dtype)
+    there, ids = expected.state_dict(), random_ids(1, 2, 9)
+    for name, x in made.state_dict().items():
+        norm = x.ndim < 2 or "positions" in name
+        assert x.dtype == (torch.float32 if norm else dtype)
+        torch.testing.assert_close(x.double(), there[name], rtol=2**-8 * (dtype == torch.bfloat16 and not norm), atol=0)
+    assert made.config == model.config and not any(x.requires_grad for x in made.parameters())
+    logits = to_sample_with(made, dtype)(ids).double()
+    off = 1e-4 if dtype == torch.float32 else 0.05
+    assert (logits - expected(ids)).abs().mean() < off * expected(ids).std()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_faster_is_met_and_said(dtype, capsys):
+    """auto takes a side by the ratios that it prints, and to meet them changes no model; a word decides without."""
+    exported = quantize(small_model("llama", torch.float32, **WHOLE_STEPS))
+    ids = random_ids(1, 2, 9)
+    before = exported(ids)
+    stays = stays_int8(exported, "here", "auto", dtype, (1, 5))
+    said, name = capsys.readouterr().out, {torch.float32: "float32", torch.bfloat16: "bf16"}[dtype]
+    one, five = map(
+        float,
+        re.fullmatch(r"int8 weights .*: of .* speed (\S+) times with 1 and (\S+) times with 5 rows\n", said).groups(),
+    )
+    assert ("stay int8" if stays else f"become {name}") in said and f"of {name}'s" in said
+    assert stays == (one * five >= 1) or one * five == pytest.approx(1, abs=0.05)
+    assert torch.equal(exported(ids), before)
+    assert stays_int8(exported, "here", "int8", dtype, (1,)) and not stays_int8(exported, "here", "fp32", dtype, (1,))
+    assert to_compute_with(exported, True, dtype) is exported
+    as_dtype = to_compute_with(exported, False, dtype)
+    assert not is_int8(as_dtype) and as_dtype.cache_dtype == dtype
+    assert (as_dtype(ids) - before).abs().mean() < 0.1 * before.std()
+    assert capsys.readouterr().out == ""
+
+
+def test_int8_of_a_model_that_is_not():
+    plain = small_model("llama", torch.float32)
+    with pytest.raises(ValueError, match="--precision=int8: here has no int8 weights; export some"):
+        stays_int8(plain, "here", "int8", torch.float32, (1,))
+    assert not stays_int8(plain, "here", "auto", torch.float32, (1,))
+    assert to_compute_with(plain, False, torch.float32) is plain
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,6 +15,7 @@ from evaluation import receipt
 from model.generate import Sampling
 from model.quantize import Int8Linear
 from rlhf.infra import checkpoint
+from rlhf.infra.precision import has_fast_bf16
 from rlhf.lm.pretrained import digest_of, open_pretrained
 
 
@@ -104,9 +105,20 @@ def test_int8_opens_and_samples(world, int8):
     assert measured["bytes"]["before"] == 4 * sum(x.numel() for x in before.model.state_dict().values())
     assert measured["bytes"]["after"] == (path / "model.safetensors").stat().st_size < measured["bytes"]["before"]
     assert measured["reward"]["low"] <= measured["reward"]["change"] <= measured["reward"]["high"]
-    assert all(measured["tokens_per_s"][when] > 0 for when in ("before", "after"))
+    speeds = {1: measured["tokens_per_s"], 16: measured["tokens_per_s_16"]}
+    bf16 = ["bf16"] if has_fast_bf16(torch.device("cpu")) else []
+    assert all(set(speed) == {"before", "after", "threads", *bf16} for speed in speeds.values())
+    said = next(line for line in printed.splitlines() if "on this CPU int8 is" in line)
+    for batch, speed in speeds.items():
+        for name, told in (("before", "float32"), *((x, x) for x in bf16)):
+            assert speed[name] > 0
+            slower = f"{speed['after'] / speed[name]:.2f} of {told}'s speed at batch {batch}"
+            assert (slower in said) == (speed["after"] < speed[name])
     assert f"{measured['kl']:.4f} nats per token" in printed and "-> lm-int8" in printed
-    assert len(world.ok("sample.py", checkpoint="lm-int8", prompt="the film is").strip()) > 0
+    texts = {
+        p: world.ok("sample.py", checkpoint="lm-int8", prompt="the film is", precision=p) for p in ("int8", "fp32")
+    }
+    assert all(text.strip() for text in texts.values())
 
 
 @pytest.mark.slow
@@ -169,6 +181,11 @@ def test_too_far_leaves_nothing(world):
 def test_one_clear_line(world, int8, options, message):
     assert message in refused(world, out="refused-int8", **options)
     assert not (world.path / "refused-int8").exists()
+
+
+def test_int8_of_another_model_is_one_line(world):
+    done = world.run("sample.py", checkpoint="lm", prompt="the film is", precision="int8")
+    assert done.code == 2 and "lm has no int8 weights" in done.err and done.err.count("\n") == 1
 
 
 def test_a_damaged_file_is_refused(world, int8, tmp_path):

@@ -540,7 +540,8 @@ def test_an_int8_directory(home):
     (home / "texts.txt").write_text("a good film\na bad film that nobody likes\n")
     options = "--init=lm --out=int8 --format=int8 --data=texts.txt --max_kl=9 --prompt_tokens=1 --response_tokens=4"
     subprocess.run([sys.executable, ROOT / "export.py", *options.split()], cwd=home, check=True, capture_output=True)
-    with serving(home, "--reference=lm", "--max_batch=20", "--name=small", init="int8") as server:
+    options = ("--reference=lm", "--max_batch=20", "--name=small", "--precision=int8")
+    with serving(home, *options, init="int8") as server:
         assert server.request("/health")[2]["exact"] is True
         bodies = [mixed(seed, 20) for seed in range(24)]
         with concurrent.futures.ThreadPoolExecutor(24) as pool:

@@ -5,7 +5,10 @@ AVX512-BF16) and a product takes clearly less time than in float32. Elsewhere, a
 """
 
 import dataclasses
+import math
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +21,7 @@ from rlhf.infra.metrics import say
 from rlhf.infra.run import has_lines
 
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
+SamplingPrecision = Literal["auto", "fp32", "bf16", "fp16", "int8"]  # int8: of an export, see rlhf/lm/int8.py
 NAMES = (None, "fp32", "bf16", "fp16")
 FLAGS = ("amx_bf16", "avx512_bf16")  # of a CPU, as Linux names them
 CAPABLE = ("AVX512", "AMX")  # what torch may use of them: ATEN_CPU_CAPABILITY=avx2 takes it away
@@ -51,12 +55,14 @@ def stored_dtype(cfg, precision: optim.Precision) -> torch.dtype:
 
 
 def chosen(cfg, device: torch.device, quiet: bool = False) -> tuple:
-    """`settled` for a command that trains nothing, and so has no run to keep to; also its dtype. ValueError where the device
-    has it not.
+    """`settled` for a command that trains nothing, and so has no run to keep to; also its dtype. int8 is the precision of an
+    export's weights, and the rest is as with auto. ValueError where the device has it not.
     """
-    if cfg.precision == "auto":
-        cfg = dataclasses.replace(cfg, precision="bf16" if has_fast_bf16(device) else "fp32")
-        say(f"precision: {cfg.precision}, the fastest here", not quiet)
+    if cfg.precision in ("auto", "int8"):
+        found = "bf16" if has_fast_bf16(device) else "fp32"
+        said = f"{found}, the fastest here" if cfg.precision == "auto" else f"int8 weights, all else in {found}"
+        say(f"precision: {said}", not quiet)
+        cfg = dataclasses.replace(cfg, precision=found)
     return cfg, optim.amp(device, cfg.precision).dtype
 
 
@@ -94,25 +100,36 @@ def cpu_flags() -> set[str]:
     return set(next((line.partition(":")[2].split() for line in text.splitlines() if line.startswith("flags")), ()))
 
 
-def times_as_fast(rounds: int = 30) -> float:
-    """A bf16 product against the same in float32 on one core: the quickest of each, taken in turns.
-
-    Where bf16 is far quicker a few rounds show it. On a busy machine all of a few may be disturbed, so doubts take more.
-    """
+def times_as_fast() -> float:
+    """A bf16 product against the same in float32 on one core."""
     rows, inputs, outputs = SHAPE
     wide = torch.ones(rows, inputs), torch.ones(outputs, inputs)
-    half = tuple(x.bfloat16() for x in wide)
-    best, threads = {"fp32": float("inf"), "bf16": float("inf")}, torch.get_num_threads()
+    half, threads = tuple(x.bfloat16() for x in wide), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for i in range(rounds + 1):
-            for name, (x, weight) in (("fp32", wide), ("bf16", half)):
-                start = time.perf_counter()
-                torch.nn.functional.linear(x, weight)
-                if i > 0:  # the first builds the kernel
-                    best[name] = min(best[name], time.perf_counter() - start)
-            if i >= 3 and best["fp32"] > 1.5 * FASTER * best["bf16"]:
-                break
+        sides = {name: partial(torch.nn.functional.linear, *x) for name, x in (("fp32", wide), ("bf16", half))}
+        best = quickest(sides, rounds=30, enough=lambda best: best["fp32"] > 1.5 * FASTER * best["bf16"])
     finally:
         torch.set_num_threads(threads)
     return best["fp32"] / best["bf16"]
+
+
+def quickest(
+    sides: dict[str, Callable[[], object]],
+    rounds: int = 10,
+    enough: Callable[[dict[str, float]], bool] = lambda best: False,
+) -> dict[str, float]:
+    """Seconds of each side, the least of some rounds in turns, after one that builds kernels.
+
+    Where one is far quicker a few rounds show it, and it is `enough`. On a busy machine all of a few may be disturbed.
+    """
+    best = dict.fromkeys(sides, math.inf)
+    for i in range(rounds + 1):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            side()
+            if i > 0:
+                best[name] = min(best[name], time.perf_counter() - start)
+        if i >= 3 and enough(best):
+            break
+    return best
