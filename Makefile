@@ -6,8 +6,9 @@
 #   make bench   every speed beside TRL's or transformers', in half an hour: a table and out/bench/report.json (EXTRAS=compare)
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= dev
+EXTRAS ?= dev,plot
 OUT ?= out/demo
+SEED ?= 1
 SCRATCH ?= out/scratch
 CHAT ?= out/chat
 
@@ -21,11 +22,12 @@ demo: $(READY)
 	$(PY) export.py --init=smollm2-135m-instruct --out=$(OUT)/base
 	$(PY) -m data.prepare vader --tokenizer=$(OUT)/base --out=$(OUT)/data
 	$(TORCHRUN) train_rm.py --init=$(OUT)/base --data=$(OUT)/data --trunk=frozen --sentences=2000 \
-	    --sources=film --out=$(OUT)/rm
+	    --sources=film --seed=$(SEED) --out=$(OUT)/rm
 	$(TORCHRUN) train_ppo.py --init=$(OUT)/base --data=$(OUT)/data --reward=$(OUT)/rm --out=$(OUT)/ppo \
-	    --sources=film --layout=branch --batch=32 --minibatches=4 --iterations=21 --kl_coef=0.05
+	    --sources=film --layout=branch --batch=32 --iterations=36 --kl_coef=0.15 --seed=$(SEED)
 	$(PY) evaluate.py --base=$(OUT)/base --data=$(OUT)/data --reward=$(OUT)/rm --tuned=$(OUT)/ppo --out=$(OUT) \
-	    --sources=film --prompts=128 --best_of=2 --human_texts=64
+	    --sources=film --prompts=256 --best_of=4 --human_texts=64 --seed=$(SEED)
+	$(PY) evaluate.py report --run=$(OUT) --reference=results/demo
 
 smollm2: demo
 

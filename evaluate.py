@@ -396,6 +396,7 @@ def write(out: str, summary: dict, files: dict[str, list[dict]]) -> None:
             continuations(files["samples.jsonl"][:5]),
             *filter(None, [verdict(summary)]),
             markdown_table(*results_table(summary["rows"]), rule="---"),
+            LEGEND,
             comparison_lines(summary),
             *(part(summary[name]) for name, part in parts.items() if name in summary),
         ]
@@ -404,6 +405,13 @@ def write(out: str, summary: dict, files: dict[str, list[dict]]) -> None:
     print(text)
     seconds = " ".join(f"{name} {x:.0f}" for name, x in summary["seconds"].items() if x)
     print(f"\nseconds: {seconds}\nwrote {out}/{', '.join(['summary.json', 'results.md', *files])}")
+
+
+LEGEND = (
+    "[95% intervals over prompts]; KL: nats per answer from the base; distinct-3: share of all trigrams that differ; length "
+    "in tokens;\nends: share that ended by itself; ppl of human text: the model's perplexity; ppl for base: the answers' under "
+    "the base."
+)
 
 
 def verdict(summary: dict) -> str:

@@ -62,7 +62,7 @@ def main() -> None:
         write_text(cfg.picture, drawing)
         files.append(cfg.picture)
     absent = f" ({len(missing)} more have nothing to show, the page's end says why)" * bool(missing)
-    print(f"{len(sources)} directories, {len(sections)} sections{absent} -> {', '.join(files)}")
+    print(f"The report of {len(sources)} directories, {len(sections)} sections{absent}: {', '.join(files)}")
 
 
 # --- what it says ---

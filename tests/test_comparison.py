@@ -12,6 +12,7 @@ from reference_model import small_model
 from test_card import written
 from tiny import lines
 
+import evaluate
 from evaluation import comparison
 from evaluation.held_out import sample_groups
 from model.generate import Sampling, generate, row_uniforms
@@ -193,3 +194,31 @@ def test_several_models_and_rewards(world, tuned, tmp_path):
 def test_what_it_refuses(world, options, words):
     done = world.run("evaluate.py", **options)
     assert (done.code, done.err.count("\n")) == (2, 1) and all(word in done.err for word in words), done
+
+
+@pytest.mark.parametrize(
+    ("ends", "told"),
+    [
+        ((0.1, 0.3), "likes the tuned model better than the base"),
+        ((-0.1, 0.3), "cannot tell the tuned model from the base"),
+        ((-0.3, -0.1), "likes the tuned model less than the base"),
+        ((math.nan, math.nan), "cannot tell the tuned model from the base"),
+    ],
+)
+def test_the_verdict_in_one_sentence(ends, told):
+    """It claims what the interval shows; the judge speaks where there is one, else the reward; several models get a table."""
+    low, high = ends
+    gain, rate = {"mean": (low + high) / 2, "low": low, "high": high}, {"mean": 0.625}
+    ppo = {"kl": 5.04, "distinct3_before": 0.98, "distinct3_after": 0.96}
+    for what in ("judge", "reward"):
+        ppo |= {f"{what}_before": 0.2, f"{what}_after": 0.4, f"{what}_gain": gain, f"win_rate_{what}": rate}
+    rows = {"base": {"judge": {"mean": 0.2}, "reward": {"mean": 0.0}}, "tuned": {}}
+    summary = {"ppo": ppo, "rows": rows, "pairwise": [{}], "prompts": 128}
+    text = evaluate.verdict(summary)
+    assert text.startswith(f"The judge {told}: 0.200 -> 0.400, ") and "\n" not in text
+    assert "it wins 62% of 128 held-out prompts, 5.0 nats from the base; distinct-3 0.980 -> 0.960." in text
+    rows["best of 4"] = {"judge": {"mean": 0.25}, "reward": {"mean": 0.9}}
+    assert evaluate.verdict(summary).endswith("the best of 4 samples of the base, chosen by the reward, gains +0.050.")
+    assert evaluate.verdict(summary | {"pairwise": [{}, {}]}) == ""
+    del ppo["judge_gain"]
+    assert evaluate.verdict(summary).startswith(f"The reward {told}: ")

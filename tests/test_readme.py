@@ -172,14 +172,15 @@ def test_docstrings_of_the_scripts():
 
 @pytest.mark.skipif(not shutil.which("make"), reason="no make")
 @pytest.mark.parametrize(
-    ("target", "first"), [("demo", "export.py"), ("smollm2", "export.py"), ("scratch", "train_lm.py")]
+    ("target", "first", "last"),
+    [("demo", "export.py", ["evaluate.py"]), ("smollm2", "export.py", ["evaluate.py"]), ("scratch", "train_lm.py", [])],
 )
-def test_what_make_would_run(target, first):
+def test_what_make_would_run(target, first, last):
     plan = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     lines = plan.replace("\\\n", " ").splitlines()
     found = [command for line in lines for command in split(f"make {target}", line)]
     ours = [command for command in found if command.words[0] == "python" and command.words[1].endswith(".py")]
-    assert [command.words[1] for command in ours] == [first, "train_rm.py", "train_ppo.py", "evaluate.py"]
+    assert [command.words[1] for command in ours] == [first, "train_rm.py", "train_ppo.py", "evaluate.py", *last]
     assert ["python", "-m", "data.prepare", "vader"] in [command.words[:4] for command in found]
     for command in ours:
         parse(command)

@@ -188,7 +188,7 @@ def test_everything(tmp_path, monkeypatch, capsys):
     assert "--kl_estimator" not in page and "--ridge" not in page  # at their defaults
     assert "Constant: objective/kl_coef 0.3, policy/ratio_first 1." in page
     assert make(monkeypatch, run) == (page, text)
-    assert "4 directories, 11 sections" in capsys.readouterr().out
+    assert "The report of 4 directories, 11 sections: " in capsys.readouterr().out
 
 
 @pytest.fixture
