@@ -5,7 +5,7 @@ python evaluate.py --base=out/lm --tuned=out/ppo_1,out/ppo_2 --reward=out/rm_2 -
 python evaluate.py rm --model=out/rm --data=out/data/vader  # a reward model's report card: see rm --help
 python evaluate.py overoptimisation --run=out/ppo --proxy=out/rm_a --gold=out/rm_b --out=out/overoptimisation
 python evaluate.py report --run=out/demo  # a run, or a directory of runs, as one HTML page and Markdown
-python evaluate.py compare out/demo results/demo  # its curves beside those of our seeds: inside their band, or where not
+python evaluate.py compare out/quick results/quick  # its curves beside those of our seeds: inside their band, or where not
 """
 
 import math

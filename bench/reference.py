@@ -1,9 +1,9 @@
 """Keep a run of ours for others to compare with: its curves, its evaluation, and what it was made by and on.
 
-    make demo SEED=1 OUT=out/demo-1
-    python bench/reference.py --run=out/demo-1 --command="make demo SEED=1" --out=results/demo/seed_1
+    make quick SEED=1 QUICK=out/quick-1
+    python bench/reference.py --run=out/quick-1 --command="make quick SEED=1" --out=results/quick/seed_1
 
-Right after the run, on its machine and at its commit. python evaluate.py compare RUN results/demo reads it.
+Right after the run, on its machine and at its commit. python evaluate.py compare RUN results/quick reads it.
 """
 
 import sys

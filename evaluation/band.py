@@ -1,6 +1,6 @@
 """A run beside runs of ours of several seeds: inside the band that they span, or which metric leaves it, and where.
 
-python evaluate.py compare out/demo results/demo
+python evaluate.py compare out/quick results/quick
 python evaluate.py compare --run=out/ppo --reference=out/seeds   # any directory that holds two PPO runs or more
 
 Curves are compared in blocks of iterations, evaluations by what summary.json says of the last model. A band is Student's

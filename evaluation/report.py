@@ -2,7 +2,7 @@
 
 python evaluate.py report --run=out/demo
 python evaluate.py report --run=out/demo --picture=docs/picture.svg
-python evaluate.py report --run=out/demo --reference=results/demo  # with its curves beside those of our seeds
+python evaluate.py report --run=out/quick --reference=results/quick  # with its curves beside those of our seeds
 
 Only files are read: what train_*.py, evaluate.py and iterate.py left. What is missing is named at the end of the page.
 """
@@ -34,7 +34,7 @@ from rlhf.overoptimisation import CURVES
 class Config:
     run: str = "out/demo"  # directory of a run (of train_*.py, evaluate.py, iterate.py), or of several
     out: str | None = None  # the HTML file, report.md goes beside it; none = report.html in the run
-    reference: str | None = None  # directory of PPO runs of several seeds, as results/demo: is this one like them?
+    reference: str | None = None  # directory of PPO runs of several seeds, as results/quick: is this one like them?
     picture: str | None = None  # also an SVG file with learning curve and frontier alone, for a page about the run
 
     def __post_init__(self):

@@ -173,7 +173,12 @@ def test_docstrings_of_the_scripts():
 @pytest.mark.skipif(not shutil.which("make"), reason="no make")
 @pytest.mark.parametrize(
     ("target", "first", "last"),
-    [("demo", "export.py", ["evaluate.py"]), ("smollm2", "export.py", ["evaluate.py"]), ("scratch", "train_lm.py", [])],
+    [
+        ("demo", "export.py", ["evaluate.py"]),
+        ("smollm2", "export.py", ["evaluate.py"]),
+        ("scratch", "train_lm.py", []),
+        ("quick", "train_lm.py", ["evaluate.py"]),
+    ],
 )
 def test_what_make_would_run(target, first, last):
     plan = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
