@@ -122,9 +122,16 @@ def span(first: tuple[int, int], last: tuple[int, int]) -> str:
 
 
 def row(
-    name: str, blocks: list[tuple[int, int]], run: np.ndarray, seeds: np.ndarray, tests: int, together: int = 1
+    name: str,
+    blocks: list[tuple[int, int]],
+    run: np.ndarray,
+    seeds: np.ndarray,
+    tests: int,
+    together: int = 1,
+    error: float = 0.0,
 ) -> Row:
-    """The band of seeds (S, B) for one more, in all `tests` blocks at once (Bonferroni), and as wide as the seeds are.
+    """The band of seeds (S, B) for one more, in all `tests` blocks at once (Bonferroni), and as wide as the seeds are;
+    `error`: the standard error that each of them states itself, below which no deviation between them is believed.
 
     Few seeds know their deviation badly, so that of a block is pooled with its neighbours', `together` of them; what is
     alike in neighbours is not known any better, so each of them counts half.
@@ -133,7 +140,7 @@ def row(
     variance = seeds.var(0, ddof=1)
     near = [variance[max(0, i - together // 2) : i + together // 2 + 1] for i in range(width)]
     mean, level = seeds.mean(0), 1 - MISSED / tests
-    deviation = np.maximum(np.sqrt([x.mean() for x in near]), FINEST * np.abs(mean).max())
+    deviation = np.maximum(np.sqrt([x.mean() for x in near]), max(FINEST * np.abs(mean).max(), error))
     freedom = [(count - 1) * (1 + len(x)) / 2 for x in near]
     ends = [prediction_interval(mean[i], deviation[i], count, freedom[i], level) for i in range(width)]
     low, high = np.array(ends).T
@@ -231,9 +238,9 @@ def compare(run: str, reference: str) -> Found:
     known = [name for name in CURVES if all(name in seed for seed in seeds)]
     rows = [curve(x, values[x], [seed[x] for seed in seeds], len(known)) for x in known if x in values]
     notes = [f"Not compared, this run has no {name}." for name in known if name not in values]
-    evaluated = [x["ppo"] for _, x in theirs if x]
+    evaluated = [x for _, x in theirs if x]
     if summary and len(evaluated) > 1:
-        rows += list(numbers(summary["ppo"], evaluated))
+        rows += list(numbers(summary, evaluated))
     else:
         notes.append(f"The evaluation is not compared: {run if not summary else reference} has no summary.json.")
     done, whole = (max(x["objective/kl"]) + 1 for x in (values, seeds[0]))
@@ -280,14 +287,25 @@ def by_metric(rows: Sequence[dict]) -> dict[str, dict[int, float]]:
 def numbers(ours: dict, theirs: Sequence[dict]) -> Iterator[Row]:
     """What both evaluations say of the last model."""
 
-    def value(found: dict, name: str) -> float:
-        x = found[name].get("mean") if isinstance(found[name], dict) else found[name]
+    def value(summary: dict, name: str) -> float:
+        found = summary["ppo"][name]
+        x = found.get("mean") if isinstance(found, dict) else found
         return x if is_number(x) else math.nan
 
-    known = [name for name in NUMBERS if all(name in x for x in (ours, *theirs))]
+    known = [name for name in NUMBERS if all(name in x["ppo"] for x in (ours, *theirs))]
     for name in known:
         run, *seeds = ([value(x, name)] for x in (ours, *theirs))
-        yield row(NUMBERS[name], [(-1, -1)], np.array(run), np.array(seeds), len(known))
+        error = float(np.mean([standard_error(x, name) for x in theirs]))
+        yield row(NUMBERS[name], [(-1, -1)], np.array(run), np.array(seeds), len(known), error=error)
+
+
+def standard_error(summary: dict, name: str) -> float:
+    """Of a number of the evaluation, from its 95% interval over prompts; 0 where it has none."""
+    found, rows = summary["ppo"][name], [x for x in summary.get("rows", {}).values() if "kl_interval" in x]
+    ends = (found.get("low"), found.get("high")) if isinstance(found, dict) else (0.0, 0.0)
+    if name == "kl" and rows:
+        ends = rows[-1]["kl_interval"]  # the last model's: best-of-n has none
+    return (ends[1] - ends[0]) / (2 * 1.96) if all(map(is_number, ends)) else 0.0
 
 
 UNLIKE = {*FREE, "init", "reward", "data", "judge", "seed", "overrides"}  # these differ, or say where things lie

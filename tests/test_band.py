@@ -81,10 +81,25 @@ def test_a_healthy_seed_leaves_the_band_as_often_as_it_says():
     for trial in range(150):
         runs = [band.by_metric(rows(1000 * trial + i)) for i in range(6)]
         found = [band.curve(name, runs[0][name], [x[name] for x in runs[1:]], len(NAMES)) for name in NAMES]
-        evaluated = [summary(1000 * trial + i)["ppo"] for i in range(6)]
+        evaluated = [summary(1000 * trial + i) for i in range(6)]
         found += band.numbers(evaluated[0], evaluated[1:])
         outside += any(row.outside.any() for row in found)
     assert outside <= 15  # 7.5 expected at most; 15 or more have a chance of .008
+
+
+def test_seeds_that_agree_by_chance_are_not_believed_beyond_their_own_intervals():
+    """Four evaluations say 1.00 to 1.02 nats, each +- 0.2: another's 1.3 is as good as they are, 3 is not."""
+
+    def evaluated(kl: float, half: float) -> dict:
+        return {
+            "ppo": {"kl": kl},
+            "rows": {"base": {}, "tuned": {"kl_interval": [kl - half, kl + half]}, "best of 4": {}},
+        }
+
+    for half, inside in ((0.2, True), (0.001, False)):
+        seeds = [evaluated(1 + 0.005 * i, half) for i in range(4)]
+        (near,), (far,) = (list(band.numbers(evaluated(kl, half), seeds)) for kl in (1.3, 3.0))
+        assert (not near.outside.any()) == inside and far.outside.all()
 
 
 def test_few_seeds_make_a_wide_band_and_many_a_narrow_one():
