@@ -257,7 +257,7 @@ def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch
     group = torch.arange(cfg.batch, device=dist.device) // cfg.samples_per_prompt
     bound = NoBound(run) if cfg.max_kl is None else KLBound(run, cfg.max_kl)
     guard = guard_of(cfg, cast, run, optimizer, objective, kl_control, micro_batch, precision)
-    moments = sleeping_moments(cfg, cast, optimizer)
+    moments = sleeping_moments(cfg, cast, run)
     state = partial(state_of, kl_control, held_out, guard.brakes)
     broken = stalled = ""
 
@@ -335,12 +335,13 @@ def open_run(
     return run, kl_control
 
 
-def sleeping_moments(cfg: Config, cast: Cast, optimizer: torch.optim.Optimizer) -> offload.Sleeper:
-    """AdamW's, where --offload names it; they fall asleep, and so does what only judges."""
-    moments = partial(offload.moments, optimizer) if "optimizer" in cfg.offload else tuple
+def sleeping_moments(cfg: Config, cast: Cast, run: Run) -> offload.Sleeper:
+    """AdamW's, where --offload names it; they fall asleep, and so does what only judges. A checkpoint wakes them."""
+    moments = partial(offload.moments, run.optimizer) if "optimizer" in cfg.offload else tuple
     sleeper = offload.Sleeper(moments, cast.judges.place)
     for each in (cast.judges, sleeper):
         each.sleep()
+    run.awake = sleeper.awake
     return sleeper
 
 

@@ -97,7 +97,7 @@ def measure(cfg: Config) -> None:
         print("| layout | processes | planned, GB | largest rank, GB | difference |\n|---|---|---|---|---|", flush=True)
         for layout in cfg.layouts:
             for ranks in cfg.measure:
-                planned, found = ran(Path(scratch), layout, ranks, cfg.precision)
+                planned, found = ran(Path(scratch), layout, ranks, cfg.precision, cfg.offload)
                 print(f"| {layout} | {ranks} | {planned:.2f} | {found:.2f} | {found / planned - 1:+.0%} |", flush=True)
 
 
@@ -117,11 +117,13 @@ def build(place: Path) -> None:
     checkpoint.save(place / "rm", reward.state_dict(), kind | facts, files=[tokenizer.path])
 
 
-def ran(place: Path, layout: str, ranks: int, precision: str) -> tuple[float, float]:
+def ran(place: Path, layout: str, ranks: int, precision: str, offload: bool = False) -> tuple[float, float]:
     """GB that a run of this layout planned, and GB of its largest process."""
     launcher = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += [] if ranks == 1 else [f"--nproc_per_node={ranks}"]
     options = RUN | {"init": place / "lm", "reward": place / "rm", "data": place / "data", "precision": precision}
+    if offload:
+        options["offload"] = ",".join(x for x in SLEEPS if x != "reference" or layout in ("full", "shared"))
     options |= {"layout": layout, "out": place / f"{layout}-{ranks}", "shard": "true" if ranks > 1 else "false"}
     command = [*launcher, str(ROOT / "train_ppo.py"), *(f"--{name}={value}" for name, value in options.items())]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -4,8 +4,8 @@
     moments.sleep()               # their numbers lie elsewhere, and the device's memory is free
     with moments.awake(): ...     # back, bit for bit, for the phase that computes with them
 
-A tensor that sleeps stays the tensor that it was, in every module that has it, and can be read: a checkpoint holds it. On a
-GPU nothing computes with it by accident, since it lies in another memory.
+A tensor that sleeps stays the tensor that it was, in every module that has it, and can be read. On a GPU nothing computes with
+it by accident, since it lies in another memory.
 """
 
 import contextlib

@@ -1,11 +1,12 @@
 """A run directory: the options it was started with, its checkpoints, and the seconds that it has used."""
 
+import contextlib
 import fcntl
 import json
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -214,6 +215,7 @@ class Run:
         self.options = {name: value for name, value in options.items() if name not in FREE}
         self.done, self.seconds_before, self.state = 0, 0.0, {}
         self.stop, self.wanted, self.scheduled = Stop(), 0, True
+        self.awake: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # around what a save reads
         self.extra: Path | None = None  # a checkpoint that the schedule does not know: it goes when the next is written
         if newest := checkpoint.latest(out):
             saved = checkpoint.load(newest)
@@ -280,17 +282,18 @@ class Run:
         """
         together = self.dist.together
         if self.dist.is_main or together:
-            path = checkpoint.save_step(
-                self.out,
-                done,
-                tensors=checkpoint.trained_state(self.module),
-                config=self.config,
-                state=self.remembered(done, state) if self.dist.is_main else None,
-                optimizer=checkpoint.optimizer_tensors(self.optimizer, self.module),
-                files=self.files,
-                keep=None,
-                together=together,
-            )
+            with self.awake():
+                path = checkpoint.save_step(
+                    self.out,
+                    done,
+                    tensors=checkpoint.trained_state(self.module),
+                    config=self.config,
+                    state=self.remembered(done, state) if self.dist.is_main else None,
+                    optimizer=checkpoint.optimizer_tensors(self.optimizer, self.module),
+                    files=self.files,
+                    keep=None,
+                    together=together,
+                )
             if self.dist.is_main:
                 checkpoint.prune(self.out, self.keep, [self.extra] if self.extra and self.extra != path else [])
             self.extra, self.scheduled = None if self.scheduled else path, True
