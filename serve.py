@@ -29,7 +29,7 @@ from rlhf.lm.int8 import stays_int8, to_compute_with
 from rlhf.lm.pretrained import Pretrained, open_pretrained
 from rlhf.reward.scorer import open_scorer
 from rlhf.serve.api import Service, is_loopback
-from rlhf.serve.weights import own
+from rlhf.serve.weights import Weights, own
 from rlhf.serve.workers import Alone, Crew, Member, Seat
 
 KEY = "PLAIN_RLHF_KEY"  # the environment variable for --key
@@ -201,6 +201,8 @@ async def serve(
         return
     scheduler.start()
     listener.listen(2048)  # from here on connections wait, and are not refused
+    if seat.line is not None:
+        service.shared.ready()  # not before the others came: they would wait for one that is started again
     if seat.rank == 0 and not seat.again:
         host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
         print(
@@ -229,7 +231,6 @@ def service_of(
     from rlhf.serve.protocol import Limits
     from rlhf.serve.scheduler import Scheduler
     from rlhf.serve.scorer import Scorer, load_values
-    from rlhf.serve.weights import Weights
 
     loop, tokenizer = asyncio.get_running_loop(), opened.tokenizer
     chat = chat_of(opened, quiet=seat.rank > 0 or seat.again)
@@ -241,7 +242,8 @@ def service_of(
     weights, shared = None, None
     if cfg.weights_dir:
         weights = Weights(scheduler, tokenizer.fingerprint, cfg.precision, Path(cfg.weights_dir))
-        scheduler.weights = weights.load(*seat.pushed) if seat.pushed else opened.digest
+        if seat.pushed:
+            scheduler.weights = pushed_or_own(weights, seat, opened)
         shared = Alone(weights)
     if seat.line is not None:
         shared = Member(weights, seat.line, cfg.workers)
@@ -253,6 +255,18 @@ def service_of(
         cfg.timeout, cfg.patience, cfg.max_body, key, FeedbackStore(cfg.feedback) if cfg.feedback else None,
         weights, shared,
     )  # fmt: skip
+
+
+def pushed_or_own(weights: Weights, seat: Seat, opened: Pretrained) -> str:
+    """Takes the weights that the other workers got; -> the sha256 of what is served then.
+
+    Where they are gone it serves those of --init: every answer says so, and the client gives its own again.
+    """
+    try:
+        return weights.load(*seat.pushed)
+    except (ValueError, OSError) as error:
+        print(f"worker {seat.rank} begins with the weights of --init: {error}", file=sys.stderr)
+        return opened.digest
 
 
 def promise(exact: bool, rounding: float) -> str:

@@ -60,7 +60,10 @@ class Member:
         self.weights, self.line, self.workers = weights, line, workers
         self.loop, self.asked = asyncio.get_running_loop(), deque()
         self.loop.add_reader(line.fileno(), self.hear)
-        line.send(("ready",))
+
+    def ready(self) -> None:
+        """It serves: from here on it is started again when it is killed."""
+        self.line.send(("ready",))
 
     async def exchange(self, path: str, sha256: str) -> None:
         """Returns when all workers have the weights; RuntimeError where one has not."""
@@ -125,12 +128,13 @@ class Crew:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.stop)
         while not self.stopping:
-            found = multiprocessing.connection.wait([*self.lines, *(process.sentinel for process in self.processes)])
+            # ends first: what one said before its end is then found with it
+            found = multiprocessing.connection.wait([*(process.sentinel for process in self.processes), *self.lines])
             for k, line in enumerate(self.lines):
                 if line in found:
                     self.hear(k, line)
             for k, process in enumerate(self.processes):
-                if process.exitcode is not None and not self.stopping:
+                if process.sentinel in found and process.exitcode is not None and not self.stopping:
                     self.lost(k, process)
             self.exchange()
         self.stop()  # one that was begun while the signal came
@@ -155,13 +159,14 @@ class Crew:
                 self.finish()
 
     def lost(self, k: int, process: BaseProcess) -> None:
-        """One that was killed while it served is started again; one that ended by itself takes the others with it."""
+        """One that was killed while it served is started again; one that ended by itself, or before that, ends the others."""
         if process.exitcode >= 0 or k not in self.serving:
             self.stop()
             return
         say(f"worker {k} was killed by {signal_name(-process.exitcode)}: it is started again")
         self.begin(k)
-        if k in self.left:
+        if self.left:  # an exchange is under way, which it may have been through: it begins with the weights of before
+            self.left.add(k)
             self.send(k, "load", *self.asked[0][2])
 
     def exchange(self) -> None:
