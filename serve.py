@@ -148,13 +148,20 @@ def work(cfg: Config, key: str | None, listener: socket.socket, seat: Seat, foun
         raise ValueError(f"{cfg.reference} reads other tokens than {cfg.init}: the KL between them means nothing")
     reward = None
     if cfg.reward:
-        under = reference or (open_pretrained(cfg.base, device) if cfg.base else opened)
+        under = reference or under_reward(cfg, device, opened)
         reward = open_scorer(cfg.reward, opened.tokenizer, device, base=under, dtype=dtype)
     if cfg.weights_dir:
         own(opened.model)
     # by the same products as the model, or the KL between equal weights would not be 0
     models = [x and to_compute_with(x.model.eval(), int8, dtype) for x in (opened, reference)]
     asyncio.run(serve(cfg, key, listener, seat, opened, *models, reward))
+
+
+def under_reward(cfg: Config, device: torch.device, opened: Pretrained) -> Pretrained:
+    """The frozen trunk that a reward may stand on: what is served, unless others may come in its place."""
+    if cfg.base:
+        return open_pretrained(cfg.base, device)
+    return open_pretrained(cfg.init, device) if cfg.weights_dir else opened
 
 
 def wait_for_all(seat: Seat) -> bool:

@@ -431,7 +431,12 @@ def sampler_of(
     stored = {"kind": "lm"} | {name: saved_as[name] for name in ("model", "tokenizer", "stop_ids")}
     room = Room(cfg.sampler_dir or f"{cfg.out}/sampler", stored, files, hf=cfg.sampler_push is not None)
     push = load_function(cfg.sampler_push, "--sampler_push") if cfg.sampler_push else None
-    how = (room, longest, cfg.sampler_timeout, dist, push)
+    if dist.world > 1 and cfg.sampler_timeout >= distributed.patience():
+        raise ValueError(
+            f"--sampler_timeout={cfg.sampler_timeout:g} is not below PLAIN_RLHF_TIMEOUT={distributed.patience():g}, the "
+            "seconds that the other ranks wait: lower the first, or raise the second"
+        )
+    how = (room, longest, cfg.sampler_timeout, dist, push, cfg.samples_per_prompt)
     return Servers(cfg.sampler, roles.policy.model, sampling, cfg.seed, *how)
 
 

@@ -8,6 +8,7 @@ import time
 import urllib.parse
 
 LARGEST_ANSWER = 2**28  # bytes
+CONNECT = 10.0  # seconds in which a machine that is there takes a connection
 
 
 class Lost(Exception):
@@ -55,7 +56,7 @@ class Lines:
 
 
 class Server:
-    """One URL. ValueError where it is none."""
+    """One URL. ValueError where it is none, or where a header cannot hold the key."""
 
     def __init__(self, url: str, key: str | None):
         try:
@@ -65,6 +66,10 @@ class Server:
             raise ValueError(f"{url} is no URL: {error}") from None
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
             raise ValueError(f"{url} is not of the form http://HOST:PORT")
+        if key and not (key.isascii() and key.isprintable()):  # http.client would quote it
+            raise ValueError(
+                f"the key for {url} has a character that is not printable ASCII (the end of a line, a letter with an accent?)"
+            )
         self.secure, self.host, self.key = parts.scheme == "https", parts.hostname, key
         self.base = parts.path.rstrip("/").removesuffix("/v1")
         self.url, self.lock = url, threading.Lock()
@@ -73,11 +78,13 @@ class Server:
     def ask(self, method: str, path: str, body: dict | None, end: float, lines: Lines) -> dict:
         """The JSON object of an answer with status 200. Refused for one of 4xx, Lost for what may be better next time."""
         kind = http.client.HTTPSConnection if self.secure else http.client.HTTPConnection
-        connection = kind(self.host, self.port, timeout=max(0.01, end - time.monotonic()))
+        connection = kind(self.host, self.port, timeout=min(CONNECT, max(0.01, end - time.monotonic())))
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         lines.add(connection)
         try:
             data = None if body is None else json.dumps(body).encode()
+            connection.connect()
+            connection.sock.settimeout(max(0.01, end - time.monotonic()))
             connection.request(method, self.base + path, data, headers | {"Content-Type": "application/json"})
             lines.check()  # from here on `end` of the lines reaches it
             answer = connection.getresponse()

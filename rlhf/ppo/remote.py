@@ -40,8 +40,9 @@ MOST_CHOICES = 128  # of a request to a server that does not say
 LONGEST_PAUSE = 2.0  # seconds between two tries
 FIRST_CHECK = 30.0  # seconds that a server has to say who it is
 QUICK = 3  # tries for a server that does not take weights while another has
-FAILURES = 3  # answers with status 500 to one request: a server that fails on it will go on to do so
-PRECISIONS = ("fp32", "bf16", "fp16")
+FAILURES = 3  # failed answers to one request (status 500, or cut off): they will go on to fail on it
+PRECISIONS = ("fp32", "fp16", "bf16")  # the coarsest last
+NEUTRAL = {"min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}  # else the model's own
 PLACE = re.compile(r"weights_(\d{6})")
 
 
@@ -204,9 +205,9 @@ class Others:
             raise ValueError(f"--sampler_push failed for {server.url} ({type(error).__name__}: {error})") from error
 
     def fields(self, one: Question, seed: int, iteration: int) -> dict:
-        """A seed that no other question has."""
+        """A seed that no other question has, and nothing that vLLM would take from the model's generation_config.json."""
         digest = hashlib.blake2b(f"{seed}/{iteration}/{one.ids[0]}".encode(), digest_size=8).digest()
-        return {"seed": int.from_bytes(digest, "little") >> 1}
+        return {"seed": int.from_bytes(digest, "little") >> 1} | NEUTRAL
 
     def sampled_by(self, told: dict, sha256: str) -> bool:
         return True  # it does not say
@@ -216,8 +217,8 @@ class Servers:
     """servers(prompts, lengths, ids, iteration) -> Generated, as rollout.act has it, of servers that hold `model`'s weights.
 
     refresh() gives them the weights of now, through the room: all ranks call it together. longest: tokens of the longest
-    prompt. push: see `Others`; None for serve.py. ValueError, naming the URL, where one does not answer, is not of this model,
-    or cannot do what is asked for.
+    prompt. group: rows that have the same one. push: see `Others`; None for serve.py. ValueError, naming the URL, where one
+    does not answer, is not of this model, or cannot do what is asked for.
     """
 
     def __init__(
@@ -231,15 +232,20 @@ class Servers:
         patience: float,
         dist: Dist,
         push: Callable[[str, str], object] | None = None,
+        group: int = 1,
     ):
         self.servers = [Server(url, os.environ.get(KEY) or None) for url in urls]
         self.model, self.sampling, self.seed, self.dist = model, sampling, seed, dist
         self.room, self.patience, self.kind = room, patience, Others(push) if push else Ours(room)
+        self.part = patience / min(
+            2, len(urls)
+        )  # of the patience, for a try: another server is left time where one hangs
         self.sha256, self.path = "", ""  # of the weights that are sampled by, and where they lie
         about = [self.check(server, longest) for server in self.servers]
         self.precision = max((each.precision for each in about), key=PRECISIONS.index)  # the coarsest
         self.choices = min(each.choices for each in about)
-        self.threads = max(1, min(MOST_THREADS, sum(each.at_once for each in about) // dist.world))
+        texts = sum(each.at_once for each in about) // dist.world  # of this rank that decode together
+        self.threads = max(1, min(MOST_THREADS, texts // min(group, self.choices)))
 
     def check(self, server: Server, longest: int) -> About:
         end = time.monotonic() + min(self.patience, FIRST_CHECK)
@@ -274,19 +280,24 @@ class Servers:
         """The weights to every server. One that does not answer in a few tries gets them when it samples by others; ValueError
         where that are all of them, until their time is over.
         """
-        left, end, lines = self.servers, time.monotonic() + self.patience, Lines()
+        left, start, lines = self.servers, time.monotonic(), Lines()
         for n, pause in enumerate(pauses()):
             with ThreadPoolExecutor(len(left)) as pool:
-                errors = [*pool.map(lambda server: self.give(server, end, lines), left)]
+                errors = [*pool.map(lambda server: self.give(server, self.end_of_try(start), lines), left)]
             left, lost = [x for x, error in zip(left, errors) if error], [error for error in errors if error]
             others = isinstance(self.kind, Ours) and len(left) < len(self.servers)
-            if not left or n >= QUICK and others:
+            waited = time.monotonic() + pause - start
+            if not left or others and (n >= QUICK or waited > self.part):
                 break
-            if time.monotonic() + pause > end:
+            if waited > self.patience:
                 raise ValueError(f"--sampler: no weights were taken in {self.patience:g} s: {'; '.join(lost)}")
             lines.over.wait(pause)
         for line in lost:
             say(f"{line}; the other servers are asked for its rows")
+
+    def end_of_try(self, start: float) -> float:
+        """When a try that begins now ends, of a request that began at `start`."""
+        return min(start + self.patience, time.monotonic() + self.part)
 
     def give(self, server: Server, end: float, lines: Lines, since: float = math.inf) -> str:
         """The weights to this server, unless it got some after `since`; -> why it did not take them, "" where it did."""
@@ -322,17 +333,18 @@ class Servers:
         body = {
             "prompt": one.prompt, "max_tokens": most, "temperature": s.temperature, "top_p": s.top_p,
             "n": len(one.ids), "stop_token_ids": [*s.stop_ids], "ignore_eos": True, "return_token_ids": True, "logprobs": 0,
+            "top_k": s.top_k or -1,
         }  # fmt: skip
-        body |= self.kind.fields(one, self.seed, iteration) | ({"top_k": s.top_k} if s.top_k else {})
+        body |= self.kind.fields(one, self.seed, iteration)
         for step, pause in zip(count(turn), pauses()):
             server, began = self.servers[step % len(self.servers)], time.monotonic()
             named = {"model": self.kind.names[server.url]} if isinstance(self.kind, Others) else {}
             try:
-                told = server.ask("POST", "/v1/completions", body | named, start + self.patience, lines)
+                told = server.ask("POST", "/v1/completions", body | named, self.end_of_try(start), lines)
                 if self.kind.sampled_by(told, self.sha256):
                     return answers(told, len(one.ids), most, self.model.config.vocab_size, s.stop_ids, server.url)
                 # it was started again, or somebody else has given it others
-                why = self.give(server, start + self.patience, lines, began)
+                why = self.give(server, self.end_of_try(start), lines, began)
                 raise Lost(why or f"{server.url} sampled by other weights")
             except Lost as error:
                 failed += error.failed
@@ -360,7 +372,9 @@ class Servers:
 
 
 def answers(told: dict, n: int, most: int, vocabulary: int, stop_ids, url: str) -> list[Answer]:
-    """The n choices of an answer of /v1/completions, each checked. ValueError for what no sampler gives."""
+    """The n choices of an answer of /v1/completions, each checked. ValueError for what no sampler gives, Lost for one that was
+    cut off.
+    """
 
     def check(holds: bool, what: str) -> None:
         if not holds:
@@ -381,8 +395,13 @@ def answers(told: dict, n: int, most: int, vocabulary: int, stop_ids, url: str) 
         check(real and len(numbers) == len(ids), f"log-probs {str(numbers):.60} for {len(ids)} tokens")
         finished = ids[-1] in ends
         check(ends.isdisjoint(ids[:-1]), "tokens after one that ends an answer")
-        check(reason == ("stop" if finished else "length"), f"finish_reason {reason!r:.20} after token {ids[-1]}")
-        cut = f"{len(ids)} of {most} tokens: it ran into the time that a request may take there, raise its --timeout"
-        check(finished or len(ids) == most, cut)
+        both = finished and len(ids) == most  # the last token ends it in two ways, of which servers name either
+        right = reason == ("stop" if finished else "length") or both and reason == "length"
+        check(right, f"finish_reason {reason!r:.20} after token {ids[-1]}")
+        if not finished and len(ids) < most:
+            cut = (
+                f"{len(ids)} of {most} tokens: it ran into the time that a request may take there, raise its --timeout"
+            )
+            raise Lost(f"{url} gave {cut}", failed=True)
         found.append(Answer(ids, [float(x) for x in numbers], finished))
     return found
