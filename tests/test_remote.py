@@ -22,6 +22,8 @@ from small_rollout import moved
 from tiny import TIMEOUT, lines
 from tiny_server import serving
 
+import serve
+import train_ppo
 from model.generate import Sampling, generate
 from model.half import to_sample_with
 from rlhf.infra import checkpoint, optim
@@ -147,6 +149,17 @@ def test_a_servers_file_is_never_written_to(home):
     own(opened.model)
     moved(opened.model, 1.0)
     assert checkpoint.verify(home / "lm").digest == before
+
+
+def test_a_reward_on_the_served_trunk_keeps_it_when_others_are_served(home):
+    device, opened = torch.device("cpu"), open_pretrained(home / "lm")
+    init = str(home / "lm")
+    assert serve.under_reward(serve.Config(init), device, opened) is opened
+    under = serve.under_reward(serve.Config(init, weights_dir="room"), device, opened)
+    before = copy.deepcopy(under.model.state_dict())
+    own(opened.model)
+    moved(opened.model, 1.0)
+    assert all(torch.equal(x, before[name]) for name, x in under.model.state_dict().items())
 
 
 # ---- the same rollouts
@@ -522,6 +535,14 @@ def test_every_way_not_to_answer_is_lost_and_may_be_tried_again():
     with pytest.raises(Lost, match="ended"):
         server.ask("GET", "/good", None, time.monotonic() + 30, ended)
     broken.shutdown()
+
+
+def test_ranks_wait_longer_for_each_other_than_for_the_servers(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLAIN_RLHF_TIMEOUT", "50")
+    cfg = train_ppo.Config("lm", "rm", str(tmp_path), sampler=("http://x",), sampler_timeout=50.0)
+    stored = {"model": {}, "tokenizer": "", "stop_ids": []}
+    with pytest.raises(ValueError, match="sampler_timeout=50 is not below PLAIN_RLHF_TIMEOUT=50"):
+        train_ppo.sampler_of(cfg, None, None, SimpleNamespace(world=2), None, 6, stored, [])
 
 
 @pytest.mark.parametrize("key", ["se\r", "se\ncret", "sécret", "se\0"])
