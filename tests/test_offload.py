@@ -52,6 +52,21 @@ def test_asleep_they_hold_no_memory_and_awake_the_same_bits(tmp_path, place, dty
     assert not list(tmp_path.iterdir())  # the file has no name
 
 
+def test_a_file_keeps_one_descriptor_for_all(tmp_path):
+    """Where a process may open fewer files than there are tensors; and what sleeps there fills no memory."""
+    limits, tensors = resource.getrlimit(resource.RLIMIT_NOFILE), [torch.full((3, 2000), float(i)) for i in range(300)]
+    sleeper = Sleeper(lambda: tensors, File(tmp_path))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+    try:
+        for _ in range(2):
+            sleeper.sleep()
+            assert all(bool((x == i).all()) for i, x in enumerate(tensors))
+            sleeper.wake()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert all(bool((x == i).all()) for i, x in enumerate(tensors))
+
+
 @every_place
 def test_what_is_frozen_sleeps_in_every_module_and_is_put_away_once(tmp_path, place):
     base, asked = small_model("llama", torch.float32, seed=1, layers=3), []

@@ -9,8 +9,11 @@ it by accident, since it lies in another memory.
 """
 
 import contextlib
+import ctypes
 import mmap
+import os
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -19,6 +22,13 @@ import torch
 from torch import Tensor
 
 from rlhf.infra import checkpoint
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC.mmap.restype = ctypes.c_void_p
+LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+FAILED = ctypes.c_void_p(-1).value
 
 
 class Rest(NamedTuple):
@@ -56,8 +66,21 @@ class File:
         except OSError as error:  # it does not say where
             raise OSError(error.errno, error.strerror, self.directory) from None
         self.end = begin + numbers.size
-        there = mmap.mmap(self.file.fileno(), numbers.size, offset=begin)
-        return Rest(torch.frombuffer(there, dtype=x.dtype).view(x.shape), lambda: there.madvise(mmap.MADV_DONTNEED))
+        there, let_go = mapped(self.file.fileno(), begin, numbers.size, self.directory)
+        return Rest(torch.frombuffer(there, dtype=x.dtype).view(x.shape), let_go)
+
+
+def mapped(descriptor: int, begin: int, size: int, where: str) -> tuple[ctypes.Array, Callable[[], None]]:
+    """Bytes of an open file, written to it where they change; and what lets go of the memory that they fill.
+
+    Python's own mmap keeps a file descriptor for each, and a model has more tensors than a process may open files.
+    """
+    place = LIBC.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, descriptor, begin)
+    if place == FAILED:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), where)
+    pages = (ctypes.c_char * size).from_address(place)
+    weakref.finalize(pages, LIBC.munmap, place, size).atexit = False  # others may still read it then
+    return pages, lambda: LIBC.madvise(place, size, mmap.MADV_DONTNEED)
 
 
 def elsewhere(device: torch.device, directory: str | Path) -> Place:
