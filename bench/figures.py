@@ -13,9 +13,11 @@ FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"
 
 
 def machine() -> dict[str, str]:
-    """What a figure was met on, and at which commit."""
+    """What a figure was met on, and at which commit, "-dirty" where the files are not its own."""
     root = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
+    )
     kernels = torch.backends.cpu.get_cpu_capability()
     return {"cpu": cpu(), "kernels": kernels, "torch": torch.__version__, "commit": git.stdout.strip()}
 

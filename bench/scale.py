@@ -23,6 +23,7 @@ from rlhf.ppo.traffic import PURPOSES, Plan, calls
 
 Model = Literal["0.5B", "1.5B", "7B", "70B"]
 Layout = Literal["full", "shared", "adapters", "branch"]
+RANKS = tuple(2**i for i in range(10))
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Config:
 
     def __post_init__(self):
         config.at_least(self, per_node=2, rows=1, micro_batch=1, minibatches=1, epochs=1, tokens=2, branch_layers=1)
+        if self.per_node is not None and (not self.shard or self.per_node not in RANKS):
+            raise ValueError(
+                f"--per_node={self.per_node} --shard={str(self.shard).lower()}: --shard=true cuts {RANKS[-1]} ranks and "
+                "fewer into machines of a power of two"
+            )
         if self.rows % (self.minibatches * self.micro_batch):
             unit = self.minibatches * self.micro_batch
             raise ValueError(f"rows {self.rows} is not a multiple of minibatches x micro_batch = {unit}")
@@ -55,7 +61,7 @@ def main() -> None:
     )
     print("| ranks | responses | collectives | " + " | ".join(PURPOSES) + " | all |")
     print("|---" * (len(PURPOSES) + 4) + "|")
-    for ranks in (2**i for i in range(10)):
+    for ranks in RANKS:
         shards = min(ranks, cfg.per_node or ranks) if cfg.shard else 1
         how = {name: getattr(cfg, name) for name in ("rows", "micro_batch", "minibatches", "epochs", "tokens")}
         plan = Plan(
