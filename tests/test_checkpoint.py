@@ -673,3 +673,18 @@ def test_a_directory_with_other_files_is_not_replaced(tmp_path):
     text = refusal(checkpoint.save, tmp_path / "out", {"w": torch.ones(2)}, CONFIG)
     assert text.startswith(f"{tmp_path}/out holds metrics.jsonl, not part of a checkpoint")
     assert (tmp_path / "out" / "metrics.jsonl").exists() and hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("when", ["between the check and the list", "between two tensors"])
+def test_a_reader_mixes_no_two_checkpoints(tmp_path, when):
+    """A run renames a new one into the place of the one that is being read, tensor by tensor."""
+    tensors = {"a": torch.zeros(3), "b": torch.zeros(3)}
+    saved = checkpoint.load(checkpoint.save(tmp_path / "best", tensors, {"kind": "test"}))
+    saved.check("model.safetensors")
+    opened = saved.one_by_one("model.safetensors")
+    assert torch.equal(opened["a"], tensors["a"])
+    checkpoint.save(tmp_path / "best", {name: x + 1 for name, x in tensors.items()}, {"kind": "test"})
+    with pytest.raises(
+        ValueError, match=r"model.safetensors was replaced while it was read; run the same command again$"
+    ):
+        opened["b"] if when == "between two tensors" else saved.one_by_one("model.safetensors")

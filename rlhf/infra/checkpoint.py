@@ -28,6 +28,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -51,7 +52,7 @@ class Checkpoint:
     config: dict
     state: dict
     files: dict[str, dict]  # name -> {"bytes": size, "sha256": hex}; format 1 has no sha256
-    checked: set[str] = field(default_factory=set)  # names whose bytes were compared
+    checked: dict[str, tuple] = field(default_factory=dict)  # name -> identity of the file whose bytes were compared
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -91,7 +92,7 @@ class Checkpoint:
         parts = self.parts(name)
         for part in parts:
             self.check(part)
-        return (Tensors if parts == [name] else Shards)([self.path / part for part in parts])
+        return (Tensors if parts == [name] else Shards)([self.path / part for part in parts], self.checked)
 
     def check(self, name: str) -> None:
         """ValueError unless the file holds the bytes that were written; FileNotFoundError where there is none."""
@@ -100,23 +101,34 @@ class Checkpoint:
         wanted = self.files[name].get("sha256")
         if wanted is None or name in self.checked:
             return
+        file = identity(self.path / name)
         if (found := sha256(self.path / name)) != wanted:
             what = f"its sha256 is {found[:12]}, {wanted[:12]} was written"
             raise ValueError(f"{self.path / name} is damaged ({what}); use another checkpoint")
-        self.checked.add(name)
+        self.checked[name] = file
 
 
 class Tensors(Mapping):
     """The tensors of a file by name, each read when it is asked for, through a mapping of its own: it leaves the memory with
-    it. ValueError where the file is damaged.
+    it. ValueError where the file is damaged, or another by then: a run renames a new one into the place of its best.
     """
 
-    def __init__(self, files: list[Path]):
+    def __init__(self, files: list[Path], checked: Mapping[str, tuple] = MappingProxyType({})):
         self.chunks: dict[str, list[tuple[int, int, Path, str]]] = {}  # name -> [(first row, rows, file, name there)]
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.identities = {file: checked.get(file.name) or identity(file) for file in files}
         for file in files:
-            with opened(file) as tensors:
+            with self.open(file) as tensors:
                 self.find(tensors, file)
+
+    @contextlib.contextmanager
+    def open(self, file: Path) -> Iterator[safe_open]:
+        """`opened`, and it is the file that was there at first."""
+        with opened(file) as tensors:
+            if same := identity(file) == self.identities[file]:  # since it was open already
+                yield tensors
+        if not same:
+            raise ValueError(f"{file} was replaced while it was read; run the same command again")
 
     def find(self, tensors: safe_open, file: Path) -> None:
         for name in tensors.keys():
@@ -134,7 +146,7 @@ class Tensors(Mapping):
     def __getitem__(self, name: str) -> Tensor:
         chunks, whole = self.chunks[name], None
         for first, count, file, there in chunks:
-            with opened(file) as tensors:
+            with self.open(file) as tensors:
                 rows = tensors.get_tensor(there)
             if len(chunks) == 1:
                 return rows
@@ -153,9 +165,9 @@ class Tensors(Mapping):
 class Shards(Tensors):
     """The same of a file in shards, put together from the rows in them. ValueError where they do not make up whole tensors."""
 
-    def __init__(self, files: list[Path]):
+    def __init__(self, files: list[Path], checked: Mapping[str, tuple] = MappingProxyType({})):
         self.widths: dict[str, tuple] = {}  # name -> what all its shards have in common
-        super().__init__(files)
+        super().__init__(files, checked)
         for name, chunks in self.chunks.items():
             chunks.sort(key=lambda chunk: chunk[:2])
             rows, file = 0, chunks[0][2]
@@ -182,6 +194,12 @@ class Shards(Tensors):
 
 
 OFFSETS = "DCP_SHARDING_INFO"  # torch.distributed.checkpoint's name for where the rows of a shard begin
+
+
+def identity(file: Path) -> tuple[int, int, int]:
+    """Of the file of this name: another has another, and so has a changed one."""
+    found = file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @contextlib.contextmanager

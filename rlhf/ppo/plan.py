@@ -95,7 +95,7 @@ def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
     kept = sum(kept_per_token(config, length, half) for model in models for block in model.layers if learns(block))
     if s.recompute:  # what goes into every block, and all of one
         blocks = sum(learns(block) for model in models for block in model.layers)
-        kept = kept // blocks + FLOAT * config.width * blocks
+        kept = kept // max(1, blocks) + FLOAT * config.width * blocks
     kept += sum(2 * FLOAT * config.width for _ in models)  # the final norm
     # and gradient; or those of a step of sampling, and what is drawn from: scaled, and their probabilities
     sampled = (FLOAT if half == FLOAT else 2 * half) * s.batch + 3 * FLOAT * min(s.batch, s.drawn or s.batch)
