@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 import figures  # noqa: E402
 
-from evaluation.band import runs_of  # noqa: E402
+from evaluation.band import run_of  # noqa: E402
 from rlhf.infra import config  # noqa: E402
 from rlhf.infra.files import write_json, write_lines  # noqa: E402
 
@@ -32,10 +32,7 @@ class Config:
 
 def main() -> None:
     cfg = config.parse(Config)
-    found = [*runs_of(cfg.run, "run")]
-    if len(found) > 1:
-        raise ValueError(f"--run={cfg.run} holds {len(found)} PPO runs: name one of them")
-    ((source, summary),) = found
+    source, summary = run_of(cfg.run)
     if not summary:
         raise ValueError(f"--run={cfg.run} has no summary.json: evaluate the run first")
     rows = source.files["metrics.jsonl"]

@@ -118,7 +118,11 @@ class Row:
 
 
 def span(first: tuple[int, int], last: tuple[int, int]) -> str:
-    return f"{first[0]} to {last[1]}" if last[1] > first[0] else str(first[0])
+    return to(first[0], last[1])
+
+
+def to(first: int, last: int) -> str:
+    return f"{first} to {last}" if last > first else str(first)
 
 
 def row(
@@ -147,19 +151,24 @@ def row(
     return Row(name, blocks, run, seeds, np.minimum(low, seeds.min(0)), np.maximum(high, seeds.max(0)))
 
 
-def curve(name: str, run: dict[int, float], seeds: Sequence[dict[int, float]], metrics: int) -> Row:
-    """A metric by iteration, of the run and of the seeds. ValueError where they have no iteration in common.
+def curve(name: str, run: dict[int, float], seeds: Sequence[dict[int, float]], metrics: int) -> Row | None:
+    """A metric by iteration, of the run and of the seeds; None where they have no iteration in common.
 
     The last block of a run that ended early is met with the same iterations of the seeds.
     """
-    steps = sorted(set.intersection(*({step for step, x in seed.items() if math.isfinite(x)} for seed in seeds)))
-    size = math.ceil(len(steps) / BLOCKS)
+    steps = shared(seeds)
+    size = math.ceil(len(steps) / BLOCKS) or 1
     cut = [steps[i : i + size] for i in range(0, len(steps), size)]
-    blocks = [shared for block in cut if (shared := [step for step in block if step in run])]
+    blocks = [met for block in cut if (met := [step for step in block if step in run])]
     if not blocks:
-        raise ValueError(f"{name}: the run and the reference runs have no iteration in common")
+        return None
     means = np.array([[np.mean([x[step] for step in block]) for block in blocks] for x in (run, *seeds)])
     return row(name, [(b[0], b[-1]) for b in blocks], means[0], means[1:], metrics * len(cut), together=3)
+
+
+def shared(seeds: Sequence[dict[int, float]]) -> list[int]:
+    """The iterations in which every seed has a finite number."""
+    return sorted(set.intersection(*({step for step, x in seed.items() if math.isfinite(x)} for seed in seeds)))
 
 
 @dataclass(frozen=True)
@@ -170,6 +179,8 @@ class Found:
     seeds: int
     rows: list[Row]
     notes: list[str]
+    done: int  # of the iterations that all seeds have, those that the run has
+    whole: int  # iterations that all seeds have
 
     @property
     def outside(self) -> list[Row]:
@@ -178,12 +189,14 @@ class Found:
     def verdict(self) -> str:
         """One sentence, and one more for every metric that leaves its band."""
         of = f"the band of {self.seeds} seeds of {self.reference}"
+        so_far = f" so far, {self.done} of {self.whole} iterations" * (self.done < self.whole)
         curves, last = sum(row.is_curve for row in self.rows), max(row.blocks[-1][1] for row in self.rows)
         if not self.outside:
             numbers = len(self.rows) - curves
-            evaluated = f" and {numbers} numbers of the evaluation" * bool(numbers)
-            return f"Inside {of}: {curves} curves to iteration {last}{evaluated}."
-        lines = [f"Outside {of} in {len(self.outside)} of {len(self.rows)}:"]
+            told = [f"{curves} curves to iteration {last}"] * bool(curves)
+            told += [f"{numbers} numbers of the evaluation"] * bool(numbers)
+            return f"Inside {of}{so_far}: {' and '.join(told)}."
+        lines = [f"Outside {of} in {len(self.outside)} of {len(self.rows)}{so_far}:"]
         for x in self.outside:
             i = x.worst
             lines.append(f"  {x.name} in {x.where()}: {said(x.run[i])} in {x.place(i)}, band {x.band(i)}")
@@ -225,30 +238,70 @@ def said(x: float) -> str:
 
 
 def compare(run: str, reference: str) -> Found:
-    """The run in `run` beside those in `reference`. ValueError where one holds no PPO run, or the other fewer than two."""
-    ours, theirs = [*runs_of(run, "run")], [*runs_of(reference, "reference")]
-    if len(ours) > 1:
-        names = ", ".join(source.name for source, _ in ours)
-        raise ValueError(f"--run={run} holds {len(ours)} PPO runs ({names}): name one of them")
+    """The run in `run` beside those in `reference`; what cannot be compared is left out, with a note. ValueError where that
+    is all, where one holds no PPO run, or the other fewer than two.
+    """
+    (source, summary), theirs = run_of(run), [*runs_of(reference, "reference")]
     if len(theirs) < 2:
         raise ValueError(f"--reference={reference} holds one PPO run: a band needs the runs of two seeds or more")
-    (source, summary), *_ = ours
-    seeds = [by_metric(x.files["metrics.jsonl"]) for x, _ in theirs]
-    values = by_metric(source.files["metrics.jsonl"])
-    known = [name for name in CURVES if all(name in seed for seed in seeds)]
-    rows = [curve(x, values[x], [seed[x] for seed in seeds], len(known)) for x in known if x in values]
-    notes = [f"Not compared, this run has no {name}." for name in known if name not in values]
+    ours, *seeds = (by_metric(x.files["metrics.jsonl"]) for x in (source, *(x for x, _ in theirs)))
+    had, *has = ({step for x in found.values() for step in x} for found in (ours, *seeds))
+    common, lengths = set.intersection(*has), sorted(map(len, has))
+    rows, notes = curves(ours, seeds, had & common)
     evaluated = [x for _, x in theirs if x]
     if summary and len(evaluated) > 1:
-        rows += list(numbers(summary, evaluated))
+        found, more = numbers(summary, evaluated)
+        rows, notes = rows + found, notes + more
     else:
-        notes.append(f"The evaluation is not compared: {run if not summary else reference} has no summary.json.")
-    done, whole = (max(x["objective/kl"]) + 1 for x in (values, seeds[0]))
-    if done != whole:
-        notes.append(f"This run has {done} iterations, theirs {whole}.")
+        lacks = f"only {len(evaluated)} of {len(theirs)} runs of {reference} have a" if summary else f"{run} has no"
+        notes.append(f"The evaluation is not compared: {lacks} summary.json.")
+    if not rows:
+        raise ValueError(f"--run={run} has nothing to compare with --reference={reference}: {notes[0]}")
+    for x in rows:
+        if len(x.seeds) < len(theirs):
+            notes.append(
+                f"The band of {x.name} is of {len(x.seeds)} of the {len(theirs)} seeds, the others do not say it."
+            )
+    if len(had) != len(common) or lengths[0] != lengths[-1]:
+        compared = f": {len(had & common)} are compared" * (lengths[-1] != len(common))
+        notes.append(f"This run has {len(had)} iterations, theirs {to(lengths[0], lengths[-1])}{compared}.")
     if differing := differences(source.files.get("run.json", {}), theirs[0][0].files.get("run.json", {})):
         notes.append(f"Other options than theirs: {', '.join(differing)}.")
-    return Found(reference, len(theirs), rows, notes)
+    return Found(reference, len(theirs), rows, notes, len(had & common), len(common))
+
+
+def curves(ours: dict, seeds: Sequence[dict], steps: set[int]) -> tuple[list[Row], list[str]]:
+    """The rows of what the run and every seed have, and a line for what is left out of the iterations `steps` of all."""
+    rows, notes = [], []
+    known = [name for name in CURVES if all(name in seed for seed in seeds)]
+    for name in CURVES:
+        if name not in known:
+            if any(name in seed for seed in seeds):
+                notes.append(f"Not compared, not every reference run has {name}.")
+        elif name not in ours:
+            notes.append(f"Not compared, this run has no {name}.")
+        elif found := curve(name, ours[name], [seed[name] for seed in seeds], len(known)):
+            rows.append(found)
+            met = len({*shared([seed[name] for seed in seeds])} & {*ours[name]})
+            if met < len(steps):
+                notes.append(
+                    f"{name} is compared in {met} of {len(steps)} iterations: not all have a number in the others."
+                )
+        else:
+            notes.append(
+                f"Not compared, the run and the reference runs have no iteration in common with a number for {name}."
+            )
+    return rows, notes
+
+
+def run_of(directory: str) -> tuple[Source, dict]:
+    """The one PPO run of runs_of: that of `directory` itself, or the only one below it. ValueError where there are more."""
+    found = [*runs_of(directory, "run")]
+    found = [x for x in found if x[0].path == Path(directory)] or found
+    if len(found) > 1:
+        names = ", ".join(source.name for source, _ in found)
+        raise ValueError(f"--run={directory} holds {len(found)} PPO runs ({names}): name one of them")
+    return found[0]
 
 
 def runs_of(directory: str, option: str) -> Iterator[tuple[Source, dict]]:
@@ -257,14 +310,13 @@ def runs_of(directory: str, option: str) -> Iterator[tuple[Source, dict]]:
     if option == "reference" and not path.is_dir():
         ours = ", ".join(f"results/{x.name}" for x in sorted(Path("results").glob("*/"))) or "none here"
         raise ValueError(f"--reference={directory} is not a directory; runs of ours: {ours}")
-    sources = {source.name: source for source in find(path, option)}
+    sources = {source.path: source for source in find(path, option)}
     if damaged := [line for source in sources.values() for line in source.damaged]:
         raise ValueError(damaged[0])
-    top, found = path.resolve().name, False
-    for name, source in sources.items():
+    found = False
+    for place, source in sources.items():
         if source.kind == "PPO" and any("objective/kl" in row for row in source.files.get("metrics.jsonl", [])):
-            above = str(Path(name).parent)
-            near = [sources[x] for x in (name, top if above == "." else above) if x in sources]
+            near = [sources[x] for x in (place, place.parent) if x in sources]
             summaries = [x.files["summary.json"] for x in near if "ppo" in x.files.get("summary.json", {})]
             yield source, summaries[0] if summaries else {}
             found = True
@@ -284,24 +336,32 @@ def by_metric(rows: Sequence[dict]) -> dict[str, dict[int, float]]:
     return found
 
 
-def numbers(ours: dict, theirs: Sequence[dict]) -> Iterator[Row]:
-    """What both evaluations say of the last model."""
+def numbers(ours: dict, theirs: Sequence[dict]) -> tuple[list[Row], list[str]]:
+    """What both evaluations say of the last model, of the seeds that say it, and a line for what fewer than two of them do."""
 
     def value(summary: dict, name: str) -> float:
-        found = summary["ppo"][name]
+        found = summary["ppo"].get(name)
         x = found.get("mean") if isinstance(found, dict) else found
         return x if is_number(x) else math.nan
 
-    known = [name for name in NUMBERS if all(name in x["ppo"] for x in (ours, *theirs))]
-    for name in known:
-        run, *seeds = ([value(x, name)] for x in (ours, *theirs))
-        error = float(np.mean([standard_error(x, name) for x in theirs]))
-        yield row(NUMBERS[name], [(-1, -1)], np.array(run), np.array(seeds), len(known), error=error)
+    said_by = {name: [x for x in theirs if math.isfinite(value(x, name))] for name in NUMBERS if name in ours["ppo"]}
+    known, rows, notes = [name for name, seeds in said_by.items() if len(seeds) > 1], [], []
+    for name in NUMBERS:
+        if name in known:
+            seeds = said_by[name]
+            error = float(np.mean([standard_error(x, name) for x in seeds]))
+            values = np.array([[value(x, name)] for x in (ours, *seeds)])
+            rows.append(row(NUMBERS[name], [(-1, -1)], values[0], values[1:], len(known), error=error))
+        elif name in said_by:
+            notes.append(f"Not compared, fewer than two reference runs have a number for the {NUMBERS[name]}.")
+        elif any(name in x["ppo"] for x in theirs):
+            notes.append(f"Not compared, this run's evaluation has no {NUMBERS[name]}.")
+    return rows, notes
 
 
 def standard_error(summary: dict, name: str) -> float:
     """Of a number of the evaluation, from its 95% interval over prompts; 0 where it has none."""
-    found, rows = summary["ppo"][name], [x for x in summary.get("rows", {}).values() if "kl_interval" in x]
+    found, rows = summary["ppo"].get(name), [x for x in summary.get("rows", {}).values() if "kl_interval" in x]
     ends = (found.get("low"), found.get("high")) if isinstance(found, dict) else (0.0, 0.0)
     if name == "kl" and rows:
         ends = rows[-1]["kl_interval"]  # the last model's: best-of-n has none

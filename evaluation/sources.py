@@ -23,6 +23,7 @@ class Source:
     name: str  # relative to --run
     files: dict[str, dict | list]  # name -> content
     damaged: list[str] = field(default_factory=list)  # why a file of it is left out
+    path: Path = Path()  # where it lies: names are not unique, the directory's own may be that of one below it
 
     @property
     def kind(self) -> str:
@@ -71,7 +72,7 @@ def read(path: Path, name: str) -> Source:
                 found[file] = content
         except (ValueError, OSError) as error:
             damaged.append(f"Left out, {name}/{file}: {error}")
-    return Source(name, found, damaged)
+    return Source(name, found, damaged, path)
 
 
 def series(rows: Sequence[dict], wanted: Callable[[str], bool]) -> dict[str, tuple[np.ndarray, np.ndarray]]:

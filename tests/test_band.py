@@ -82,7 +82,7 @@ def test_a_healthy_seed_leaves_the_band_as_often_as_it_says():
         runs = [band.by_metric(rows(1000 * trial + i)) for i in range(6)]
         found = [band.curve(name, runs[0][name], [x[name] for x in runs[1:]], len(NAMES)) for name in NAMES]
         evaluated = [summary(1000 * trial + i) for i in range(6)]
-        found += band.numbers(evaluated[0], evaluated[1:])
+        found += band.numbers(evaluated[0], evaluated[1:])[0]
         outside += any(row.outside.any() for row in found)
     assert outside <= 15  # 7.5 expected at most; 15 or more have a chance of .008
 
@@ -98,7 +98,7 @@ def test_seeds_that_agree_by_chance_are_not_believed_beyond_their_own_intervals(
 
     for half, inside in ((0.2, True), (0.001, False)):
         seeds = [evaluated(1 + 0.005 * i, half) for i in range(4)]
-        (near,), (far,) = (list(band.numbers(evaluated(kl, half), seeds)) for kl in (1.3, 3.0))
+        (near,), (far,) = (band.numbers(evaluated(kl, half), seeds)[0] for kl in (1.3, 3.0))
         assert (not near.outside.any()) == inside and far.outside.all()
 
 
@@ -115,6 +115,71 @@ def test_a_run_that_ended_early_is_met_with_the_same_iterations():
     assert found.blocks == [(0, 2), (3, 5), (6, 6)] and not found.outside.any()
     np.testing.assert_allclose(found.seeds[:, 2], [x[6] for x in runs[:5]])
     assert band.curve("x", short | {4: math.nan}, runs[:5], 8).outside.tolist() == [False, True, False]
+
+
+def test_what_is_missing_is_said_and_never_nan(tmp_path, seeds, monkeypatch, capsys):
+    """One seed of five null, short, apart or without a number; a run of one iteration; a run below a run of its own name."""
+    monkeypatch.chdir(tmp_path)
+    lay_out(tmp_path / "run", rows(99), summary(99))
+    kl = "objective/kl"
+
+    def told(run: str, metrics: list[dict], evaluated: dict | None) -> tuple[int, str]:
+        (seeds / "seed_4/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+        (seeds / "seed_4/summary.json").write_text(json.dumps(evaluated or {"other": 1}))
+        code, said = command(monkeypatch, capsys, run, "results/demo", "--plots=false")
+        assert "nan" not in said.replace("--plots", "")
+        return code, said
+
+    whole, good = rows(4), summary(4)
+    code, said = told("run", [row | {kl: None} for row in whole], good)
+    assert (
+        code == 0
+        and f"Not compared, the run and the reference runs have no iteration in common with a number for {kl}" in said
+    )
+    code, said = told("run", [row | {kl: None} if row["step"] > 5 else row for row in whole], good)
+    assert f"{kl} is compared in 6 of 24 iterations" in said
+    code, said = told(
+        "run", [{name: x for name, x in row.items() if name != "value/explained_var"} for row in whole], good
+    )
+    assert code == 0 and "Not compared, not every reference run has value/explained_var." in said
+    code, said = told("run", whole[:5], good)
+    assert code == 0 and "This run has 24 iterations, theirs 5 to 24: 5 are compared." in said
+    code, said = told("run", [row | {"step": row["step"] + 500} for row in whole], good)  # the evaluation is left
+    assert code == 0 and "Inside the band of 5 seeds of results/demo: 3 numbers of the evaluation." in said
+    null = json.loads(json.dumps(good))
+    null["ppo"]["judge_gain"]["mean"] = None
+    code, said = told("run", whole, null)
+    assert code == 0 and "The band of gain of the judge is of 4 of the 5 seeds" in said
+    code, said = told("run", whole, None)
+    assert code == 0 and "The band of distinct-3 is of 4 of the 5 seeds" in said
+
+    lay_out(tmp_path / "ended", rows(99)[:1], summary(99))
+    code, said = told("ended", whole, good)
+    assert code == 0 and "Inside the band of 5 seeds of results/demo so far, 1 of 24 iterations: 8 curves" in said
+    lay_out(tmp_path / "ppo", rows(99), summary(99))
+    lay_out(tmp_path / "ppo/ppo", rows(98, spread=99))
+    code, said = told("ppo", whole, good)
+    assert code == 0 and "3 numbers of the evaluation" in said  # of the run that was named
+    assert len([*band.runs_of("ppo", "reference")]) == 2
+
+
+CELLS = st.one_of(st.none(), st.floats(-1e6, 1e6))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.lists(CELLS, max_size=6)), min_size=3, max_size=5),
+    st.lists(st.fixed_dictionaries({}, optional={"kl": CELLS, "distinct3_after": CELLS}), min_size=3, max_size=5),
+)
+def test_no_band_is_nan_whatever_is_missing(runs, evaluated):
+    ours, *seeds = ({start + i: math.nan if x is None else x for i, x in enumerate(cells)} for start, cells in runs)
+    met = {*band.shared(seeds)} & {*ours}
+    found = band.curve("x", ours, seeds, 8)
+    assert (found is None) == (not met)
+    numbers, notes = band.numbers(*(lambda first, *rest: (first, rest))(*({"ppo": x} for x in evaluated)))
+    assert len(numbers) + len(notes) == len({name for x in evaluated for name in x})
+    for row in [found] * bool(met) + numbers:
+        assert np.isfinite([row.low, row.high]).all() and (row.low <= row.high).all() and len(row.seeds) > 1
 
 
 def command(monkeypatch, capsys, *words: str) -> tuple[int, str]:
