@@ -17,7 +17,7 @@ import figures  # noqa: E402
 
 from evaluation.band import run_of  # noqa: E402
 from rlhf.infra import config  # noqa: E402
-from rlhf.infra.files import write_json, write_lines  # noqa: E402
+from rlhf.infra.files import read_json, write_json, write_lines  # noqa: E402
 
 LEFT_OUT = ("time/", "perf/")  # metrics of the machine
 DIGITS = 5  # significant, of every number
@@ -35,11 +35,16 @@ def main() -> None:
     source, summary = run_of(cfg.run)
     if not summary:
         raise ValueError(f"--run={cfg.run} has no summary.json: evaluate the run first")
+    out, options = Path(cfg.out), source.files["run.json"]
+    for file in sorted(out.parent.glob("*/run.json")):
+        if file.parent != out and read_json(file).get("seed") == options.get("seed"):
+            raise ValueError(
+                f"{file.parent} is seed {options.get('seed')} already, and a band needs different ones: another --seed"
+            )
     rows = source.files["metrics.jsonl"]
     kept = [{name: x for name, x in row.items() if not name.startswith(LEFT_OUT)} for row in rows]
-    out = Path(cfg.out)
     write_lines(out / "metrics.jsonl", map(short, kept))
-    write_json(out / "run.json", source.files["run.json"])
+    write_json(out / "run.json", options)
     write_json(out / "summary.json", short(summary))
     write_json(out / "machine.json", {"command": cfg.command, **figures.machine(), "seconds": summary["seconds"]})
     print(f"{len(rows)} iterations, {sum(x.stat().st_size for x in out.iterdir()) / 1000:.0f} kB -> {out}")

@@ -273,6 +273,27 @@ def test_the_references_that_are_shipped():
             assert band.compare(str(run), str(reference)).outside == []
 
 
+def test_a_reference_keeps_no_seed_twice(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
+    import reference
+
+    run = lay_out(tmp_path / "run", rows(7) + [{"step": 24, "time/total": 1.0}], summary(7) | {"seconds": {}}, seed=7)
+
+    def keep(name: str) -> tuple[int | None, str]:
+        monkeypatch.setattr(
+            "sys.argv", ["reference.py", f"--run={run}", "--command=x", f"--out={tmp_path / 'kept' / name}"]
+        )
+        try:
+            config.run(reference.main)
+            return None, ""
+        except SystemExit as end:
+            return end.code, capsys.readouterr().err
+
+    assert keep("a") == keep("a") == (None, "")
+    code, said = keep("b")
+    assert code == 2 and "kept/a is seed 7 already" in said and not (tmp_path / "kept/b").exists()
+
+
 @pytest.mark.slow
 def test_broken_and_healthy_runs(world, tmp_path):
     """Of the real scripts: another seed stays in the band of three, lr x100 leaves it, and so does no penalty at all."""
