@@ -42,7 +42,7 @@ from evaluation.words import markdown_table  # noqa: E402
 from model import generate  # noqa: E402
 from rlhf.functional import masked_sum, whiten  # noqa: E402
 from rlhf.infra import config, distributed, optim  # noqa: E402
-from rlhf.infra.files import read_json, read_lines, write_json, write_lines, write_text  # noqa: E402
+from rlhf.infra.files import read_lines, write_lines, write_text  # noqa: E402
 from rlhf.losses import value_loss  # noqa: E402
 from rlhf.ppo import update  # noqa: E402
 from rlhf.ppo.rollout import Experience, Rollout, judge  # noqa: E402
@@ -87,7 +87,7 @@ def main() -> None:
     cfg = config.parse(Config)
     out, place = Path(cfg.out), Path(cfg.place)
     small.prepare(place, gold=False)
-    settle(out, asdict(cfg))
+    small.settle(out, asdict(cfg), free=("seeds", "out", "pairs"))
     sides = ("trl", "ours", "ours, patched") if cfg.trainer == "ppo" else ("trl", "ours")
     found = curves(cfg, place, out, sides, cfg.seeds)
     tables = [bands(found, name) for name in ("objective/scores", "objective/kl") if name in found["trl"][0][0]]
@@ -110,15 +110,6 @@ def curves(cfg: Config, place: Path, out: Path, sides: tuple[str, ...], seeds) -
             last = [row["objective/scores"] for row in found[side][-1][-BLOCK:]]
             print(f"{side}, seed {seed}: score of the last {BLOCK} iterations {np.mean(last):.3f}", flush=True)
     return found
-
-
-def settle(out: Path, options: dict) -> None:
-    """ValueError where `out` holds curves of other options."""
-    options = {name: x for name, x in options.items() if name not in ("seeds", "out", "pairs")}
-    if (out / "study.json").exists() and (old := read_json(out / "study.json")) != options:
-        name = next(name for name in options if old.get(name) != options[name])
-        raise ValueError(f"{out} has curves of {name}={old.get(name)}, this is {options[name]}: choose another --out")
-    write_json(out / "study.json", options)
 
 
 def curve(cfg: Config, place: Path, out: Path, side: str, seed: int) -> list[dict]:

@@ -13,7 +13,7 @@ proxy: the curves of Gao et al. 2022 (arXiv:2210.10760). The proxy is a linear h
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -50,6 +50,7 @@ class Config:
 
 def main() -> None:
     cfg = config.parse(Config)
+    small.settle(Path(cfg.out), asdict(cfg), free=("only", "out", "seeds", "labels"))  # the last two name their runs
     small.prepare(Path(cfg.place))
     if "kl" in cfg.only:
         adaptive(cfg)

@@ -8,7 +8,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +49,16 @@ def prepare(place: Path, gold: bool = True) -> None:
         if not (place / f"{name}_hf" / "config.json").exists():
             options = {"init": place / name, "out": place / f"{name}_hf"}
             subprocess.run(iterate.script("export.py", options), check=True, stdout=subprocess.DEVNULL)
+
+
+def settle(out: Path, options: dict, free: Sequence[str]) -> None:
+    """Keep the options of a study in `out`; ValueError where it holds one of others, `free` ones apart."""
+    options = {name: x for name, x in options.items() if name not in free}
+    if (out / "study.json").exists() and (old := read_json(out / "study.json")) != options:
+        name = next(name for name in {**options, **old} if old.get(name) != options.get(name))
+        told = f"{name}={old.get(name)}, this is {options.get(name)}"
+        raise ValueError(f"{out} has a study with {told}: choose another --out")
+    write_json(out / "study.json", options)
 
 
 @contextlib.contextmanager
