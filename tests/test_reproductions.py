@@ -1,21 +1,16 @@
 """bench/reproductions.py: what lies in --out stays with the options that made it."""
 
-from dataclasses import asdict
+import json
+import subprocess
+import sys
 from pathlib import Path
 
-import pytest
 
-
-def test_other_options_over_an_older_out_are_refused(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
-    import reproductions
-    import small
-
-    place, out = tmp_path / "tiny", tmp_path / "out"
-    free = ("only", "out", "seeds", "labels")
-    small.settle(out, asdict(reproductions.Config(place=str(place), out=str(out))), free)
-    small.settle(out, asdict(reproductions.Config(place=str(place), out=str(out), seeds=(9,), only=("kl",))), free)
-    monkeypatch.setattr("sys.argv", ["reproductions.py", f"--place={place}", f"--out={out}", "--proxy_lr=0.01"])
-    with pytest.raises(ValueError, match=r"out has a study with proxy_lr=0.001, this is 0.01: choose another --out"):
-        reproductions.main()
-    assert not place.exists()  # before two minutes of models
+def test_other_options_over_an_older_out_are_refused(tmp_path):
+    (tmp_path / "study.json").write_text(json.dumps({"proxy_lr": 0.01}))
+    script = Path(__file__).parent.parent / "bench/reproductions.py"
+    done = subprocess.run(
+        [sys.executable, script, f"--place={tmp_path / 'tiny'}", f"--out={tmp_path}"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "has a study with" in done.stderr and "choose another --out" in done.stderr
+    assert not (tmp_path / "tiny").exists()  # before two minutes of models
