@@ -40,10 +40,11 @@ class _Updated(torch.autograd.Function):
     def backward(ctx, grad):
         rows, weight, A, B, down = ctx.saved_tensors
         shape, grad, grad_x = grad.shape[:-1], grad.reshape(-1, grad.shape[-1]), None
-        up = (grad @ B).mul_(ctx.scale)  # (N, r), the gradient of `down`
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(grad, weight).addmm_(up, A).view(*shape, -1)
-        grad_A, grad_B = up.t() @ rows, (grad.t() @ down).mul_(ctx.scale)
+        with torch.autocast(grad.device.type, enabled=False):  # in the forward's type, wherever backward is called
+            up = (grad @ B).mul_(ctx.scale)  # (N, r), the gradient of `down`
+            if ctx.needs_input_grad[0]:
+                grad_x = torch.mm(grad, weight).addmm_(up, A).view(*shape, -1)
+            grad_A, grad_B = up.t() @ rows, (grad.t() @ down).mul_(ctx.scale)
         return grad_x, None, None, grad_A.to(ctx.dtype), grad_B.to(ctx.dtype), None
 
 
@@ -77,6 +78,11 @@ class LoRALinear(nn.Linear):
             return F.linear(x, self.weight, self.bias)
         A, B = self.lora_A[self.active], self.lora_B[self.active]
         weight, bias = (w if w is None else w.to(x.dtype) for w in (self.weight, self.bias))
+        if torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in (weight, bias)):
+            raise ValueError(
+                f"a layer ({self.in_features} to {self.out_features}) with an adapter has a weight or a bias that is not "
+                "frozen: it would get no gradient; freeze it, or merge the adapter"
+            )
         return _Updated.apply(x, weight, bias, A, B, self.scale[self.active])
 
     def merged(self, name: str) -> Tensor:

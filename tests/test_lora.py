@@ -296,3 +296,28 @@ def test_a_model_with_adapters_is_exported_merged(tmp_path):
         save_hf(tmp_path / "hf", model)
     expected = logits(model, "default")
     assert max_diff(logits(load_hf(save_hf(tmp_path / "hf", merge(model, "default")))[0]), expected) < 1e-5
+
+
+def test_backward_within_autocast_is_the_forwards_type():
+    model, x, gradients = (
+        trained(nn.Sequential(nn.Linear(5, 3)), targets=["0"]),
+        torch.ones(2, 5, requires_grad=True),
+        [],
+    )
+    activate(model, "default")
+    for on in (False, True):
+        loss = model(x).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            gradients.append(torch.autograd.grad(loss, [x, *parameters(model)]))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("which", ["weight", "bias"])
+def test_what_would_get_no_gradient_is_refused(which):
+    model = trained(nn.Sequential(nn.Linear(5, 3)), targets=["0"])
+    activate(model, "default")
+    getattr(model[0], which).requires_grad_(True)
+    with pytest.raises(ValueError, match="not frozen"):
+        model(torch.ones(2, 5))
+    with torch.no_grad():
+        model(torch.ones(2, 5))
