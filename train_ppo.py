@@ -554,7 +554,7 @@ def open_judge(
 
 def memory_plan(cfg: Config, dist: Dist, micro_batch: int) -> float:
     """GB that this layout should need at its peak; with --plan, the table of all layouts is printed."""
-    model, critic = config_of(cfg.init), critic_of(cfg)
+    model, critic, precision = config_of(cfg.init), critic_of(cfg), optim.amp(dist.device, cfg.precision)
     sizes = Sizes(
         batch=cfg.batch // dist.world,
         micro_batch=micro_batch,
@@ -569,7 +569,8 @@ def memory_plan(cfg: Config, dist: Dist, micro_batch: int) -> float:
         reward=scorer_of(cfg.reward).parameters,
         sampler=cfg.sampler is None,
         baseline=resident_bytes() if dist.device.type == "cpu" else 0,
-        dtype=stored_dtype(cfg, optim.amp(dist.device, cfg.precision)),
+        dtype=stored_dtype(cfg, precision),
+        product=precision.dtype,
         offload=cfg.offload,
     )
     if cfg.plan and dist.is_main:

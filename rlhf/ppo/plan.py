@@ -74,7 +74,8 @@ class Sizes:
     drawn: int | None = None  # rows whose next tokens are drawn together; None: of the whole batch
     ranks: int = 1  # over which --shard=true cuts weights, gradients and moments
     baseline: int = 0  # bytes that the process holds before: Python, torch, libraries
-    dtype: torch.dtype = torch.float32  # of matrix products
+    dtype: torch.dtype = torch.float32  # in which frozen matrices are stored
+    product: torch.dtype | None = None  # in which matrices are multiplied; None: as they are stored
     offload: tuple[str, ...] = ()  # --offload
 
 
@@ -85,12 +86,15 @@ def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
     roles = LAYOUTS[layout](base, critic, 1.0, s.lora, min(s.branch_layers, config.layers)).stored_in(
         s.dtype, s.sampler
     )
-    policy, half = roles.policy, s.dtype.itemsize
+    policy, half = roles.policy, (s.product or s.dtype).itemsize
     trained = count(x for x in policy.parameters() if x.requires_grad)
     models = [model for model in (policy.model, policy.value_trunk) if model is not None]
     # the gradient of a tied embedding comes in two parts as large as itself, which are added up
     twice = sum(2 * model.embed_tokens.weight.numel() for model in models if trains_embedding(model))
     cast = count(x for x in policy.parameters() if x.requires_grad and x.ndim > 1) if half < FLOAT else 0
+    if half < s.dtype.itemsize:  # of frozen matrices too, for the gradient of what goes in
+        learned = (block for model in models for block in model.layers if learns(block))
+        cast += count(x for block in learned for x in block.parameters() if not x.requires_grad and x.ndim > 1)
     length = s.prompt + s.response - 1
     kept = sum(kept_per_token(config, length, half) for model in models for block in model.layers if learns(block))
     if s.recompute:  # what goes into every block, and all of one
@@ -107,7 +111,7 @@ def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
         "baseline": s.baseline,
         "weights": size_of([*base.parameters(), *policy.parameters(), *roles.sampler().parameters()]) - reference,
         "reference": reference,
-        "reward": half * s.reward,
+        "reward": s.dtype.itemsize * s.reward,
         "casts": half * cast,
         "gradients": FLOAT * (trained + twice),
         "optimiser": 2 * FLOAT * trained,
@@ -176,7 +180,10 @@ def table(config: ModelConfig, sizes: Sizes, layout: str) -> str:
     """The plans of all layouts as text, GB: every part, and what a phase needs together; a star marks the run's own."""
     plans = {name: plan(config, sizes, name) for name in LAYOUTS}
     asleep = f", asleep between its phases: {', '.join(sizes.offload)}" if sizes.offload else ""
-    cut, kind = f", one of {sizes.ranks} shards" if sizes.ranks > 1 else "", str(sizes.dtype).removeprefix("torch.")
+    cut, kind = (
+        f", one of {sizes.ranks} shards" if sizes.ranks > 1 else "",
+        str(sizes.product or sizes.dtype).removeprefix("torch."),
+    )
     lines = [
         f"memory of one rank in GB, {kind}{cut}: {sizes.batch} x ({sizes.prompt} + {sizes.response}) tokens{asleep}"
     ]
