@@ -19,35 +19,13 @@ from rlhf.lm.trunks import LoRA
 from rlhf.ppo.roles import CRITICS, LAYOUTS
 
 FLOAT = 4  # bytes
-PARTS = (
-    "baseline",
-    "weights",
-    "reference",
-    "reward",
-    "gradients",
-    "optimiser",
-    "cache",
-    "activations",
-    "logits",
-    "whole",
-    "gathered",
-    "casts",
-)
+HELD = ("baseline", "weights", "reference", "reward", "optimiser")  # in every phase
+PASS = ("logits", "gathered", "casts")  # of a forward
+PARTS = (*HELD[:4], "gradients", "optimiser", "cache", "activations", "logits", "whole", *PASS[1:])
 PHASES = {  # which parts are there at once
-    "act": ("baseline", "weights", "reference", "reward", "optimiser", "cache", "logits", "whole"),
-    "judge": ("baseline", "weights", "reference", "reward", "optimiser", "logits", "gathered", "casts"),
-    "learn": (
-        "baseline",
-        "weights",
-        "reference",
-        "reward",
-        "gradients",
-        "optimiser",
-        "activations",
-        "logits",
-        "gathered",
-        "casts",
-    ),
+    "act": (*HELD, "cache", "logits", "whole"),
+    "judge": (*HELD, *PASS),
+    "learn": (*HELD, "gradients", "activations", *PASS),
 }
 CUT = ("weights", "reference", "reward", "optimiser")  # of which a shard keeps its part
 SLEEPS = {  # what --offload names: its part, and the phases in which it lies elsewhere
