@@ -106,9 +106,12 @@ def serving(path: Path, *options: str, init: str = "lm", env: dict | None = None
     pytest.importorskip("starlette", reason="starlette is not installed (extra serve)")
     process = start(f"--init={init}", "--port=0", *options, cwd=path, env=env)
     try:
-        line = process.stdout.readline()
-        found = re.search(r"http://\S+:\d+", line)
-        assert found, line + process.stderr.read()
+        found, line = None, ""
+        while not found:  # what it says of int8 comes first
+            said = process.stdout.readline()
+            assert said, line + process.stderr.read()  # it has ended
+            line += said
+            found = re.search(r"http://\S+:\d+", said)
         yield Server(process, found[0], line)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=120)
