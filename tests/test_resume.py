@@ -130,23 +130,27 @@ def test_a_run_that_never_began_does_not_hold_its_directory(world, tmp_path):
     world.ok("train_lm.py", out=tmp_path / "lm", epochs=1)
 
 
+def killed_in_the_middle(world, place: Path, ranks: int, options: dict) -> tuple[Path, list[str]]:
+    """A run of PPO under torchrun whose process group died at once after its third iteration; and its command."""
+    for attempt in range(5):
+        run = place / f"killed{attempt}"
+        command = world.command("train_ppo.py", out=run, **options)
+        with world.popen(command, ranks) as torchrun:
+            wait_for(lambda run=run: len(lines(run / "metrics.jsonl")) >= 3, lambda p=torchrun: p.poll() is None)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(torchrun.pid, signal.SIGKILL)
+        if 3 <= len(lines(run / "metrics.jsonl")) < options["iterations"]:
+            return run, command
+    pytest.fail("could not kill a run in the middle in five attempts")
+
+
 @pytest.mark.slow
 def test_killed_under_torchrun(world, tmp_path):
     """The whole process group dies at once; two processes resume, and the numbers are those of two undisturbed ones."""
     options = {"iterations": 8, "checkpoint_every": 2, "micro_batch": 4}
     done = world.spawn(world.command("train_ppo.py", out=tmp_path / "undisturbed", **options), ranks=2)
     assert done.code == 0, done.err
-    for attempt in range(5):
-        run = tmp_path / f"killed{attempt}"
-        command = world.command("train_ppo.py", out=run, **options)
-        with world.popen(command, ranks=2) as torchrun:
-            wait_for(lambda run=run: len(lines(run / "metrics.jsonl")) >= 3, lambda p=torchrun: p.poll() is None)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(torchrun.pid, signal.SIGKILL)
-        if 3 <= len(lines(run / "metrics.jsonl")) < 8:
-            break
-    else:
-        pytest.fail("could not kill a run in the middle in five attempts")
+    run, command = killed_in_the_middle(world, tmp_path, 2, options)
     done = world.spawn(command, ranks=2)
     assert done.code == 0, done.err
     assert_equal_runs(run, tmp_path / "undisturbed")

@@ -3,13 +3,11 @@
 The file is its own worker: `torchrun tests/test_shard.py DIR WAY` trains every layout on every rank.
 """
 
-import contextlib
 import functools
 import json
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_rollout import EOS, PAD, RESPONSE, TEMPERATURE, WIDTH, prompts, reward_model
 from test_layouts import CASES, LAYERS, OBJECTIVE, ROWS, SETTINGS, TOP, build, experience_of
-from test_resume import numbers, wait_for
-from tiny import lines
+from test_resume import killed_in_the_middle, numbers
 
 from model import transformer
 from model.generate import Sampling, generate, row_uniforms
@@ -352,17 +349,7 @@ def test_killed_shards_go_on(world, tmp_path, ranks, then):
     options = PPO | {"iterations": 8, "shard": "true"}
     done = world.spawn(world.command("train_ppo.py", out=tmp_path / "undisturbed", **options), ranks)
     assert done.code == 0, done.err
-    for attempt in range(5):
-        run = tmp_path / f"killed{attempt}"
-        command = world.command("train_ppo.py", out=run, **options)
-        with world.popen(command, ranks) as launcher:
-            wait_for(lambda run=run: len(lines(run / "metrics.jsonl")) >= 3, lambda p=launcher: p.poll() is None)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(launcher.pid, signal.SIGKILL)
-        if 3 <= len(lines(run / "metrics.jsonl")) < 8:
-            break
-    else:
-        pytest.fail("could not kill a run in the middle in five attempts")
+    run, command = killed_in_the_middle(world, tmp_path, ranks, options)
     done = world.spawn(command, then)
     assert done.code == 0, done.err
     near = {"rel": 0, "abs": 0} if then == ranks else {"rel": 1e-4, "abs": 1e-4}
