@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 
 import pytest
 import tiny_server
@@ -15,8 +16,9 @@ from data.tokenizer import load_tokenizer
 from rlhf.feedback.schema import VOTES
 from rlhf.feedback.store import FeedbackStore
 from rlhf.reward.files import load_reward_model
+from rlhf.serve.api import whole_page
 
-PAGE = ROOT / "rlhf" / "serve" / "page.html"
+PAGE = ROOT / "rlhf" / "serve" / "page"
 HOSTILE = "<script>document.title = 'owned'</script><img src=x onerror=alert(1)> & <b>bold</b>"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 PAIRS = 12
@@ -24,7 +26,7 @@ PAIRS = 12
 
 def test_nothing_is_fetched_and_nothing_becomes_markup():
     """What a reader of the source would look for."""
-    text = PAGE.read_text(encoding="utf-8")
+    text = whole_page()
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|srcdoc", text)
     assert not re.search(r"""(src|href)\s*=\s*["']?\s*(https?:)?//|@import|url\(""", text)
     assert not re.search(r"<[^>]+\son\w+\s*=", text.partition("<script>")[0])  # no handlers in attributes
@@ -32,6 +34,39 @@ def test_nothing_is_fetched_and_nothing_becomes_markup():
     assert "default-src 'none'" in policy and "connect-src 'self'" in policy and "http" not in policy
     labels = set(re.findall(r'<label for="(\w+)"', text))
     assert labels == set(re.findall(r'<(?:input|select|textarea) id="(\w+)"', text))
+
+
+class Outline(HTMLParser):
+    """Whether every tag that is opened is closed, and every id is there once."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.ids, self.tags = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == [] and len(set(self.ids)) == len(self.ids), (self.open, sorted(self.ids))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.ids += [value for name, value in attributes if name == "id"]
+        if tag not in ("meta", "link", "input", "br", "hr", "img"):
+            self.open.append((tag, self.getpos()))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop()[0] == tag, (tag, self.getpos())
+
+
+def test_the_files_are_one_page():
+    """What the server puts together parses, every file is in it, and what the scripts look up by id is there."""
+    names = re.findall(r"\{\{([^}]*)\}\}", (PAGE / "skeleton.html").read_text(encoding="utf-8"))
+    assert sorted(names) == sorted(file.name for file in PAGE.iterdir() if file.name != "skeleton.html")
+    text = whole_page()
+    outline = Outline(text)
+    assert outline.tags.count("script") == outline.tags.count("style") == 1 and outline.tags[0] == "html"
+    script = text.partition("<script>")[2]
+    assert set(re.findall(r"""(?:\$|show)\("([\w-]+)\"""", script)) <= set(outline.ids)
+    for name in re.findall(r"""addView\("(\w+)\"""", script):
+        assert f"view-{name}" in outline.ids
 
 
 def fill(path) -> FeedbackStore:

@@ -13,7 +13,7 @@ import logging
 import re
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.chat import Chat
@@ -25,7 +25,7 @@ from rlhf.serve.scorer import Scorer
 from rlhf.serve.weights import Weights
 from rlhf.serve.workers import Alone, Member
 
-PAGE = Path(__file__).with_name("page.html")
+PAGE = Path(__file__).with_name("page")
 LOG = logging.getLogger(__name__)
 MOST_HEADERS = 100
 SMALL_BODY = 16_384  # bytes; a larger one is taken apart in a thread, so that streams go on
@@ -48,6 +48,7 @@ class Service:
     feedback: object | None = None  # a FeedbackStore
     weights: Weights | None = None  # that may be exchanged
     shared: Alone | Member | None = None  # with which workers
+    page_text: str | None = field(default_factory=lambda: whole_page())  # read once
 
     # ---- who may do what
 
@@ -257,10 +258,10 @@ class Service:
     async def page(self, request):
         from starlette.responses import HTMLResponse, PlainTextResponse
 
-        if not PAGE.is_file():
+        if self.page_text is None:
             return PlainTextResponse("no page here; the API is at /v1", status_code=404)
-        content = await asyncio.to_thread(PAGE.read_text, encoding="utf-8")
-        return HTMLResponse(content, headers={"Content-Security-Policy": policy(content), "Cache-Control": "no-cache"})
+        headers = {"Content-Security-Policy": policy(self.page_text), "Cache-Control": "no-cache"}
+        return HTMLResponse(self.page_text, headers=headers)
 
     # ---- feedback
 
@@ -482,6 +483,16 @@ def reply(value: dict, status: int = 200, headers: dict | None = None):
 
 def error_reply(error: ApiError):
     return reply(error.body(), error.status, error.headers)
+
+
+def whole_page(directory: Path = PAGE) -> str | None:
+    """The page as one text: skeleton.html with every {{file}} of the directory in its place; None where there is no page."""
+    if not directory.is_dir():
+        return None
+    skeleton = (directory / "skeleton.html").read_text(encoding="utf-8")
+    return re.sub(
+        r"\{\{([\w.]+)\}\}", lambda name: (directory / name[1]).read_text(encoding="utf-8").rstrip(), skeleton
+    )
 
 
 def policy(page: str) -> str:
