@@ -7,8 +7,8 @@
 Neither network nor weights nor a tokenizer: models have the shapes of SmolLM2-135M and of a Llama of 1B, and random numbers
 whose logits reach 35, as a trained model's do (smaller ones make bf16 look harmless). Each line holds what was predicted
 before any of this had run on a GPU, and what was measured: medians between events of the device after a call to warm up, or
-wall seconds on a CPU. A step that fails says why, one that outlives its share of the time is left out, and the next one
-goes on; what a step leaves of its share the later ones get. The exit code is 2 where one failed.
+wall seconds on a CPU. A step that fails says why, one that outlives its share of the time is left out, and so is one that
+needs its files; the next one goes on; what a step leaves of its share the later ones get. The exit code is 2 where one failed.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ from rlhf.rewards import shape_rewards  # noqa: E402
 @dataclass(frozen=True)
 class Config:
     out: str = "out/bench/gpu.jsonl"  # one JSON line a step, as soon as it is done
-    small: bool = False  # toy sizes and few variants: a minute on a CPU
+    small: bool = False  # toy sizes and few variants, and no budget: minutes on a CPU
     steps: tuple[str, ...] = ()  # those whose names begin like one of these; none = all, `--steps=?` lists them
     budget: float = 480  # seconds in all, shared out over the chosen steps
 
@@ -106,6 +106,7 @@ class Step:
     share: float  # seconds of the eight minutes
     run: Callable[[Place], dict]
     predicted: dict = field(default_factory=dict)
+    needs: str = ""  # the step whose files it reads
 
 
 class Overtime(Exception):
@@ -123,26 +124,32 @@ def main() -> None:
     device, ends = distributed.setup().device, time.perf_counter() + cfg.budget
     signal.signal(signal.SIGALRM, overtime)
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    failed = 0
+    failed, undone = 0, set()
     with tempfile.TemporaryDirectory() as scratch, open(cfg.out, "w") as out:
         place = Place(device, cfg.small, Path(scratch))
         for i, step in enumerate(chosen):
-            left = ends - time.perf_counter()
-            line = taken(step, place, left * step.share / sum(later.share for later in chosen[i:]))
+            share = step.share / sum(later.share for later in chosen[i:])
+            if step.needs in undone:
+                line = {"step": step.name, "left_out": f"{step.needs!r} made no files", "measured": {}}
+            else:
+                line = taken(step, place, None if cfg.small else share * (ends - time.perf_counter()))
             failed += "failed" in line
+            if not line["measured"]:
+                undone.add(step.name)
             for file in (out, sys.stdout):
                 print(json.dumps(line), file=file, flush=True)
     if failed:
         raise ValueError(f"{failed} of {len(chosen)} steps failed; each says why in {cfg.out}")
 
 
-def taken(step: Step, place: Place, seconds: float) -> dict:
-    """The line of a step that may take so long."""
+def taken(step: Step, place: Place, seconds: float | None) -> dict:
+    """The line of a step that may take so long; None: as long as it likes."""
     line, start = {"step": step.name}, time.perf_counter()
     if place.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     try:
-        signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+        if seconds is not None:
+            signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
         measured = step.run(place)
     except Overtime:
         measured, line["left_out"] = {}, f"took longer than its {seconds:.0f} s"
@@ -593,9 +600,11 @@ STEPS = [
     ),
     Step("tests", 60, tests, {"failed": 0}),
     Step("scripts data and train_lm", 30, data_and_language_model),
-    Step("scripts train_rm", 20, reward_models),
-    Step("scripts train_ppo", 30, policies, {"ratio_first": 1, "logprob_diff_mean bf16": 0.03}),
-    Step("scripts resume", 10, resume),
+    Step("scripts train_rm", 20, reward_models, needs="scripts data and train_lm"),
+    Step(
+        "scripts train_ppo", 30, policies, {"ratio_first": 1, "logprob_diff_mean bf16": 0.03}, needs="scripts train_rm"
+    ),
+    Step("scripts resume", 10, resume, needs="scripts train_ppo"),
     *(
         Step(
             f"decode {name} {batch} {layout} {kind}",
