@@ -16,23 +16,28 @@ import signal
 import socket
 import sys
 import threading
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from data.chat import Chat
-from model.transformer import Transformer
 from rlhf.infra import config, distributed, optim
 from rlhf.infra.precision import SamplingPrecision, chosen
 from rlhf.lm.int8 import stays_int8, to_compute_with
 from rlhf.lm.pretrained import Pretrained, open_pretrained
 from rlhf.reward.scorer import open_scorer
-from rlhf.serve.api import Service, is_loopback
+from rlhf.serve import connections
+from rlhf.serve.api import Bounded, Served, Service, application, deliver_to, is_loopback
+from rlhf.serve.protocol import Limits
+from rlhf.serve.scheduler import Scheduler, Turns
+from rlhf.serve.scorer import Scorer, load_values
 from rlhf.serve.weights import Weights, own
 from rlhf.serve.workers import Alone, Crew, Member, Seat
 
 KEY = "PLAIN_RLHF_KEY"  # the environment variable for --key
+STARTED = int(time.time())  # of the process above the workers, and so of all
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Config:
     # What is served
     init: str  # run or checkpoint directory, HF-format or int8 directory, GGUF file, or a model's name
     base: str | None = None  # the model that a run of layout adapters or branch was trained on, where it has moved
-    reference: str | None = None  # the model before tuning: /v1/tokens tells the KL to it
+    reference: str | None = None  # the model before tuning: served as NAME:reference; /v1/tokens tells the KL to it
     reward: str | None = None  # directory of train_rm.py, or file.py:function: /v1/score
     feedback: str | None = None  # file of a feedback store: comparisons are shown and votes taken
     weights_dir: str | None = None  # directory that POST /v1/weights may take other weights from; needs a key
@@ -57,7 +62,7 @@ class Config:
     workers: int = 1  # processes behind the port, each with a model, a batch and a queue of its own
     threads: int = 1  # CPU threads of a worker; with more, a seed's text may differ in company, by rounding
     max_batch: int = 32  # texts that one worker decodes together
-    cache_tokens: int = 32768  # tokens in a worker's cache; each text may have a max_batch-th of them, prompt included
+    cache_tokens: int = 32768  # tokens in a worker's cache, a max_batch-th a text; of a reference a quarter more
     max_tokens: int = 1024  # longest answer
     queue: int = 128  # texts that may wait; more are turned away with status 503
     timeout: float = 300.0  # seconds that a request may take; then it ends with what there is
@@ -153,8 +158,10 @@ def work(cfg: Config, key: str | None, listener: socket.socket, seat: Seat, foun
     if cfg.weights_dir:
         own(opened.model)
     # by the same products as the model, or the KL between equal weights would not be 0
-    models = [x and to_compute_with(x.model.eval(), int8, dtype) for x in (opened, reference)]
-    asyncio.run(serve(cfg, key, listener, seat, opened, *models, reward))
+    models = [
+        replace(x, model=to_compute_with(x.model.eval(), int8, dtype)) for x in (opened, reference) if x is not None
+    ]
+    asyncio.run(serve(cfg, key, listener, seat, models, reward))
 
 
 def under_reward(cfg: Config, device: torch.device, opened: Pretrained) -> Pretrained:
@@ -175,20 +182,18 @@ def wait_for_all(seat: Seat) -> bool:
 
 
 async def serve(
-    cfg: Config, key: str | None, listener: socket.socket, seat: Seat, opened: Pretrained, model: Transformer,
-    reference: Transformer | None, reward,
-) -> None:  # fmt: skip
-    """Listens until SIGTERM or Ctrl-C, then lets running requests finish for a while."""
-    from rlhf.serve import connections
-    from rlhf.serve.api import Bounded, application
-
+    cfg: Config, key: str | None, listener: socket.socket, seat: Seat, models: list[Pretrained], reward
+) -> None:
+    """Listens until SIGTERM or Ctrl-C, then lets running requests finish for a while. models: --init's, and the reference."""
     log = logging.StreamHandler()
     log.addFilter(connections.OncePerSecond())
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[log])
     loop = asyncio.get_running_loop()
-    service = service_of(cfg, key, seat, opened, model, reference, reward)
-    scheduler = service.scheduler
-    wanted = cfg.max_batch + 2 * cfg.queue + 16  # texts, as many jobs as may wait, and the page's own requests
+    service = service_of(cfg, key, seat, models, reward)
+    schedulers = [served.scheduler for served in service.models]
+    turns = Turns(*schedulers)
+    rows = sum(scheduler.rows for scheduler in schedulers)
+    wanted = rows + 2 * cfg.queue * len(models) + 16  # texts, as many jobs as may wait, and the page's own requests
     room, most = connections.room(wanted)
     if most < wanted and seat.rank == 0:
         print(
@@ -206,61 +211,61 @@ async def serve(
         loop.add_signal_handler(number, stop)
     if not await asyncio.to_thread(wait_for_all, seat):
         return
-    scheduler.start()
+    turns.start()
     listener.listen(2048)  # from here on connections wait, and are not refused
     if seat.line is not None:
         service.shared.ready()  # not before the others came: they would wait for one that is started again
     if seat.rank == 0 and not seat.again:
         host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
         print(
-            f"serving {service.name} at http://{host}:{listener.getsockname()[1]} ({cfg.workers} x {cfg.max_batch} "
-            f"texts of {scheduler.width} tokens; {promise(scheduler.exact, scheduler.rounding)})",
+            f"serving {service.models[0].name} at http://{host}:{listener.getsockname()[1]} "
+            f"({cfg.workers} x {cfg.max_batch} texts of {schedulers[0].width} tokens; "
+            f"{promise(all(s.exact for s in schedulers), max(s.rounding for s in schedulers))})",
             flush=True,
         )
     try:
         await server.serve(sockets=[listener])
     finally:
-        await asyncio.to_thread(scheduler.stop)
+        await asyncio.to_thread(turns.stop)
 
 
-def service_of(
-    cfg: Config,
-    key: str | None,
-    seat: Seat,
-    opened: Pretrained,
-    model: Transformer,
-    reference: Transformer | None,
-    reward,
-) -> Service:
+def served_of(cfg: Config, name: str, opened: Pretrained, rows: int, chat: Chat | None, scorer: Scorer) -> Served:
+    """A model with a cache for so many texts, and one more that is read."""
+    stop_ids = {*opened.stop_ids, *(chat.stop_ids() if chat else ())}
+    width, deliver = cfg.cache_tokens // cfg.max_batch, deliver_to(asyncio.get_running_loop())
+    scheduler = Scheduler(opened.model, opened.tokenizer, stop_ids, rows, width, cfg.queue, deliver)
+    scheduler.weights = opened.digest
+    limits = Limits(scheduler.width, min(cfg.max_tokens, scheduler.width), rows + cfg.queue)
+    return Served(name, scheduler, scorer, limits)
+
+
+def service_of(cfg: Config, key: str | None, seat: Seat, models: list[Pretrained], reward) -> Service:
     """What a worker's endpoints need."""
     from rlhf.feedback.store import FeedbackStore
-    from rlhf.serve.api import deliver_to
-    from rlhf.serve.protocol import Limits
-    from rlhf.serve.scheduler import Scheduler
-    from rlhf.serve.scorer import Scorer, load_values
 
-    loop, tokenizer = asyncio.get_running_loop(), opened.tokenizer
+    opened, *others = models
+    tokenizer, name = opened.tokenizer, cfg.name or Path(cfg.init).name
     chat = chat_of(opened, quiet=seat.rank > 0 or seat.again)
-    stop_ids = {*opened.stop_ids, *(chat.stop_ids() if chat else ())}
-    scheduler = Scheduler(
-        model, tokenizer, stop_ids, cfg.max_batch, cfg.cache_tokens // cfg.max_batch, cfg.queue, deliver_to(loop)
-    )
-    scheduler.weights = opened.digest
+    values = None if cfg.weights_dir else load_values(cfg.init, opened.model, cfg.base)  # of these weights alone
+    scorer = Scorer(opened.model, others[0].model if others else None, reward, values)
+    served = [served_of(cfg, name, opened, cfg.max_batch, chat, scorer)]
+    for other in others:
+        rows = max(1, cfg.max_batch // 4)  # asked less often: a cache of the same size would stand empty
+        scorer = Scorer(other.model, other.model, reward, None)
+        served.append(served_of(cfg, f"{name}:reference", other, rows, chat, scorer))
     weights, shared = None, None
     if cfg.weights_dir:
+        scheduler = served[0].scheduler
         weights = Weights(scheduler, tokenizer.fingerprint, cfg.precision, Path(cfg.weights_dir))
         if seat.pushed:
             scheduler.weights = pushed_or_own(weights, seat, opened)
         shared = Alone(weights)
     if seat.line is not None:
         shared = Member(weights, seat.line, cfg.workers)
-    values = None if cfg.weights_dir else load_values(cfg.init, model, cfg.base)  # a critic's, of these weights alone
-    scorer = Scorer(model, reference, reward, values)
+    store = FeedbackStore(cfg.feedback) if cfg.feedback else None
     return Service(
-        scheduler, scorer, tokenizer, chat, cfg.name or Path(cfg.init).name,
-        Limits(scheduler.width, min(cfg.max_tokens, scheduler.width), cfg.max_batch + cfg.queue),
-        cfg.timeout, cfg.patience, cfg.max_body, key, FeedbackStore(cfg.feedback) if cfg.feedback else None,
-        weights, shared,
+        tuple(served), STARTED, tokenizer, chat,
+        cfg.timeout, cfg.patience, cfg.max_body, key, store, weights, shared,
     )  # fmt: skip
 
 

@@ -27,8 +27,8 @@ def calls(tokenizer):
     """name -> a call of the endpoint with these fields added to a good body."""
     chat = Chat(tokenizer)
     return {
-        "chat": lambda **more: parse_chat({"messages": HELLO} | more, tokenizer, chat, "lm", LIMITS),
-        "completions": lambda **more: parse_completion({"prompt": "a good"} | more, tokenizer, "lm", LIMITS),
+        "chat": lambda **more: parse_chat({"messages": HELLO} | more, tokenizer, chat, LIMITS),
+        "completions": lambda **more: parse_completion({"prompt": "a good"} | more, tokenizer, LIMITS),
         "score": lambda **more: prompt_of({"prompt": "a good"} | more, tokenizer, chat),
     }
 

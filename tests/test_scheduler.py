@@ -13,7 +13,7 @@ from data.tokenizer import SentencePieceTokenizer, train_sentencepiece
 from model import generate as sampler
 from model.generate import generate, row_uniforms
 from model.quantize import FBGEMM, FEW_ROWS, decoding_path, quantize
-from rlhf.serve.scheduler import Full, Request, Sampling, Scheduler, TextStream, Token, overlap
+from rlhf.serve.scheduler import Full, Request, Sampling, Scheduler, TextStream, Token, Turns, overlap
 
 pytestmark = pytest.mark.bits
 
@@ -356,7 +356,7 @@ def test_a_step_that_fails_leaves_nobody_waiting(caplog):
     s.submit([ends, decodes])
     s.step()
     s.submit([broken := Request([3], Sampling(9, 0.0, stop=(None,)))])  # a bug: fails with its first token
-    s._attempt()
+    s.attempt()
     assert [log.end(request) for request in (ends, decodes, broken)] == ["length"] + 2 * ["the server failed"]
     assert "TypeError" in caplog.text
     nothing_leaked(s)
@@ -388,14 +388,39 @@ def test_int8_texts_are_those_they_get_alone():
 
 def test_the_thread_stops_and_tells_who_waits():
     s, log = scheduler(MODELS["smollm2"], rows=1, width=32)
-    s.start()
+    turns = Turns(s)
+    turns.start()
     s.submit([first := Request([1], Sampling(3))])
     future = s.call(lambda: 7)
     assert future.result(60) == 7
-    s.stop()
+    turns.stop()
     assert log.end(first) in ("length", "the server stops")
     with pytest.raises(Full):
         s.submit([Request([1], Sampling(3))])
+
+
+def test_two_models_take_turns():
+    """One thread, a step each: both have tokens while neither has ended, and each text is that of its own model."""
+    log, models = Log(), (MODELS["smollm2"], MODELS["gpt2"])
+    both = [Scheduler(model, Letters(), (), 3, CONTEXT, 9, log) for model in models]
+    turns = Turns(*both)
+    sent = [[Request([1, 2, k], Sampling(12, 1.0, seed=k)) for k in range(5)] for _ in both]
+    order = []
+    for s, some in zip(both, sent):
+        s.submit(some)
+        s.call(lambda s=s: order.append(s))
+    deliver = [s.deliver for s in both]
+    for s, to in zip(both, deliver):
+        s.deliver = lambda events, s=s, to=to: (order.append(s), to(events))
+    turns.start()
+    for s in both:
+        while not s.idle:
+            s.call(lambda: None).result(60)
+    turns.stop()
+    steps = [order.index(s) for s in both], [len(order) - 1 - order[::-1].index(s) for s in both]
+    assert max(steps[0]) < min(steps[1])
+    for model, some in zip(models, sent):
+        assert [log.ids(request) for request in some] == [expected_ids(model, request) for request in some]
 
 
 # ---- text

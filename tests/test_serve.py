@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import http.client
+import itertools
 import json
 import random
 import re
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.parse
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ import torch
 from tiny_server import ROOT, serving
 
 import serve
+from data.chat import Chat
 from data.tokenizer import load_tokenizer
 from model.generate import Sampling, generate, row_uniforms
 from rlhf.feedback.store import FeedbackStore
@@ -34,7 +37,11 @@ HELLO = [{"role": "user", "content": "a good film"}]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    return tiny_server.build(tmp_path_factory.mktemp("served"))
+    """`lm`, and `before/lm`, other weights that read the same tokens."""
+    home = tmp_path_factory.mktemp("served")
+    (home / "before").mkdir()
+    tiny_server.build(home / "before", seed=2)
+    return tiny_server.build(home)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +50,8 @@ def server(home):
     prompt = store.add_prompt("A good film is")
     a, b = (store.add_completion(prompt, store.add_model(name), text) for name, text in (("x", "long"), ("y", "short")))
     store.make_comparisons([(a, b)])
-    options = "--max_batch=8 --cache_tokens=1024 --queue=60 --reward=reward.py:length --reference=lm --feedback=feedback.sqlite"
-    with serving(home, *options.split()) as server:
+    options = "--max_batch=8 --cache_tokens=1024 --queue=60 --reward=reward.py:length --reference=before/lm"
+    with serving(home, *options.split(), "--feedback=feedback.sqlite") as server:
         yield server
 
 
@@ -57,8 +64,42 @@ def client(server):
 
 
 def test_models(client):
-    assert [model.id for model in client.models.list()] == ["lm"]
-    assert client.models.retrieve("lm").id == "lm"
+    assert [model.id for model in client.models.list()] == ["lm", "lm:reference"]
+    for name in ("lm", "lm:reference"):
+        model = client.models.retrieve(name)
+        assert model.id == name and abs(model.created - time.time()) < 3600
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_reference_streams_beside_the_model(server, client, home, chat):
+    """Both at once, with one seed: each what its own weights give alone, and the facts of each."""
+    alone = open_pretrained(home / "before" / "lm"), open_pretrained(home / "lm")
+    asked = {"messages": HELLO} if chat else {"prompt": "a good film"}
+    create = client.chat.completions.create if chat else client.completions.create
+    options = dict(**asked, max_tokens=12, seed=4, stream=True)
+    names, texts = ("lm:reference", "lm"), ["", ""]
+    streams = [iter(create(model=name, **options)) for name in names]
+    for chunks in itertools.zip_longest(*streams):
+        for which, chunk in enumerate(chunks):
+            for choice in chunk.choices if chunk else ():
+                texts[which] += (choice.delta.content if chat else choice.text) or ""
+            assert chunk is None or chunk.model == names[which]
+    tokenizer, template = alone[0].tokenizer, Chat(alone[0].tokenizer)
+    prompt = template.render(HELLO, True) if chat else [tokenizer.start, *tokenizer.encode("a good film")]
+    for opened, text in zip(alone, texts):
+        sampling = Sampling(12, template.stop_ids(), tokenizer.pad)
+        drawn = row_uniforms(4, 0, [0], 12)
+        out = generate(opened.model, torch.tensor([prompt]), torch.tensor([len(prompt)]), sampling, drawn)
+        said = token_texts(tokenizer, out.tokens[0][out.mask[0]].tolist())
+        assert one_mark(text).strip() == one_mark("".join(said)).strip()
+    assert texts[0] != texts[1]
+    for name in names:  # the reference is at no distance from itself
+        facts = asked | {"model": name, "response": texts[0] or "x"}
+        told = server.request("/v1/tokens", facts)[2]["tokens"]
+        assert all((token["kl"] == token["logratio"] == 0) == (name == "lm:reference") for token in told)
+        assert server.request("/v1/score", facts)[2]["score"] == len(facts["response"])
+    assert server.request("/health")[2]["models"] == ["lm", "lm:reference"]
+    assert server.request("/v1/tokens", facts | {"model": "lm:other"})[2]["error"]["code"] == "model_not_found"
 
 
 def test_chat(client, home):
@@ -154,7 +195,7 @@ def test_offsets_are_of_characters(home):
     """Of which several tokens may make one."""
     tokenizer = load_tokenizer(home / "lm")
     asked = {"prompt": "a", "max_tokens": 9, "echo": True, "logprobs": 0}
-    call = parse_completion(asked, tokenizer, "lm", Limits(64, 64, 1))
+    call = parse_completion(asked, tokenizer, Limits(64, 64, 1))
     writer = Writer(call, tokenizer, "lm", "")
     ids = tokenizer.encode("a film\u20ac bad")
     call.requests[0].prompt_tokens += [Token(i, None, []) for i in call.prompts[0]]
@@ -168,15 +209,15 @@ def test_offsets_are_of_characters(home):
 def test_logprobs_of_one_request_are_bounded(home):
     tokenizer, asked = load_tokenizer(home / "lm"), {"prompt": ["a"], "logprobs": 20, "max_tokens": 1000}
     limits = Limits(1024, 1024, 100)
-    assert len(parse_completion(asked | {"n": 40}, tokenizer, "lm", limits).requests) == 40
+    assert len(parse_completion(asked | {"n": 40}, tokenizer, limits).requests) == 40
     for more in (
         {"n": 60},
         {"n": 30, "prompt": ["a"] * 2},
         {"n": 60, "max_tokens": 1, "echo": True, "prompt": [7] * 900},
     ):
         with pytest.raises(ApiError, match="log-probs asked for"):
-            parse_completion(asked | more, tokenizer, "lm", limits)
-    assert len(parse_completion(asked | {"n": 60, "logprobs": None}, tokenizer, "lm", limits).requests) == 60
+            parse_completion(asked | more, tokenizer, limits)
+    assert len(parse_completion(asked | {"n": 60, "logprobs": None}, tokenizer, limits).requests) == 60
 
 
 def test_stop_strings(client):
@@ -355,11 +396,14 @@ def test_score_and_tokens(server, home):
     opened = open_pretrained(home / "lm")
     prompt = [opened.tokenizer.start, *opened.tokenizer.encode("a good")]
     response = opened.tokenizer.encode("film")
-    logprobs = opened.model(torch.tensor([prompt + response]))[0].log_softmax(-1).detach()
-    expected = [float(logprobs[len(prompt) - 1 + t, i]) for t, i in enumerate(response)]
-    assert [token["logprob"] for token in answer["tokens"]] == pytest.approx(expected, abs=1e-5)
+    models = opened.model, open_pretrained(home / "before" / "lm").model
+    new, old = (model(torch.tensor([prompt + response]))[0].log_softmax(-1).detach() for model in models)
+    for t, (i, token) in enumerate(zip(response, answer["tokens"]), len(prompt) - 1):
+        kl = sum(float(p.exp() * (p - q)) for p, q in zip(new[t], old[t]))
+        expected = (float(new[t, i]), float(new[t, i] - old[t, i]), kl)
+        assert (token["logprob"], token["logratio"], token["kl"]) == pytest.approx(expected, abs=1e-4)
     assert "".join(token["text"] for token in answer["tokens"]) == "film"
-    assert all(token["kl"] == pytest.approx(0, abs=1e-6) and token["value"] is None for token in answer["tokens"])
+    assert all(token["value"] is None for token in answer["tokens"])
     assert [token["reward"] for token in answer["tokens"]] == [None] * (len(response) - 1) + [4.0]
     chat = {"messages": HELLO, "response": "film"}
     assert server.request("/v1/score", chat)[0] == 200

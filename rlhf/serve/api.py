@@ -13,6 +13,7 @@ import logging
 import re
 import secrets
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,15 +33,23 @@ SMALL_BODY = 16_384  # bytes; a larger one is taken apart in a thread, so that s
 
 
 @dataclass(frozen=True)
+class Served:
+    """A model, under the name that clients call it by."""
+
+    name: str
+    scheduler: Scheduler
+    scorer: Scorer
+    limits: Limits
+
+
+@dataclass(frozen=True)
 class Service:
     """What the endpoints need."""
 
-    scheduler: Scheduler
-    scorer: Scorer
+    models: tuple[Served, ...]  # the first is --init's, which a request gets that names none
+    created: int  # seconds since 1970: when the server was started
     tokenizer: Tokenizer
     chat: Chat | None
-    name: str
-    limits: Limits
     timeout: float  # seconds a request may take
     patience: float  # seconds its body may take to arrive
     max_body: int  # bytes
@@ -102,26 +111,33 @@ class Service:
 
     # ---- OpenAI
 
+    def served(self, body: dict) -> Served:
+        """The model that a body asks for."""
+        return self.models[protocol.model_of(body, [model.name for model in self.models])]
+
     async def chat_completions(self, request):
         body = await self.body(request)
-        call = await self.aside(request, protocol.parse_chat, body, self.tokenizer, self.chat, self.name, self.limits)
-        return await self.answer(request, call)
+        served = self.served(body)
+        call = await self.aside(request, protocol.parse_chat, body, self.tokenizer, self.chat, served.limits)
+        return await self.answer(request, served, call)
 
     async def completions(self, request):
         body = await self.body(request)
-        call = await self.aside(request, protocol.parse_completion, body, self.tokenizer, self.name, self.limits)
-        return await self.answer(request, call)
+        served = self.served(body)
+        call = await self.aside(request, protocol.parse_completion, body, self.tokenizer, served.limits)
+        return await self.answer(request, served, call)
 
-    async def models(self, request):
-        about = {"id": self.name, "object": "model", "created": 0, "owned_by": "plain-rlhf"}
-        return reply({"object": "list", "data": [about | {"max_model_len": self.limits.width}]})
+    def about(self, served: Served) -> dict:
+        about = {"id": served.name, "object": "model", "created": self.created, "owned_by": "plain-rlhf"}
+        return about | {"max_model_len": served.limits.width}
+
+    async def list_models(self, request):
+        return reply({"object": "list", "data": list(map(self.about, self.models))})
 
     async def model(self, request):
-        if request.path_params["name"] != self.name:
-            raise ApiError(404, "no such model here", "model", "model_not_found")
-        return reply({"id": self.name, "object": "model", "created": 0, "owned_by": "plain-rlhf"})
+        return reply(self.about(self.served({"model": request.path_params["name"]})))
 
-    async def answer(self, request, call: Call):
+    async def answer(self, request, served: Served, call: Call):
         """Submits the call's requests and gives their answer, whole or as a stream; a client that leaves frees the rows."""
         from starlette.responses import Response
 
@@ -130,12 +146,12 @@ class Service:
         for index, one in enumerate(call.requests):
             one.inbox, one.deadline = (queue, index), deadline
         try:
-            self.scheduler.submit(call.requests)
+            served.scheduler.submit(call.requests)
         except Full:
             raise overloaded() from None
-        writer = Writer(call, self.tokenizer, self.name, secrets.token_hex(12))
+        writer = Writer(call, self.tokenizer, served.name, secrets.token_hex(12))
         if call.stream:
-            return Stream(self, call, writer, queue)
+            return Stream(served, call, writer, queue)
         task = asyncio.ensure_future(self.collect(call, writer, queue))
         gone = asyncio.ensure_future(disconnected(request.receive))
         try:
@@ -143,9 +159,10 @@ class Service:
             return reply(task.result()) if task.done() else Response(status_code=499)
         finally:
             await ended(task, gone)
-            self.leave(call)
+            leave(served, call)
 
-    async def collect(self, call: Call, writer: Writer, queue: asyncio.Queue) -> dict:
+    @staticmethod
+    async def collect(call: Call, writer: Writer, queue: asyncio.Queue) -> dict:
         texts, tokens, finishes = [[] for _ in call.requests], [[] for _ in call.requests], [None] * len(call.requests)
         while None in finishes:
             index, event = await queue.get()
@@ -156,15 +173,11 @@ class Service:
             finishes[index] = event.finish
         return writer.whole(["".join(pieces) for pieces in texts], tokens, finishes)
 
-    def leave(self, call: Call) -> None:
-        for request in call.requests:
-            self.scheduler.cancel(request)
-
     # ---- ours
 
-    async def job(self, function, *args):
+    async def job(self, served: Served, function, *args):
         try:
-            future = self.scheduler.call(function, *args)
+            future = served.scheduler.call(function, *args)
         except Full:
             raise overloaded() from None
         try:
@@ -175,12 +188,11 @@ class Service:
             LOG.error("%s", error)
             raise ApiError(500, str(error)) from None
 
-    def parts(self, body: dict) -> tuple[list[int], list[int], int]:
+    def parts(self, served: Served, body: dict) -> tuple[list[int], list[int], int]:
         """Ids of the prompt and the response of a body, and of what ends it. ApiError where they do not fit."""
-        protocol.check_model(body, self.name)
         prompt = protocol.prompt_of(body, self.tokenizer, self.chat)
         response = protocol.continuation(body, self.tokenizer)
-        longest = self.scorer.context
+        longest = served.scorer.context
         if len(prompt) + len(response) > longest:
             message = f"{len(prompt)} tokens of prompt and {len(response)} of response exceed the context of {longest}"
             raise ApiError(400, message, "response", "context_length_exceeded")
@@ -188,19 +200,21 @@ class Service:
 
     async def score(self, request):
         body = await self.body(request)
-        prompt, response, end = await self.aside(request, self.parts, body)
-        if self.scorer.reward is None:
+        served = self.served(body)
+        prompt, response, end = await self.aside(request, self.parts, served, body)
+        if served.scorer.reward is None:
             raise ApiError(400, "the server has no reward model: start it with --reward", None, "no_reward")
         if not response:
             raise ApiError(400, "the response is empty", "response")
-        return reply({"score": await self.job(self.scorer.score, prompt, response, end)})
+        return reply({"score": await self.job(served, served.scorer.score, prompt, response, end)})
 
     async def tokens(self, request):
         body = await self.body(request)
-        prompt, response, end = await self.aside(request, self.parts, body)
-        records = await self.job(self.scorer.tokens, prompt, response, end) if response else []
+        served = self.served(body)
+        prompt, response, end = await self.aside(request, self.parts, served, body)
+        records = await self.job(served, served.scorer.tokens, prompt, response, end) if response else []
         texts = protocol.token_texts(self.tokenizer, response)
-        keys = ("logprob", "kl", "value", "reward")
+        keys = ("logprob", "logratio", "kl", "value", "reward")
         tokens = [{"text": text} | {key: record[key] for key in keys} for text, record in zip(texts, records)]
         return reply({"tokens": tokens})
 
@@ -208,8 +222,9 @@ class Service:
 
     async def weights_now(self, request):
         self.check_exchange()
-        about = self.weights.about() | {"max_length": self.limits.width, "max_tokens": self.limits.max_tokens}
-        about |= {"workers": self.shared.workers, "exact": self.scheduler.exact, "timeout": self.timeout}
+        limits, exact = self.models[0].limits, self.models[0].scheduler.exact
+        about = self.weights.about() | {"max_length": limits.width, "max_tokens": limits.max_tokens}
+        about |= {"workers": self.shared.workers, "exact": exact, "timeout": self.timeout}
         return reply(about | {"weights_dir": str(self.weights.directory.resolve())})
 
     async def new_weights(self, request):
@@ -237,23 +252,28 @@ class Service:
             raise ApiError(403, "this server exchanges no weights: start it with --weights_dir=DIRECTORY and a key")
 
     async def health(self, request):
-        s = self.scheduler
-        state = {"status": "stopping" if s.stopping else "ok", "model": self.name, "running": len(s.active)}
-        features = {"reward": self.scorer.reward, "reference": self.scorer.reference, "value": self.scorer.values}
+        first, every = self.models[0], [served.scheduler for served in self.models]
+        s, scorer = first.scheduler, first.scorer
+        features = {"reward": scorer.reward, "reference": scorer.reference, "value": scorer.values}
         features |= {"chat": self.chat, "feedback": self.feedback}
-        state |= {
-            "waiting": len(s.waiting),
+        state = {
+            "status": "stopping" if s.stopping else "ok",
+            "model": first.name,
+            "models": [served.name for served in self.models],
+            "running": sum(len(x.active) for x in every),
+            "waiting": sum(len(x.waiting) for x in every),
             "rows": s.rows,
-            "max_length": self.limits.width,
-            "exact": s.exact,
-            "rounding": s.rounding,
+            "max_length": first.limits.width,
+            "exact": all(x.exact for x in every),
+            "rounding": max(x.rounding for x in every),
         }
         return reply(state | {"has": [name for name, there in features.items() if there is not None]})
 
     async def metrics(self, request):
         from starlette.responses import PlainTextResponse
 
-        return PlainTextResponse(prometheus(self.scheduler), media_type="text/plain; version=0.0.4; charset=utf-8")
+        schedulers = [served.scheduler for served in self.models]
+        return PlainTextResponse(prometheus(schedulers), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def page(self, request):
         from starlette.responses import HTMLResponse, PlainTextResponse
@@ -318,8 +338,8 @@ class Service:
 class Stream:
     """Server-sent events of a call, as an ASGI response."""
 
-    def __init__(self, service: Service, call: Call, writer: Writer, queue: asyncio.Queue):
-        self.service, self.call, self.writer, self.queue = service, call, writer, queue
+    def __init__(self, served: Served, call: Call, writer: Writer, queue: asyncio.Queue):
+        self.served, self.call, self.writer, self.queue = served, call, writer, queue
 
     async def __call__(self, scope, receive, send) -> None:
         task = asyncio.ensure_future(self.write(send))
@@ -330,7 +350,7 @@ class Stream:
                 task.result()
         finally:
             await ended(task, gone)
-            self.service.leave(self.call)
+            leave(self.served, self.call)
 
     async def write(self, send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
@@ -429,6 +449,11 @@ class Bounded:
             self.coming.pop(given_up, None)
 
 
+def leave(served: Served, call: Call) -> None:
+    for request in call.requests:
+        served.scheduler.cancel(request)
+
+
 async def disconnected(receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -505,7 +530,7 @@ def policy(page: str) -> str:
     )
 
 
-METRICS = {  # name -> help; counters that the scheduler keeps
+METRICS = {  # name -> help; counters that schedulers keep
     "requests": "texts asked for",
     "finished": "texts that came to their end",
     "cancelled": "texts whose client left",
@@ -521,14 +546,14 @@ METRICS = {  # name -> help; counters that the scheduler keeps
 }
 
 
-def prometheus(scheduler: Scheduler) -> str:
-    """The scheduler's numbers in Prometheus' text format."""
-    lines = []
+def prometheus(schedulers: list[Scheduler]) -> str:
+    """The numbers of all models together in Prometheus' text format."""
+    lines, counts = [], sum((scheduler.counts for scheduler in schedulers), Counter())
     for name, meaning in METRICS.items():
         full = f"plain_rlhf_{name}_total"
-        lines += [f"# HELP {full} {meaning}", f"# TYPE {full} counter", f"{full} {scheduler.counts[name]}"]
-    gauges = {"running": len(scheduler.active), "waiting": len(scheduler.waiting), "rows": scheduler.rows}
-    for name, value in gauges.items():
+        lines += [f"# HELP {full} {meaning}", f"# TYPE {full} counter", f"{full} {counts[name]}"]
+    gauges = [(len(s.active), len(s.waiting), s.rows) for s in schedulers]
+    for name, value in zip(("running", "waiting", "rows"), map(sum, zip(*gauges))):
         lines += [f"# TYPE plain_rlhf_{name} gauge", f"plain_rlhf_{name} {value}"]
     return "\n".join(lines) + "\n"
 
@@ -562,7 +587,7 @@ def application(service: Service):
         route("/", service.page, public=True),
         route("/health", service.health, public=True),
         route("/metrics", service.metrics),
-        route("/v1/models", service.models),
+        route("/v1/models", service.list_models),
         route("/v1/models/{name:path}", service.model),
         route("/v1/chat/completions", service.chat_completions, "POST"),
         route("/v1/completions", service.completions, "POST"),

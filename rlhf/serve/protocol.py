@@ -7,6 +7,7 @@ expect; fields that we or other servers know and that we cannot honour are an er
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data.chat import Chat
@@ -191,9 +192,12 @@ def draws(body: dict, n: int) -> tuple[int | None, int, list[int]]:
     return seed, take(given, "iteration", int, 0, -(2**63), 2**63), rows
 
 
-def check_model(body: dict, name: str) -> None:
-    if (model := take(body, "model", str)) not in (None, name):
-        raise ApiError(404, f"no model {model!r:.100} here; it is {name!r}", "model", "model_not_found")
+def model_of(body: dict, names: Sequence[str]) -> int:
+    """Which of the models a request asks for; the first where it names none."""
+    if (model := take(body, "model", str, names[0])) not in names:
+        known = " or ".join(map(repr, names))
+        raise ApiError(404, f"no model {model!r:.100} here; it is {known}", "model", "model_not_found")
+    return names.index(model)
 
 
 def check_unsupported(body: dict, others: dict[str, tuple]) -> None:
@@ -289,8 +293,7 @@ def continuation(body: dict, tokenizer: Tokenizer) -> list[int]:
 # ---- calls
 
 
-def parse_chat(body: dict, tokenizer: Tokenizer, chat: Chat | None, name: str, limits: Limits) -> Call:
-    check_model(body, name)
+def parse_chat(body: dict, tokenizer: Tokenizer, chat: Chat | None, limits: Limits) -> Call:
     check_unsupported(body, OF_COMPLETIONS)
     prompts = [render(chat, messages_of(body))]
     wants = take(body, "logprobs", bool, False)
@@ -303,8 +306,7 @@ def parse_chat(body: dict, tokenizer: Tokenizer, chat: Chat | None, name: str, l
     return call(body, True, prompts, None, 0, longest, alternatives if wants else None, limits)
 
 
-def parse_completion(body: dict, tokenizer: Tokenizer, name: str, limits: Limits) -> Call:
-    check_model(body, name)
+def parse_completion(body: dict, tokenizer: Tokenizer, limits: Limits) -> Call:
     check_unsupported(body, OF_CHATS)
     prompts, texts, skip = prompts_of(body, tokenizer, limits.choices)
     alternatives = take(body, "logprobs", int, None, 0, MOST_ALTERNATIVES)

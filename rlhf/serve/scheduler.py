@@ -1,8 +1,8 @@
 """Continuous batching (Orca, Yu et al. 2022): requests join and leave the batch between two decoding steps.
 
-One thread owns the model and calls `step` again and again. A step prefills at most CHUNK tokens of waiting prompts and
-gives every running request one token. Rows 0..n-1 of the cache belong to the running requests, each with its own length;
-one row beyond them is where the next prompt is read before it moves in, so reading and decoding never mix.
+One thread owns the models and gives each scheduler a `step` in turn (`Turns`). A step prefills at most CHUNK tokens of
+waiting prompts and gives every running request one token. Rows 0..n-1 of the cache belong to the running requests, each with
+its own length; one row beyond them is where the next prompt is read before it moves in, so reading and decoding never mix.
 
 A request with a seed gets the same text alone or in any company. It owns its uniforms, every prompt is read alone, and
 decoding is made to be the same arithmetic for a row whatever lies beside it: `exact_shape` finds how many rows and columns
@@ -156,7 +156,7 @@ def overlap(text: str, stop: str) -> int:
 class Scheduler:
     """rows: requests that decode together. width: longest prompt and answer together. queue: requests that may wait.
 
-    `deliver` gets the events of every step, in the scheduler's thread. Without `start`, `step` can be called by hand.
+    `deliver` gets the events of every step, in the thread that calls `step`: that of `Turns`, or a test's.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class Scheduler:
         self.jobs: deque[tuple[Callable, Future]] = deque()
         self.changes: deque[tuple[Callable, Future]] = deque()  # of the weights: they wait until no text is under way
         self.weights = ""  # sha256 of the model's
-        self.wake, self.thread, self.stopping = threading.Condition(), None, False
+        self.wake, self.stopping = threading.Condition(), False
         self.counts = Counter()  # what /metrics shows
         with torch.no_grad():
             self.exact, self.rounding = self.exact_shape()
@@ -236,38 +236,20 @@ class Scheduler:
             self.wake.notify()
         return future
 
-    def start(self) -> None:
-        self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
-        self.thread.start()
-
-    def stop(self) -> None:
-        """Takes nothing more, ends what runs, and waits for the thread."""
-        with self.wake:
-            self.stopping = True
-            self.wake.notify()
-        if self.thread:
-            self.thread.join()
-
     @property
     def idle(self) -> bool:
         return not (self.active or self.reading or self.waiting or self.jobs or self.changes)
 
-    def _run(self) -> None:
-        torch.set_grad_enabled(False)  # of this thread
-        while True:
-            with self.wake:
-                self.wake.wait_for(lambda: self.stopping or not self.idle)
-                if self.stopping:
-                    break
-            self._attempt()
+    # ---- the thread that owns the model
+
+    def end(self) -> None:
+        """Tells those who are still there that nothing more comes."""
         left = [*self.active, *self.waiting, *([self.reading] if self.reading else [])]
         self.deliver([Event(request, error="the server stops") for request in left])
         for _, future in [*self.jobs, *self.changes]:
             future.cancel()
 
-    # ---- the thread that owns the model
-
-    def _attempt(self) -> None:
+    def attempt(self) -> None:
         """A step; after out of memory, or a bug, those in it are told that they are lost, and the server goes on."""
         try:
             self.step()
@@ -538,6 +520,45 @@ class Scheduler:
         if after:
             logits = self.model.unembed(hidden[: len(after)])
             request.prompt_tokens += report(logits, after, request.sampling.logprobs or 0)
+
+
+class Turns:
+    """The thread that owns the models: every scheduler that has something to do makes a step in its turn.
+
+    So a text of one model waits for one step of each other model, however many texts those have.
+    """
+
+    def __init__(self, *schedulers: Scheduler):
+        self.schedulers, self.stopping, self.wake = schedulers, False, threading.Condition()
+        for scheduler in schedulers:
+            scheduler.wake = self.wake
+        self.thread = threading.Thread(target=self._run, name="schedulers", daemon=True)
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def stop(self) -> None:
+        """Takes nothing more, ends what runs, and waits for the thread."""
+        with self.wake:
+            self.stopping = True
+            for scheduler in self.schedulers:
+                scheduler.stopping = True
+            self.wake.notify()
+        if self.thread.is_alive():
+            self.thread.join()
+
+    def _run(self) -> None:
+        torch.set_grad_enabled(False)  # of this thread
+        while True:
+            with self.wake:
+                self.wake.wait_for(lambda: self.stopping or any(not s.idle for s in self.schedulers))
+                if self.stopping:
+                    break
+            for scheduler in self.schedulers:
+                if not scheduler.idle:
+                    scheduler.attempt()
+        for scheduler in self.schedulers:
+            scheduler.end()
 
 
 def report(logits: Tensor, ids: list[int], most: int) -> list[Token]:

@@ -40,28 +40,39 @@ class Scorer:
 
     @torch.no_grad()
     def tokens(self, prompt: list[int], response: list[int], end: int) -> list[dict]:
-        """{"id", "logprob", "kl", "value", "reward"} of each response token; kl is exact, over the whole vocabulary."""
+        """{"id", "logprob", "logratio", "kl", "value", "reward"} of each response token.
+
+        logratio = log pi(token) - log pi_ref(token), whose mean over what pi samples is the KL; kl is exact, over the whole
+        vocabulary.
+        """
         tokens, start = torch.tensor([prompt + response], device=self.device), len(prompt) - 1
         hidden = self.model.trunk(tokens[:, :-1])[0, start:]  # (N, D): row t predicts response token t
         other = None if self.reference is None else self.reference.trunk(tokens[:, :-1])[0, start:]
         values = [None] * len(response) if self.values is None else self.values(tokens)[start:].tolist()
-        logprobs, kls = [], []
+        logprobs, ratios, kls = [], [], []
         for at in range(0, len(response), PART):
-            logits, ids = self.model.unembed(hidden[at : at + PART]), response[at : at + PART]
-            logp = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-            logprobs += logp.gather(-1, torch.tensor(ids, device=self.device)[:, None])[:, 0].tolist()
+            logits, ids = self.model.unembed(hidden[at : at + PART]), torch.tensor(response[at : at + PART])
+            logp = chosen(logits, ids.to(self.device))
+            logprobs += logp.tolist()
             if other is not None:
-                kls += full_kl(logits, self.reference.unembed(other[at : at + PART])).clamp(min=0).tolist()
-        for what, some in (("a log-prob", logprobs), ("a KL", kls), ("a value", values)):
+                ref_logits = self.reference.unembed(other[at : at + PART])
+                ratios += (logp - chosen(ref_logits, ids.to(self.device))).tolist()
+                kls += full_kl(logits, ref_logits).clamp(min=0).tolist()
+        for what, some in (("a log-prob", logprobs), ("a log-ratio", ratios), ("a KL", kls), ("a value", values)):
             for value in some:
                 number(value, what)
         rewards = [None] * len(response)
         if self.reward is not None and response:
             rewards[-1] = self.score(prompt, response, end)
-        return [
-            {"id": i, "logprob": p, "kl": kl, "value": value, "reward": reward}
-            for i, p, kl, value, reward in zip(response, logprobs, kls or [None] * len(response), values, rewards)
-        ]
+        none = [None] * len(response)
+        names = ("id", "logprob", "logratio", "kl", "value", "reward")
+        return [dict(zip(names, row)) for row in zip(response, logprobs, ratios or none, kls or none, values, rewards)]
+
+
+def chosen(logits: Tensor, ids: Tensor) -> Tensor:
+    """log p of the ids that were chosen: (N, V), (N,) -> (N,), in float32 at least."""
+    logp = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return logp.gather(-1, ids[:, None])[:, 0]
 
 
 def number(value: float | None, what: str) -> float | None:
