@@ -71,7 +71,7 @@ def test_help_says_of_every_option_what_stands_on_its_line(file, monkeypatch, ca
     with pytest.raises(SystemExit) as end:
         module.main()
     text = capsys.readouterr().out
-    head = f"usage: python {Path(file).name} [--name=value ...]\n\n{module.__doc__.strip()}\n\n"
+    head = f"usage: python {Path(file).name} [--config=FILE] [--name=value ...]\n\n{module.__doc__.strip()}\n\n"
     assert end.value.code == 0 and text.startswith(head)
 
     meanings, kinds = options_in_source(module), typing.get_type_hints(module.Config)

@@ -29,6 +29,8 @@ INSIDE_FUNCTIONS = {
     "cyllama",
     "pyarrow",
     "datasketch",
+    "tomllib",
+    "tomli",
 }
 OPEN = (
     "rlhf.lm.pretrained",

@@ -4,7 +4,7 @@ Each option is one line of the script's Config: `name: type = default  # meaning
 --help text, a comment line above a group of options is its heading. [kl_control=adaptive] says that the option works only
 where kl_control is that; [trunk=full|adapters, votes] that trunk is one of two and votes is not none. What the other option
 needs is needed too. A misspelt, repeated or ineffective option is an error. Options without a default may be given without
-their names, in their order.
+their names, in their order. --config=FILE or --config=PRESET gives several at once (rlhf/infra/option_files.py).
 """
 
 import builtins
@@ -26,22 +26,36 @@ import types
 import typing
 from pathlib import Path
 
-from rlhf.infra import peers, signals
+from rlhf.infra import option_files, peers, signals
 
 
 def parse(Config: type, argv: list[str] | None = None):
     """The frozen Config that the command line asks for: --name=value, --name value, name=value, or a bare --flag; a word
-    alone is the next required option.
+    alone is the next required option. --config=FILE gives options too, and the command line wins.
 
     Every mistake is a ValueError with one line, an option without effect too. --help prints and exits.
     """
-    kinds, needs = typing.get_type_hints(Config), needs_of(Config)
-    names = [field.name for field in dataclasses.fields(Config)]
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print(help_text(Config), flush=True)
         raise SystemExit(0)
+    typed = options_typed(Config, argv)
+    file, from_file = options_of_file(Config, typed.pop("config")) if "config" in typed else ("", {})
+    kinds = typing.get_type_hints(Config)
+    required = [x.name for x in dataclasses.fields(Config) if x.default is x.default_factory is dataclasses.MISSING]
+    if missing := [name for name in required if name not in from_file | typed]:
+        raise ValueError(f"--{missing[0]}={kind_name(kinds[missing[0]])} is required; --help lists the options")
+    config, idle = settle(Config, file, from_file, typed)
+    if file and os.environ.get("RANK", "0") == "0":
+        print(told(file, from_file, typed, idle), flush=True)
+    return config
+
+
+def options_typed(Config: type, argv: list[str]) -> dict:
+    """{option: value} of the command line, --config among them."""
+    kinds = typing.get_type_hints(Config) | {"config": str}
     fields = dataclasses.fields(Config)
+    names = [field.name for field in fields]
     required = [x.name for x in fields if x.default is x.default_factory is dataclasses.MISSING]
     given, words = {}, iter(argv)
     for word in words:
@@ -51,7 +65,7 @@ def parse(Config: type, argv: list[str] | None = None):
         if not name.startswith("--") and not equals:
             raise ValueError(f"{word!r} is not an option: write --name=value; --help lists the names")
         name = name.removeprefix("--").replace("-", "_")
-        if name not in names:
+        if name not in (*names, "config"):
             close = difflib.get_close_matches(name, names, n=1) or [full for full in names if full.startswith(name)]
             hint = f"did you mean --{close[0]}?" if close else "--help lists the options"
             raise ValueError(f"unknown option --{name}; {hint}")
@@ -65,18 +79,77 @@ def parse(Config: type, argv: list[str] | None = None):
             given[name] = convert(text, kinds[name])
         except (ValueError, KeyError):
             raise ValueError(f"--{name}={text} is not valid; expected {kind_name(kinds[name])}") from None
+    return given
 
-    if missing := [name for name in required if name not in given]:
-        raise ValueError(f"--{missing[0]}={kind_name(kinds[missing[0]])} is required; --help lists the options")
-    config = Config(**given)
 
-    for name in given:
-        if unmet := unmet_need(config, name, needs):
-            other, wanted = unmet
+def options_of_file(Config: type, spec: str) -> tuple[str, dict]:
+    """(the file, {option: value} of it), without what is the default anyhow."""
+    kinds = typing.get_type_hints(Config)
+    names = [field.name for field in dataclasses.fields(Config)]
+    file, values = option_files.read_options(spec, command_of(Config), names)
+    given = {}
+    for name, value in values.items():
+        kind = kinds[name]
+        try:
+            if isinstance(value, list) and typing.get_origin(not_none(kind)) is not tuple:
+                raise ValueError
+            if value is None and kind is not_none(kind):
+                raise ValueError
+            given[name] = convert(option_files.spelled(value), kind)
+        except (ValueError, KeyError):
+            raise ValueError(f"{file}: {name} = {value!r} is not valid; expected {kind_name(kind)}") from None
+    usual = defaults(Config)
+    return file, {name: value for name, value in given.items() if name not in usual or value != usual[name]}
+
+
+def command_of(Config: type) -> str:
+    """What the tables of a file call it: train_ppo for train_ppo.py, feedback for rlhf/feedback/__main__.py."""
+    file = Path(inspect.getfile(Config))
+    return file.parent.name if file.stem == "__main__" else file.stem
+
+
+def not_none(kind):
+    """X of X | None."""
+    return typing.get_args(kind)[0] if typing.get_origin(kind) in (types.UnionType, typing.Union) else kind
+
+
+def settle(Config: type, file: str, from_file: dict, typed: dict) -> tuple[typing.Any, list[str]]:
+    """The Config, and the options of the file that what was typed leaves without effect: they stay at their defaults.
+
+    ValueError for any other option without effect.
+    """
+    needs, idle = needs_of(Config), []
+    while True:
+        given = {name: value for name, value in (from_file | typed).items() if name not in idle}
+        try:
+            config = Config(**given)
+        except ValueError as error:
+            theirs = [name for name in from_file if name not in typed and re.search(rf"\b{name}\b", str(error))]
+            said = ", ".join(f"{name}={show(from_file[name])}" for name in theirs)
+            raise ValueError(f"{error} ({file} says {said})" if theirs else str(error)) from None
+        unmet = ((name, found) for name in given if (found := unmet_need(config, name, needs)))
+        name, (other, wanted) = next(unmet, ("", ("", ())))
+        if not name:
+            return config, idle
+        if name in typed or other not in typed:
             choices = " or ".join(f"--{other}={show(value)}" for value in wanted)
-            has = f"--{other}={show(getattr(config, other))}"
-            raise ValueError(f"--{name} has no effect with {has}; use {choices}, or leave --{name} out")
-    return config
+            has, where = f"--{other}={show(getattr(config, other))}", "" if name in typed else f"{file}: "
+            raise ValueError(f"{where}--{name} has no effect with {has}; use {choices}, or leave --{name} out")
+        idle.append(name)
+
+
+def told(file: str, from_file: dict, typed: dict, idle: list[str]) -> str:
+    """One line: what a file said, and what the command line changed of it."""
+
+    def options(names, values: dict) -> str:
+        return " ".join(f"{name}={show(values[name])}" for name in names) or "nothing that is not the default"
+
+    won = [name for name in typed if name in from_file]
+    kept = [name for name in from_file if name not in (*won, *idle)]
+    parts = [f"from {file}: {options(kept, from_file)}"]
+    parts += [f"instead of its {options(won, from_file)}: {options(won, typed)}"] if won else []
+    parts += [f"without effect here: {options(idle, from_file)}"] if idle else []
+    return "".join(c if c.isprintable() else "?" for c in "; ".join(parts))
 
 
 NEED = re.compile(r"\[([^\[\]]+)\]$")  # at the end of an option's comment
@@ -217,7 +290,7 @@ def help_text(Config: type) -> str:
     """What --help prints: the script's docstring, then every option with its default, meaning and type."""
     kinds, notes = typing.get_type_hints(Config), comments(Config)
     script = inspect.getmodule(Config)
-    lines = [f"usage: python {os.path.basename(sys.argv[0])} [--name=value ...]", ""]
+    lines = [f"usage: python {os.path.basename(sys.argv[0])} [--config=FILE] [--name=value ...]", ""]
     if script and script.__doc__:
         lines += [*inspect.cleandoc(script.__doc__).splitlines(), ""]
     width, last_heading = max(60, min(140, shutil.get_terminal_size((120, 24)).columns)), ""
