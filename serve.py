@@ -29,7 +29,8 @@ from rlhf.lm.int8 import stays_int8, to_compute_with
 from rlhf.lm.pretrained import Pretrained, open_pretrained
 from rlhf.reward.scorer import open_scorer
 from rlhf.serve import connections
-from rlhf.serve.api import Bounded, Served, Service, application, deliver_to, is_loopback
+from rlhf.serve.api import Served, Service, application, deliver_to
+from rlhf.serve.http import Bounded, Origins, is_loopback, parse_origins
 from rlhf.serve.protocol import Limits
 from rlhf.serve.scheduler import Scheduler, Turns
 from rlhf.serve.scorer import Scorer, load_values
@@ -57,6 +58,7 @@ class Config:
     host: str = "127.0.0.1"  # address to listen on; one that others reach needs a key
     port: int = 8000  # 0 = any free one
     key: str | None = None  # what clients send as their API key; or set PLAIN_RLHF_KEY, which no process list shows
+    origins: str | None = None  # whose pages may use it too: https://a.example,http://localhost:3000; or *, with a key
 
     # How much of it
     workers: int = 1  # processes behind the port, each with a model, a batch and a queue of its own
@@ -92,6 +94,7 @@ def main() -> None:
         )
     if key is None and cfg.weights_dir:
         raise ValueError(f"--weights_dir lets clients exchange the weights: give a key with --key or {KEY}")
+    parse_origins(cfg.origins, key)
     listener = bind(cfg.host, cfg.port)
     try:
         import starlette  # noqa: F401
@@ -201,7 +204,7 @@ async def serve(
             file=sys.stderr,
         )
     bounded = Bounded(application(service), most)
-    server = connections.server(bounded, connections.Waiting(room, cfg.patience), cfg.grace)
+    server = connections.server(Origins(bounded, service.origins), connections.Waiting(room, cfg.patience), cfg.grace)
 
     def stop() -> None:
         server.should_exit = True
@@ -265,7 +268,7 @@ def service_of(cfg: Config, key: str | None, seat: Seat, models: list[Pretrained
     store = FeedbackStore(cfg.feedback) if cfg.feedback else None
     return Service(
         tuple(served), STARTED, tokenizer, chat,
-        cfg.timeout, cfg.patience, cfg.max_body, key, store, weights, shared,
+        cfg.timeout, cfg.patience, cfg.max_body, key, parse_origins(cfg.origins, key), store, weights, shared,
     )  # fmt: skip
 
 

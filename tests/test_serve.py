@@ -26,8 +26,10 @@ from data.tokenizer import load_tokenizer
 from model.generate import Sampling, generate, row_uniforms
 from rlhf.feedback.store import FeedbackStore
 from rlhf.lm.pretrained import open_pretrained
-from rlhf.serve.api import Bounded, Service, policy
-from rlhf.serve.protocol import ApiError, Limits, Writer, parse_completion, token_texts
+from rlhf.serve.answers import Writer
+from rlhf.serve.api import Service, policy
+from rlhf.serve.http import Bounded, parse_origins
+from rlhf.serve.protocol import ApiError, Limits, parse_completion, token_texts
 from rlhf.serve.scheduler import Token
 
 pytestmark = pytest.mark.bits
@@ -537,6 +539,41 @@ def test_other_origins_and_names_are_refused(server):
     for site, status in (("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200)):
         assert server.request("/v1/feedback/statistics", Sec_Fetch_Site=site)[0] == status
     assert server.request("/v1/comparison?rater=eve", Sec_Fetch_Site="cross-site")[0] == 403
+
+
+def test_pages_of_named_origins_may_use_it(home):
+    """As a browser asks: OPTIONS first, then the request; also an error and a stream can be read; others as before."""
+    with serving(home, "--max_batch=2", "--origins=https://a.example, HTTP://localhost:3000/") as server:
+        asks = {
+            "Access_Control_Request_Method": "POST",
+            "Access_Control_Request_Headers": "authorization,x-stainless-os",
+        }
+        body = {"prompt": "a", "max_tokens": 1}
+        for origin in ("https://a.example", "http://localhost:3000"):
+            status, headers, _ = server.request("/v1/completions", method="OPTIONS", Origin=origin, **asks)
+            assert (status, headers["Access-Control-Allow-Origin"], headers["Vary"]) == (204, origin, "Origin")
+            assert headers["Access-Control-Allow-Headers"] == asks["Access_Control_Request_Headers"]
+            assert "POST" in headers["Access-Control-Allow-Methods"]
+            for more, expected in (({}, 200), ({"stream": True}, 200), ({"n": 0}, 400)):
+                sent = server.request("/v1/completions", body | more, Origin=origin, Sec_Fetch_Site="cross-site")
+                assert sent[0] == expected and sent[1]["Access-Control-Allow-Origin"] == origin
+            assert server.request("/v1/models", Origin=origin, Sec_Fetch_Site="cross-site")[0] == 200
+        for origin in ("https://b.example", "https://a.example.evil", "http://a.example", "null", "*"):
+            status, headers, _ = server.request("/v1/completions", method="OPTIONS", Origin=origin, **asks)
+            assert status == 405 and "Access-Control-Allow-Origin" not in headers
+            status, headers, _ = server.request("/v1/completions", body, Origin=origin)
+            assert status == 403 and "Access-Control-Allow-Origin" not in headers
+        assert server.request("/v1/models", Sec_Fetch_Site="cross-site")[0] == 403
+
+
+def test_origins_are_checked_before_anything_begins():
+    assert parse_origins("https://A.example/, http://[::1]:3000,", None) == {"https://a.example", "http://[::1]:3000"}
+    assert parse_origins(None, None) == frozenset() and parse_origins("*", "key") == {"*"}
+    for wrong in ("a.example", "https://a.example/path", "https://*.example", "null", "ftp://a", "https://a b", "*"):
+        with pytest.raises(ValueError, match="--origins"):
+            parse_origins(wrong, None)
+    with pytest.raises(ValueError, match="stands alone"):
+        parse_origins("*,https://a.example", "key")
 
 
 # ---- start and end

@@ -7,8 +7,6 @@ import asyncio
 import base64
 import hashlib
 import hmac
-import ipaddress
-import json
 import logging
 import re
 import secrets
@@ -20,7 +18,21 @@ from pathlib import Path
 from data.chat import Chat
 from data.tokenizer import Tokenizer
 from rlhf.serve import protocol
-from rlhf.serve.protocol import ApiError, Call, Limits, Writer
+from rlhf.serve.answers import Writer
+from rlhf.serve.http import (
+    Stream,
+    allowed,
+    disconnected,
+    ended,
+    error_reply,
+    failed,
+    is_loopback,
+    name_of,
+    overloaded,
+    reply,
+    too_slow,
+)
+from rlhf.serve.protocol import ApiError, Call, Limits
 from rlhf.serve.scheduler import Event, Full, Scheduler
 from rlhf.serve.scorer import Scorer
 from rlhf.serve.weights import Weights
@@ -28,7 +40,6 @@ from rlhf.serve.workers import Alone, Member
 
 PAGE = Path(__file__).with_name("page")
 LOG = logging.getLogger(__name__)
-MOST_HEADERS = 100
 SMALL_BODY = 16_384  # bytes; a larger one is taken apart in a thread, so that streams go on
 
 
@@ -54,6 +65,7 @@ class Service:
     patience: float  # seconds its body may take to arrive
     max_body: int  # bytes
     key: str | None = None
+    origins: frozenset[str] = frozenset()  # whose pages may use it beside ours
     feedback: object | None = None  # a FeedbackStore
     weights: Weights | None = None  # that may be exchanged
     shared: Alone | Member | None = None  # with which workers
@@ -72,9 +84,10 @@ class Service:
         if self.key is None and host and not is_loopback(name_of(host)):
             raise ApiError(403, f"this server is not {host!r:.100}; without a key it answers on loopback only")
         origin = request.headers.get("origin")
-        if not public and request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+        welcome = allowed(origin or "", self.origins)
+        if not welcome and not public and request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
             raise ApiError(403, "a page of another origin may not use this server")
-        if request.method not in ("GET", "HEAD") and origin is not None:
+        if request.method not in ("GET", "HEAD") and origin is not None and not welcome:
             if origin.lower() not in (f"http://{host.lower()}", f"https://{host.lower()}"):
                 raise ApiError(403, "a page of another origin may not use this server")
         if self.key is not None and not public:
@@ -151,7 +164,7 @@ class Service:
             raise overloaded() from None
         writer = Writer(call, self.tokenizer, served.name, secrets.token_hex(12))
         if call.stream:
-            return Stream(served, call, writer, queue)
+            return Stream(writer, len(call.requests), queue, lambda: leave(served, call))
         task = asyncio.ensure_future(self.collect(call, writer, queue))
         gone = asyncio.ensure_future(disconnected(request.receive))
         try:
@@ -335,179 +348,15 @@ class Service:
             raise ApiError(400, str(error)) from None
 
 
-class Stream:
-    """Server-sent events of a call, as an ASGI response."""
-
-    def __init__(self, served: Served, call: Call, writer: Writer, queue: asyncio.Queue):
-        self.served, self.call, self.writer, self.queue = served, call, writer, queue
-
-    async def __call__(self, scope, receive, send) -> None:
-        task = asyncio.ensure_future(self.write(send))
-        gone = asyncio.ensure_future(disconnected(receive))
-        try:
-            await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                task.result()
-        finally:
-            await ended(task, gone)
-            leave(self.served, self.call)
-
-    async def write(self, send) -> None:
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        left, begun = len(self.call.requests), set()
-        while left:
-            batch = [await self.queue.get()]  # and whatever else is there: one write
-            while not self.queue.empty():
-                batch.append(self.queue.get_nowait())
-            chunks = []
-            for index, event in batch:
-                if event.error:
-                    chunks.append(failed(event).body())
-                    left = 0
-                    break
-                if index not in begun:
-                    begun.add(index)
-                    chunks += self.begin(index)
-                if event.text or event.tokens:
-                    chunks.append(self.writer.chunk(index, event.text, event.tokens, None))
-                if event.finish:
-                    chunks.append(self.writer.chunk(index, "", [], event.finish))
-                    left -= 1
-            if not left:
-                chunks += [self.writer.last()] if self.call.include_usage and not event.error else []
-                chunks.append("[DONE]")
-            data = b"".join(b"data: " + (dumps(c) if isinstance(c, dict) else c.encode()) + b"\n\n" for c in chunks)
-            await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    def begin(self, index: int) -> list[dict]:
-        """A chat's choice opens with its role, a completion's with what it echoes."""
-        text, tokens = self.writer.prompt(index)
-        return [self.writer.chunk(index, text, tokens, None, first=True)] if self.call.chat or text or tokens else []
-
-
-class Bounded:
-    """An ASGI application that works on at most `most` requests at a time and turns more away before it reads them.
-
-    The scheduler's queue bounds texts; this bounds the bodies that are still coming in and the jobs beside them. Where all
-    places are taken, the body that has been coming for the longest time is given up: half bodies keep nobody out. Whether the
-    server is alive can always be asked.
-    """
-
-    def __init__(self, app, most: int):
-        self.app, self.most, self.open = app, most, 0
-        self.coming: dict[asyncio.Event, None] = {}  # bodies that still come in, oldest first: set one to give it up
-
-    def stop(self) -> None:
-        """Waits for no half body any more."""
-        for body in self.coming:
-            body.set()
-
-    async def __call__(self, scope, receive, send) -> None:
-        waits = any(name == b"expect" for name, _ in scope["headers"])  # to be asked for the body, with status 100
-        given_up, asked, whole = asyncio.Event(), False, False
-
-        async def answer(message):
-            if waits and not asked and message["type"] == "http.response.start":  # is what comes next the body?
-                message = message | {"headers": [*message["headers"], (b"connection", b"close")]}
-            await send(message)
-
-        async def part():
-            nonlocal asked, whole
-            asked = True
-            if whole:
-                return await receive()
-            self.coming.setdefault(given_up)
-            arrived, ended_early = asyncio.ensure_future(receive()), asyncio.ensure_future(given_up.wait())
-            try:
-                await asyncio.wait((arrived, ended_early), return_when=asyncio.FIRST_COMPLETED)
-                if given_up.is_set():
-                    raise too_slow()
-                whole = not arrived.result().get("more_body", False)
-                return arrived.result()
-            finally:
-                await ended(arrived, ended_early)
-                if whole:
-                    self.coming.pop(given_up, None)
-
-        if len(scope["headers"]) > MOST_HEADERS:
-            return await error_reply(ApiError(431, f"more than {MOST_HEADERS} headers"))(scope, receive, answer)
-        if scope["path"] == "/health":
-            return await self.app(scope, receive, answer)
-        if self.open >= self.most:
-            if not self.coming:
-                return await error_reply(overloaded())(scope, receive, answer)
-            oldest = next(iter(self.coming))
-            del self.coming[oldest]
-            oldest.set()
-        self.open += 1
-        try:
-            await self.app(scope, part, answer)
-        finally:
-            self.open -= 1
-            self.coming.pop(given_up, None)
-
-
 def leave(served: Served, call: Call) -> None:
     for request in call.requests:
         served.scheduler.cancel(request)
-
-
-async def disconnected(receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def ended(*tasks) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def overloaded() -> ApiError:
-    return ApiError(503, "the server is busy; try again later", None, "overloaded", Retry_After="1")
-
-
-def too_slow() -> ApiError:
-    return ApiError(408, "the body did not arrive in time", None, None, Connection="close")
-
-
-def failed(event: Event) -> ApiError:
-    return ApiError(event.status, event.error, None, None, **({"Retry_After": "1"} if event.status == 503 else {}))
-
-
-def name_of(host: str) -> str:
-    """The name in a Host header, without the port; "" where it is malformed."""
-    found = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([^\[\]:/@]+))(?::[0-9]*)?", host)
-    return (found[1] or found[2]).lower() if found else ""
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def number(word: str) -> int:
     if not re.fullmatch(r"[0-9]{1,18}", word):
         raise ApiError(404, "no such id")
     return int(word)
-
-
-def dumps(value) -> bytes:
-    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
-
-
-def reply(value: dict, status: int = 200, headers: dict | None = None):
-    from starlette.responses import Response
-
-    return Response(dumps(value), status, headers, "application/json")
-
-
-def error_reply(error: ApiError):
-    return reply(error.body(), error.status, error.headers)
 
 
 def whole_page(directory: Path = PAGE) -> str | None:
