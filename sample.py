@@ -2,14 +2,14 @@
 
 python sample.py --checkpoint=out/ppo --prompt="The film is"
 python sample.py --checkpoint=out/ppo --prompts=prompts.txt     # one a line, or messages as JSON lines, or data
-python sample.py --checkpoint=out/ppo                           # asks for prompts until an empty line
+python sample.py --checkpoint=out/ppo                           # asks for prompts until an empty line or Ctrl-D
 python sample.py --checkpoint=out/chat --chat=true              # the same as a conversation, which remembers its turns
 """
 
-import importlib.util
 import json
 import sys
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,9 +23,9 @@ from data.formats import reader_of
 from data.loader import open_data, pad, prompts_of
 from data.records import Record
 from data.text import prompt_lines
-from data.tokenizer import Tokenizer, check_fingerprint
+from data.tokenizer import Detokenizer, Tokenizer, check_fingerprint
 from model.generate import Generated, Sampling, generate, row_uniforms
-from rlhf.infra import config, distributed
+from rlhf.infra import config, distributed, signals
 from rlhf.infra.precision import SamplingPrecision, chosen
 from rlhf.lm.int8 import stays_int8, to_compute_with
 from rlhf.lm.pretrained import Pretrained, open_pretrained
@@ -92,28 +92,85 @@ def main() -> None:
 
 
 def converse(cfg: Config, opened: Pretrained, chat: Chat | None, stop_ids: set[int]) -> None:
-    """Answers from the keyboard until an empty line; with a template they remember what was said, while it fits."""
+    """Answers from the keyboard until an empty line; with a template they remember what was said, while it fits.
+
+    Whoever sits before it reads along, Ctrl-C ends an answer, and a text that is refused is told and forgotten.
+    """
     encoder, room, turn = Encoder(opened.tokenizer, chat), opened.model.config.context - cfg.tokens, 0
-    talk, first = [], 1 if cfg.system else 0
+    talk, first, somebody = [], 1 if cfg.system else 0, sys.stdin.isatty()
+    reply = watched if somebody and not cfg.json else finished
+    tell("Ctrl-C stops an answer; Ctrl-D or an empty line ends", somebody)
     while line := read_line():
         asked = said(cfg, line)
-        talk = [*talk, *(asked if not talk else asked[-1:])] if chat else asked
-        while len(prompt := encoder.encode(Record(talk)).prompt) > room and len(talk) > first + 1:
-            del talk[first : first + 2]  # the oldest question and its answer
-        out = answer(cfg, opened, [np.array(prompt)], stop_ids, turn)
-        text = write(cfg, opened.tokenizer, out, alone=bool(chat))[0]
+        before, talk = talk, [*talk, *(asked if not talk else asked[-1:])] if chat else asked
+        try:
+            while len(prompt := encoder.encode(Record(talk)).prompt) > room and chat and len(talk) > first + 1:
+                del talk[first : first + 2]  # the oldest question and its answer
+            text = reply(cfg, opened, np.array(prompt), stop_ids, turn, bool(chat))
+        except ValueError as error:
+            if not somebody:
+                raise
+            tell(f"error: {error}")
+            talk = before
+            continue
         if chat:
             talk.append({"role": "assistant", "content": text})
         turn += 1
 
 
-def answer(cfg: Config, opened: Pretrained, prompts: list[np.ndarray], stop_ids, turn: int) -> Generated:
+def finished(cfg: Config, opened: Pretrained, prompt: np.ndarray, stop_ids: set[int], turn: int, alone: bool) -> str:
+    """Prints the answers when all are there, and returns the first."""
+    return write(cfg, opened.tokenizer, answer(cfg, opened, [prompt], stop_ids, turn), alone)[0]
+
+
+def watched(cfg: Config, opened: Pretrained, prompt: np.ndarray, stop_ids: set[int], turn: int, alone: bool) -> str:
+    """The same answers one after the other, token by token; Ctrl-C ends this one, and spares those after it."""
+    texts = []
+    for sample in range(cfg.samples):
+        show("" if alone else opened.tokenizer.decode(prompt.tolist()))
+        stream, pieces = Detokenizer(opened.tokenizer, afresh=alone), []
+
+        def hear(row: int, i: int, stream=stream, pieces=pieces) -> None:
+            pieces.append(stream.push(i))
+            show(pieces[-1])
+
+        try:
+            answer(cfg, opened, [prompt], stop_ids, turn, [sample], hear)
+            stopped = False
+        except KeyboardInterrupt as stop:
+            stopped = by_keyboard(stop)
+        pieces.append(stream.flush())
+        show(pieces[-1] + "\n")
+        texts.append("".join(pieces))
+        if stopped:
+            tell("stopped")
+            break
+    return texts[0]
+
+
+def by_keyboard(stop: KeyboardInterrupt) -> bool:
+    """True for Ctrl-C; what else ends the program goes on its way."""
+    if getattr(stop, "number", signals.SIGINT) != signals.SIGINT:
+        raise stop
+    return True
+
+
+def answer(
+    cfg: Config,
+    opened: Pretrained,
+    prompts: list[np.ndarray],
+    stop_ids,
+    turn: int,
+    samples: Sequence[int] | None = None,
+    on_token: Callable[[int, int], object] | None = None,
+) -> Generated:
+    """All samples of these prompts, or those of one prompt that are named."""
     device = opened.model.embed_tokens.weight.device
     sampling = Sampling(cfg.tokens, sorted(stop_ids), opened.tokenizer.pad, cfg.temperature, cfg.top_k, cfg.top_p)
     tokens, lengths = pad(prompts, opened.tokenizer.pad)
-    ids = range(len(prompts) * cfg.samples)
+    ids = range(len(prompts) * cfg.samples) if samples is None else samples
     uniforms = row_uniforms(cfg.seed, turn, ids, cfg.tokens).to(device) if cfg.temperature else None
-    return generate(opened.model, tokens.to(device), lengths.to(device), sampling, uniforms)
+    return generate(opened.model, tokens.to(device), lengths.to(device), sampling, uniforms, on_token=on_token)
 
 
 def write(cfg: Config, tokenizer: Tokenizer, out: Generated, alone: bool) -> list[str]:
@@ -179,14 +236,40 @@ def said(cfg: Config, text: str) -> str | list[dict]:
     return [*before, {"role": "user", "content": text}] if cfg.chat else text
 
 
+# the terminal
+
+
 def read_line() -> str:
     """A line from the keyboard, where the arrow keys move in it and to those before; "" at the end of the input."""
-    if sys.stdin.isatty() and importlib.util.find_spec("readline"):
-        importlib.import_module("readline")  # input() uses it once it is there
-    try:
-        return input("> ")
-    except EOFError:
-        return ""
+    somebody = sys.stdin.isatty()
+    if somebody:
+        try:
+            import readline  # noqa: F401  input() uses it once it is there
+        except ImportError:  # Python was built without it: the terminal's own keys are left
+            pass
+    while True:
+        try:
+            return input("> ")
+        except EOFError:
+            show("\n" * somebody)
+            return ""
+        except KeyboardInterrupt as stop:
+            if not (somebody and by_keyboard(stop)):
+                raise
+            tell("\nCtrl-D ends")
+
+
+def show(text: str) -> None:
+    """A part of a text, at once. What controls a terminal is none: a model may say anything."""
+    if sys.stdout.isatty():
+        text = "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
+    print(text, end="", flush=True)
+
+
+def tell(line: str, somebody: bool = True) -> None:
+    """A line that is no text of the model."""
+    if somebody:
+        print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -25,16 +25,21 @@ Tokenizer = SentencePieceTokenizer | BPETokenizer
 class Detokenizer:
     """Text of a stream of ids, piece by piece: never half a character, and all pieces together are the whole text.
 
-    The stream continues a text: the space before sentencepiece's first word, which `decode` drops, stays. `flush` gives
-    what is left at the end: U+FFFD where the last character is incomplete.
+    The stream continues a text: the space before sentencepiece's first word, which `decode` drops, stays; or it starts
+    `afresh`, and is what `decode` says. `flush` gives what is left at the end: U+FFFD where the last character is incomplete.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, afresh: bool = False):
+        self.tokenizer, self.afresh = tokenizer, afresh
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, i: int) -> str:
-        return self.decoder.decode(self.tokenizer.token_bytes(int(i)))
+        piece = self.decoder.decode(self.tokenizer.token_bytes(int(i)))
+        if self.afresh and piece:
+            self.afresh = False
+            if not self.tokenizer.decode([int(i)]).startswith(" "):
+                piece = piece.removeprefix(" ")
+        return piece
 
     def flush(self) -> str:
         return self.decoder.decode(b"", final=True)

@@ -291,13 +291,15 @@ def generate(
     uniforms: Tensor | None = None,
     at_once: int = 1 << 30,
     progress: Callable[[int], object] = lambda rows: None,
+    on_token: Callable[[int, int], object] | None = None,
 ) -> Generated:
     """Continues right-padded prompts (B, P) until EOS, max_new_tokens or the end of the context; -> Generated.
 
     uniforms (B, max_new_tokens) decide every draw (`row_uniforms`), so a row's text does not depend on its batch;
     (B n, max_new_tokens) draws n samples per prompt, next to each other. temperature 0 needs none. Equal neighbours among
     the prompts are read once. at_once: so many rows decode together, which bounds memory; the others wait until some have
-    ended. progress: is told how many have ended, whenever some do. ValueError when a prompt is empty or leaves no room.
+    ended. progress: is told how many have ended, whenever some do. on_token: is told every token that is drawn, as (row of
+    the result, id). ValueError when a prompt is empty or leaves no room.
     """
     device, wanted = prompts.device, prompt_lengths.tolist()
     samples = checked(model, wanted, sampling, uniforms, at_once)
@@ -344,6 +346,9 @@ def generate(
             check_finite(torch.cat(witnesses))
             witnesses.clear()
             gone |= {place for place, ended in enumerate(finished[index].tolist()) if ended}
+        for row, i, goes in zip(alive, chosen.tolist(), going.tolist()) if on_token else ():
+            if goes:
+                on_token(row, i)
         if gone:
             progress(len(gone))
             stay = decoding.leave(gone)

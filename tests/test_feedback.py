@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import pty
 import random
 import selectors
 import sqlite3
@@ -18,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from terminal import terminal
 from tiny import ROOT
 
 from data.containers import rows
@@ -448,6 +448,27 @@ def test_disagreement():
         disagreement(np.zeros((3, 1)), np.zeros((3, 1)))
 
 
+def test_progress_counts_to_the_end(tmp_path):
+    """One more with every vote, one less with an undo; of pairs that one rater is to judge, others see none. Repetitions of
+    earlier pairs come on top.
+    """
+    store = filled(tmp_path / "a.sqlite", 5, repeats=0)
+    assert store.progress("ana") == store.progress("bo") == (0, 5)
+    for done in range(5):
+        assert store.progress("ana") == (done, 5)
+        shown = store.next_comparison("ana")
+        assert store.progress("ana") == (done, 5) and store.progress("bo") == (0, 4 - done)
+        vote = store.vote(shown.id, "ana", "skip" if done == 4 else "tie", nonce=f"nonce {done:04}")
+    assert store.next_comparison("ana") is None and store.progress("ana") == (5, 5)
+    assert store.progress("bo") == (0, 1)  # the skipped one
+    store.undo(vote, "ana")
+    assert store.progress("ana") == (4, 5)
+    store = filled(tmp_path / "b.sqlite", 12, repeats=0.9)
+    prefer_good(store, "ana")
+    done, total = store.progress("ana")
+    assert done == total > 12
+
+
 # ---- the terminal
 
 
@@ -478,17 +499,16 @@ def test_the_terminal_tool_from_import_to_export(tmp_path):
 @pytest.mark.slow
 def test_keys_need_no_enter_in_a_terminal(tmp_path):
     filled(tmp_path / "s.sqlite", 3).close()
-    master, slave = pty.openpty()
-    command = [sys.executable, "-m", "rlhf.feedback", f"--store={tmp_path / 's.sqlite'}", "--rater=ana"]
-    process = subprocess.Popen(command, cwd=ROOT, stdin=slave, stdout=subprocess.PIPE, text=True)
-    shown = 0
-    for line in process.stdout:
-        if "q: quit" in line:
-            os.write(master, [b"a", b"\x1b[C", b"t", b"q"][shown])
-            shown += 1
-    assert process.wait(60) == 0
+    with terminal(["-m", "rlhf.feedback", f"--store={tmp_path / 's.sqlite'}", "--rater=ana"], term="xterm") as screen:
+        pages = []
+        for key in (b"a", b"\x1b[C", b"u", b"t", b"s", b"q"):
+            pages.append(screen.until("q: quit\n").removeprefix("\x1b[H\x1b[2J").splitlines()[0])
+            screen.type(key)
+        assert screen.end()[0] == 0
+    places = ["1 of 3", "2 of 3   your last: left", "3 of 3   your last: right", "2 of 3   undone: right"]
+    assert pages == [*places, "3 of 3   your last: tie", "your last: skip"]
     choices = [row["choice"] for row in records(FeedbackStore(tmp_path / "s.sqlite"))]
-    assert choices == ["left", "right", "tie"]
+    assert choices == ["left", "tie", "skip"]
 
 
 def test_a_text_cannot_send_control_sequences(store):

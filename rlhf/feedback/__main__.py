@@ -56,6 +56,7 @@ class Config:
 KEYS = {"a": "left", "b": "right", "t": "tie", "x": "both_bad", "s": "skip"}
 
 
+NOTHING = "nothing is left to compare   u: undo   q: quit"
 HELP = "a, b: better (A, B: much better)   t: tie   x: both bad   s: skip   u: undo   q: quit"
 
 
@@ -70,11 +71,13 @@ def main() -> None:
 
 def ask(cfg: Config, store: FeedbackStore) -> None:
     """Show pair after pair and store what is typed; every vote is on disk before the next pair is shown."""
-    votes, started = 0, time.perf_counter()
+    votes, said, started = 0, "", time.perf_counter()
     with keyboard() as read_key:
         while True:
             shown = store.next_comparison(cfg.rater)
-            print(page(shown) if shown else "nothing is left to compare   u: undo   q: quit", flush=True)
+            done, total = store.progress(cfg.rater)
+            clear()
+            print(page(shown, f"{done + 1} of {total}", said) if shown else f"{said}\n{NOTHING}".lstrip(), flush=True)
             before = time.perf_counter()
             allowed = ("u", "q", "", *((*KEYS, "A", "B") if shown else ()))
             while (key := read_key()) not in allowed:
@@ -85,19 +88,27 @@ def ask(cfg: Config, store: FeedbackStore) -> None:
                 if last := store.last_vote(cfg.rater):
                     store.undo(last.id, cfg.rater)
                     votes -= 1
-                print(f"undone: {last.choice}" if last else "there is nothing to undo", flush=True)
+                said = f"undone: {last.choice.replace('_', ' ')}" if last else "there is nothing to undo"
                 continue
             choice, strength = KEYS[key.lower()], 3 if key in "AB" else None
             store.vote(shown.id, cfg.rater, choice, strength, time.perf_counter() - before, secrets.token_hex(16))
             votes += 1
-            print(choice.replace("_", " "), flush=True)
+            said = f"your last: {choice.replace('_', ' ')}"
     print(f"{votes} votes in {time.perf_counter() - started:.0f} s -> {cfg.store}")
 
 
-def page(shown: Comparison) -> str:
-    """A comparison for a terminal; what is no printable character is spelled, so no text can send control sequences."""
+def clear() -> None:
+    """A terminal begins a new page."""
+    if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        print("\x1b[H\x1b[2J", end="")
+
+
+def page(shown: Comparison, place: str = "", said: str = "") -> str:
+    """A comparison for a terminal, and over it which one it is and what was last done; what is no printable character is
+    spelled, so no text can send control sequences.
+    """
     width = min(100, shutil.get_terminal_size((80, 24)).columns)
-    parts = ["=" * width]
+    parts = [f"{place}   {said}".strip(), "=" * width]
     for head, text in (("", shown.prompt), ("A", shown.left), ("B", shown.right)):
         lines = [wrapped for line in text.split("\n") for wrapped in textwrap.wrap(spelled(line), width - 4) or [""]]
         parts += [f"--- {head} ".ljust(width, "-")] if head else []

@@ -66,6 +66,12 @@ SCHEMA += "".join(
 
 # of comparison c, the newest row of its chain: "undone" is also where there is none yet
 LAST = "coalesce((SELECT v.choice FROM vote v WHERE v.comparison_id = c.id ORDER BY v.id DESC LIMIT 1), 'undone')"
+# the pairs that rater ?1 has not seen and that still need raters; what lies before another one since ?2 is his
+NEW = (
+    "FROM pair p WHERE NOT EXISTS (SELECT 1 FROM comparison c WHERE c.pair_id = p.id AND c.rater_id = ?1) AND raters > "
+    "(SELECT count(*) FROM comparison c WHERE c.pair_id = p.id AND +c.repeat_of IS NULL AND "
+    f"CASE {LAST} WHEN 'undone' THEN c.created > ?2 ELSE {LAST} <> 'skip' END)"
+)
 
 
 VOTES = """

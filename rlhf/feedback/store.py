@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from rlhf.feedback.preferences import FORMS, ORDERS, answer_text, as_text, is_conversation, read_rows
 from rlhf.feedback.raters import Judgement, describe
-from rlhf.feedback.schema import CHOICES, FORMAT, KINDS, LAST, RATINGS, SCHEMA, VOTES
+from rlhf.feedback.schema import CHOICES, FORMAT, KINDS, LAST, NEW, RATINGS, SCHEMA, VOTES
 from rlhf.infra.files import write_lines
 
 OPEN_SECONDS = 600  # so long a pair that lies before one rater is not given to another
@@ -184,6 +184,17 @@ class FeedbackStore:
             ).fetchone()
             comparison = row["id"] if row else self._repeat(db, rater_id) or self._new(db, rater_id)
             return None if comparison is None else self._show(db, comparison)
+
+    def progress(self, rater: str) -> tuple[int, int]:
+        """How many comparisons this rater has judged, skips among them, and how many there are, those and what is left.
+
+        A repetition counts when it comes: a rater is not told which pairs are one, so the second number may grow.
+        """
+        judged = "SELECT count(*) FROM standing WHERE rater_id = ?1"
+        before_them = f"SELECT count(*) FROM comparison c WHERE rater_id = ?1 AND {LAST} = 'undone'"
+        counts = f"SELECT ({judged}), ({before_them}), (SELECT count(*) {NEW})"
+        done, *left = self._read(counts, self._rater(rater), time.time() - OPEN_SECONDS)[0]
+        return done, done + sum(left)
 
     def vote(
         self,
@@ -388,12 +399,7 @@ class FeedbackStore:
 
     def _new(self, db, rater_id: int) -> int | None:
         pair = db.execute(
-            "SELECT id, a_id, b_id FROM pair p "
-            "WHERE NOT EXISTS (SELECT 1 FROM comparison c WHERE c.pair_id = p.id AND c.rater_id = :rater) AND raters > "
-            "(SELECT count(*) FROM comparison c WHERE c.pair_id = p.id AND +c.repeat_of IS NULL AND "
-            f"CASE {LAST} WHEN 'undone' THEN c.created > :since ELSE {LAST} <> 'skip' END) "
-            "ORDER BY priority DESC, id LIMIT 1",
-            {"rater": rater_id, "since": time.time() - OPEN_SECONDS},
+            f"SELECT id, a_id, b_id {NEW} ORDER BY priority DESC, id LIMIT 1", (rater_id, time.time() - OPEN_SECONDS)
         ).fetchone()
         if pair is None:
             return None

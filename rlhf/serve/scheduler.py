@@ -107,18 +107,13 @@ class TextStream:
     """The text of sampled ids, given out as soon as it cannot be part of a stop string any more, with its tokens."""
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), strip: bool = False):
-        self.tokenizer, self.stop, self.strip = tokenizer, stop, strip
-        self.detokenizer = Detokenizer(tokenizer)
+        self.stop, self.detokenizer = stop, Detokenizer(tokenizer, afresh=strip)
         self.held, self.pending = "", deque()  # text not yet given out; (its tokens, where each begins in it)
         self.stopped = False
 
     def push(self, token: Token) -> tuple[str, list[Token]]:
         """Text and tokens to give out now; `stopped` says whether a stop string has ended it."""
         piece = self.detokenizer.push(token.id)
-        if self.strip and piece:
-            self.strip = False
-            if not self.tokenizer.decode([token.id]).startswith(" "):
-                piece = piece.removeprefix(" ")
         self.pending.append((token, len(self.held)))
         self.held += piece
         return self._give()
