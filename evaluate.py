@@ -41,6 +41,8 @@ from evaluation.held_out import (
     nth_of,
     sample_groups,
     scores,
+    token_by_token,
+    trimmed,
 )
 from evaluation.words import markdown_table, show
 from model.generate import Generated, Sampling
@@ -69,7 +71,7 @@ class Config:
     judge: str | None = None  # score that PPO never saw: as reward, or data: what they bring; none = data if they do
     data: str = "out/data/vader"  # directory made by data.prepare
     split: Literal["validation", "test"] = "test"  # where prompts and human text come from; tune on validation
-    out: str = "out/evaluation"  # directory for summary.json, results.md and samples.jsonl
+    out: str = "out/evaluation"  # directory for summary.json, results.md, samples.jsonl and tokens.jsonl
     sources: tuple[str, ...] = ()  # prompts from these sources of the data alone; none given = all
     prompts: int = 512  # held-out prompts
     prompt_tokens: int | None = None  # first tokens of a text as its prompt; none = the data's prompts, or 4 of a text
@@ -119,11 +121,12 @@ def main() -> None:
     # 1. every model answers the same prompts with the same random numbers; the base often enough for best-of-n
     reference = logprobs_of(models["base"].model, cfg.temperature)
     samples = cfg.samples or (2 if cfg.other_rewards else 1)
-    results, known, answers, earned, greedy = {}, {}, {}, {}, {}
+    results, known, answers, earned, greedy, looked_at = {}, {}, {}, {}, {}, {}
     for name, model in models.items():
         drawn = max(samples, cfg.best_of) if name == "base" else samples
         pool, earned[name] = asking.answers(model.model, drawn)
         firsts = nth_of(pool, drawn)
+        looked_at[name] = trimmed(firsts[0], slice(0, LOOKED_AT))
         logprobs = reference if name == "base" else logprobs_of(model.model, cfg.temperature)
         results[name] = {
             **{what: x[:, 0] for what, x in earned[name].items() if what in ("reward", "judge")},
@@ -160,6 +163,7 @@ def main() -> None:
         "seconds": stage_seconds(cfg),
     }
     rows_of = {"samples.jsonl": side_by_side(results, held_out)}
+    rows_of["tokens.jsonl"] = by_token(looked_at, results, held_out, logprobs, reference, tokenizer)
     if probes:
         rows_of["safety.jsonl"] = safety.side_by_side(probes, answers)
     write(cfg.out, summary, rows_of)
@@ -265,6 +269,26 @@ def side_by_side(results: dict[str, dict], held_out: HeldOut) -> list[dict]:
         return rows
     prompts = map(shown_prompt, held_out.records(held_out.rows))
     return [{"prompt": prompt, **row} for prompt, row in zip(prompts, rows)]
+
+
+LOOKED_AT = 10  # prompts whose answers the report shows token by token
+
+
+def by_token(looked_at: dict[str, Generated], results: dict, held_out: HeldOut, tuned, base, tokenizer) -> list[dict]:
+    """One row per prompt, the base's answer in it and the last model's, each with what both models think of its tokens."""
+    ends = {"before": "base", "after": [*looked_at][-1]}
+    answers = {when: token_by_token(looked_at[name], tuned, base, tokenizer) for when, name in ends.items()}
+    for when, name in ends.items():
+        for i, answer in enumerate(answers[when]):
+            answer |= {
+                what: float(results[name][what][i]) for what in ("judge", "reward", "kl") if what in results[name]
+            }
+    count = len(answers["before"])
+    if held_out.are_starts:
+        prompts = [tokenizer.decode(held_out.prompts[i, : held_out.lengths[i]].tolist()) for i in range(count)]
+    else:
+        prompts = map(shown_prompt, held_out.records(held_out.rows[:count]))
+    return [dict(zip(("prompt", *answers), row)) for row in zip(prompts, *answers.values())]
 
 
 def shown_prompt(record: Record) -> str:

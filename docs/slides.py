@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from evaluation import plots, report  # noqa: E402
+from evaluation import plots, report, sources  # noqa: E402
 from rlhf.infra.files import read_json, write_text  # noqa: E402
 
 
@@ -27,13 +27,13 @@ def read(file: str) -> dict:
 
 def training() -> str:
     read("demo/ppo/run.json")
-    (source,) = report.find(ROOT / "out/demo/ppo")
+    (source,) = sources.find(ROOT / "out/demo/ppo")
     names = {
         "objective/scores": "mean score",
         "objective/kl": "KL to the base, nats",
         "objective/entropy": "entropy, nats",
     }
-    found = report.series(source.files["metrics.jsonl"], lambda name: name in names)
+    found = sources.series(source.files["metrics.jsonl"], lambda name: name in names)
     alt = "; ".join(f"{names[name]} from {y[0]:.2f} to {y[-1]:.2f}" for name, (_, y) in found.items())
     panels = [plots.lines([found[name]], text, "PPO iteration") for name, text in names.items()]
     return plots.svg("slide training", alt, panels, (10, 3))

@@ -17,7 +17,7 @@ import numpy as np
 
 from evaluation import plots
 from evaluation.card import can_draw
-from evaluation.page import Block, Plots, Table, Text, plain, write
+from evaluation.page import Block, Plots, Section, Table, Text, plain, write
 from evaluation.sources import Source, find, is_number
 from evaluation.words import markdown_table
 from rlhf.infra import config
@@ -42,7 +42,7 @@ def main() -> None:
     found = compare(cfg.run, cfg.reference)
     drawn = can_draw(cfg.plots)
     file = Path(cfg.out) if cfg.out else Path(cfg.run) / "compare.html"
-    beside = write(f"{plain(cfg.run)} beside {plain(cfg.reference)}", {"Verdict": found.blocks(drawn)}, file)
+    beside = write(f"{plain(cfg.run)} beside {plain(cfg.reference)}", {"Verdict": Section(found.blocks(drawn))}, file)
     print(markdown_table(*found.table()))
     for line in found.notes:
         print(line)

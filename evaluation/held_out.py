@@ -11,7 +11,7 @@ from tqdm import tqdm
 from data.chat import check_template
 from data.loader import StartLoader, drawn, open_data, prompts_of, unseen
 from data.records import Record
-from data.tokenizer import Tokenizer
+from data.tokenizer import Detokenizer, Tokenizer
 from model.generate import Generated, Sampling, generate, row_uniforms
 from model.transformer import Transformer
 from rlhf.kl import k1, k3
@@ -94,6 +94,21 @@ def scores(score: Score, groups: list[Generated], rows: Tensor | None, n: int = 
         for k in range(n)
     ]
     return torch.stack(columns, 1).double().cpu().numpy()
+
+
+def token_by_token(first: Generated, policy, base, tokenizer: Tokenizer) -> list[dict]:
+    """Every response as the report colours it: its tokens' texts, and their log-probs under the tuned policy and the base."""
+    ours, theirs = (logprobs(first.tokens, first.mask).cpu() for logprobs in (policy, base))  # (B, T), zero outside
+    rows = []
+    for ids, mask, a, b in zip(first.tokens.cpu(), first.mask.cpu(), ours, theirs):
+        pieces = Detokenizer(tokenizer)
+        texts = [pieces.push(i) for i in ids[mask].tolist()]
+        texts[-1:] = [text + pieces.flush() for text in texts[-1:]]
+        numbers = {
+            name: [round(x, 4) for x in row[mask].tolist()] for name, row in (("logprobs", a), ("ref_logprobs", b))
+        }
+        rows.append({"tokens": texts, **numbers})
+    return rows
 
 
 def divergence(groups: list[Generated], policy, base) -> dict[str, np.ndarray]:

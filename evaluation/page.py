@@ -8,13 +8,22 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol
 
 from evaluation.plots import PALETTE
 from rlhf.infra.files import write_text
 from rlhf.infra.metrics import printable
 
 TEMPLATE = Path(__file__).with_name("page.html")
+TOKENS = Path(__file__).parent.parent / "rlhf/serve/page/tokens.css"  # the server's page has the same colours
+
+
+class Block(Protocol):
+    """A part of a page, which says itself in both forms."""
+
+    def html(self) -> str: ...
+
+    def markdown(self) -> str: ...
 
 
 def plain(text) -> str:
@@ -91,10 +100,7 @@ class Plots:
     folded: str = ""
 
     def html(self) -> str:
-        names = "".join(
-            f'<li><span class="chip chip-{i % 6 + 1}"></span>{escape(x)}</li>' for i, x in enumerate(self.series)
-        )
-        legend = f'<ul class="legend">{names}</ul>' if len(self.series) > 1 else ""
+        legend = f'<ul class="legend">{chips(self.series)}</ul>' if len(self.series) > 1 else ""
         figures = "\n".join(f"<figure>{svg}</figure>" for svg in self.svgs)
         plots = f'{legend}<div class="plots{" wide" * self.wide}">{figures}</div>'
         return f"<details><summary>{escape(self.folded)}</summary>{plots}</details>" if self.folded else plots
@@ -104,12 +110,57 @@ class Plots:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """One large curve, its title as text of the page."""
+
+    svg: str
+    words: str
+    name: str  # of the metric
+    last: str  # its newest value
+    unit: str
+    rule: str  # where a healthy run keeps it
+    note: str = ""  # what it means that this one does not
+
+
+@dataclass(frozen=True)
+class Curves:
+    curves: Sequence[Curve]
+    series: Sequence[str] = ()  # names of the colours
+
+    def html(self) -> str:
+        figures = "".join(map(self.one, self.curves))
+        band = '<li><span class="chip chip-healthy"></span>where a healthy run stays</li>'
+        return f'<ul class="legend">{chips(self.series)}{band}</ul><div class="plots large">{figures}</div>'
+
+    @staticmethod
+    def one(x: Curve) -> str:
+        state = f'<span class="look">look: {escape(x.note)}</span>' if x.note else ""
+        about = f"<b>{escape(x.words)}</b> <b>{escape(x.last)}</b> <span>{escape(x.unit)}</span> "
+        about += f"<code>{escape(x.name)}</code><span>healthy: {escape(x.rule)}</span>{state}"
+        return f"<figure><figcaption>{about}</figcaption>{x.svg}</figure>"
+
+    def markdown(self) -> str:
+        lines = [
+            f"- {x.words} ({x.name}) {x.last}, healthy: {x.rule}" + f". Look: {x.note}" * bool(x.note)
+            for x in self.curves
+        ]
+        return "\n".join(map(escape_markdown, lines))
+
+
+@dataclass(frozen=True)
 class Shade:
-    """What the tokens can be coloured by."""
+    """What tokens can be coloured by. The scale is fixed: a colour says the same in every sample, run and report."""
 
     name: str
     text: str
     scale: float  # |value| of the full colour
+    below: str = ""  # what the cold end means
+    above: str = ""  # and the warm one
+
+    def legend(self) -> str:
+        low, high = (f"{x:+.2g} {words}".strip() for x, words in ((-self.scale, self.below), (self.scale, self.above)))
+        ends = f"<span>{escape(low)}</span><i></i><span>{escape(high)}</span>"
+        return f'<p class="scale" data-shade="{self.name}"><b>{escape(self.text)}</b> {ends}</p>'
 
 
 @dataclass(frozen=True)
@@ -131,22 +182,19 @@ class Microscope:
         chosen = " checked"
         choices, rules = [], []
         for shade in self.shades:
-            scale = f"full colour at {shade.scale:.2g}"
             choices.append(
-                f'<label><input type="radio" name="shade" id="shade-{shade.name}"{chosen}> {escape(shade.text)} '
-                f"<small>({scale})</small></label>"
+                f'<label><input type="radio" name="shade" id="shade-{shade.name}"{chosen}> {escape(shade.text)}</label>'
             )
-            rules.append(f"#samples:has(#shade-{shade.name}:checked) .t {{ background: var(--{shade.name}); }}")
+            here = f".microscope:has(#shade-{shade.name}:checked)"
+            rules.append(f"{here} .t {{ background: var(--{shade.name}); }}")
+            rules.append(f'{here} .scale[data-shade="{shade.name}"] {{ display: flex; }}')
             chosen = ""
+        legends = "".join(shade.legend() for shade in self.shades)
         fields = f"<fieldset><legend>Colour of the tokens</legend>{''.join(choices)}</fieldset>" if choices else ""
-        return f"<style>{' '.join(rules)}</style>{fields}" + "\n".join(self.one(sample) for sample in self.samples)
+        samples = "\n".join(self.one(sample) for sample in self.samples)
+        return f'<style>{" ".join(rules)}</style><div class="microscope">{fields}{legends}{samples}</div>'
 
     def one(self, sample: Sample) -> str:
-        spans = []
-        for i, token in enumerate(sample.tokens):
-            colours = "; ".join(f"--{s.name}: {colour(sample.values[s.name][i], s.scale)}" for s in self.shades)
-            title = ", ".join(f"{s.text} {number(sample.values[s.name][i])}" for s in self.shades)
-            spans.append(f'<span class="t" style="{colours}" title="{escape(title)}">{escape(token or "∅")}</span>')
         rows = [
             [token or "∅", *(number(sample.values[s.name][i]) for s in self.shades)]
             for i, token in enumerate(sample.tokens)
@@ -154,7 +202,8 @@ class Microscope:
         numbers = (
             Table(["token", *(s.text for s in self.shades)], rows, folded="The numbers").html() if self.shades else ""
         )
-        text = f'<p class="tokens"><b>{escape(sample.prompt)}</b>{"".join(spans)}</p>'
+        spans = tokens(sample.tokens, sample.values, self.shades)
+        text = f'<p class="tokens"><b>{escape(sample.prompt)}</b>{spans}</p>'
         return f'<article><p class="head">{escape(sample.head)}</p>{text}{numbers}</article>'
 
     def markdown(self) -> str:
@@ -162,38 +211,118 @@ class Microscope:
         return "\n".join(f"- {escape_markdown(line)}" for line in lines)
 
 
-Block = Text | Table | Plots | Microscope
+@dataclass(frozen=True)
+class Beside:
+    """What several models say to the same prompts, in columns; tokens are coloured where their numbers are known."""
+
+    names: Sequence[str]
+    rows: Sequence[Sequence[Sample]]  # a sample for every name; its values may be empty
+    shade: Shade
+    more: int = 0  # how many rows the page shows before it folds the rest; 0 = all
+
+    def html(self) -> str:
+        known = any(sample.values for row in self.rows for sample in row)
+        shown = self.more or len(self.rows)
+        rest = "".join(map(self.one, self.rows[shown:]))
+        folded = f"<details><summary>{len(self.rows) - shown} more prompts</summary>{rest}</details>" if rest else ""
+        legend = self.shade.legend() if known else ""
+        return f'<div class="beside">{legend}{"".join(map(self.one, self.rows[:shown]))}{folded}</div>'
+
+    def one(self, row: Sequence[Sample]) -> str:
+        columns = "".join(self.column(name, sample) for name, sample in zip(self.names, row))
+        prompt = f'<p class="prompt">{escape(row[0].prompt)}</p>' if row[0].prompt else ""
+        return f'<article class="pair">{prompt}<div class="columns">{columns}</div></article>'
+
+    def column(self, name: str, sample: Sample) -> str:
+        shades = [self.shade] if sample.values else []
+        head = f"<b>{escape(name)}</b> <span>{escape(sample.head)}</span>"
+        return (
+            f'<div><p class="head">{head}</p><p class="tokens">{tokens(sample.tokens, sample.values, shades)}</p></div>'
+        )
+
+    def markdown(self) -> str:
+        lines = []
+        for number, row in enumerate(self.rows, 1):
+            lines.append(f"{number}. {escape_markdown(row[0].prompt)}".rstrip())
+            for name, sample in zip(self.names, row):
+                lines.append(
+                    f"   - {escape_markdown(f'{name} {sample.head}'.strip())}: {escape_markdown(''.join(sample.tokens))}"
+                )
+        return "\n".join(lines)
+
+
+class Section(NamedTuple):
+    blocks: Sequence[Block]
+    folded: bool = False  # behind its title
+
+
+STEPS = 10  # of a colour, to each side
+
+
+def tokens(texts: Sequence[str], values: dict[str, Sequence[float | None]], shades: Sequence[Shade]) -> str:
+    """Spans; a colour is one of the page's variables --w1 to --w10 and --c1 to --c10."""
+    spans = []
+    for i, token in enumerate(texts):
+        style = "; ".join(f"--{s.name}: {colour(values[s.name][i], s.scale)}" for s in shades)
+        title = ", ".join(f"{s.text} {number(values[s.name][i])}" for s in shades)
+        about = f' style="{style}" title="{escape(title)}"' if shades else ""
+        spans.append(f'<span class="t"{about}>{escape(token or "∅")}</span>')
+    return "".join(spans)
 
 
 def colour(x: float | None, scale: float) -> str:
-    """Warm above 0, cold below; the page's own ground shines through."""
-    part = 0 if x is None else min(1.0, abs(x) / scale) * 0.55
-    return f"rgb({'224 102 47' if (x or 0) > 0 else '47 127 224'} / {part:.2f})"
+    """Warm above 0, cold below, in STEPS steps that end at `scale`."""
+    step = 0 if x is None else round(min(1.0, abs(x) / scale) * STEPS)
+    return f"var(--{'w' if x > 0 else 'c'}{step})" if step else "none"
+
+
+def steps_of_colour() -> str:
+    """The variables that `colour` names; the page's own ground shines through."""
+    return (
+        ":root { "
+        + " ".join(
+            f"--{letter}{i}: color-mix(in srgb, var(--{name}) {60 * i / STEPS:g}%, transparent);"
+            for letter, name in (("c", "cold"), ("w", "warm"))
+            for i in range(1, STEPS + 1)
+        )
+        + " }"
+    )
+
+
+def chips(series: Sequence[str]) -> str:
+    if len(series) < 2:
+        return ""
+    return "".join(f'<li><span class="chip chip-{i % 6 + 1}"></span>{escape(x)}</li>' for i, x in enumerate(series))
 
 
 def number(x: float | None) -> str:
     return "-" if x is None else f"{x:+.3f}"
 
 
-def write(title: str, sections: dict[str, Sequence[Block]], file: Path) -> Path:
-    """The page to `file`, its Markdown beside it (.md); returns the latter."""
+def write(title: str, sections: dict[str, Section], file: Path, first: Sequence[Block] = ()) -> Path:
+    """The page to `file`, its Markdown beside it (.md); returns the latter. first: what stands above all sections."""
     ids = {name: re.sub(r"\W+", "-", name.lower()).strip("-") for name in sections}
     parts = {
         "title": escape(title),
-        "palette": PALETTE,
+        "palette": PALETTE + TOKENS.read_text(encoding="utf-8") + steps_of_colour(),
         "contents": "".join(f'<li><a href="#{ids[name]}">{escape(name)}</a></li>' for name in sections),
-        "body": "\n".join(
-            f'<section id="{ids[name]}"><h2>{escape(name)}</h2>\n'
-            + "\n".join(b.html() for b in blocks)
-            + "\n</section>"
-            for name, blocks in sections.items()
-        ),
+        "first": "\n".join(block.html() for block in first),
+        "body": "\n".join(section_html(ids[name], name, section) for name, section in sections.items()),
     }
     page = re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], TEMPLATE.read_text(encoding="utf-8"))
     write_text(file, page)
-    text = [f"# {escape_markdown(title)}"]
-    for name, blocks in sections.items():
-        text += [f"## {escape_markdown(name)}", *filter(None, (b.markdown() for b in blocks))]
+    text = [f"# {escape_markdown(title)}", *filter(None, (block.markdown() for block in first))]
+    for name, section in sections.items():
+        text += [f"## {escape_markdown(name)}", *filter(None, (block.markdown() for block in section.blocks))]
     beside = file.with_suffix(".md")
     write_text(beside, "\n\n".join(text) + "\n")
     return beside
+
+
+def section_html(id: str, name: str, section: Section) -> str:
+    body, head = "\n".join(block.html() for block in section.blocks), f"<h2>{escape(name)}</h2>"
+    if section.folded:
+        body = f"<details><summary>{head}</summary>\n{body}\n</details>"
+    else:
+        body = f"{head}\n{body}"
+    return f'<section id="{id}">{body}</section>'

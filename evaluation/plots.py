@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 # what matplotlib is told -> what the page decides
-COLOURS = {"#010101": "ink", "#010102": "line", **{f"#0101{i:02x}": f"series-{i - 15}" for i in range(16, 22)}}
-INK, LINE, *SERIES = COLOURS
+COLOURS = {"#010101": "ink", "#010102": "line", "#010103": "healthy"}
+COLOURS |= {f"#0101{i:02x}": f"series-{i - 15}" for i in range(16, 22)}
+INK, LINE, HEALTHY, *SERIES = COLOURS
 STYLE = {
     "font.size": 9,
     "text.color": INK,
@@ -36,12 +37,12 @@ STYLE = {
     "lines.markersize": 5,
     "svg.fonttype": "none",
 }
-MARGIN = 10  # points around a picture of its own
 PALETTE = """
-:root { --bg: #fff; --ink: #1b1e23; --line: #c4cad3; --series-1: #0b57c2; --series-2: #b04a0c; --series-3: #18774a;
-  --series-4: #7b3fb5; --series-5: #b3246b; --series-6: #59616d; }
-@media (prefers-color-scheme: dark) { :root { --bg: #14171b; --ink: #e9ecf0; --line: #3f4854; --series-1: #8ab8ff;
-  --series-2: #ffab73; --series-3: #6fd39a; --series-4: #c9a2ff; --series-5: #ff9ac8; --series-6: #a9b2bd; } }
+:root { --bg: #fff; --ink: #1b1e23; --line: #c4cad3; --healthy: #18774a; --series-1: #0b57c2; --series-2: #b04a0c;
+  --series-3: #18774a; --series-4: #7b3fb5; --series-5: #b3246b; --series-6: #59616d; }
+@media (prefers-color-scheme: dark) { :root { --bg: #14171b; --ink: #e9ecf0; --line: #3f4854; --healthy: #6fd39a;
+  --series-1: #8ab8ff; --series-2: #ffab73; --series-3: #6fd39a; --series-4: #c9a2ff; --series-5: #ff9ac8;
+  --series-6: #a9b2bd; } }
 """
 
 
@@ -70,16 +71,6 @@ def svg(name: str, alt: str, panels: Sequence[Callable], size: tuple[float, floa
     return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(alt)}"', 1)
 
 
-def standalone(text: str) -> str:
-    """The SVG as a file of its own, on a ground of its own: readable on any page."""
-    style = f"<style>{PALETTE} text {{ font-family: system-ui, sans-serif !important; }}</style>"
-    left, top, width, height = (float(x) for x in re.search(r'viewBox="([^"]*)"', text)[1].split())
-    box = f"{left - MARGIN:g} {top - MARGIN:g} {width + 2 * MARGIN:g} {height + 2 * MARGIN:g}"
-    ground = f'<rect x="{-MARGIN}" y="{-MARGIN}" width="100%" height="100%" rx="8" style="fill: var(--bg)"/>'
-    text = re.sub(r'viewBox="[^"]*"', f'viewBox="{box}"', text, count=1)
-    return re.sub(r"(<svg[^>]*>)", lambda m: f"{m[0]}\n{style}\n{ground}", text, count=1)
-
-
 def lines(series: Sequence[tuple], title: str, xlabel: str = "") -> Callable:
     """A panel: (x, y) for every series, in the page's order of colours."""
 
@@ -89,6 +80,27 @@ def lines(series: Sequence[tuple], title: str, xlabel: str = "") -> Callable:
         ax.set_title(title, loc="left")
         ax.set_xlabel(xlabel)
         whole_ticks(ax, [v for x, _ in series for v in x])
+
+    return panel
+
+
+def healthy(series: Sequence[tuple], inside: tuple[float, float] | None, title: str, xlabel: str = "") -> Callable:
+    """The panel of `lines` in front of the band in which a healthy run stays; None: there is none. An end that is further
+    away than the curve is high is left out of sight.
+    """
+
+    def panel(ax) -> None:
+        lines(series, title, xlabel)(ax)
+        values = np.concatenate([np.asarray(y, float) for _, y in series])
+        low, high = float(values.min()), float(values.max())
+        room = max(high - low, 1e-3 * max(abs(low), abs(high)), 1e-12)
+        ends = [end for end in inside or () if low - room <= end <= high + room]
+        ax.set_ylim(min(low, *ends, high) - 0.06 * room, max(high, *ends, low) + 0.06 * room)
+        if inside:
+            seen = np.clip(inside, *ax.get_ylim())
+            ax.axhspan(*seen, color=HEALTHY, alpha=0.12, linewidth=0, zorder=0.5)
+            for end in ends:
+                ax.axhline(end, color=HEALTHY, linewidth=0.8, linestyle=(0, (4, 3)))
 
     return panel
 

@@ -10,7 +10,7 @@ Only files are read: what train_*.py, evaluate.py and iterate.py left. What is m
 import ast
 import json
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +20,13 @@ from evaluation import plots, verifiable, words
 from evaluation.band import compare
 from evaluation.card import accuracy_table, calibration_table, coverage_table, groups_table, probes_table
 from evaluation.comparison import GATE, pairs_table, results_table, rounds_table
+from evaluation.curves import drawn, large
 from evaluation.overoptimisation import fits_table, points_table
-from evaluation.page import Block, Microscope, Plots, Sample, Shade, Table, Text, plain, write
-from evaluation.sources import KINDS, Source, find, is_number, series
+from evaluation.page import Block, Plots, Section, Table, Text, plain, write
+from evaluation.picture import picture
+from evaluation.samples import base_beside_tuned, while_it_learned
+from evaluation.sources import KINDS, Source, find
+from evaluation.verdict import verdict
 from evaluation.words import number, show
 from rlhf.doctor.diagnosis import diagnose, in_words
 from rlhf.infra import config
@@ -35,9 +39,11 @@ class Config:
     run: str = "out/demo"  # directory of a run (of train_*.py, evaluate.py, iterate.py), or of several
     out: str | None = None  # the HTML file, report.md goes beside it; none = report.html in the run
     reference: str | None = None  # directory of PPO runs of several seeds, as results/quick: is this one like them?
-    picture: str | None = None  # also an SVG file with learning curve and frontier alone, for a page about the run
+    picture: str | None = None  # also an SVG file for README: the words before and after beside the curves
+    picture_prompt: int = 1  # which held-out prompt's answers the picture quotes [picture]
 
     def __post_init__(self):
+        config.at_least(self, picture_prompt=1)
         for name, ending in (("out", ".html"), ("picture", ".svg")):
             path = getattr(self, name)
             if path is not None and not path.endswith(ending):
@@ -48,19 +54,22 @@ def main() -> None:
     cfg = config.parse(Config)
     plots.check_installed()
     sources = find(Path(cfg.run))
-    drawing = picture(sources, cfg.run) if cfg.picture else ""
+    drawing = picture(sources, cfg.run, cfg.picture_prompt) if cfg.picture else ""
     file = Path(cfg.out) if cfg.out else Path(cfg.run) / "report.html"
     title = f"Report: {Path(cfg.run).resolve().name}"
     sections, missing = build(sources)
     if cfg.reference:
         found = compare(cfg.run, cfg.reference)
-        sections = {"Beside the reference runs": found.blocks(), **sections}
+        sections = {"Beside the reference runs": Section(found.blocks()), **sections}
         print(found.verdict())
-    beside = write(title, sections, file)
+    first = [*filter(None, [verdict(sources)])]
+    beside = write(title, sections, file, first)
     files = [str(file), str(beside)]
     if cfg.picture:
         write_text(cfg.picture, drawing)
         files.append(cfg.picture)
+    for said in first:
+        print(said.sentence)
     absent = f" ({len(missing)} more have nothing to show, the page's end says why)" * bool(missing)
     print(f"The report of {len(sources)} directories, {len(sections)} sections{absent}: {', '.join(files)}")
 
@@ -68,16 +77,16 @@ def main() -> None:
 # --- what it says ---
 
 
-def build(sources: list[Source]) -> tuple[dict[str, list[Block]], list[str]]:
+def build(sources: list[Source]) -> tuple[dict[str, Section], list[str]]:
     """The sections that have something to say, and a line about each that has not."""
     sections, missing = {}, [line for source in sources for line in source.damaged]
-    for title, (make, files) in SECTIONS.items():
+    for title, (make, files, folded) in SECTIONS.items():
         if blocks := make(sources):
-            sections[title] = blocks
+            sections[title] = Section(blocks, folded)
         else:
             missing.append(f"No section {title!r}: {files}")
     if missing:
-        sections["What is missing"] = [Text(line, "note") for line in missing]
+        sections["What is missing"] = Section([Text(line, "note") for line in missing], folded=True)
     return sections, missing
 
 
@@ -172,7 +181,7 @@ def summary_tables(summary: dict) -> list[Block]:
     found = [[text, show(ppo[key])] for text, key in gains.items() if key in ppo]
     if found:
         blocks.append(Table(["comparison", "mean and 95% interval"], found))
-    if pairs := summary.get("pairwise"):
+    if len(pairs := summary.get("pairwise") or []) > 1:
         head, rows = pairs_table(pairs)
         blocks.append(Table(["a / b", *head[2:]], [[f"{a} / {b}", *cells] for a, b, *cells in rows]))
     if found := summary.get("verifiable"):
@@ -198,18 +207,7 @@ def flat(x) -> str:
 
 
 def before_after(sources: list[Source]) -> list[Block]:
-    def table(source: Source) -> list[Block]:
-        rows = [row for row in source.files["samples.jsonl"] if "before" in row]  # and one text for every other model
-        caption = (
-            f"The first {min(10, len(rows))} of {len(rows)} held-out prompts; all models draw the same random numbers"
-        )
-        return (
-            [Table(list(rows[0]), [[row[name] for name in rows[0]] for row in rows[:10]], caption, texts=True)]
-            if rows
-            else []
-        )
-
-    return each([x for x in sources if "summary.json" in x.files], "samples.jsonl", table)
+    return each([x for x in sources if "summary.json" in x.files], "samples.jsonl", base_beside_tuned)
 
 
 # --- rounds of iterate.py ---
@@ -248,28 +246,21 @@ def ends(x: dict) -> tuple[float, float, float]:
     return tuple(x[key] for key in ("mean" if "mean" in x else "value", "low", "high"))
 
 
-# --- doctor ---
+# --- curves ---
 
 
-def findings(sources: list[Source]) -> list[Block]:
-    """What is wrong with each PPO run, in the doctor's words."""
+def learned(sources: list[Source]) -> list[Block]:
+    """The four large curves of the PPO runs, and what is wrong with each, in the doctor's words."""
 
     def of_run(source: Source) -> list[Block]:
         rows = [row for row in source.files["metrics.jsonl"] if "objective/kl" in row]
         found = diagnose(rows, source.files.get("run.json", {}), source.files.get("samples.jsonl", []))
         return [Text(line) for line in in_words(found, len(rows)).split("\n")]
 
-    return each([source for source in sources if source.kind == "PPO"], "metrics.jsonl", of_run)
+    return large(sources) + each([source for source in sources if source.kind == "PPO"], "metrics.jsonl", of_run)
 
 
-# --- curves ---
-
-FIRST = ("objective/scores", "objective/kl", "judge/mean", "loss/train", "validation/")  # what a reader looks for
-GROUPS = ("objective/", "policy/", "loss/", "value/", "response/")
-FOLDED = ("returns/", "advantages/", "rollout/", "perf/", "time/")
-
-
-def curves(sources: list[Source]) -> list[Block]:
+def all_curves(sources: list[Source]) -> list[Block]:
     """Small multiples of every metric, runs of one kind together; lengths have a section of their own."""
     return drawn(
         sources, lambda name: not name.startswith(("response/length", "response/eos", "response/trunc", "time/"))
@@ -285,47 +276,6 @@ def lengths(sources: list[Source]) -> list[Block]:
         return [Table(["held-out prompts", "length, tokens", "share that ends by itself"], cells)] * bool(cells)
 
     return blocks + each(sources, "summary.json", measured)
-
-
-def drawn(sources: list[Source], wanted: Callable[[str], bool]) -> list[Block]:
-    blocks, kinds = [], {}
-    for source in sources:
-        if source.files.get("metrics.jsonl"):
-            kinds.setdefault(source.kind, []).append(source)
-    for kind, group in kinds.items():
-        found = {source.name: series(source.files["metrics.jsonl"], wanted) for source in group}
-        found = {name: x for name, x in found.items() if x}
-        metrics = sorted({metric for x in found.values() for metric in x}, key=order)
-        if not metrics:
-            continue
-        still, first, more, rows = [], [], [], []
-        for metric in metrics:
-            having = {name: x[metric] for name, x in found.items() if metric in x}
-            values = np.concatenate([y for _, y in having.values()])
-            for name, (_, y) in having.items():
-                cells = (f"{v:.4g}" for v in (y[0], y[-1], y.min(), y.max()))
-                rows.append([metric, *[name] * (len(found) > 1), *cells, str(len(y))])
-            if len(values) > 1 and values.min() == values.max():
-                still.append(f"{metric} {values[0]:.4g}")
-                continue
-            alt = f"{metric}: " + "; ".join(
-                f"{name} from {y[0]:.3g} to {y[-1]:.3g} over {len(y)} points" for name, (_, y) in having.items()
-            )
-            lines = [having.get(name, ([], [])) for name in found]
-            drawing = plots.svg(f"{kind} {metric}", plain(alt), [plots.lines(lines, metric)])
-            (more if metric.startswith(FOLDED) else first).append(drawing)
-        if len(kinds) > 1:
-            blocks.append(Text(kind, "h3"))
-        head = ["metric", *["run"] * (len(found) > 1), "first", "last", "smallest", "largest", "points"]
-        blocks += [Plots(first, list(found))] * bool(first)
-        blocks += [Plots(more, list(found), folded="More curves: returns, advantages, rollout, speed")] * bool(more)
-        blocks += [Text(f"Constant: {', '.join(still)}.")] * bool(still)
-        blocks.append(Table(head, rows, folded="The numbers of the curves"))
-    return blocks
-
-
-def order(metric: str) -> tuple:
-    return (*(not metric.startswith(start) for start in FIRST + GROUPS), metric)
 
 
 # --- frontier and over-optimisation ---
@@ -460,98 +410,18 @@ def new_distribution(source: Source) -> list[Block]:
     return [Table(head, rows)] * bool(rows)
 
 
-# --- samples ---
-
-SHADES = {  # what a token can be coloured by -> its meaning
-    "kl": "log-prob minus reference",
-    "logprobs": "log-prob",
-    "values": "value",
-    "rewards": "reward",
-    "advantages": "advantage",
-}
-
-
-def samples(sources: list[Source]) -> list[Block]:
-    """The first and the last responses that each PPO run kept; one microscope, as its colours are chosen once."""
-    chosen = []
-    for source in sources:
-        rows = [x for x in source.files.get("samples.jsonl", []) if isinstance(x.get("response"), str)]
-        steps = sorted({x["step"] for x in rows if is_number(x.get("step"))})
-        for step in dict.fromkeys(steps[:1] + steps[-1:]):
-            chosen += [(source.name, x) for x in rows if x.get("step") == step][:6]
-    if not chosen:
-        return []
-    made = list(looked_at(chosen))
-    shades = []
-    for name, text in SHADES.items():
-        known = [abs(v) for sample in made for v in sample.values.get(name, ()) if v is not None]
-        if known and max(known) > 0:
-            shades.append(Shade(name, text, float(np.quantile(known, 0.95)) or max(known)))
-    made = [
-        Sample(x.prompt, x.tokens, x.head, {s.name: x.values.get(s.name, [None] * len(x.tokens)) for s in shades})
-        for x in made
-    ]
-    told = "∅ ends a response." if shades else "No numbers per token: this samples.jsonl is older than they are."
-    return [Text(f"The first and the last responses kept, the prompt in bold. {told}"), Microscope(made, shades)]
-
-
-def looked_at(chosen: list[tuple[str, dict]]) -> Iterator[Sample]:
-    for name, x in chosen:
-        numbers = [f"{key} {x[key]:.2f}" for key in ("score", "kl") if is_number(x.get(key))]
-        head = f"{name}, step {x['step']}: {', '.join(numbers)}"
-        tokens = x.get("tokens")
-        if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-            yield Sample(str(x.get("prompt", "")), [f" → {x['response']}"], head, {})
-            continue
-        columns = {key: x.get(key) for key in ("logprobs", "ref_logprobs", "values", "rewards", "advantages")}
-        values = {
-            key: [v if is_number(v) else None for v in column]
-            for key, column in columns.items()
-            if isinstance(column, list) and len(column) == len(tokens)
-        }
-        if {"logprobs", "ref_logprobs"} <= values.keys():
-            pairs = zip(values["logprobs"], values.pop("ref_logprobs"))
-            values["kl"] = [None if a is None or b is None else a - b for a, b in pairs]
-        yield Sample(str(x.get("prompt", "")), tokens, head, values)
-
-
-# --- the picture ---
-
-
-def picture(sources: list[Source], run: str) -> str:
-    """Score, KL and the frontier beside each other: of the first PPO run, and of the first evaluation."""
-    trained = next((x for x in sources if x.kind == "PPO" and x.files.get("metrics.jsonl")), None)
-    judged = next((x for x in sources if "rows" in x.files.get("summary.json", {})), None)
-    if not (trained and judged):
-        what = "metrics.jsonl of train_ppo.py" if not trained else "summary.json of evaluate.py"
-        raise ValueError(f"--picture shows a PPO run and its evaluation: {run} has no {what}")
-    found = series(trained.files["metrics.jsonl"], lambda name: name in ("objective/scores", "objective/kl"))
-    try:
-        score, kl = found["objective/scores"], found["objective/kl"]
-        panel, alt = frontier_panel(judged.files["summary.json"]["rows"], "judge", "independent judge")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"--picture: unexpected content in {trained.name} or {judged.name} of {run}: {error}"
-        ) from None
-    panels = [
-        plots.lines([score], "mean score of the responses", "PPO iteration"),
-        plots.lines([kl], "KL to the base, nats per response", "PPO iteration"),
-        panel,
-    ]
-    said = f"Score from {score[1][0]:.2f} to {score[1][-1]:.2f}, KL from {kl[1][0]:.1f} to {kl[1][-1]:.1f} nats. {alt}"
-    return plots.standalone(plots.svg("picture", said, panels, (10, 2.9)))
-
-
-SECTIONS: dict[str, tuple[Callable[[list[Source]], list[Block]], str]] = {  # title -> its blocks, and what they need
-    "Results": (results, "summary.json, by evaluate.py"),
-    "What was run": (runs, "run.json, by train_*.py"),
-    "Rounds": (rounds, "rounds.json, by iterate.py"),
-    "What the doctor says": (findings, "metrics.jsonl, by train_ppo.py"),
-    "Learning curves": (curves, "metrics.jsonl, by train_*.py"),
-    "KL and reward": (frontier, "summary.json, by evaluate.py"),
-    "Over-optimisation": (overoptimisation, "overoptimisation.json, by evaluate.py overoptimisation"),
-    "Length": (lengths, "metrics.jsonl, by train_ppo.py, or summary.json"),
-    "Reward models": (reward_models, "report.json, by train_rm.py, or card.json, by evaluate.py rm"),
-    "Samples": (samples, "samples.jsonl, by train_ppo.py"),
-    "Before and after": (before_after, "summary.json and samples.jsonl, by evaluate.py"),
+SECTIONS: dict[
+    str, tuple[Callable[[list[Source]], list[Block]], str, bool]
+] = {  # title -> its blocks, what they need, folded
+    "How it learned": (learned, "metrics.jsonl, by train_ppo.py", False),
+    "Before and after": (before_after, "summary.json and samples.jsonl, by evaluate.py", False),
+    "Results": (results, "summary.json, by evaluate.py", False),
+    "Rounds": (rounds, "rounds.json, by iterate.py", False),
+    "KL and reward": (frontier, "summary.json, by evaluate.py", True),
+    "Over-optimisation": (overoptimisation, "overoptimisation.json, by evaluate.py overoptimisation", True),
+    "Reward models": (reward_models, "report.json, by train_rm.py, or card.json, by evaluate.py rm", True),
+    "All curves": (all_curves, "metrics.jsonl, by train_*.py", True),
+    "Length": (lengths, "metrics.jsonl, by train_ppo.py, or summary.json", True),
+    "Samples while it learned": (while_it_learned, "samples.jsonl, by train_ppo.py", True),
+    "What was run": (runs, "run.json, by train_*.py", True),
 }

@@ -13,7 +13,7 @@ from rlhf.infra.files import read_json, read_lines
 
 DEPTH = 3  # levels of directories below --run
 JSON = ("run.json", "report.json", "card.json", "summary.json", "overoptimisation.json", "rounds.json")
-LINES = ("metrics.jsonl", "samples.jsonl")
+LINES = ("metrics.jsonl", "samples.jsonl", "tokens.jsonl")
 
 
 @dataclass(frozen=True)

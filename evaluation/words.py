@@ -29,6 +29,14 @@ def number(x: float | None, form: str = ".3f") -> str:
     return "-" if x is None else f"{x:{form}}"
 
 
+def brief(x: float, sign: str = "") -> str:
+    """.35, -1.29, 12.4: three digits at most, without the 0 before the point."""
+    if not math.isfinite(x):
+        return "-"
+    text = f"{x:{sign}.{2 if abs(x) < 9.995 else 1 if abs(x) < 99.95 else 0}f}"
+    return text.replace("0.", ".", 1) if text.lstrip("+-").startswith("0.") else text
+
+
 class Table(NamedTuple):
     """What Markdown and the report both show, built once by the measurement."""
 

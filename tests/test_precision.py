@@ -23,11 +23,12 @@ from model.lora import LoRALinear
 from rlhf.functional import logprobs_and_entropy
 from rlhf.infra import optim
 from rlhf.infra.distributed import Dist
+from rlhf.infra.healthy import TOLERANCE
 from rlhf.infra.precision import has_fast_bf16, stored_precision
 from rlhf.lm.trunks import LoRA
 from rlhf.ppo.roles import LAYOUTS, Roles
 from rlhf.ppo.rollout import judge
-from rlhf.ppo.self_check import TOLERANCE, self_check
+from rlhf.ppo.self_check import self_check
 
 BF16 = optim.amp(torch.device("cpu"), "bf16")
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)

@@ -24,6 +24,7 @@ from tiny import ROOT, SMALL, World
 from torch.distributed.run import get_args_parser
 
 from rlhf.infra import config
+from rlhf.infra.healthy import HEALTHY
 
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 DOCS = [ROOT / "README.md", *PAGES]
@@ -363,6 +364,16 @@ def test_glossary_explains_every_metric():
     grouped = {name for name in PPO_METRICS if "/" in name and not name.startswith(groups)}
     variants = {f"{name.rpartition('_')[0]}_{end}" for name in explained for end in ("mean", "max")}
     assert sorted(grouped - explained - variants) == []
+
+
+def test_glossary_has_the_bands_of_the_code():
+    """What report, live view and doctor draw and say is what the page says."""
+    text = (ROOT / "docs/curves.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in text[text.index("## Metrics") :].splitlines() if line.startswith("| `")]
+    for name, known in HEALTHY.items():
+        group, _, rest = name.rpartition("/")
+        cells = next(row for row in rows if f"`{name}`" in row[0] or f"{group}/" in row[0] and f"`{rest}`" in row[0])
+        assert known.rule in cells[2], (name, cells)
 
 
 def test_options_named_in_the_text_exist():

@@ -16,7 +16,9 @@ from test_page import BROWSERS, accessible
 from tiny import ROOT
 
 from evaluation import report
-from evaluation.page import Microscope, Sample, Shade, Table, Text, colour, escape_markdown
+from evaluation.page import STEPS, Beside, Microscope, Sample, Shade, Table, Text, colour, escape_markdown
+from evaluation.picture import picture
+from evaluation.sources import series
 from rlhf.infra import config
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra plot)")
@@ -80,6 +82,10 @@ FILES = {
         "new_distribution": {"tuned": {"rm": {"pairs": 4, "accuracy": I, "ece": I}, "gain": {"old": I}}},
     },
     "samples.jsonl": [{"before": "a " + HOSTILE, "after": "b"}],
+    "tokens.jsonl": [{"prompt": HOSTILE, **{name: {
+        "tokens": ["a", HOSTILE, ""], "logprobs": [-1.0, -2.0, None], "ref_logprobs": [-4.5, -1.0, 0.0],
+        "judge": 0.25, "reward": x}
+        for name, x in (("before", None), ("after", 2.5))}}],
     "study/overoptimisation.json": {
         "rows": [{"curve": None, "name": "base"} | POINT, {"curve": "best_of_n", "name": "best of 2"} | POINT,
                  {"curve": "ppo", "name": "PPO, 4 iterations"} | POINT],
@@ -174,7 +180,9 @@ def test_everything(tmp_path, monkeypatch, capsys):
         == sum(name == "aria-label" for name, _ in seen.attributes) - page.count('class="scroll"') - 1
     )
     for found in (
+        "The judge rose by +.50 [.25, .75] at 3.0 nats; tuned answers win 50%.",
         "0.400 [0.250, 0.750]",
+        "judge .25, reward 2.50",
         "SIMULATED by rm",
         "refused",
         "<= 0.64",
@@ -220,7 +228,7 @@ def test_damaged_files_are_left_out_with_a_line(tmp_path, monkeypatch, undrawn, 
     run = lay_out(tmp_path / "r", {"ppo/metrics.jsonl": ppo_rows()})
     (run / "summary.json").write_text(damage)
     page, text = make(monkeypatch, run)
-    assert "Left out, r/summary.json" in page and "Left out, r/summary.json" in text and "Learning curves" in page
+    assert "Left out, r/summary.json" in page and "Left out, r/summary.json" in text and "All curves" in page
     check_page(page)
 
 
@@ -260,8 +268,8 @@ def test_no_file_gives_a_traceback(tmp_path_factory, case):
             "evaluation.plots.svg", lambda *a: "<svg/>"
         )  # drawing is tested above; here it would take minutes
         sections, _ = report.build(report.find(lay_out(path, {name: content, "metrics.jsonl": ppo_rows()})))
-    for blocks in sections.values():
-        for block in blocks:
+    for section in sections.values():
+        for block in section.blocks:
             block.html(), block.markdown()
 
 
@@ -272,7 +280,7 @@ def test_no_file_gives_a_traceback(tmp_path_factory, case):
         (["--run=empty"], "holds no run"),
         (["--run=ppo", "--out=page.txt"], "must end in .html"),
         (["--run=ppo", "--picture=p.png"], "must end in .svg"),
-        (["--run=ppo", "--picture=p.svg"], "has no summary.json"),
+        (["--run=ppo", "--picture=p.svg"], "has no summary.json and samples.jsonl"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, options, said):
@@ -294,12 +302,18 @@ def test_without_matplotlib(monkeypatch, tmp_path):
 
 
 def test_the_picture(tmp_path):
-    run = lay_out(tmp_path / "r", {name: FILES[name] for name in ("ppo/run.json", "ppo/metrics.jsonl", "summary.json")})
-    text = report.picture(report.find(run), "r")
-    seen = Reader(text)
-    assert seen.tags[0] == "svg" and seen.open == [] and "script" not in seen.tags
-    assert "Score from 0.00 to 0.40, KL from 0.0 to 2.0 nats" in text and "tuned 0.400 at 3.00 nats" in text
-    assert not re.search(r"#0101\w\w|https?://(?!www\.w3\.org/)", text)
+    summary = {"judge_before": 0.5, "judge_after": 0.5, "win_rate_judge": {"mean": 0.75}}
+    summary = FILES["summary.json"] | {"ppo": FILES["summary.json"]["ppo"] | summary}
+    files = {name: FILES[name] for name in ("ppo/run.json", "ppo/metrics.jsonl", "samples.jsonl")}
+    texts = [{"before": "a", "after": "b"}, {"before": "the film is " + HOSTILE, "after": "the film is good & loved"}]
+    run = lay_out(tmp_path / "r", files | {"summary.json": summary, "samples.jsonl": texts})
+    text = picture(report.find(run), "r", 2)
+    seen = check_page(text)
+    assert seen.tags[0] == "svg" and {*seen.tags} <= {"svg", "style", "rect", "text", "tspan", "line", "polyline"}
+    assert "Score from 0.00 to 0.40, KL from 0.0 to 2.0 nats" in text and "75%" in seen.text and len(text) < 10_000
+    assert '<tspan class="new">good &amp; loved</tspan>' in text and "the film is <tspan" in text
+    with pytest.raises(ValueError, match="--picture_prompt=3: r has answers to 2 prompts"):
+        picture(report.find(run), "r", 3)
 
 
 @pytest.mark.parametrize("script", [script for script, _ in report.KINDS.values()])
@@ -317,18 +331,25 @@ def test_blocks():
     assert escape_markdown("a_b _c_ [x](y) *z*") == "a_b \\_c\\_ [x]\\(y) \\*z\\*"
     shown = Microscope([Sample("p", ["a", ""], "head", {"kl": [0.5, None]})], [Shade("kl", "KL", 1.0)]).html()
     assert "∅" in shown and 'title="KL +0.500"' in shown and 'title="KL -"' in shown
+    pair = [Sample("p", ["<x>", "y"], "", {"kl": [2.0, -0.5]}), Sample("p", ["z"], "", {})]
+    columns = Beside(["base", "tuned"], [pair], Shade("kl", "KL", 1.0, "less", "more")).html()
+    assert f"--kl: var(--w{STEPS})" in columns and f"--kl: var(--c{STEPS // 2})" in columns and "&lt;x&gt;" in columns
+    assert '<span class="t">z</span>' in columns and "-1 less" in columns and "+1 more" in columns
 
 
 @given(st.floats(-10, 10), st.floats(0.01, 10))
 def test_colours_have_a_sign_and_end_somewhere(x, scale):
-    warm, part = re.fullmatch(r"rgb\((224 102 47|47 127 224) / (\d\.\d\d)\)", colour(x, scale)).groups()
-    assert (warm[:3] == "224") == (x > 0) and abs(float(part) - 0.55 * min(1, abs(x) / scale)) < 0.0051
-    assert colour(None, scale).endswith("/ 0.00)")
+    found = re.fullmatch(r"none|var\(--([wc])(\d+)\)", colour(x, scale))
+    letter, step = found.groups() if found[1] else ("", 0)
+    assert (
+        letter in ("w" if x > 0 else "c", "") and abs(int(step) / STEPS - min(1, abs(x) / scale)) <= 0.5 / STEPS + 1e-9
+    )
+    assert colour(None, scale) == "none"
 
 
 def test_series_keep_finite_numbers():
     rows = [{"step": 0, "a": 1.0, "b": None}, {"step": 1, "a": True, "b": "x"}, {"a": 3.0}, {"step": 2, "a": 2}]
-    found = report.series(rows, lambda name: True)
+    found = series(rows, lambda name: True)
     assert found.keys() == {"a"} and np.array_equal(found["a"], [[0, 2], [1, 2]])
 
 
@@ -373,21 +394,23 @@ def opened(browser, file: Path, **kwargs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [1200, 360])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_report_in_a_browser(browser, tmp_path, monkeypatch, width, scheme):
+def test_report_in_a_browser(browser, tmp_path, monkeypatch):
     """No word on the console, no request, no sideways scrolling, nothing that axe finds wrong; the colours can be chosen."""
     run = lay_out(tmp_path / "all", FILES)
     make(monkeypatch, run)
-    page, said = opened(browser, run / "report.html", viewport={"width": width, "height": 800}, color_scheme=scheme)
-    assert page.evaluate("document.documentElement.scrollWidth") == width
-    before = page.eval_on_selector(".t", "x => getComputedStyle(x).backgroundColor")
-    page.check("#shade-advantages")
-    assert page.eval_on_selector_all(".t", "x => x.map(y => y.style.getPropertyValue('--advantages'))")[1].startswith(
-        "rgb(47"
-    )
-    assert page.eval_on_selector(".t", "x => getComputedStyle(x).backgroundColor") != before
-    assert accessible(page) == [] and said == [(run / "report.html").as_uri()]
+    for width, scheme in ((1200, "light"), (360, "dark")):
+        view = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme}
+        page, said = opened(browser, run / "report.html", **view)
+        assert page.locator(".plots.large figure").count() >= 2 and page.locator("details[open]").count() == 0
+        assert accessible(page) == []
+        page.evaluate("document.querySelectorAll('details').forEach(x => { x.open = true })")
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        shown = ".microscope .t"
+        before = page.eval_on_selector(shown, "x => getComputedStyle(x).backgroundColor")
+        page.check("#shade-advantages")
+        assert page.eval_on_selector(shown, "x => getComputedStyle(x).backgroundColor") != before
+        assert page.locator(".microscope .scale:visible").count() == 1
+        assert accessible(page) == [] and said == [(run / "report.html").as_uri()]
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -117,6 +118,14 @@ def test_ppo_then_evaluation(world, tmp_path):
     assert list(summary["rows"]) == ["base", "tuned", "best of 4"] and summary["rows"]["base"]["kl"] == 0
     pairs = lines(out / "samples.jsonl")
     assert len(pairs) == summary["prompts"] == 5 and pairs[0].keys() == {"before", "after"}
+    for pair, row in zip(pairs, lines(out / "tokens.jsonl"), strict=True):
+        for when in ("before", "after"):
+            answer = row[when]
+            assert pair[when] == row["prompt"] + "".join(answer["tokens"])
+            log_ratio = np.subtract(answer["logprobs"], answer["ref_logprobs"])
+            assert len(log_ratio) == len(answer["tokens"]) and np.all(np.array(answer["logprobs"]) <= 0)
+            if when == "after":
+                assert log_ratio.sum() == pytest.approx(answer["kl"], abs=1e-2)
     assert (out / "results.md").read_text().strip() in done.out
     assert done.out.count("before:") == 5
 

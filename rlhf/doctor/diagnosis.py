@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from rlhf.infra.files import read_json
+from rlhf.infra.healthy import FIRST, HEALTHY, TOLERANCE, mean
 
-FEW_ROWS, FEW_SAMPLES = 5, 16  # below these nothing is said
+FEW_ROWS, FEW_SAMPLES = FIRST, 16  # below these nothing is said
 
 
 class Finding(NamedTuple):
@@ -40,10 +41,10 @@ class Facts:
         return np.array([np.nan if row[name] is None else row[name] for row in self.rows], dtype=float)
 
     def start(self, name: str) -> float:
-        return mean(self.column(name)[:5])
+        return mean(self.column(name)[:FIRST])
 
     def end(self, name: str) -> float:
-        return mean(self.column(name)[-5:])
+        return mean(self.column(name)[-FIRST:])
 
     def sample_scores(self) -> np.ndarray:
         return np.array([row["score"] for row in self.samples if is_number(row.get("score"))], dtype=float)
@@ -51,11 +52,6 @@ class Facts:
 
 def is_number(x) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool)
-
-
-def mean(x: np.ndarray) -> float:
-    x = x[np.isfinite(x)]
-    return float(x.mean()) if len(x) else float("nan")
 
 
 def diagnose(
@@ -136,7 +132,7 @@ def no_learning(facts: Facts) -> Iterator[Finding]:
 
 def clip_range(facts: Facts) -> Iterator[Finding]:
     clipfrac, approxkl = (facts.column(f"policy/{name}") for name in ("clipfrac", "approxkl"))
-    if len(clipfrac) and np.nanmedian(clipfrac) > 0.25 and np.nanmedian(approxkl) < 1e-2:
+    if len(clipfrac) and np.nanmedian(clipfrac) > HEALTHY["policy/clipfrac"].high and np.nanmedian(approxkl) < 1e-2:
         yield Finding(
             "clip 0",
             f"{np.nanmedian(clipfrac):.0%} of the tokens are clipped in the median iteration, though old and new policy are "
@@ -164,7 +160,7 @@ def no_penalty(facts: Facts) -> Iterator[Finding]:
     if len(coef) and np.nanmax(np.abs(coef)) == 0:
         yield Finding(
             "kl 0",
-            f"kl_coef is 0 in all iterations; KL to the reference went to {mean(kl[-5:]):.1f} nats, entropy from "
+            f"kl_coef is 0 in all iterations; KL to the reference went to {mean(kl[-FIRST:]):.1f} nats, entropy from "
             f"{facts.start('objective/entropy'):.1f} to {facts.end('objective/entropy'):.1f}, distinct_2 from "
             f"{facts.start('response/distinct_2'):.2f} to {facts.end('response/distinct_2'):.2f}",
             "Nothing holds the policy near the reference: it ends at whatever the reward overrates",
@@ -208,7 +204,7 @@ def length_reward(facts: Facts) -> Iterator[Finding]:
 
 def small_penalty(facts: Facts) -> Iterator[Finding]:
     kl, start, end = facts.end("objective/kl"), facts.start("response/distinct_2"), facts.end("response/distinct_2")
-    if kl > 10 and end < 0.6 * start:
+    if kl > HEALTHY["objective/kl"].high and end < HEALTHY["response/distinct_2"].low * start:
         yield Finding(
             "kl_coef too small",
             f"KL to the reference is {kl:.1f} nats, and distinct_2 fell from {start:.2f} to {end:.2f}",
@@ -242,9 +238,10 @@ def random_reward(facts: Facts) -> Iterator[Finding]:
 def sampler_mismatch(facts: Facts) -> Iterator[Finding]:
     """Of the largest difference in float32; in half precision of the mean: there one rare token alone may be nats away."""
     precision = facts.options.get("precision", "fp32")
-    half = {"fp16": 2e-2, "bf16": 1e-1}.get(precision)  # what the check before the first update allows too
+    half = None if precision == "fp32" else TOLERANCE.get(precision)
     gap = facts.column("rollout/logprob_diff_max" if half is None else "rollout/logprob_diff_mean")
-    limit, what = (1e-2, "by up to") if half is None else (half, "on average by")
+    # in float32 ten times what the check before the first update allows: here every later policy counts
+    limit, what = (10 * TOLERANCE["fp32"], "by up to") if half is None else (half, "on average by")
     if len(gap) and np.nanmax(gap) > limit:
         yield Finding(
             "sampler and trainer disagree",

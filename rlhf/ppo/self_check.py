@@ -9,14 +9,12 @@ from torch import Tensor
 from model.generate import warp_logits
 from rlhf.functional import masked_mean
 from rlhf.infra.distributed import Dist
+from rlhf.infra.healthy import TOLERANCE
 from rlhf.infra.metrics import say
 from rlhf.ppo.roles import ActorCritic
 from rlhf.ppo.rollout import Rollout
 from rlhf.reward.model import Score
 
-# nats per token that two forwards may differ by: in float32 the largest difference, in half precision, where that grows with
-# the number of tokens, the mean (SmolLM2-135M in bf16: mean .032 to .034, largest .18 on 16 rows and .25 on 64)
-TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
 FEW_ROWS = 8  # whose distributions are looked at for EOS: (tokens, V) in float32
 LEAST_EOS = 1e-6  # a policy whose best chance to end is below this will never be seen to end
 

@@ -1,0 +1,153 @@
+"""What a report says first: one sentence, and the few numbers that it rests on, in words with the metric's name beside it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from evaluation.page import escape, escape_markdown
+from evaluation.sources import Source, series
+from evaluation.words import brief, estimate_of
+from rlhf.infra.healthy import FIRST, mean
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One number that a reader takes home."""
+
+    number: str
+    words: str
+    name: str  # the metric's, as the files spell it
+
+
+@dataclass(frozen=True)
+class Verdict:
+    sentence: str
+    facts: Sequence[Fact]
+    note: str = ""
+
+    def html(self) -> str:
+        tiles = "".join(
+            f"<li><b>{escape(x.number)}</b><span>{escape(x.words)}</span><code>{escape(x.name)}</code></li>"
+            for x in self.facts
+        )
+        note = f"<p>{escape(self.note)}</p>" if self.note else ""
+        return f'<p class="verdict">{escape(self.sentence)}</p><ul class="facts">{tiles}</ul>{note}'
+
+    def markdown(self) -> str:
+        lines = [f"- {x.number} {x.words} ({x.name})" for x in self.facts]
+        texts = [f"**{escape_markdown(self.sentence)}**", "\n".join(map(escape_markdown, lines))]
+        return "\n\n".join(filter(None, [*texts, escape_markdown(self.note)]))
+
+
+def verdict(sources: Sequence[Source]) -> Verdict | None:
+    """Of the strongest evidence there is: an evaluation, rounds, a run of PPO, a reward model; None where there is none of
+    them, or where what there is cannot be read, which its section says.
+    """
+    for file, say in SAYERS:
+        for source in sources:
+            if file in source.files:
+                try:
+                    if found := say(source):
+                        return found
+                except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+                    continue
+    return None
+
+
+def of_evaluation(source: Source) -> Verdict | None:
+    """The last model against the base, by the judge, or by the reward where there is no judge."""
+    summary = source.files["summary.json"]
+    ppo, rows, prompts = summary["ppo"], summary["rows"], summary["prompts"]
+    what = next((x for x in ("judge", "reward") if f"{x}_gain" in ppo), None)
+    if what is None:
+        return None
+    gain, wins = estimate_of(ppo[f"{what}_gain"]), ppo.get(f"win_rate_{what}")
+    base, tuned = rows["base"], [row for name, row in rows.items() if not name.startswith("best of")][-1]
+    won = f"; tuned answers win {wins['mean']:.0%}" if wins else ""
+    if gain.low > 0 or gain.high < 0:
+        moved = f"{'rose' if gain.low > 0 else 'fell'} by {brief(gain.value, '+')} {interval(gain)}"
+    else:
+        moved = f"tells no difference: {brief(gain.value, '+')} {interval(gain)}"
+    facts = [
+        Fact(
+            f"{brief(base[what]['mean'])} → {brief(tuned[what]['mean'])}",
+            f"what the {what} says, before and after",
+            what,
+        )
+    ]
+    if wins:
+        low, high = wins["low"], wins["high"]
+        words = (
+            f"of {prompts} held-out prompts have the better answer from the tuned model; 95%: {low:.0%} to {high:.0%}"
+        )
+        facts.append(Fact(f"{wins['mean']:.0%}", words, f"win_rate_{what}"))
+    facts.append(Fact(f"{tuned['kl']:.1f} nats", "away from the base, per answer", "kl"))
+    if "distinct_3" in base and "distinct_3" in tuned:
+        change = f"{base['distinct_3']:.1%} → {tuned['distinct_3']:.1%}"
+        facts.append(Fact(change, "of all runs of three tokens are different: variety", "distinct_3"))
+    best = [name for name in rows if name.startswith("best of") and what in rows[name]]
+    free = rows[best[-1]][what]["mean"] - base[what]["mean"] if best else 0
+    note = f"Without any training, the {best[-1]} samples of the base gains {brief(free, '+')}." if best else ""
+    if what == "reward":
+        note = f"No judge was asked but the reward that was trained on. {note}".strip()
+    sentence = f"The {what} {moved} at {tuned['kl']:.1f} nats{won}."
+    return Verdict(sentence, facts, note)
+
+
+def of_rounds(source: Source) -> Verdict | None:
+    content = source.files["rounds.json"]
+    found = content["rounds"]
+    if not found:
+        return None
+    first, last = estimate_of(found[0]["judge_base"]), estimate_of(found[-1]["judge"])
+    promoted, votes = sum(bool(x["promoted"]) for x in found), sum(x["votes"] for x in found[-1:])
+    facts = [
+        Fact(f"{promoted} of {len(found)}", "rounds made the model better beyond chance", "promoted"),
+        Fact(f"{votes}", f"pairs decided by: {content['rater']}", "votes"),
+        Fact(f"{found[-1]['kl']:.1f} nats", "away from the base, per answer", "kl"),
+    ]
+    count = f"{len(found)} round{'s' * (len(found) > 1)}"
+    return Verdict(
+        f"In {count} the judge went from {brief(first.value)} to {brief(last.value)} {interval(last)}.", facts
+    )
+
+
+def of_training(source: Source) -> Verdict | None:
+    """A run of PPO that nobody has evaluated yet."""
+    found = series(source.files["metrics.jsonl"], lambda name: name in ("objective/scores", "objective/kl"))
+    if source.kind != "PPO" or len(found) < 2:
+        return None
+    scores, kl = found["objective/scores"][1], found["objective/kl"][1]
+    start, end, far = mean(scores[:FIRST]), mean(scores[-FIRST:]), mean(kl[-FIRST:])
+    so_far = "" if "report.json" in source.files else " so far"
+    facts = [
+        Fact(f"{brief(start)} → {brief(end)}", "mean reward, first and last five iterations", "objective/scores"),
+        Fact(f"{far:.1f} nats", "away from the base, per answer", "objective/kl"),
+        Fact(str(len(scores)), f"iterations{so_far}", "step"),
+    ]
+    sentence = (
+        f"The reward went from {brief(start)} to {brief(end)} at {far:.1f} nats{so_far}; no judge has seen it yet."
+    )
+    return Verdict(sentence, facts, "python evaluate.py --base=... --tuned=... asks one, on held-out prompts.")
+
+
+def of_reward_model(source: Source) -> Verdict | None:
+    report = source.files["report.json"]
+    right, baselines = report["accuracy"], report["baselines"]
+    facts = [Fact(f"{right['all']:.0%}", "of held-out pairs are ranked as people rank them", "accuracy")]
+    names = {"length": "by length alone", "rules": "by the rules of the data", "one_rater": "by one person"}
+    facts += [Fact(f"{baselines[x]['all']:.0%}", text, x) for x, text in names.items() if x in baselines]
+    least = f", where length alone ranks {baselines['length']['all']:.0%}" if "length" in baselines else ""
+    return Verdict(f"The reward model ranks {right['all']:.0%} of held-out pairs right{least}.", facts)
+
+
+SAYERS: Sequence[tuple[str, Callable[[Source], Verdict | None]]] = (
+    ("summary.json", of_evaluation),
+    ("rounds.json", of_rounds),
+    ("metrics.jsonl", of_training),
+    ("report.json", of_reward_model),
+)
+
+
+def interval(x) -> str:
+    """[.28, .41] of an Estimate."""
+    return f"[{brief(x.low)}, {brief(x.high)}]"
