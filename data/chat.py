@@ -121,6 +121,21 @@ class Chat:
         (whole,) = self._rendered(messages, [(len(messages), add_generation_prompt)])
         return self._ids(whole, 0, len(whole.text))
 
+    def begin(self, messages: Sequence[dict], words: str) -> list[int]:
+        """Ids of a history and of an answer that is begun with these words, up to where it goes on.
+
+        Spaces around the words are the template's to keep or drop. ValueError where it does not show them.
+        """
+        whole, turns = self._turns([*messages, {"role": "assistant", "content": words}])
+        start, text = len(turns[-1].asked.text), whole.text
+        stop = max((first for first, _ in whole.control if first >= start), default=len(text))
+        at = text.rfind(words, start, stop)
+        words = words if at >= 0 else words.strip()
+        at = text.rfind(words, start, stop)
+        if at < 0 or not begins(whole, turns[-1].asked):
+            raise ValueError(f"the chat template does not show the answer that begins with {words!r:.60}")
+        return self._ids(whole, 0, start) + self._ids(whole, start, at + len(words))
+
     def segments(self, messages: Sequence[dict], add_generation_prompt: bool = False) -> list[Segment]:
         """The conversation in stretches, for a loss on the assistant's words and the tokens that end them alone.
 

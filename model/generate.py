@@ -41,21 +41,26 @@ class Generated:
     finished: Tensor  # (B,) bool, True when the row ended with EOS
 
 
-def check_settings(temperature: float, top_k: int, top_p: float) -> None:
+def check_settings(temperature: float, top_k: int, top_p: float, min_p: float = 0.0) -> None:
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(
             f"temperature {temperature}, top_k {top_k}, top_p {top_p}: the first two must be >= 0, top_p in (0, 1]"
         )
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p {min_p} must be in [0, 1]")
 
 
-def warp_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Logits of the distribution that is sampled: temperature, then top-k, then top-p (HF's order). (..., V) -> same
+def warp_logits(
+    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Tensor:
+    """Logits of the distribution that is sampled: temperature, top-k, top-p, min-p (HF's order). (..., V) -> same
 
     top-k keeps every logit equal to the k-th largest; top-p drops, from the least likely up, while the dropped mass is
-    at most 1 - top_p, and never the most likely. Dropped tokens are -inf. temperature 0 keeps the argmax alone.
-    Float32 (float64 stays). ValueError for temperature < 0, top_k < 0 or top_p outside (0, 1].
+    at most 1 - top_p, and never the most likely; min-p (arXiv:2407.01082) drops what is less likely than min_p times the
+    most likely. Dropped tokens are -inf. temperature 0 keeps the argmax alone. Float32 (float64 stays).
+    ValueError for temperature < 0, top_k < 0, top_p outside (0, 1] or min_p outside [0, 1].
     """
-    check_settings(temperature, top_k, top_p)
+    check_settings(temperature, top_k, top_p, min_p)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature == 0:
         best = logits.argmax(dim=-1, keepdim=True)
@@ -70,6 +75,9 @@ def warp_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p:
         drop = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
         drop[..., -1] = False
         logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+    if min_p > 0:
+        probs = logits.softmax(dim=-1)
+        logits = logits.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), -torch.inf)
     return logits
 
 
@@ -82,22 +90,24 @@ def check_finite(numbers: Tensor) -> None:
 
 
 def sample_step(
-    logits: Tensor, uniforms: Tensor | None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, uniforms: Tensor | None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One token per row by inverse CDF: the first whose cumulative probability exceeds the row's uniform.
 
     logits (B, V), uniforms (B,) in [0, 1), or None at temperature 0 -> tokens (B,), logprobs (B,) under the sampling
     distribution, which at temperature 0 is certain: 0. ValueError for logits that give no distribution: a NaN or an
     infinity among them (-inf alone is a probability of zero).
     """
-    tokens, logprobs, witness = draw(logits, uniforms, temperature, top_k, top_p)
+    tokens, logprobs, witness = draw(logits, uniforms, temperature, top_k, top_p, min_p)
     check_finite(witness)
     return tokens, logprobs
 
 
 def draw(
-    logits: Tensor, uniforms: Tensor | None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, uniforms: Tensor | None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`sample_step` that raises nothing, so that nobody waits for a GPU: tokens, logprobs and a number (B,) that is finite
     where the row's logits gave a distribution.
     """
@@ -106,13 +116,13 @@ def draw(
             logits.split(SAMPLED_AT_ONCE),
             [None] * len(logits) if uniforms is None else uniforms.split(SAMPLED_AT_ONCE),
         )
-        return tuple(map(torch.cat, zip(*(draw(*part, temperature, top_k, top_p) for part in parts))))
-    check_settings(temperature, top_k, top_p)
+        return tuple(map(torch.cat, zip(*(draw(*part, temperature, top_k, top_p, min_p) for part in parts))))
+    check_settings(temperature, top_k, top_p, min_p)
     if temperature == 0:
         highest, token = logits.max(dim=-1)  # a NaN is the largest
         zero = torch.zeros(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
         return token, zero, highest
-    probs = warp_logits(logits, temperature, top_k, top_p).softmax(dim=-1)  # (B, V)
+    probs = warp_logits(logits, temperature, top_k, top_p, min_p).softmax(dim=-1)  # (B, V)
     token, total = inverse_cdf(probs, uniforms)
     return token, probs.gather(-1, token[:, None])[:, 0].log(), total
 

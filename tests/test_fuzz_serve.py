@@ -57,6 +57,11 @@ plausible = {
     "temperature": st.sampled_from([0, 0.01, 0.5, 1.0, 100.0]),
     "top_p": st.floats(0, 1),
     "top_k": st.integers(-2, 400),
+    "min_p": st.floats(0, 1.1),
+    "presence_penalty": st.floats(-2, 2.1),
+    "frequency_penalty": st.floats(-2, 2.1),
+    "repetition_penalty": st.floats(0, 3),
+    "logit_bias": st.dictionaries(st.integers(-1, 330).map(str), st.integers(-101, 101), max_size=4),
     "add_special_tokens": st.booleans(),
     "stop": texts | st.lists(texts, max_size=5),
     "seed": st.integers(-(2**63), 2**63),
@@ -84,10 +89,11 @@ OF = {  # fields that make an answer likely
     "/v1/votes/1/undo": ["rater"],
 }  # fmt: skip
 ROLLOUTS = {"return_token_ids", "logprobs_mode", "uniforms"}
+STEERING = {"min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"}
 FOREIGN = {
     "/v1/completions": {"messages", "top_logprobs"},
     "/v1/chat/completions": {"prompt", "echo", "add_special_tokens"} | ROLLOUTS,
-    **dict.fromkeys(("/v1/score", "/v1/tokens"), {"stop_token_ids", "ignore_eos"} | ROLLOUTS),
+    **dict.fromkeys(("/v1/score", "/v1/tokens"), {"stop_token_ids", "ignore_eos"} | ROLLOUTS | STEERING),
 }
 
 

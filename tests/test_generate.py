@@ -42,7 +42,7 @@ def response(out, row):
 # ---- the sampling distribution
 
 
-def slow_distribution(logits, temperature, top_k, top_p):
+def slow_distribution(logits, temperature, top_k, top_p, min_p=0.0):
     """Probabilities of one row, by the definitions: sort, cut, renormalise. Ties at the k-th place stay."""
     z = [x / temperature for x in logits]
     if top_k:
@@ -56,6 +56,7 @@ def slow_distribution(logits, temperature, top_k, top_p):
         if mass < top_p and probs[i] > 0:
             kept.add(i)
             mass += probs[i]
+    kept = {i for i in kept if probs[i] >= min_p * max(probs)}
     total = sum(probs[i] for i in kept)
     return [probs[i] / total if i in kept else 0.0 for i in range(len(probs))]
 
@@ -65,12 +66,12 @@ def test_warpers_equal_hf(golden_dir):
     logits, checked = torch.tensor(golden["inputs"]["logits"]), 0
     for name, expected in golden["outputs"].items():
         option, _, value = name.partition("=")
-        if option in ("temperature", "top_k", "top_p"):
+        if option in ("temperature", "top_k", "top_p", "min_p"):
             warped = warp_logits(logits, **{option: float(value) if "." in value else int(value)})
             expected = torch.tensor([[float(x) for x in row] for row in expected])
             assert torch.equal(warped, expected), name
             checked += 1
-    assert checked == 4
+    assert checked == 5
 
 
 @settings(max_examples=200)
@@ -79,15 +80,16 @@ def test_warpers_equal_hf(golden_dir):
     st.floats(0.2, 3.0),
     st.integers(0, 14),
     st.floats(0.05, 1.0),
+    st.sampled_from([0.0, 1.0]) | st.floats(0.0, 1.0),
 )
-def test_warped_probabilities_equal_the_definition(logits, temperature, top_k, top_p):
+def test_warped_probabilities_equal_the_definition(logits, temperature, top_k, top_p, min_p):
     row = torch.tensor([logits], dtype=torch.float64)
-    probs = warp_logits(row, temperature, top_k, top_p).softmax(-1)[0]
-    expected = torch.tensor(slow_distribution(logits, temperature, top_k, top_p), dtype=torch.float64)
-    if not torch.equal(probs > 0, expected > 0):  # only where the kept mass is top_p to the last bit
+    probs = warp_logits(row, temperature, top_k, top_p, min_p).softmax(-1)[0]
+    expected = torch.tensor(slow_distribution(logits, temperature, top_k, top_p, min_p), dtype=torch.float64)
+    if not torch.equal(probs > 0, expected > 0):  # only where the kept mass is top_p, or a ratio min_p, to the last bit
         cut = torch.tensor(slow_distribution(logits, temperature, top_k, 1.0), dtype=torch.float64)
         masses = cut.sort(descending=True).values.cumsum(0)
-        assert float((masses - top_p).abs().min()) < 1e-12
+        assert min(float((masses - top_p).abs().min()), float((cut / cut.max() - min_p).abs().min())) < 1e-12
         return
     assert torch.allclose(probs, expected, atol=1e-12)
 

@@ -5,11 +5,14 @@ import math
 
 import pytest
 import tiny_server
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data.chat import Chat
 from data.tokenizer import load_tokenizer
+from model.generate import warp_logits
+from model.steering import Steering
 from rlhf.serve import protocol
 from rlhf.serve.protocol import ApiError, Limits, messages_of, parse_chat, parse_completion, prompt_of, take
 
@@ -39,8 +42,7 @@ OTHER_SERVERS = {
     "min_tokens": 5, "return_tokens_as_token_ids": True, "guided_json": {"type": "object"}, "guided_regex": "a+",
     "guided_choice": ["a", "b"], "guided_grammar": "root ::= 'a'", "guided_decoding_backend": "outlines",
     "structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}, "tools": [{"type": "function"}],
-    "tool_choice": "required", "functions": [{"name": "f"}], "function_call": {"name": "f"}, "logit_bias": {"5": 1},
-    "presence_penalty": 0.1, "frequency_penalty": -1, "repetition_penalty": 1.1, "length_penalty": 0.5, "min_p": 0.05,
+    "tool_choice": "required", "functions": [{"name": "f"}], "function_call": {"name": "f"}, "length_penalty": 0.5,
     "use_beam_search": True, "bad_words": ["x"], "allowed_token_ids": [1], "truncate_prompt_tokens": 4, "prompt_logprobs": 1,
     "skip_special_tokens": False, "include_stop_str_in_output": True, "continue_final_message": True, "suffix": "x",
     "add_generation_prompt": False, "chat_template": "{{ x }}", "chat_template_kwargs": {"thinking": True}, "documents": [{}],
@@ -145,6 +147,65 @@ def test_what_a_rollout_asks_for_is_taken_or_refused_by_name(calls):
             ask(**fields)
 
 
+def test_steering_is_taken_or_refused_by_name(calls):
+    for endpoint in ("chat", "completions"):
+        ask = calls[endpoint]
+        s = ask(
+            presence_penalty=-2,
+            frequency_penalty=0.5,
+            repetition_penalty=1.2,
+            min_p=0.1,
+            logit_bias={"7": 100, "9": -1.5},
+        )
+        s = s.requests[0].sampling
+        assert (s.steering, s.min_p) == (Steering(-2.0, 0.5, 1.2, ((7, 100.0), (9, -1.5))), 0.1)
+        nothing = dict(presence_penalty=0, frequency_penalty=None, repetition_penalty=1, min_p=0, logit_bias={})
+        s = ask(**nothing).requests[0].sampling
+        assert s.steering is None and s.min_p == 0
+        for name, values in (
+            ("presence_penalty", (2.1, -3, "x")),
+            ("frequency_penalty", (-2.5,)),
+            ("repetition_penalty", (0, -1)),
+            ("min_p", (-0.1, 1.1)),
+            (
+                "logit_bias",
+                ({"x": 1}, {"-1": 1}, {"320": 1}, {"7": 101}, {"7": "a"}, {"7": True}, {" 7": 1}, [1], {"9" * 30: 1}),
+            ),
+        ):
+            for value in values:
+                with pytest.raises(ApiError) as caught:
+                    ask(**{name: value})
+                assert (caught.value.status, caught.value.param) == (400, name) and name in caught.value.message
+    with pytest.raises(ApiError, match="at most 1024"):
+        ask(logit_bias={str(i): 1 for i in range(1025)})
+    for name, value in (("presence_penalty", 1), ("repetition_penalty", 2), ("min_p", 0.1), ("logit_bias", {"7": 1})):
+        with pytest.raises(ApiError, match=f"{name} is not supported"):
+            calls["score"](**{name: value})
+
+
+def test_temperature_and_top_p_as_openai_takes_them(calls):
+    """Colder than any number is the likeliest token; top_p 0 is it alone."""
+    for asked, taken in ((0, 0.0), (1e-3, 1e-3), (1e-300, 1e-30), (2, 2.0)):
+        assert calls["chat"](temperature=asked).requests[0].sampling.temperature == taken
+    logits = torch.tensor([[3.0, 1e3, -1e4, 999.0]])
+    for how in ({"temperature": 1e-3}, {"temperature": 1e-300}, {"top_p": 0}):
+        s = calls["chat"](**how).requests[0].sampling
+        assert warp_logits(logits, s.temperature, s.top_k, s.top_p).softmax(-1).tolist() == [[0.0, 1.0, 0.0, 0.0]]
+
+
+def test_tools_that_the_model_is_told_not_to_use_pass(calls):
+    tools, functions = [{"type": "function", "function": {"name": "f"}}], [{"name": "f"}]
+    for more in ({"tools": tools, "tool_choice": "none"}, {"functions": functions, "function_call": "none"}):
+        assert calls["chat"](**more).requests
+    for more in (
+        {"tools": tools},
+        {"tools": tools, "tool_choice": "auto"},
+        {"functions": functions, "function_call": None},
+    ):
+        with pytest.raises(ApiError, match='leave them out, or send .* "none"'):
+            calls["chat"](**more)
+
+
 # ---- numbers
 
 
@@ -188,8 +249,9 @@ def test_a_number_is_taken_or_the_message_says_why_not(kind, low, high, value):
         ({"role": "assistant", "content": "", "function_call": {"name": "f"}}, "function_call"),
         ({"role": "tool", "content": "4", "tool_call_id": "1"}, "tool_call_id"),
         ({"role": "assistant", "content": "x", "audio": {"id": "a"}}, "audio"),
-        ({"role": "assistant", "content": None}, r"messages\[1\].content must be a text"),
-        ({"role": "assistant"}, r"messages\[1\].content must be a text"),
+        ({"role": "user", "content": None}, r"messages\[1\].content must be a text"),
+        ({"role": "user"}, r"messages\[1\].content must be a text"),
+        ({"role": "assistant", "content": 3}, r"messages\[1\].content must be a text"),
         ({"role": "user", "content": {"text": "x"}}, r"messages\[1\].content must be a text"),
         (
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
@@ -222,6 +284,32 @@ def test_null_fields_of_a_message_are_none():
         messages_of({"messages": [nothing, nothing | {"tool_calls": []}]})
         == [{"role": "assistant", "content": "x"}] * 2
     )
+
+
+def test_an_assistants_turn_without_words_is_empty():
+    for message in ({"role": "assistant", "content": None}, {"role": "assistant"}):
+        assert messages_of({"messages": [message]}) == [{"role": "assistant", "content": ""}]
+
+
+def test_an_answer_that_is_begun_is_continued(calls, tokenizer):
+    """Its tokens stand behind the template's opening, as a policy would have written them; spaces around it may stay."""
+    opening = calls["chat"]().prompts[0]
+    for words in ("The film is", "good", "a\n b "):
+        (request,) = calls["chat"](messages=[*HELLO, {"role": "assistant", "content": words}]).requests
+        assert request.prompt == opening + tokenizer.encode(words, "text") and not request.sampling.strip
+    for nothing in ("", None, " "):  # there is nothing to continue
+        (request,) = calls["chat"](messages=[*HELLO, {"role": "assistant", "content": nothing}]).requests
+        assert request.prompt == opening and request.sampling.strip
+    begins = [*HELLO, {"role": "assistant", "content": "The"}]
+    for name, value in (("continue_final_message", True), ("add_generation_prompt", False)):  # vLLM's
+        assert calls["chat"](messages=begins, **{name: value}).prompts[0] == opening + tokenizer.encode("The", "text")
+    trimming = "{% for m in messages %}{{ '<|im_start|>' + m.role + ':' + m.content|trim + '<|im_end|>' }}{% endfor %}"
+    trimming += "{% if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}"
+    chat = Chat(tokenizer, trimming)
+    assert chat.begin(HELLO, " The film ") == chat.render(HELLO, True) + tokenizer.encode("The film", "text")
+    hiding = "{% for m in messages %}{{ m.role }}{% endfor %}"
+    with pytest.raises(ValueError, match="does not show"):
+        Chat(tokenizer, hiding).begin(HELLO, "The film")
 
 
 # ---- bodies

@@ -8,11 +8,13 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from reference_model import FAMILIES, random_ids, small_model
 from small_rollout import moved
+from test_steering import slow_steer
 
 from data.tokenizer import SentencePieceTokenizer, train_sentencepiece
 from model import generate as sampler
 from model.generate import generate, row_uniforms
 from model.quantize import FBGEMM, FEW_ROWS, decoding_path, quantize
+from model.steering import Steering
 from rlhf.serve.scheduler import Full, Request, Sampling, Scheduler, TextStream, Token, Turns, overlap
 
 pytestmark = pytest.mark.bits
@@ -70,8 +72,11 @@ def nothing_leaked(s):
 
 
 requests = st.builds(
-    lambda prompt, n, temperature, top_k, top_p, seed, row: Request(
-        prompt, Sampling(min(n, CONTEXT - len(prompt)), temperature, top_k, top_p, (), seed, row)
+    lambda prompt, n, temperature, top_k, top_p, seed, row, min_p, steering: Request(
+        prompt,
+        Sampling(
+            min(n, CONTEXT - len(prompt)), temperature, top_k, top_p, (), seed, row, min_p=min_p, steering=steering
+        ),
     ),
     st.lists(st.integers(0, V - 1), min_size=1, max_size=20),
     st.integers(1, 12),
@@ -80,6 +85,8 @@ requests = st.builds(
     st.sampled_from([1.0, 0.8]),
     st.integers(0, 3),
     st.integers(0, 2),
+    st.sampled_from([0.0, 0.1]),
+    st.sampled_from([None, Steering(1.0, -0.5, 1.2, ((3, 2.0),))]),
 )
 
 
@@ -303,6 +310,33 @@ def test_what_ends_a_text_and_what_is_said_of_its_tokens(ignore_eos, extra, ends
             out.logprobs[0][out.mask[0]].tolist(), abs=1e-9
         )
         assert log.end(request) == ("stop" if out.finished[0] else "length")
+    MODELS["smollm2"].float()
+
+
+def test_a_steered_text_is_that_of_its_own_logits():
+    """Step by step, as the definitions of test_steering.py say it, beside others that are not steered."""
+    model = MODELS["smollm2"].double()
+    s, log = scheduler(model)
+    how = Steering(0.7, 0.4, 1.2, ((2, 3.0), (5, -100.0)))
+    sent = [
+        Request([1, 2, 3 + k], Sampling(12, 0.8, 6, 0.9, seed=k, min_p=0.02, steering=how if k % 2 else None))
+        for k in range(6)
+    ]
+    s.submit(sent)
+    run(s)
+    for request in sent[1::2]:
+        ids, uniforms = list(request.prompt), row_uniforms(request.sampling.seed, 0, [0], 12)[0]
+        for u in uniforms:
+            with torch.no_grad():
+                logits = model(torch.tensor([ids]))[0, -1].tolist()
+            row = torch.tensor([slow_steer(logits, how, request.prompt, ids[3:])], dtype=torch.float64)
+            ids.append(int(sampler.sample_step(row, u[None], 0.8, 6, 0.9, 0.02)[0]))
+        assert log.ids(request) == ids[3:] and 5 not in ids[3:]
+    for request in sent[::2]:
+        plain = copy_of(request)
+        s.submit([plain])
+        run(s)
+        assert log[plain] == log[request]
     MODELS["smollm2"].float()
 
 

@@ -241,14 +241,14 @@ def test_errors_are_those_of_the_client(client, server):
         (openai.BadRequestError, dict(prompt="a " * 200), "prompt"),
         (openai.BadRequestError, dict(max_tokens=10_000), "max_tokens"),
         (openai.BadRequestError, dict(temperature=-1), "temperature"),
-        (openai.BadRequestError, dict(temperature=1e-9), "temperature"),
-        (openai.BadRequestError, dict(top_p=0), "top_p"),
+        (openai.BadRequestError, dict(top_p=1.1), "top_p"),
         (openai.BadRequestError, dict(n=1000), "n"),
         (openai.BadRequestError, dict(stop=[""]), "stop"),
         (openai.BadRequestError, dict(prompt=[5000]), "prompt"),
         (openai.BadRequestError, dict(prompt=[]), "prompt"),
         (openai.BadRequestError, dict(logprobs=21), "logprobs"),
-        (openai.BadRequestError, dict(frequency_penalty=1.0), "frequency_penalty"),
+        (openai.BadRequestError, dict(frequency_penalty=2.1), "frequency_penalty"),
+        (openai.BadRequestError, dict(suffix="x"), "suffix"),
         (openai.BadRequestError, dict(seed="x"), "seed"),
     ]
     for kind, changes, param in cases:
@@ -297,6 +297,11 @@ def mixed(seed: int, longest: int) -> dict:
         "logprobs": rng.choice([None, 2]),
         "echo": rng.random() < 0.3,
         "stop": rng.choice([None, ["o"], ["film", "st"]]),
+        "presence_penalty": rng.choice([0, 0, 1.5]),
+        "frequency_penalty": rng.choice([0, 0, -0.5]),
+        "repetition_penalty": rng.choice([1, 1, 1.3]),
+        "logit_bias": rng.choice([None, None, {"20": 3, "300": -100}]),
+        "min_p": rng.choice([0, 0.05]),
     }
 
 

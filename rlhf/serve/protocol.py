@@ -6,22 +6,25 @@ expect; fields that we or other servers know and that we cannot honour are an er
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data.chat import Chat
 from data.tokenizer import Tokenizer
+from model.steering import Steering
 from rlhf.serve.scheduler import Request, Sampling, TextStream, Token
 
 MOST_STOPS, MOST_STOP_IDS, MOST_ALTERNATIVES = 4, 1024, 20
 LOGPROBS = ("raw_logprobs", "processed_logprobs")  # of the model, and of what is sampled from: vLLM's names
 MOST_LOGPROBS = 2**20  # that one request may ask for, some hundred bytes each
-COLDEST, HOTTEST = 0.01, 100.0  # temperatures beside 0: a colder one would overflow the logits
+MOST_BIASES = 1024
+COLDEST, HOTTEST = 1e-30, 100.0  # temperatures: colder ones than the first are taken as it, or logits would overflow
+SMALLEST_TOP_P = 1e-9  # what 0 means: the likeliest token alone
 UNSUPPORTED = {  # known fields that would change the answer, and the values at which they do not; null never does
     # OpenAI's
-    **dict.fromkeys(("presence_penalty", "frequency_penalty"), (0,)),
-    **dict.fromkeys(("logit_bias", "audio", "web_search_options"), ({},)),
-    **dict.fromkeys(("tools", "functions"), ([],)),
+    **dict.fromkeys(("audio", "web_search_options"), ({},)),
+    **dict.fromkeys(("tools", "functions"), ([],)),  # unless the model is told to use none, see `check_unsupported`
     **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
     **dict.fromkeys(("reasoning_effort", "reasoning", "thinking"), ()),
     "suffix": ("",),
@@ -29,12 +32,11 @@ UNSUPPORTED = {  # known fields that would change the answer, and the values at 
     "modalities": (["text"],),
     "verbosity": ("medium",),
     # vLLM's
-    **dict.fromkeys(("min_p", "min_tokens", "priority"), (0,)),
-    **dict.fromkeys(("repetition_penalty", "length_penalty"), (1,)),
+    **dict.fromkeys(("min_tokens", "priority"), (0,)),
+    "length_penalty": (1,),
     **dict.fromkeys(("allowed_token_ids", "bad_words", "logits_processors", "documents"), ([],)),
-    **dict.fromkeys(("include_stop_str_in_output", "use_beam_search", "continue_final_message"), (False,)),
-    "return_tokens_as_token_ids": (False,),
-    **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens", "add_generation_prompt"), (True,)),
+    **dict.fromkeys(("include_stop_str_in_output", "use_beam_search", "return_tokens_as_token_ids"), (False,)),
+    **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens"), (True,)),
     **dict.fromkeys(("truncate_prompt_tokens", "prompt_logprobs", "structured_outputs", "structural_tag"), ()),
     **dict.fromkeys(("chat_template_kwargs", "mm_processor_kwargs"), ({},)),
     "chat_template": ("",),
@@ -51,6 +53,7 @@ UNSUPPORTED = {  # known fields that would change the answer, and the values at 
     "num_beams": (1,),
 }
 GUIDED = "guided_"  # and all that begin so: guided_json, guided_regex, guided_choice, guided_grammar ...
+TOOLS = {"tools": "tool_choice", "functions": "function_call"}  # and which field says whether to use them
 OF_TOOLS = ("tool_calls", "function_call", "tool_call_id", "audio")  # of a message
 OF_COMPLETIONS = {  # that a chat has not
     **dict.fromkeys(("echo", "add_special_tokens", "return_token_ids"), (False,)),
@@ -58,11 +61,20 @@ OF_COMPLETIONS = {  # that a chat has not
     "logprobs_mode": ("raw_logprobs",),
     "uniforms": (),
 }
-OF_CHATS = {"max_completion_tokens": (), "top_logprobs": (0,)}  # that a completion has not
+OF_CHATS = {  # that a completion has not
+    "max_completion_tokens": (),
+    "top_logprobs": (0,),
+    "continue_final_message": (False,),
+    "add_generation_prompt": (True,),
+}
 OF_SAMPLING = {  # that a text which is there already has no use for
     **dict.fromkeys(("ignore_eos", "return_token_ids"), (False,)),
     **{name: OF_COMPLETIONS[name] for name in ("logprobs_mode", "uniforms")},
     "stop_token_ids": ([],),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_p"), (0,)),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    **{name: OF_CHATS[name] for name in ("continue_final_message", "add_generation_prompt")},
 }
 OF_TEXTS = OF_SAMPLING | {"add_special_tokens": (True,)}  # scores are those of training, with the start token
 
@@ -171,6 +183,23 @@ def stop_tokens(body: dict) -> tuple[int, ...]:
     return tuple(value)
 
 
+def steering(body: dict, vocab_size: int) -> Steering | None:
+    """Penalties (OpenAI's of counts, CTRL's of repetition) and biases; None where they change nothing."""
+    presence, frequency = (take(body, f"{name}_penalty", float, 0.0, -2, 2) for name in ("presence", "frequency"))
+    repetition = take(body, "repetition_penalty", float, 1.0, 0.01, 100)
+    given, bias = take(body, "logit_bias", dict, {}), []
+    if len(given) > MOST_BIASES:
+        raise ApiError(400, f"logit_bias has {len(given)} tokens; at most {MOST_BIASES} are taken", "logit_bias")
+    for word in given:
+        if not re.fullmatch("[0-9]{1,9}", word) or int(word) >= vocab_size:
+            message = f"logit_bias must be of token ids between 0 and {vocab_size - 1}, not {word!r:.40}"
+            raise ApiError(400, message, "logit_bias")
+        value = take({"logit_bias": given[word]}, "logit_bias", float, 0.0, -100, 100)
+        bias.append((int(word), value))
+    how = Steering(presence, frequency, repetition, tuple(bias))
+    return None if how == Steering() else how
+
+
 def draws(body: dict, n: int) -> tuple[int | None, int, list[int]]:
     """(seed, iteration, row of each of the n choices): what its uniforms depend on, see model.generate.row_uniforms.
 
@@ -202,6 +231,13 @@ def model_of(body: dict, names: Sequence[str]) -> int:
 def check_unsupported(body: dict, others: dict[str, tuple]) -> None:
     """ApiError for a known field that cannot be honoured. others: fields of other endpoints, at what values harmless."""
     known = UNSUPPORTED | others
+    for name, choice in TOOLS.items():
+        if body.get(name) not in (None, []) and body.get(choice) != "none":
+            message = (
+                f'{name} are not supported here: leave them out, or send {choice} "none", with which none is called'
+            )
+            raise ApiError(400, message, name, "unsupported_parameter")
+        known.pop(name)
     for name, value in body.items():
         if name.startswith(GUIDED) and value is not None or name in known and value not in (None, *known[name]):
             raise ApiError(400, f"{name} is not supported here", name, "unsupported_parameter")
@@ -227,6 +263,8 @@ def messages_of(body: dict) -> list[dict]:
                     "unsupported_parameter",
                 )  # fmt: skip
         content = message.get("content")
+        if content is None and message.get("role") == "assistant":
+            content = ""  # a turn without words
         if isinstance(content, list):
             if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
                 raise ApiError(400, f"{where}.content has parts other than text, which are not supported", "messages")
@@ -236,11 +274,21 @@ def messages_of(body: dict) -> list[dict]:
     return plain
 
 
+def begun(messages: list[dict]) -> str:
+    """The beginning of the answer, where the last message is the assistant's."""
+    return messages[-1]["content"].strip() if messages[-1]["role"] == "assistant" else ""
+
+
 def render(chat: Chat | None, messages: list[dict]) -> list[int]:
+    """Ids up to where the model writes: behind the template's opening of an answer, or behind one that is begun."""
     if chat is None:
         raise ApiError(400, "the model has no chat template; use /v1/completions", "messages")
+    *history, last = messages
     try:
-        ids = chat.render(messages, add_generation_prompt=True)
+        if begun(messages):
+            ids = chat.begin(history, last["content"])
+        else:
+            ids = chat.render(history if last["role"] == "assistant" else messages, add_generation_prompt=True)
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from None
     if not ids:
@@ -301,9 +349,20 @@ def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 # ---- calls
 
 
+def check_continuation(body: dict, messages: list[dict]) -> None:
+    """vLLM's two fields for a begun answer, which is continued without them too. ApiError where there is none."""
+    fields = (("continue_final_message", False, True), ("add_generation_prompt", True, False))
+    for name, default, other in fields:
+        if take(body, name, bool, default) == other and not begun(messages):
+            message = f"{name} {json.dumps(other)} is not supported unless the last message is the assistant's"
+            raise ApiError(400, message, name, "unsupported_parameter")
+
+
 def parse_chat(body: dict, tokenizer: Tokenizer, chat: Chat | None, limits: Limits) -> Call:
     check_unsupported(body, OF_COMPLETIONS)
-    prompts = [render(chat, messages_of(body))]
+    messages = messages_of(body)
+    check_continuation(body, messages)
+    prompts = [render(chat, messages)]
     wants = take(body, "logprobs", bool, False)
     alternatives = take(body, "top_logprobs", int, 0, 0, MOST_ALTERNATIVES)
     if alternatives and not wants:
@@ -311,7 +370,8 @@ def parse_chat(body: dict, tokenizer: Tokenizer, chat: Chat | None, limits: Limi
     longest = take(body, "max_completion_tokens", int, None, 1, limits.max_tokens)
     if longest is None:
         longest = take(body, "max_tokens", int, None, 1, limits.max_tokens)
-    return call(body, True, prompts, None, 0, longest, alternatives if wants else None, limits)
+    strip = not begun(messages)  # or a space belongs to the text
+    return call(body, tokenizer, prompts, None, 0, longest, alternatives if wants else None, limits, True, strip)
 
 
 def parse_completion(body: dict, tokenizer: Tokenizer, limits: Limits) -> Call:
@@ -333,22 +393,19 @@ def parse_completion(body: dict, tokenizer: Tokenizer, limits: Limits) -> Call:
     echo = None
     if take(body, "echo", bool, False):
         echo = texts or ["".join(token_texts(tokenizer, ids)) for ids in prompts]
-    return call(body, False, prompts, echo, skip, longest, alternatives, limits)
+    return call(body, tokenizer, prompts, echo, skip, longest, alternatives, limits)
 
 
 def call(
-    body: dict, chat: bool, prompts: list[list[int]], echo: list[str] | None, skip: int, longest: int | None,
-    alternatives: int | None, limits: Limits,
+    body: dict, tokenizer: Tokenizer, prompts: list[list[int]], echo: list[str] | None, skip: int, longest: int | None,
+    alternatives: int | None, limits: Limits, chat: bool = False, strip: bool = False,
 ) -> Call:  # fmt: skip
     n = take(body, "n", int, 1, 1, limits.choices)
     if n * len(prompts) > limits.choices:
         raise ApiError(400, f"{n} choices of {len(prompts)} prompts; at most {limits.choices} texts at once", "n")
     temperature = take(body, "temperature", float, 1.0, 0, HOTTEST)
-    if 0 < temperature < COLDEST:
-        raise ApiError(400, f"temperature must be 0, or between {COLDEST} and {HOTTEST}", "temperature")
-    top_p = take(body, "top_p", float, 1.0, 0, 1)
-    if top_p == 0:
-        raise ApiError(400, "top_p must be above 0", "top_p")
+    temperature = max(temperature, COLDEST) if temperature else 0.0
+    top_p = take(body, "top_p", float, 1.0, 0, 1) or SMALLEST_TOP_P
     top_k = max(0, take(body, "top_k", int, 0, -1))  # -1: off
     seed, iteration, rows = draws(body, n)
     stop, stream = stops(body), take(body, "stream", bool, False)
@@ -357,7 +414,9 @@ def call(
         stop_ids=stop_tokens(body),
         ignore_eos=take(body, "ignore_eos", bool, False),
         processed=body.get("logprobs_mode") == LOGPROBS[1],
-        strip=chat,
+        min_p=take(body, "min_p", float, 0.0, 0, 1),
+        steering=steering(body, tokenizer.vocab_size),
+        strip=strip,
     )
     options = take(body, "stream_options", dict, {})
     if options and not stream:

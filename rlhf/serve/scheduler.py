@@ -26,6 +26,7 @@ from torch import Tensor
 
 from data.tokenizer import Detokenizer, Tokenizer
 from model.generate import Decoding, check_finite, row_uniforms, sample_step
+from model.steering import Steering, steer
 from model.transformer import Transformer
 
 CHUNK = 256  # prompt tokens per step: others wait no longer than that for their next token
@@ -54,6 +55,8 @@ class Sampling:
     processed: bool = False  # log-probs are those of the distribution that was sampled from, not the model's
     stop_ids: tuple[int, ...] = ()  # tokens that end the answer beside the model's own
     ignore_eos: bool = False  # or in place of them
+    min_p: float = 0.0
+    steering: Steering | None = None  # None: nothing is steered
     strip: bool = False  # the text starts afresh: without the space before sentencepiece's first word
 
 
@@ -388,16 +391,16 @@ class Scheduler:
 
     def _sample(self, logits: Tensor, requests: list[Request]) -> list[Token | str]:
         """One token for each row of logits (B, V), by its own settings and uniforms; an error where there is none."""
-        groups, sampled = {}, [None] * len(requests)
+        groups, sampled, steered = {}, [None] * len(requests), self._steer(logits, requests)
         for row, request in enumerate(requests):
             s = request.sampling
-            groups.setdefault((s.temperature, s.top_k, s.top_p), []).append(row)
+            groups.setdefault((s.temperature, s.top_k, s.top_p, s.min_p), []).append(row)
 
         def draw(how: tuple, rows: list[int]) -> None:
             uniforms = None
             if how[0]:
                 uniforms = torch.stack([requests[row].uniforms[requests[row].count] for row in rows]).to(self.device)
-            some = logits if len(rows) == len(logits) else logits[rows]
+            some = steered if len(rows) == len(steered) else steered[rows]
             try:
                 chosen, logprobs = (x.tolist() for x in sample_step(some, uniforms, *how))
             except ValueError as error:  # not finite: in one of them, perhaps
@@ -421,6 +424,19 @@ class Scheduler:
             for row, token in zip(wanted, reports):
                 sampled[row] = token._replace(top=token.top[: requests[row].sampling.logprobs])
         return sampled
+
+    @staticmethod
+    def _steer(logits: Tensor, requests: list[Request]) -> Tensor:
+        """Logits (B, V) with those rows changed that ask for it, each by its own tokens; the same tensor where none does."""
+        rows = [row for row, request in enumerate(requests) if request.sampling.steering is not None]
+        if not rows:
+            return logits
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+        for row in rows:
+            request = requests[row]
+            sampled = [token.id for token in request.sampled]
+            logits[row] = steer(logits[row], request.sampling.steering, request.prompt, sampled)
+        return logits
 
     def _advance(self, request: Request, token: Token | str) -> Event:
         """Appends a sampled token to the request's text."""
