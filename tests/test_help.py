@@ -16,7 +16,7 @@ from rlhf.infra import config
 
 FILES = [  # whose Config is a command line
     file.relative_to(ROOT).as_posix()
-    for folder in (".", "bench", "evaluation", "rlhf/feedback")
+    for folder in (".", "bench", "evaluation", "rlhf/feedback", "rlhf/track")
     for file in sorted((ROOT / folder).glob("*.py"))
     if "config.parse(Config)" in file.read_text()
 ]

@@ -243,6 +243,8 @@ def runnable(command: Command) -> list[str] | None:
         return [*command.words[2:], *([] if given else ["--vocab_size=400"])]
     if module == "rlhf.feedback":
         return command.words[2:]
+    if module == "rlhf.track" and importlib.util.find_spec("tensorboard"):
+        return command.words[2:]
     if command.words[1:3] == ["evaluate.py", "report"] and not importlib.util.find_spec("matplotlib"):
         return None
     if command.words[1:3] == ["evaluate.py", "compare"]:
@@ -384,6 +386,8 @@ def test_options_named_in_the_text_exist():
     modules = [script for script in scripts if hasattr(script, "Config")]
     modules += [module for script in scripts for module in getattr(script, "COMMANDS", {}).values()]
     names = {f"--{field.name}" for module in modules for field in dataclasses.fields(module.Config)}
-    names = names.union(*map(options_of_module, ("data.prepare", "data.pipeline", "rlhf.feedback", "rlhf.check")))
+    names = names.union(
+        *map(options_of_module, ("data.prepare", "data.pipeline", "rlhf.feedback", "rlhf.check", "rlhf.track"))
+    )
     named = set(re.findall(r"`(--\w+)", text)) - {"--config"}  # of every Config
     assert named and named <= names, named - names
