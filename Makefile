@@ -4,6 +4,7 @@
 #   make quick   does this machine train as ours did? a tiny PPO from scratch beside five seeds of ours, in two minutes
 #   make chat    a chat model learns a task that a program checks: fine-tuning, PPO, right answers before and after
 #   make test    all tests but the slow ones, which are make test-slow
+#   make docs    the docs as a site with a search, in out/docs/site (EXTRAS=docs)
 #   make bench   every speed beside TRL's or transformers', in half an hour: a table and out/bench/report.json (EXTRAS=compare)
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +19,7 @@ PY = $(VENV)/bin/python
 TORCHRUN = OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc_per_node=2
 READY = $(VENV)/ready-$(EXTRAS)
 
-.PHONY: demo smollm2 scratch quick chat test test-slow test-bits lint bench clean
+.PHONY: demo smollm2 scratch quick chat test test-slow test-bits lint docs bench clean
 
 demo: $(READY)
 	$(PY) export.py --init=smollm2-135m-instruct --out=$(OUT)/base
@@ -74,6 +75,9 @@ test-bits: $(READY)  # what is promised to the bit; with ATEN_CPU_CAPABILITY=avx
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+docs: $(READY)
+	$(PY) docs/build.py
 
 bench: $(READY)  # half an hour; nothing else should run
 	$(PY) bench/all.py

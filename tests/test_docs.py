@@ -1,0 +1,82 @@
+"""docs/build.py: the pages as a site has them, what it refuses, and the site itself where its generator is installed."""
+
+import importlib.util
+import re
+import sys
+
+import pytest
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+SPEC = importlib.util.spec_from_file_location("docs_build", ROOT / "docs/build.py")
+build = sys.modules[SPEC.name] = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(build)
+PLACES = build.pages()
+REPOSITORY = "https://example.org/blob/main"
+
+
+@pytest.mark.parametrize(
+    "source, written, alone, at_home",
+    [
+        ("docs/chat.md", "[d](your-data.md#forms)", "[d](your-data.md#forms)", None),
+        ("README.md", "[d](docs/your-data.md)", "[d](your-data.md)", None),
+        ("docs/method.md", "[LOG.md](../LOG.md#x)", "[LOG.md](log.md#x)", None),
+        ("README.md", "![p](docs/picture.svg)", "![p](picture.svg)", None),
+        ("docs/a.md", "[g](../model/generate.py)", "g (`model/generate.py`)", f"[g]({REPOSITORY}/model/generate.py)"),
+        ("docs/a.md", "[m](../model)", "m (`model`)", f"[m]({REPOSITORY}/model)"),
+        ("docs/a.md", "[p](https://arxiv.org/abs/1) [h](#h)", "[p](https://arxiv.org/abs/1) [h](#h)", None),
+        ("docs/a.md", "`a[0](x)` [c](chat.md)", "`a[0](x)` [c](chat.md)", None),
+        ("docs/a.md", "```csv mine.csv\n[x](y)\n```", '```csv title="mine.csv"\n[x](y)\n```', None),
+    ],
+)
+def test_links(source, written, alone, at_home):
+    assert build.linked(written, source, PLACES, "") == alone
+    assert build.linked(written, source, PLACES, REPOSITORY + "/") == (at_home or alone)
+
+
+@given(st.lists(st.sampled_from(["```sh\n", "```\n", "`", "[a](chat.md)", "[b](../LOG.md)", "\n", "x"]), max_size=12))
+def test_what_is_no_link_stays(parts):
+    text = "".join(parts)
+    linked = build.linked(text, "docs/a.md", PLACES, "")
+    assert linked.replace("(log.md)", "(../LOG.md)") == text
+
+
+def test_all_pages_have_a_place_and_no_link_leaves_the_site():
+    build.check_nav((ROOT / "docs/zensical.toml").read_text(), PLACES.values())
+    there = {*PLACES.values(), *(file.name for file in (ROOT / "docs").iterdir() if file.suffix in build.FILES)}
+    for source in PLACES:
+        page = build.linked((ROOT / source).read_text(encoding="utf-8"), source, PLACES, "")
+        prose = "".join(build.CODE.split(page)[::2])
+        local = [path for _, _, path in build.LINK.findall(prose) if not re.match(r"\w+:|#", path)]
+        assert {path.partition("#")[0] for path in local} <= there, source
+    with pytest.raises(ValueError, match="a.md"):
+        build.check_nav('nav = ["a.md", "b.md"]', ["b.md"])
+    with pytest.raises(ValueError, match="b.md"):
+        build.check_nav('nav = ["a.md"]', ["a.md", "b.md"])
+    with pytest.raises(ValueError, match=r"docs/a.md: there is no gone.md, which \[x\] links"):
+        build.linked("[x](gone.md)", "docs/a.md", PLACES, "")
+
+
+def test_a_page_that_fetches_something_is_refused(tmp_path):
+    (tmp_path / "a.html").write_text(
+        '<a href="https://a">a</a><img src="b.svg"><link rel="canonical" href="https://a">'
+    )
+    build.check_alone(tmp_path)
+    for tag in ('<script src="https://a.js">', "<img src=//a/b.png>", '<link rel="stylesheet" href="https://fonts">'):
+        (tmp_path / "b.html").write_text(f"<p>{tag}")
+        with pytest.raises(ValueError, match="b.html"):
+            build.check_alone(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_site(tmp_path, monkeypatch):
+    """Built by its generator, which checks anchors too."""
+    pytest.importorskip("zensical", reason="the extra docs")
+    monkeypatch.setattr("sys.argv", ["build.py", f"--out={tmp_path / 'docs'}"])
+    build.main()
+    page = (tmp_path / "docs/site/formulas.html").read_text()
+    assert "delta_t = r_t + gamma V_{t+1} - V_t" in page and "assets/iframe-worker.js" in page
+    monkeypatch.setattr(build, "linked", lambda *page: "[a](chat.md#nowhere)")
+    with pytest.raises(ValueError, match="anchor does not exist"):
+        build.main()
