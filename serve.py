@@ -3,6 +3,7 @@
 python serve.py --init=out/ppo
 python serve.py --init=out/ppo --reference=out/lm --reward=out/rm --feedback=out/feedback.sqlite
 python serve.py --init=smollm2-135m-instruct --port=8080 --workers=2
+python serve.py --run=out/ppo  # a run while it trains: its curves and samples alone, no model is loaded
 
 One process decodes all its requests together. With --workers several processes share the port: one per GPU, or each with its
 share of the cores. A request with a seed gets the same text alone or in company.
@@ -31,6 +32,7 @@ from rlhf.reward.scorer import open_scorer
 from rlhf.serve import connections
 from rlhf.serve.api import Served, Service, application, deliver_to
 from rlhf.serve.http import Bounded, Origins, is_loopback, parse_origins
+from rlhf.serve.live import Watched
 from rlhf.serve.protocol import Limits
 from rlhf.serve.scheduler import Scheduler, Turns
 from rlhf.serve.scorer import Scorer, load_values
@@ -44,13 +46,14 @@ STARTED = int(time.time())  # of the process above the workers, and so of all
 @dataclass(frozen=True)
 class Config:
     # What is served
-    init: str  # run or checkpoint directory, HF-format or int8 directory, GGUF file, or a model's name
-    base: str | None = None  # the model that a run of layout adapters or branch was trained on, where it has moved
-    reference: str | None = None  # the model before tuning: served as NAME:reference; /v1/tokens tells the KL to it
-    reward: str | None = None  # directory of train_rm.py, or file.py:function: /v1/score
-    feedback: str | None = None  # file of a feedback store: comparisons are shown and votes taken
-    weights_dir: str | None = None  # directory that POST /v1/weights may take other weights from; needs a key
-    name: str | None = None  # what clients call the model; none = the last part of --init
+    init: str | None = None  # run or checkpoint directory, HF-format or int8 directory, GGUF file, or a model's name
+    run: str | None = None  # directory of a run, while it trains or later: the page shows its curves and samples
+    base: str | None = None  # model that a run of layout adapters or branch was trained on, where it has moved [init]
+    reference: str | None = None  # model before tuning: served as NAME:reference; /v1/tokens tells the KL to it [init]
+    reward: str | None = None  # directory of train_rm.py, or file.py:function: /v1/score [init]
+    feedback: str | None = None  # file of a feedback store: comparisons are shown and votes taken [init]
+    weights_dir: str | None = None  # directory that POST /v1/weights may take weights from; needs a key [init]
+    name: str | None = None  # what clients call the model; none = the last part of --init [init]
     precision: SamplingPrecision = "auto"  # of matrix products; auto = what is fast here; int8: of an int8 export
     device: str = "cpu"  # cpu | cuda; with several workers the k-th takes the k-th GPU
 
@@ -61,7 +64,7 @@ class Config:
     origins: str | None = None  # whose pages may use it too: https://a.example,http://localhost:3000; or *, with a key
 
     # How much of it
-    workers: int = 1  # processes behind the port, each with a model, a batch and a queue of its own
+    workers: int = 1  # processes behind the port, each with a model, a batch and a queue of its own [init]
     threads: int = 1  # CPU threads of a worker; with more, a seed's text may differ in company, by rounding
     max_batch: int = 32  # texts that one worker decodes together
     cache_tokens: int = 32768  # tokens in a worker's cache, a max_batch-th a text; of a reference a quarter more
@@ -75,6 +78,8 @@ class Config:
     def __post_init__(self):
         config.at_least(self, port=0, workers=1, threads=1, max_batch=1, max_tokens=1, queue=0, max_body=1024, grace=0)
         config.at_most(self, port=65535)
+        if self.init is None and self.run is None:
+            raise ValueError("nothing to serve: name a model, --init=MODEL, or a run to look at, --run=DIR")
         for name in ("timeout", "patience"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name}={getattr(self, name)} must be above 0")
@@ -101,6 +106,10 @@ def main() -> None:
         import uvicorn  # noqa: F401
     except ImportError:
         raise ValueError("the server needs starlette and uvicorn: pip install -e '.[serve]'") from None
+    if cfg.run:
+        Watched(cfg.run)  # before a model is opened
+    if cfg.init is None:
+        return asyncio.run(watch(cfg, key, listener))
     if cfg.workers == 1:
         return work(cfg, key, listener, Seat(), found=None)
 
@@ -184,21 +193,13 @@ def wait_for_all(seat: Seat) -> bool:
     return True
 
 
-async def serve(
-    cfg: Config, key: str | None, listener: socket.socket, seat: Seat, models: list[Pretrained], reward
-) -> None:
-    """Listens until SIGTERM or Ctrl-C, then lets running requests finish for a while. models: --init's, and the reference."""
+def door(cfg: Config, service: Service, wanted: int, quiet: bool):
+    """uvicorn's server for the service, of at most `wanted` requests at a time, which a signal ends."""
     log = logging.StreamHandler()
     log.addFilter(connections.OncePerSecond())
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[log])
-    loop = asyncio.get_running_loop()
-    service = service_of(cfg, key, seat, models, reward)
-    schedulers = [served.scheduler for served in service.models]
-    turns = Turns(*schedulers)
-    rows = sum(scheduler.rows for scheduler in schedulers)
-    wanted = rows + 2 * cfg.queue * len(models) + 16  # texts, as many jobs as may wait, and the page's own requests
     room, most = connections.room(wanted)
-    if most < wanted and seat.rank == 0:
+    if most < wanted and not quiet:
         print(
             f"note: {most} requests at a time, not {wanted}: a process may open too few files (ulimit -n)",
             file=sys.stderr,
@@ -211,7 +212,35 @@ async def serve(
         bounded.stop()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+        asyncio.get_running_loop().add_signal_handler(number, stop)
+    return server
+
+
+def address(cfg: Config, listener: socket.socket) -> str:
+    host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
+    return f"http://{host}:{listener.getsockname()[1]}"
+
+
+async def watch(cfg: Config, key: str | None, listener: socket.socket) -> None:
+    """The page with a run alone, until a signal ends it: no model is opened."""
+    limits = (cfg.timeout, cfg.patience, cfg.max_body)
+    service = Service((), STARTED, None, None, *limits, key, parse_origins(cfg.origins, key), run=Watched(cfg.run))
+    server = door(cfg, service, 2 * cfg.queue, quiet=False)
+    listener.listen(128)
+    print(f"showing {cfg.run} at {address(cfg, listener)}", flush=True)
+    await server.serve(sockets=[listener])
+
+
+async def serve(
+    cfg: Config, key: str | None, listener: socket.socket, seat: Seat, models: list[Pretrained], reward
+) -> None:
+    """Listens until SIGTERM or Ctrl-C, then lets running requests finish for a while. models: --init's, and the reference."""
+    service = service_of(cfg, key, seat, models, reward)
+    schedulers = [served.scheduler for served in service.models]
+    turns = Turns(*schedulers)
+    rows = sum(scheduler.rows for scheduler in schedulers)
+    wanted = rows + 2 * cfg.queue * len(models) + 16  # texts, as many jobs as may wait, and the page's own requests
+    server = door(cfg, service, wanted, quiet=seat.rank > 0)
     if not await asyncio.to_thread(wait_for_all, seat):
         return
     turns.start()
@@ -219,9 +248,8 @@ async def serve(
     if seat.line is not None:
         service.shared.ready()  # not before the others came: they would wait for one that is started again
     if seat.rank == 0 and not seat.again:
-        host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
         print(
-            f"serving {service.models[0].name} at http://{host}:{listener.getsockname()[1]} "
+            f"serving {service.models[0].name} at {address(cfg, listener)} "
             f"({cfg.workers} x {cfg.max_batch} texts of {schedulers[0].width} tokens; "
             f"{promise(all(s.exact for s in schedulers), max(s.rounding for s in schedulers))})",
             flush=True,
@@ -269,6 +297,7 @@ def service_of(cfg: Config, key: str | None, seat: Seat, models: list[Pretrained
     return Service(
         tuple(served), STARTED, tokenizer, chat,
         cfg.timeout, cfg.patience, cfg.max_body, key, parse_origins(cfg.origins, key), store, weights, shared,
+        Watched(cfg.run) if cfg.run else None,
     )  # fmt: skip
 
 

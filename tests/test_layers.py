@@ -96,7 +96,7 @@ MAY_IMPORT = {  # room -> the rooms of ours that it may import
 }
 JOINS = BELOW | {"data", "open", "rlhf.lm", "rlhf.reward", "rlhf.ppo", "rlhf.feedback"}
 MAY_IMPORT |= {
-    "rlhf.serve": JOINS | {"rlhf.serve"},
+    "rlhf.serve": JOINS | {"rlhf.serve", "rlhf.doctor"},
     "rlhf.replay": JOINS | {"rlhf.replay"},
     "evaluation": JOINS | {"evaluation", "rlhf.doctor"},
     "script": JOINS | {"rlhf.check", "rlhf.doctor", "rlhf.replay", "evaluation", "script"},

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_page import BROWSERS, accessible
 from tiny import ROOT
+from tiny_run import HOSTILE, ppo_rows, sample
 
 from evaluation import report
 from evaluation.page import STEPS, Beside, Microscope, Sample, Shade, Table, Text, colour, escape_markdown
@@ -22,25 +23,8 @@ from evaluation.sources import series
 from rlhf.infra import config
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra plot)")
-HOSTILE = "<script>alert(1)</script><img src=https://example.org/x onerror=alert(1)> | [a](b) \x00\x1b\ud800 & `c`"
 I = {"mean": 0.5, "low": 0.25, "high": 0.75}
 V = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 9}
-
-
-def ppo_rows(count: int = 5, **more) -> list[dict]:
-    return [
-        {"step": i, "objective/scores": 0.1 * i, "objective/kl": 0.5 * i, "objective/kl_coef": 0.3, "lr": None}
-        | {"response/length": 20 - i, "policy/ratio_first": 1.0, "judge/mean": 0.2 * i, "returns/mean": 0.1 * i} | more
-        for i in range(count)
-    ]  # fmt: skip
-
-
-def sample(step: int, text: str = HOSTILE) -> dict:
-    tokens = ["good", text, ""]
-    numbers = {name: [0.5, -1.25, None] for name in ("logprobs", "values", "rewards", "advantages")}
-    return {"step": step, "score": 1.5, "kl": 2.5, "prompt": text, "response": "good" + text, "tokens": tokens} | numbers | {
-        "ref_logprobs": [0.25, -1.0, 0.0]
-    }  # fmt: skip
 
 
 def row(judge: float, kl: float, **more) -> dict:

@@ -100,11 +100,11 @@ def start(*options: str, cwd: Path, env: dict | None = None, preexec_fn=None) ->
 
 
 @contextlib.contextmanager
-def serving(path: Path, *options: str, init: str = "lm", env: dict | None = None, says: str = ""):
+def serving(path: Path, *options: str, init: str | None = "lm", env: dict | None = None, says: str = ""):
     """A server that has begun to answer; afterwards it must end in order, having complained about nothing but `says`."""
     pytest.importorskip("uvicorn", reason="uvicorn is not installed (extra serve)")
     pytest.importorskip("starlette", reason="starlette is not installed (extra serve)")
-    process = start(f"--init={init}", "--port=0", *options, cwd=path, env=env)
+    process = start(*([f"--init={init}"] if init else []), "--port=0", *options, cwd=path, env=env)
     try:
         found, line = None, ""
         while not found:  # what it says of int8 comes first

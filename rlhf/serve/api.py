@@ -17,7 +17,7 @@ from pathlib import Path
 
 from data.chat import Chat
 from data.tokenizer import Tokenizer
-from rlhf.serve import protocol
+from rlhf.serve import live, protocol
 from rlhf.serve.answers import Writer
 from rlhf.serve.http import (
     Stream,
@@ -32,6 +32,7 @@ from rlhf.serve.http import (
     reply,
     too_slow,
 )
+from rlhf.serve.live import Watched
 from rlhf.serve.protocol import ApiError, Call, Limits
 from rlhf.serve.scheduler import Event, Full, Scheduler
 from rlhf.serve.scorer import Scorer
@@ -57,9 +58,11 @@ class Served:
 class Service:
     """What the endpoints need."""
 
-    models: tuple[Served, ...]  # the first is --init's, which a request gets that names none
+    models: tuple[
+        Served, ...
+    ]  # the first is --init's, which a request gets that names none; () = a run is shown, no more
     created: int  # seconds since 1970: when the server was started
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     chat: Chat | None
     timeout: float  # seconds a request may take
     patience: float  # seconds its body may take to arrive
@@ -69,6 +72,7 @@ class Service:
     feedback: object | None = None  # a FeedbackStore
     weights: Weights | None = None  # that may be exchanged
     shared: Alone | Member | None = None  # with which workers
+    run: Watched | None = None  # a run of training that the page shows
     page_text: str | None = field(default_factory=lambda: whole_page())  # read once
 
     # ---- who may do what
@@ -265,10 +269,12 @@ class Service:
             raise ApiError(403, "this server exchanges no weights: start it with --weights_dir=DIRECTORY and a key")
 
     async def health(self, request):
+        if not self.models:
+            return reply({"status": "ok", "model": self.run.name, "models": [], "has": ["run"]})
         first, every = self.models[0], [served.scheduler for served in self.models]
         s, scorer = first.scheduler, first.scorer
         features = {"reward": scorer.reward, "reference": scorer.reference, "value": scorer.values}
-        features |= {"chat": self.chat, "feedback": self.feedback}
+        features |= {"chat": self.chat, "feedback": self.feedback, "run": self.run}
         state = {
             "status": "stopping" if s.stopping else "ok",
             "model": first.name,
@@ -445,6 +451,10 @@ def application(service: Service):
         route("/v1/weights", service.weights_now),
         route("/v1/weights", service.new_weights, "POST"),
     ]
+    if service.run is not None:
+        if not service.models:
+            del routes[2:]
+        routes.append(route("/v1/run", live.endpoint(service.run)))
     if service.feedback is not None:
         routes += [
             route("/v1/comparison", service.comparison),

@@ -1,0 +1,155 @@
+"""A run while it trains, as the page shows it: what its files say, whatever they hold, and nothing from elsewhere."""
+
+import json
+import math
+import os
+
+import pytest
+import tiny_server
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_run import HOSTILE, ppo_rows, sample
+
+from rlhf.infra.healthy import HEALTHY
+from rlhf.serve.live import POINTS, Watched
+
+
+def write(path, **files):
+    """metrics=[...] -> metrics.jsonl, run={...} -> run.json"""
+    path.mkdir(exist_ok=True)
+    for name, content in files.items():
+        ending = "jsonl" if isinstance(content, list) else "json"
+        text = "".join(json.dumps(x) + "\n" for x in content) if ending == "jsonl" else json.dumps(content)
+        (path / f"{name}.{ending}").write_text(text)
+    return path
+
+
+def seen(run) -> dict:
+    def strict(x):
+        raise ValueError(x)
+
+    return json.loads(Watched(str(run)).seen()[1], parse_constant=strict)
+
+
+def test_what_the_files_say(tmp_path):
+    rows = ppo_rows(20, **{"value/explained_var": 0.0})
+    rows[3]["objective/kl"] = None  # it was not finite
+    for i, row in enumerate(rows):
+        row["objective/entropy"] = 90.0 - 4 * i
+    run = write(tmp_path / "ppo", metrics=rows, samples=[sample(1), sample(4)], run={"iterations": 50})
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 20, "objective/sco')  # half a line, as it is written
+    found = seen(run)
+    assert (found["name"], found["done"], found["total"], found["finished"]) == ("ppo", 20, 50, False)
+    curves = {curve["name"]: curve for curve in found["curves"]}
+    assert list(curves) == ["objective/scores", "objective/kl", "judge/mean", "objective/entropy"]
+    kl = curves["objective/kl"]
+    assert kl["band"] == [0, 10] and kl["steps"] == [*range(3), *range(4, 20)] and kl["values"][-1] == 9.5
+    assert kl["look"] == "" and curves["objective/scores"]["band"] is None
+    start = sum(90 - 4 * i for i in range(5)) / 5
+    assert curves["objective/entropy"]["band"] == [0.5 * start, 1.25 * start]
+    assert curves["objective/entropy"]["look"] == HEALTHY["objective/entropy"].outside  # it ends at 14
+    assert found["samples"]["step"] == 4 and len(found["samples"]["rows"]) == 1
+    tokens = found["samples"]["rows"][0]["tokens"]
+    assert [token["text"] for token in tokens] == ["good", HOSTILE, ""]
+    assert tokens[1]["logprob"] == -1.25 and tokens[1]["logratio"] == -0.25 and tokens[2]["logratio"] is None
+    assert found["findings"][0].startswith("doctor: ")
+
+
+def test_the_tag_changes_with_the_files_alone(tmp_path):
+    run = write(tmp_path / "ppo", metrics=ppo_rows(5))
+    watched = Watched(str(run))
+    first = watched.seen()
+    assert watched.seen() == first
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(ppo_rows(6)[5]) + "\n")
+    tag, content = watched.seen()
+    assert tag != first[0] and json.loads(content)["done"] == 6
+    write(run, report={"seconds": 3.0})
+    os.utime(run / "report.json", (2e9, 2e9))
+    assert json.loads(watched.seen()[1])["finished"]
+    os.utime(run / "metrics.jsonl", (2.1e9, 2.1e9))  # it goes on
+    assert not json.loads(watched.seen()[1])["finished"]
+
+
+def test_before_the_first_iteration_and_of_other_trainers(tmp_path):
+    assert seen(write(tmp_path / "new"))["curves"] == [] and seen(tmp_path / "new")["samples"] is None
+    one = seen(write(tmp_path / "one", metrics=ppo_rows(1)))
+    assert [curve["name"] for curve in one["curves"]][:2] == ["objective/scores", "objective/kl"]
+    rm = [{"step": i, "loss/train": 0.5 / (1 + i), "lr": 0.1 - 0.01 * i, "time/total": 1.0 * i} for i in range(4)]
+    assert [curve["name"] for curve in seen(write(tmp_path / "rm", metrics=rm))["curves"]] == ["loss/train", "lr"]
+    with pytest.raises(ValueError, match="--run=.*nowhere is not a directory"):
+        Watched(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("count", [1, POINTS, POINTS + 1, 5 * POINTS + 7])
+def test_a_long_curve_is_thinned_and_keeps_its_ends(tmp_path, count):
+    found = seen(write(tmp_path / "ppo", metrics=ppo_rows(count)))
+    kl = next(curve for curve in found["curves"] if curve["name"] == "objective/kl")
+    assert kl["steps"][0] == 0 and kl["steps"][-1] == count - 1 and len(kl["steps"]) <= POINTS + 1
+    assert kl["values"] == [0.5 * step for step in kl["steps"]]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**400), 10**400) | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = st.sampled_from(
+    ["step", "objective/kl", "objective/scores", "response", "tokens", "logprobs", "score", "iterations"]
+)
+ROWS = st.lists(st.dictionaries(NAMES, JSON | st.integers(0, 3), max_size=6), max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(ROWS, ROWS, st.dictionaries(NAMES, JSON, max_size=3))
+def test_nothing_that_files_hold_breaks_it(tmp_path_factory, metrics, samples, options):
+    run = write(tmp_path_factory.mktemp("strange"), metrics=metrics, samples=samples, run=options)
+    found = seen(run)
+    for curve in found.get("curves", []):
+        assert all(math.isfinite(x) for x in curve["values"])
+
+
+def test_only_files_of_the_run_are_read(tmp_path):
+    """A link out of the directory, a pipe, a directory in the place of a file."""
+    secret = write(tmp_path / "elsewhere", samples=[sample(3, "secret")], metrics=ppo_rows(9))
+    run = write(tmp_path / "ppo", metrics=ppo_rows(2))
+    (run / "samples.jsonl").symlink_to(secret / "samples.jsonl")
+    found = seen(run)
+    assert found["samples"] is None and found["done"] == 2 and "secret" not in json.dumps(found)
+    (run / "samples.jsonl").unlink()
+    os.mkfifo(run / "samples.jsonl")
+    assert "not a regular file" in seen(run)["problem"]
+    (run / "samples.jsonl").unlink()
+    (run / "run.json").mkdir()
+    assert seen(run)["problem"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    home = tmp_path_factory.mktemp("live")
+    return write(home / "ppo", metrics=ppo_rows(9), samples=[sample(4)], run={"iterations": 20})
+
+
+@pytest.fixture(scope="module")
+def server(run):
+    with tiny_server.serving(run.parent, "--run=ppo", init=None) as server:
+        yield server
+
+
+def test_over_http(server, run):
+    """No model is there and none is needed; asking again costs nothing; who may not use the server sees nothing of the run."""
+    assert server.first_line.startswith("showing ppo at http://127.0.0.1:")
+    status, _, health = server.request("/health")
+    assert status == 200 and health == {"status": "ok", "model": "ppo", "models": [], "has": ["run"]}
+    status, headers, first = server.request("/v1/run")
+    assert status == 200 and first["done"] == 9 and first["curves"]
+    assert server.request("/v1/run", If_None_Match=headers["ETag"])[0] == 304
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(ppo_rows(10)[9]) + "\n")
+    assert server.request("/v1/run", If_None_Match=headers["ETag"])[2]["done"] == 10
+    assert server.request("/v1/run", Host="evil.example")[0] == 403
+    assert server.request("/v1/run", Sec_Fetch_Site="cross-site")[0] == 403
+    assert server.request("/v1/run", method="POST")[0] == 405
+    assert server.request("/v1/chat/completions", {"messages": []})[0] == 404
+    assert server.request("/v1/run/../../etc/passwd")[0] == 404
