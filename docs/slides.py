@@ -1,78 +1,89 @@
-"""docs/slides.html from docs/slides.template.html: plots from run directories, so that they are those of the measured runs.
+"""The talk as one HTML file that fetches nothing: docs/slides.template.html with what one run of `make demo` found.
 
-    python docs/slides.py     # needs out/demo (make demo), and out/study and out/smol_rm_all as LOG.md makes them
+python docs/slides.py                                 # out/demo -> out/slides.html
+python docs/slides.py --run=out/chat --prompt=3
 
-The numbers in the text are written by hand; each slide names the command that gives them. A run directory that is not there
-is an error: a slide without its plot would say less than it promises.
+Sentences and curves about the demo come from the run's files, so that they are those of one measured run; the other figures
+stand in the template, each with the command that gives it. Needs the extra plot.
 """
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from evaluation import plots, report, sources  # noqa: E402
-from rlhf.infra.files import read_json, write_text  # noqa: E402
+from evaluation import plots, report  # noqa: E402
+from evaluation.page import escape  # noqa: E402
+from evaluation.picture import new_words  # noqa: E402
+from evaluation.sources import Source, find, series  # noqa: E402
+from evaluation.verdict import verdict  # noqa: E402
+from rlhf.infra import config  # noqa: E402
+from rlhf.infra.files import write_text  # noqa: E402
+from rlhf.infra.healthy import HEALTHY, LARGE, band  # noqa: E402
+
+TEMPLATE = ROOT / "docs/slides.template.html"
 
 
-def read(file: str) -> dict:
-    path = ROOT / "out" / file
-    if not path.exists():
-        raise SystemExit(f"no {path}: make it with the commands of LOG.md")
-    return read_json(path)
+@dataclass(frozen=True)
+class Config:
+    run: str = "out/demo"  # directory of make demo: a PPO run and its evaluation
+    prompt: int = 1  # held-out prompt whose answers are quoted, from 1
+    out: str = "out/slides.html"  # the file
 
-
-def training() -> str:
-    read("demo/ppo/run.json")
-    (source,) = sources.find(ROOT / "out/demo/ppo")
-    names = {
-        "objective/scores": "mean score",
-        "objective/kl": "KL to the base, nats",
-        "objective/entropy": "entropy, nats",
-    }
-    found = sources.series(source.files["metrics.jsonl"], lambda name: name in names)
-    alt = "; ".join(f"{names[name]} from {y[0]:.2f} to {y[-1]:.2f}" for name, (_, y) in found.items())
-    panels = [plots.lines([found[name]], text, "PPO iteration") for name, text in names.items()]
-    return plots.svg("slide training", alt, panels, (10, 3))
-
-
-def frontier() -> str:
-    rows = read("demo/summary.json")["rows"]
-    panels, said = zip(
-        *(report.frontier_panel(rows, key, text) for key, text in (("judge", "judge"), ("reward", "reward")))
-    )
-    return plots.svg("slide frontier", "; ".join(said), panels, (10, 3.2))
-
-
-def reliability() -> str:
-    return report.reliability("slide", read("smol_rm_all/card.json")["calibration"])
-
-
-def overoptimisation() -> str:
-    """PPO's checkpoints, by the other half of the raters and by VADER's rules."""
-    panels, said = [], []
-    for place, title in (("gold", "gold: the other half of the raters"), ("vader", "gold: VADER's rules")):
-        rows = [x for x in read(f"study/{place}/overoptimisation.json")["rows"] if x["curve"] != "best_of_n"]
-        keys = ("proxy", "gold") if place == "gold" else ("gold",)
-        groups = {key: [(x["kl"]["value"], *report.ends(x[key]), "") for x in rows] for key in keys}
-        said += [f"{title}: " + ", ".join(f"{x['gold']['value']:.2f} at {x['kl']['value']:.0f} nats" for x in rows)]
-        panels.append(plots.points(groups, title, "KL to the base, nats", "reward"))
-    return plots.svg("slide overoptimisation", "; ".join(said), panels, (10, 3.4))
-
-
-PLOTS: dict[str, Callable[[], str]] = {f.__name__: f for f in (training, frontier, reliability, overoptimisation)}
+    def __post_init__(self):
+        config.at_least(self, prompt=1)
 
 
 def main() -> None:
-    template = (ROOT / "docs/slides.template.html").read_text(encoding="utf-8")
-    parts = {"palette": plots.PALETTE, **{name: make() for name, make in PLOTS.items()}}
-    page = re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], template)
-    write_text(ROOT / "docs/slides.html", page)
-    print(f"{page.count('<section')} slides -> docs/slides.html")
+    cfg = config.parse(Config)
+    plots.check_installed()
+    page = slides(find(Path(cfg.run)), cfg.run, cfg.prompt)
+    write_text(cfg.out, page)
+    print(f"{page.count('<section')} slides -> {cfg.out}")
+
+
+def slides(sources: Sequence[Source], run: str, prompt: int = 1) -> str:
+    """ValueError for a run that lacks what a slide shows."""
+    trained = next((x for x in sources if x.kind == "PPO" and x.files.get("metrics.jsonl")), None)
+    judged = next((x for x in sources if {"summary.json", "samples.jsonl"} <= x.files.keys()), None)
+    if not (trained and judged) or prompt > len(judged.files["samples.jsonl"]):
+        what = "PPO run" if not trained else "evaluation" if not judged else f"held-out prompt {prompt}"
+        raise ValueError(f"--run={run} has no {what}; the slides are those of a run of make demo")
+    made: dict[str, Callable[[], str]] = {
+        "palette": lambda: plots.PALETTE,
+        "verdict": lambda: verdict([judged]).html(),
+        "curves": lambda: curves(trained),
+        "words": lambda: words(judged.files["samples.jsonl"][prompt - 1]),
+        "frontier": lambda: frontier(judged.files["summary.json"]["rows"]),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda m: made[m[1]](), TEMPLATE.read_text(encoding="utf-8"))
+
+
+def curves(run: Source) -> str:
+    """The four of the report beside each other."""
+    found = series(run.files["metrics.jsonl"], HEALTHY.__contains__)
+    names = [name for row in LARGE if (name := next((x for x in row if x in found), None))]
+    panels = [plots.healthy([found[x]], band(x, found[x][1]), HEALTHY[x].words, "PPO iteration") for x in names]
+    alt = "; ".join(f"{HEALTHY[x].words} from {found[x][1][0]:.2f} to {found[x][1][-1]:.2f}" for x in names)
+    return plots.svg("slide curves", alt, panels, (12.5, 3.2))
+
+
+def frontier(rows: dict) -> str:
+    measures = [what for what in ("judge", "reward") if any(what in row for row in rows.values())]
+    panels, said = zip(*(report.frontier_panel(rows, what, what) for what in measures))
+    return plots.svg("slide frontier", "; ".join(said), panels, (10, 3.2))
+
+
+def words(row: dict) -> str:
+    before, after = (" ".join(str(row[when]).split()) for when in ("before", "after"))
+    new = new_words(before, after)
+    marked = " ".join(f"<b>{escape(x)}</b>" if i in new else escape(x) for i, x in enumerate(after.split()))
+    return f"<blockquote><p>{escape(before)}</p></blockquote>\n<blockquote><p>{marked}</p></blockquote>"
 
 
 if __name__ == "__main__":
-    main()
+    config.run(main)

@@ -1,10 +1,11 @@
 """evaluate.py report: one page that fetches nothing, runs nothing and says what is missing, whatever lies in the directory."""
 
 import html
-import importlib
+import importlib.util
 import json
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from evaluation.sources import series
 from rlhf.infra import config
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra plot)")
+SPEC = importlib.util.spec_from_file_location("docs_slides", ROOT / "docs/slides.py")
+talk = sys.modules[SPEC.name] = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(talk)
 I = {"mean": 0.5, "low": 0.25, "high": 0.75}
 V = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 9}
 
@@ -341,17 +345,30 @@ def docs(name: str) -> str:
     return (ROOT / "docs" / name).read_text(encoding="utf-8")
 
 
-def test_picture_and_slides_of_the_docs():
-    """They leave the file nowhere either; the slides are those of the template, and each has its notes."""
-    check_page(f"<p>{docs('picture.svg')}</p>")
-    page = docs("slides.html")
+def test_the_picture_of_the_docs():
+    text = docs("picture.svg")
+    check_page(text)
+    assert len(text) < 40_000
+
+
+def the_slides(path: Path) -> str:
+    texts = [{"before": "the film is " + HOSTILE, "after": "the film is good & loved"}]
+    names = ("ppo/run.json", "ppo/metrics.jsonl", "summary.json")
+    run = lay_out(path / "r", {name: FILES[name] for name in names} | {"samples.jsonl": texts})
+    return talk.slides(report.find(run), "r")
+
+
+def test_the_slides(tmp_path):
+    """The template's, with the run's sentences and curves; each has its notes; they leave the file nowhere either."""
+    page = the_slides(tmp_path)
     seen = check_page(page, scripts=1)
-    slides = seen.tags.count("section")
-    assert slides >= 15 and slides == seen.tags.count("h1") == seen.tags.count("aside")
-    at = 0
-    for part in re.split(r"\{\{\w+\}\}", docs("slides.template.html")):
-        assert part in page[at:], f"docs/slides.py has to run again: {part[:60]!r}"
-        at = page.index(part, at) + len(part)
+    count = seen.tags.count("section")
+    assert count >= 15 and count == seen.tags.count("h1") == seen.tags.count("aside") and "{{" not in page
+    assert (
+        "The judge rose by +.50 [.25, .75] at 3.0 nats" in seen.text and "the film is <b>good</b> <b>&amp;</b>" in page
+    )
+    with pytest.raises(ValueError, match="--run=r has no held-out prompt 2"):
+        talk.slides(report.find(tmp_path / "r"), "r", 2)
 
 
 @pytest.fixture(scope="module")
@@ -398,21 +415,22 @@ def test_report_in_a_browser(browser, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_slides_by_keyboard(browser):
-    file = ROOT / "docs" / "slides.html"
+def test_slides_by_keyboard(browser, tmp_path):
+    file = tmp_path / "slides.html"
+    file.write_text(the_slides(tmp_path), encoding="utf-8")
     page, said = opened(browser, file, viewport={"width": 1280, "height": 720}, color_scheme="dark")
     count = page.locator("section").count()
     for i in range(count):
         assert page.locator("section:visible").count() == 1 and page.text_content("#place") == f"{i + 1} / {count}"
-        fits = page.evaluate(
-            "document.documentElement.scrollHeight <= 720 && document.documentElement.scrollWidth <= 1280"
-        )
-        assert fits and accessible(page) == [], i + 1
+        high, wide = page.evaluate("[document.documentElement.scrollHeight, document.documentElement.scrollWidth]")
+        assert high <= 720 and wide <= 1280, i + 1
         page.keyboard.press("ArrowRight" if i % 2 else " ")
     page.keyboard.press("Home")
     assert page.locator("aside:visible").count() == 0
     page.keyboard.press("n")
     assert page.locator("aside:visible").count() == 1 and page.get_attribute("#notes", "aria-pressed") == "true"
+    page.evaluate("document.body.classList.remove('js')")  # all of them, as a browser without scripts shows them
+    assert page.locator("section:visible").count() == count and accessible(page) == []
     page.emulate_media(media="print")
     assert page.locator("section:visible").count() == count
     assert said == [file.as_uri()]
