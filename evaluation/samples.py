@@ -9,7 +9,7 @@ from evaluation.words import brief
 PROMPTS = 10  # of an evaluation that are shown, and of these
 OPEN = 3  # before the rest is folded
 SHADES = {  # the colours of the tokens; the server's page has the same names and scales
-    "kl": Shade("kl", "log-ratio, nats", 3.0, "likelier in the base", "likelier in the tuned model"),
+    "logratio": Shade("logratio", "log-ratio, nats", 3.0, "likelier in the base", "likelier in the tuned model"),
     "logprobs": Shade("logprobs", "log-prob, nats", 6.0, "a surprise", ""),
     "values": Shade("values", "value", 2.0, "the critic expects less", "more"),
     "rewards": Shade("rewards", "reward", 2.0, "costs", "earns"),
@@ -30,13 +30,15 @@ def base_beside_tuned(source: Source) -> list[Block]:
         return []
     of = len(source.files.get("samples.jsonl", [])) or len(pairs)
     told = f"The first {len(pairs)} of {of} held-out prompts, in the file's order; both models draw the same random numbers."
-    return [Text(told), Beside(["base", "tuned"], pairs, SHADES["kl"], OPEN)]
+    return [Text(told), Beside(["base", "tuned"], pairs, SHADES["logratio"], OPEN)]
 
 
 def token_by_token(row: dict, x: dict) -> Sample:
     """One model's answer of a row of tokens.jsonl."""
     scores = [f"{name} {brief(x[name])}" for name in ("judge", "reward") if is_number(x.get(name))]
-    return Sample(str(row.get("prompt", "")), x["tokens"], ", ".join(scores), {"kl": log_ratio(x, len(x["tokens"]))})
+    return Sample(
+        str(row.get("prompt", "")), x["tokens"], ", ".join(scores), {"logratio": log_ratio(x, len(x["tokens"]))}
+    )
 
 
 def in_one_piece(row: dict, text: str) -> Sample:
@@ -85,6 +87,5 @@ def looked_at(chosen: Sequence[tuple[str, dict]]) -> Iterator[Sample]:
             for key in SHADES
             if isinstance(column := x.get(key), list) and len(column) == len(tokens)
         }
-        # the list named kl would be ours to make: samples.jsonl has one number of that name for the whole response
-        values["kl"] = log_ratio(x, len(tokens))
+        values["logratio"] = log_ratio(x, len(tokens))
         yield Sample(str(x.get("prompt", "")), tokens, head, values)

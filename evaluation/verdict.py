@@ -7,6 +7,7 @@ from evaluation.page import escape, escape_markdown
 from evaluation.sources import Source, series
 from evaluation.words import brief, estimate_of
 from rlhf.infra.healthy import FIRST, mean
+from rlhf.statistics import Estimate
 
 
 @dataclass(frozen=True)
@@ -62,19 +63,11 @@ def of_evaluation(source: Source) -> Verdict | None:
         return None
     gain, wins = estimate_of(ppo[f"{what}_gain"]), ppo.get(f"win_rate_{what}")
     base, tuned = rows["base"], [row for name, row in rows.items() if not name.startswith("best of")][-1]
-    won = f"; tuned answers win {wins['mean']:.0%}" if wins else ""
-    if gain.low > 0 or gain.high < 0:
-        moved = f"{'rose' if gain.low > 0 else 'fell'} by {brief(gain.value, '+')} {interval(gain)}"
-    else:
-        moved = f"tells no difference: {brief(gain.value, '+')} {interval(gain)}"
-    facts = [
-        Fact(
-            f"{brief(base[what]['mean'])} → {brief(tuned[what]['mean'])}",
-            f"what the {what} says, before and after",
-            what,
-        )
-    ]
-    if wins:
+    before, after = brief(base[what]["mean"]), brief(tuned[what]["mean"])
+    right = what in (summary.get("verifiable") or {})  # 1 and 0: a share of right answers
+    subject = "The share of right answers" if right else f"The {what}"
+    facts = [Fact(f"{before} → {after}", "right answers" if right else f"what the {what} says, before and after", what)]
+    if wins and not right:
         low, high = wins["low"], wins["high"]
         words = (
             f"of {prompts} held-out prompts have the better answer from the tuned model; 95%: {low:.0%} to {high:.0%}"
@@ -84,13 +77,27 @@ def of_evaluation(source: Source) -> Verdict | None:
     if "distinct_3" in base and "distinct_3" in tuned:
         change = f"{base['distinct_3']:.1%} → {tuned['distinct_3']:.1%}"
         facts.append(Fact(change, "of all runs of three tokens are different: variety", "distinct_3"))
+    won = f"; tuned answers win {wins['mean']:.0%}" if wins and not right else ""
+    sentence = f"{subject} {moved(gain)} at {tuned['kl']:.1f} nats{won}."
+    return Verdict(sentence, facts, beside_training(rows, what, right))
+
+
+def moved(gain: Estimate) -> str:
+    """`rose by +.35 [.28, .41]`, where the interval says so."""
+    by = f"{brief(gain.value, '+')} {interval(gain)}"
+    if gain.low > 0 or gain.high < 0:
+        return f"{'rose' if gain.low > 0 else 'fell'} by {by}"
+    return f"did not move beyond chance, {by},"
+
+
+def beside_training(rows: dict[str, dict], what: str, right: bool) -> str:
+    """What the same would be without training, and how far the number can be believed."""
     best = [name for name in rows if name.startswith("best of") and what in rows[name]]
-    free = rows[best[-1]][what]["mean"] - base[what]["mean"] if best else 0
-    note = f"Without any training, the {best[-1]} samples of the base gains {brief(free, '+')}." if best else ""
-    if what == "reward":
-        note = f"No judge was asked but the reward that was trained on. {note}".strip()
-    sentence = f"The {what} {moved} at {tuned['kl']:.1f} nats{won}."
-    return Verdict(sentence, facts, note)
+    told = ["No judge was asked but the reward that was trained on."] * (what == "reward" and not right)
+    if best:
+        free = rows[best[-1]][what]["mean"] - rows["base"][what]["mean"]
+        told.append(f"Without any training, the {best[-1]} samples of the base gains {brief(free, '+')}.")
+    return " ".join(told)
 
 
 def of_rounds(source: Source) -> Verdict | None:
@@ -148,6 +155,6 @@ SAYERS: Sequence[tuple[str, Callable[[Source], Verdict | None]]] = (
 )
 
 
-def interval(x) -> str:
-    """[.28, .41] of an Estimate."""
+def interval(x: Estimate) -> str:
+    """[.28, .41]"""
     return f"[{brief(x.low)}, {brief(x.high)}]"

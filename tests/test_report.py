@@ -21,6 +21,7 @@ from evaluation import report
 from evaluation.page import STEPS, Beside, Microscope, Sample, Shade, Table, Text, colour, escape_markdown
 from evaluation.picture import picture
 from evaluation.sources import series
+from evaluation.verdict import verdict
 from rlhf.infra import config
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra plot)")
@@ -333,6 +334,41 @@ def test_colours_have_a_sign_and_end_somewhere(x, scale):
         letter in ("w" if x > 0 else "c", "") and abs(int(step) / STEPS - min(1, abs(x) / scale)) <= 0.5 / STEPS + 1e-9
     )
     assert colour(None, scale) == "none"
+
+
+def evaluated(what: str, mean: float, low: float, high: float, **more) -> dict:
+    rows = {name: {what: {"mean": x}, "kl": kl} for name, x, kl in (("base", 0.25, 0.0), ("tuned", 0.25 + mean, 6.96))}
+    rows["best of 2"] = {what: {"mean": 0.3125}, "kl": 0.19}
+    gains = {f"{what}_gain": {"mean": mean, "low": low, "high": high}, f"win_rate_{what}": I}
+    return {"summary.json": {"rows": rows, "ppo": gains, "prompts": 9} | more}
+
+
+@pytest.mark.parametrize(
+    "files, said, note",
+    [
+        (evaluated("judge", 0.348, 0.283, 0.412), "The judge rose by +.35 [.28, .41] at 7.0 nats; tuned answers", ".06"),
+        (evaluated("judge", -0.2, -0.3, -0.1), "The judge fell by -.20 [-.30, -.10] at 7.0 nats; tuned answers win 50%.", ""),
+        (evaluated("judge", 0.01, -0.1, 0.12), "The judge did not move beyond chance, +.01 [-.10, .12], at 7.0 nats; ", ""),
+        (evaluated("reward", 1.0, 0.5, 12.5), "The reward rose by +1.00 [.50, 12.5] at 7.0 nats; ", "No judge was asked"),
+        (
+            evaluated("reward", 0.5, 0.4, 0.6, verifiable={"reward": {}}),
+            "The share of right answers rose by +.50 [.40, .60] at 7.0 nats.",
+            "Without any training, the best of 2 samples",
+        ),
+        ({"rounds.json": FILES["rounds.json"]}, "In 2 rounds the judge went from .50 to .50 [.25, .75].", ""),
+        ({"report.json": FILES["rm/report.json"]}, "The reward model ranks 70% of held-out pairs right.", ""),
+        ({"summary.json": {"rows": 3}, "report.json": FILES["rm/report.json"]}, "The reward model ranks 70%", ""),
+        (
+            {"run.json": FILES["ppo/run.json"], "metrics.jsonl": ppo_rows(12)},
+            "The reward went from .20 to .90 at 4.5 nats so far; no judge has seen it yet.",
+            "evaluate.py",
+        ),
+    ],
+)  # fmt: skip
+def test_the_verdict(files, said, note):
+    found = verdict([report.Source("r", files)])
+    assert found.sentence.startswith(said) and note in found.note and found.facts
+    assert verdict([report.Source("r", {"samples.jsonl": [{}]})]) is None
 
 
 def test_series_keep_finite_numbers():
