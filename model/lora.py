@@ -10,8 +10,9 @@ checkpoint loads before or after; an adapter's are `<module>.lora_A.<adapter>` a
 The file format of PEFT is in model/peft.py.
 """
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -23,29 +24,43 @@ from model.hf import NoInit
 
 class _Updated(torch.autograd.Function):
     # x W^T + b + scale (x A^T) B^T of frozen W and b, for training: with few rows, half of the time of the operations that
-    # autograd would put together goes into casts, sums of gradients and calls. All of one type but A and B, see `put`.
+    # autograd would put together goes into casts, sums of gradients and calls. All of one type but A and B, see `put`. With
+    # several pairs of A and B the rows come in as many equal blocks, one for each.
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, scale):
-        ctx.scale, ctx.dtype = scale, A.dtype
-        A, B, rows = A.to(x.dtype), B.to(x.dtype), x.reshape(-1, x.shape[-1])  # (N, in)
-        down = rows @ A.t()  # (N, r)
+    def forward(ctx, x, weight, bias, scale, *factors):
+        ctx.scale, ctx.dtype = scale, factors[0].dtype
+        rows, factors = x.reshape(-1, x.shape[-1]), [w.to(x.dtype) for w in factors]  # (N, in)
         y = F.linear(x, weight, bias)  # as the base computes it, to the bit
-        y.view(-1, y.shape[-1]).addmm_(down, B.t(), alpha=scale)
-        ctx.save_for_backward(rows, weight, A, B, down)
+        downs = []
+        for A, B, block, out in blocks(factors, rows, y.view(-1, y.shape[-1])):
+            downs.append(block @ A.t())  # (N / blocks, r)
+            out.addmm_(downs[-1], B.t(), alpha=scale)
+        ctx.save_for_backward(rows, weight, *factors, *downs)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        rows, weight, A, B, down = ctx.saved_tensors
-        shape, grad, grad_x = grad.shape[:-1], grad.reshape(-1, grad.shape[-1]), None
+        rows, weight, *kept = ctx.saved_tensors
+        count = len(kept) // 3
+        factors, downs = kept[: 2 * count], kept[2 * count :]
+        shape, grad = grad.shape[:-1], grad.reshape(-1, grad.shape[-1])
         with torch.autocast(grad.device.type, enabled=False):  # in the forward's type, wherever backward is called
-            up = (grad @ B).mul_(ctx.scale)  # (N, r), the gradient of `down`
-            if ctx.needs_input_grad[0]:
-                grad_x = torch.mm(grad, weight).addmm_(up, A).view(*shape, -1)
-            grad_A, grad_B = up.t() @ rows, (grad.t() @ down).mul_(ctx.scale)
-        return grad_x, None, None, grad_A.to(ctx.dtype), grad_B.to(ctx.dtype), None
+            grad_x = torch.mm(grad, weight) if ctx.needs_input_grad[0] else None
+            grads = []
+            for (A, B, block, g), down, i in zip(blocks(factors, rows, grad), downs, range(count)):
+                up = (g @ B).mul_(ctx.scale)  # (N / blocks, r), the gradient of `down`
+                if grad_x is not None:
+                    grad_x.chunk(count)[i].addmm_(up, A)
+                grads += [(up.t() @ block).to(ctx.dtype), (g.t() @ down).mul_(ctx.scale).to(ctx.dtype)]
+        return grad_x if grad_x is None else grad_x.view(*shape, -1), None, None, None, *grads
+
+
+def blocks(factors: list[Tensor], *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """A, B and an equal block of each of `rows` (N, ...), one after the other."""
+    count = len(factors) // 2
+    return zip(factors[::2], factors[1::2], *(x.chunk(count) for x in rows))
 
 
 class LoRALinear(nn.Linear):
@@ -63,6 +78,7 @@ class LoRALinear(nn.Linear):
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.scale: dict[str, float] = {}
         self.active: str | None = None
+        self.beside: tuple[LoRALinear, ...] = ()  # see `beside`
 
     def put(self, name: str, A: Tensor, B: Tensor, scale: float) -> None:
         """A and B stay float32 (float64 on a float64 base) on a half-precision base: their updates are small."""
@@ -76,14 +92,14 @@ class LoRALinear(nn.Linear):
         x = x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype)
         if self.active not in self.lora_A:  # off, or an adapter that leaves this layer alone
             return F.linear(x, self.weight, self.bias)
-        A, B = self.lora_A[self.active], self.lora_B[self.active]
         weight, bias = (w if w is None else w.to(x.dtype) for w in (self.weight, self.bias))
         if torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in (weight, bias)):
             raise ValueError(
                 f"a layer ({self.in_features} to {self.out_features}) with an adapter has a weight or a bias that is not "
                 "frozen: it would get no gradient; freeze it, or merge the adapter"
             )
-        return _Updated.apply(x, weight, bias, A, B, self.scale[self.active])
+        factors = [w for layer in (self, *self.beside) for w in (layer.lora_A[layer.active], layer.lora_B[layer.active])]
+        return _Updated.apply(x, weight, bias, self.scale[self.active], *factors)
 
     def merged(self, name: str) -> Tensor:
         """W + scale B A, computed in float32 at least, as W's type. (out, in)"""
@@ -177,6 +193,23 @@ def activate(model: nn.Module, name: str | None) -> None:
         lora_layers(model, name)
     for layer in lora_layers(model).values():
         layer.active = name
+
+
+@contextlib.contextmanager
+def beside(model: nn.Module, other: nn.Module) -> Iterator[None]:
+    """Within it, the second half of `model`'s rows is computed with the active adapter of `other`, on the same frozen trunk.
+
+    Both have adapters of one scale on the same layers. A frozen matrix is then read once for both: with few rows, reading
+    is what it costs.
+    """
+    pairs = [(layer, other.get_submodule(path)) for path, layer in lora_layers(model).items()]
+    for layer, second in pairs:
+        layer.beside = (second,)
+    try:
+        yield
+    finally:
+        for layer, _ in pairs:
+            layer.beside = ()
 
 
 @torch.no_grad()

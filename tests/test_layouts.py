@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reference_model import random_ids, small_model
 from small_rollout import EOS, PAD, RESPONSE, TEMPERATURE, WIDTH, prompts, reward_model
 
@@ -97,6 +99,32 @@ def worker(out: Path) -> None:
 if __name__ == "__main__":
     worker(Path(sys.argv[1]))
     raise SystemExit
+
+
+# ---- one pass for two
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+@given(lengths=st.lists(st.integers(3, WIDTH), min_size=1, max_size=4), seed=st.integers(0, 99))
+@settings(max_examples=10, deadline=None)
+def test_two_adapters_on_one_trunk_take_one_pass(family, lengths, seed):
+    """Log-probs, entropies, values and every gradient are those of a pass for each."""
+    policy = build("adapters", "separate", family=family).policy
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for x in policy.parameters():
+            if x.requires_grad:
+                x.normal_(std=0.3, generator=generator)
+    tokens, t = random_ids(seed, len(lengths), WIDTH), torch.arange(WIDTH)
+    mask = (t >= 2) & (t < torch.tensor(lengths)[:, None])
+    passes = []
+    for policy.on_one_trunk in (True, False):
+        policy.zero_grad()
+        output = policy(tokens, mask)
+        (output.logprobs.square().sum() + output.entropy.sum() + output.values.square().sum()).backward()
+        gradients = {name: x.grad for name, x in policy.named_parameters() if x.requires_grad}
+        passes.append([output.logprobs, output.entropy, output.values, gradients])
+    torch.testing.assert_close(*passes, rtol=1e-9, atol=1e-11)
 
 
 # ---- the start

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from model.half import Half, store_all
+from model.lora import beside
 from model.packed import saves, text_states
 from model.transformer import Transformer
 from rlhf.lm.frozen import FrozenStates
@@ -42,7 +43,7 @@ class ActorCritic(nn.Module):
     The value head starts at zero (Ziegler et al. 2019, arXiv:1909.08593), so the first advantages are the plain
     returns. `forward` is what DDP hooks into; acting goes through `self.model` directly. The layers below `depth` are
     frozen and the critic's too: features (B, T, D) are what they made of the tokens. `another` makes the trunk of a
-    separate critic from the policy's.
+    separate critic from the policy's; `on_one_trunk` says that both are adapters on the same frozen one.
     """
 
     def __init__(
@@ -52,9 +53,11 @@ class ActorCritic(nn.Module):
         temperature: float = 1.0,
         depth: int = 0,
         another: Callable[[Transformer], Transformer] = copy.deepcopy,
+        on_one_trunk: bool = False,
     ):
         super().__init__()
         self.model = model
+        self.on_one_trunk = on_one_trunk
         self.temperature = temperature
         self.depth = depth
         self.value_trunk = another(model) if critic == "separate" else None
@@ -70,15 +73,27 @@ class ActorCritic(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor, features: Tensor | None = None) -> PolicyOutput:
         """tokens (B, T) int64, mask (B, T) bool, features (B, T, D or 0) or None -> PolicyOutput of (B, T) each."""
-        hidden = hidden_states(self.model, tokens, mask, features, self.depth)  # (B, T-1, D)
+        hidden, for_values = self.hidden_states(tokens, mask, features)  # (B, T-1, D)
         logprobs, entropy = token_logprobs(self.model, hidden, tokens, mask, self.temperature)
         if self.value_head is None:
             return PolicyOutput(logprobs, entropy, torch.zeros_like(logprobs))
-        if self.value_trunk is not None:
-            hidden = hidden_states(self.value_trunk, tokens, mask, features, self.depth)
         with torch.autocast(hidden.device.type, enabled=False):  # half precision would round what is added up
-            values = self.value_head(hidden[mask[:, 1:]].to(self.value_head.weight.dtype)).squeeze(-1)  # (N,)
+            values = self.value_head(for_values[mask[:, 1:]].to(self.value_head.weight.dtype)).squeeze(-1)  # (N,)
         return PolicyOutput(logprobs, entropy, to_columns(values.to(logprobs.dtype), mask))
+
+    def hidden_states(self, tokens: Tensor, mask: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the log-probs and the values are read from, (B, T-1, D) each, see `hidden_states`.
+
+        Two adapters on one trunk take one pass, which reads every frozen matrix once, where each row stands alone and the
+        adapters lie whole on this rank; not where blocks are computed again, which comes after the pass.
+        """
+        trunk, inputs = self.value_trunk, tokens[:, :-1]
+        apart = trunk is None or not self.on_one_trunk or self.model.recompute
+        if apart or saves(inputs, read_lengths(mask)) or any(hasattr(x, "device_mesh") for x in trunk.parameters()):
+            hidden = hidden_states(self.model, tokens, mask, features, self.depth)
+            return hidden, hidden if trunk is None else hidden_states(trunk, tokens, mask, features, self.depth)
+        with beside(self.model, trunk):
+            return self.model.trunk(torch.cat((inputs, inputs))).chunk(2)
 
 
 def hidden_states(
@@ -94,13 +109,17 @@ def hidden_states(
     if features is not None and features.shape[-1]:
         states = features[:, :-1]
     depth = 0 if states is None else depth
-    read = torch.arange(inputs.shape[1], device=mask.device) * mask[:, 1:]
-    lengths = 1 + read.amax(1)  # (B,) of a row's inputs that somebody reads
+    lengths = read_lengths(mask)
     if depth < model.config.layers and saves(inputs, lengths):
         return text_states(model, inputs, lengths, states, depth)
     if states is None:
         return model.trunk(inputs)
     return model.norm(model.blocks(states, model.span(inputs), depth))
+
+
+def read_lengths(mask: Tensor) -> Tensor:
+    """(B,) how many of a row's inputs, the tokens before the last, somebody reads. mask (B, T)"""
+    return 1 + (torch.arange(mask.shape[1] - 1, device=mask.device) * mask[:, 1:]).amax(1)
 
 
 def no_features(tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -178,7 +197,7 @@ def adapters(
     def another(_) -> Transformer:
         return adapted(base, "critic", lora)
 
-    policy = ActorCritic(adapted(base, "policy", lora), critic, temperature, another=another)
+    policy = ActorCritic(adapted(base, "policy", lora), critic, temperature, another=another, on_one_trunk=True)
     return Roles(policy, *reference_on(base, temperature))  # the trunk without adapters
 
 
