@@ -95,7 +95,7 @@ def test_mutations(tmp_path_factory, content):
 
 @pytest.mark.slow
 @given(content=mutated())
-@settings(max_examples=20000)
+@settings(max_examples=8000)
 def test_many_more_mutations(tmp_path_factory, content):
     read_all(tmp_path_factory.getbasetemp() / "mutated.gguf", content)
 

@@ -23,7 +23,7 @@ from model.peft import load_peft, save_peft
 from model.transformer import ModelConfig, Transformer
 
 ROOM = 2**30  # bytes of address space beyond what the process has
-CASES = [pytest.param(1, id="quick"), pytest.param(4, marks=pytest.mark.slow, id="long")]
+CASES = [pytest.param(1, id="quick"), pytest.param(2, marks=pytest.mark.slow, id="long")]
 GPT2 = dict(norm="layer", activation="gelu", positions="learned", qkv_bias=True, out_bias=True, mlp_bias=True)
 GEMMA3 = dict(
     norm="offset_rms", norm_place="both", activation="geglu", embedding_scale=2.0, attention_scale=0.5, qk_norm=True
