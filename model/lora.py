@@ -98,7 +98,9 @@ class LoRALinear(nn.Linear):
                 f"a layer ({self.in_features} to {self.out_features}) with an adapter has a weight or a bias that is not "
                 "frozen: it would get no gradient; freeze it, or merge the adapter"
             )
-        factors = [w for layer in (self, *self.beside) for w in (layer.lora_A[layer.active], layer.lora_B[layer.active])]
+        factors = [
+            w for layer in (self, *self.beside) for w in (layer.lora_A[layer.active], layer.lora_B[layer.active])
+        ]
         return _Updated.apply(x, weight, bias, self.scale[self.active], *factors)
 
     def merged(self, name: str) -> Tensor:
