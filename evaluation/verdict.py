@@ -43,14 +43,15 @@ def verdict(sources: Sequence[Source]) -> Verdict | None:
     """Of the strongest evidence there is: an evaluation, rounds, a run of PPO, a reward model; None where there is none of
     them, or where what there is cannot be read, which its section says.
     """
-    for file, say in SAYERS:
-        for source in sources:
-            if file in source.files:
-                try:
-                    if found := say(source):
-                        return found
-                except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-                    continue
+    evaluated = [x for x in sources if isinstance(x.files.get("summary.json", {}).get("ppo"), dict)]
+    tries = [(of_several, evaluated)] if len(evaluated) > 1 else []
+    tries += [(say, source) for file, say in SAYERS for source in sources if file in source.files]
+    for say, what in tries:
+        try:
+            if found := say(what):
+                return found
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+            continue
     return None
 
 
@@ -98,6 +99,20 @@ def beside_training(rows: dict[str, dict], what: str, right: bool) -> str:
         free = rows[best[-1]][what]["mean"] - rows["base"][what]["mean"]
         told.append(f"Without any training, the {best[-1]} samples of the base gains {brief(free, '+')}.")
     return " ".join(told)
+
+
+def of_several(sources: Sequence[Source]) -> Verdict:
+    """Evaluations of several runs, as of several seeds: how many gain, and each with its interval."""
+    found = {x.name: x.files["summary.json"]["ppo"] for x in sources}
+    what = "judge" if all("judge_gain" in ppo for ppo in found.values()) else "reward"
+    gains = {name: estimate_of(ppo[f"{what}_gain"]) for name, ppo in found.items()}
+    rose, values = sum(x.low > 0 for x in gains.values()), [x.value for x in gains.values()]
+    facts = [Fact(brief(x.value, "+"), f"{name}; 95%: {interval(x)}", f"{what}_gain") for name, x in gains.items()]
+    told = f"The {what} rose beyond chance in {rose} of {len(gains)} runs"
+    return Verdict(f"{told}, by {brief(min(values), '+')} to {brief(max(values), '+')}.", facts[:MOST])
+
+
+MOST = 8  # facts
 
 
 def of_rounds(source: Source) -> Verdict | None:

@@ -1,6 +1,7 @@
 """Where the shared reference material lies, and one thread per test process so that results do not depend on the machine."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,18 @@ def world(tmp_path_factory):
     import tiny
 
     return tiny.build(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, once for all tests of pages."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("no browser: apt-get install chromium")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(
+            executable_path=program, args=["--no-sandbox"]
+        )  # root in a container has no sandbox
+        yield browser
+        browser.close()

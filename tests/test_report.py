@@ -4,7 +4,6 @@ import html
 import importlib.util
 import json
 import re
-import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,8 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_page import BROWSERS, accessible
 from tiny import ROOT
+from tiny_browser import accessible
 from tiny_run import HOSTILE, ppo_rows, sample
 
 from evaluation import report
@@ -256,7 +255,10 @@ def test_no_file_gives_a_traceback(tmp_path_factory, case):
         patch.setattr(
             "evaluation.plots.svg", lambda *a: "<svg/>"
         )  # drawing is tested above; here it would take minutes
-        sections, _ = report.build(report.find(lay_out(path, {name: content, "metrics.jsonl": ppo_rows()})))
+        sources = report.find(lay_out(path, {name: content, "metrics.jsonl": ppo_rows()}))
+        sections, _ = report.build(sources)
+    if said := verdict(sources):
+        said.html(), said.markdown()
     for section in sections.values():
         for block in section.blocks:
             block.html(), block.markdown()
@@ -371,6 +373,16 @@ def test_the_verdict(files, said, note):
     assert verdict([report.Source("r", {"samples.jsonl": [{}]})]) is None
 
 
+def test_the_verdict_of_several_runs():
+    runs = [report.Source(name, evaluated("judge", x, x - 0.1, x + 0.1)) for name, x in (("a", 0.35), ("b", 0.05))]
+    found = verdict(runs)
+    assert found.sentence == "The judge rose beyond chance in 1 of 2 runs, by +.05 to +.35."
+    assert [fact.words for fact in found.facts] == ["a; 95%: [.25, .45]", "b; 95%: [-.05, .15]"]
+    assert verdict([*runs[:1], report.Source("b", {"summary.json": {"ppo": {}}})]).sentence.startswith(
+        "The judge rose by +.35"
+    )
+
+
 def test_series_keep_finite_numbers():
     rows = [{"step": 0, "a": 1.0, "b": None}, {"step": 1, "a": True, "b": "x"}, {"a": 3.0}, {"step": 2, "a": 2}]
     found = series(rows, lambda name: True)
@@ -405,19 +417,6 @@ def test_the_slides(tmp_path):
     )
     with pytest.raises(ValueError, match="--run=r has no held-out prompt 2"):
         talk.slides(report.find(tmp_path / "r"), "r", 2)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if program is None:
-        pytest.skip("no browser: apt-get install chromium")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 def opened(browser, file: Path, **kwargs):
