@@ -367,7 +367,7 @@ class Transformer(nn.Module):
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             std = 0.02 / math.sqrt(2 * self.config.layers) if residual else 0.02
             # drawn where the generator lives, so that every device starts from the same numbers
-            parameter.copy_(std * torch.randn(parameter.shape, generator=generator, device=generator.device))
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, device=generator.device).mul_(std))
 
     @property
     def dtype(self) -> torch.dtype:
