@@ -15,6 +15,8 @@ pytestmark = pytest.mark.slow
 PATHS = [
     "/v1/completions",
     "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/embeddings",
     "/v1/score",
     "/v1/tokens",
     "/v1/comparison/1/vote",
@@ -51,6 +53,18 @@ plausible = {
     "model": st.just("lm"),
     "prompt": texts | st.lists(texts, max_size=3) | st.lists(st.integers(-1, 400), max_size=70) | anything,
     "messages": messages,
+    "input": texts | messages | st.lists(texts, max_size=3) | st.lists(st.integers(-1, 400), max_size=70),
+    "instructions": texts,
+    "max_output_tokens": st.integers(0, 12),
+    "include": st.lists(st.sampled_from(["message.output_text.logprobs", "x"]), max_size=2),
+    "text": st.fixed_dictionaries(
+        {"format": st.sampled_from([{"type": "text"}, {"type": "json_schema", "schema": {}}, {}, 3])}
+    ),
+    "encoding_format": st.sampled_from(["float", "base64", "x"]),
+    "response_format": st.sampled_from([{"type": "text"}, {"type": "json_object"}, {"type": "json_schema"}])
+    | st.builds(
+        lambda schema: {"type": "json_schema", "json_schema": {"schema": schema}}, st.deferred(lambda: odd_schemas)
+    ),
     "response": texts,
     "max_tokens": st.integers(0, 12),
     "n": st.integers(1, 4),
@@ -86,14 +100,42 @@ plausible = {
 OF = {  # fields that make an answer likely
     "/v1/completions": ["prompt"], "/v1/chat/completions": ["messages"], "/v1/score": ["prompt", "response"],
     "/v1/tokens": ["messages", "response"], "/v1/comparison/1/vote": ["rater", "choice", "nonce"],
-    "/v1/votes/1/undo": ["rater"],
+    "/v1/votes/1/undo": ["rater"], "/v1/responses": ["input"], "/v1/embeddings": ["input"],
 }  # fmt: skip
+odd_schemas = (
+    st.dictionaries(
+        st.sampled_from(
+            ["type", "properties", "items", "enum", "pattern", "required", "anyOf", "$ref", "minimum", "x"]
+        ),
+        st.sampled_from(
+            ["object", "string", "array", "nope", "(", [], {}, {"a": {"type": "null"}}, 3, None, ["a"], "#", [{}]]
+        ),
+        max_size=4,
+    )
+    | st.booleans()
+)
 ROLLOUTS = {"return_token_ids", "logprobs_mode", "uniforms"}
 STEERING = {"min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"}
+RESPONSES = {"input", "instructions", "max_output_tokens", "include", "text", "encoding_format"}
+READ = (
+    {"stop_token_ids", "ignore_eos", "response_format"} | ROLLOUTS | STEERING
+)  # without effect on a text that is there
 FOREIGN = {
-    "/v1/completions": {"messages", "top_logprobs"},
-    "/v1/chat/completions": {"prompt", "echo", "add_special_tokens"} | ROLLOUTS,
-    **dict.fromkeys(("/v1/score", "/v1/tokens"), {"stop_token_ids", "ignore_eos"} | ROLLOUTS | STEERING),
+    "/v1/completions": {"messages", "top_logprobs"} | RESPONSES,
+    "/v1/chat/completions": {"prompt", "echo", "add_special_tokens"} | ROLLOUTS | RESPONSES,
+    "/v1/responses": {
+        "prompt",
+        "messages",
+        "echo",
+        "add_special_tokens",
+        "max_tokens",
+        "logprobs",
+        "response_format",
+        "n",
+    }
+    | ROLLOUTS,
+    "/v1/embeddings": READ | {"prompt", "messages"},
+    **dict.fromkeys(("/v1/score", "/v1/tokens"), READ | RESPONSES),
 }
 
 
@@ -155,6 +197,9 @@ def check(server, method, path, raw, headers=()):
     if status == 200 and content.startswith(b"data: "):
         *events, last = content.decode().strip().split("\n\n")
         assert last == "data: [DONE]" and all("error" not in json.loads(event[6:]) for event in events)
+    elif status == 200 and content.startswith(b"event: "):
+        kinds = [json.loads(event.split("data: ", 1)[1])["type"] for event in content.decode().strip().split("\n\n")]
+        assert kinds[-1] in ("response.completed", "response.incomplete") and "error" not in kinds
     elif content:
         assert "error" in json.loads(content) if status >= 400 else json.loads(content)
 

@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.parse
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import tiny_server
@@ -147,6 +148,121 @@ def test_a_stream_says_the_same(client, n):
     assert finishes == [choice.finish_reason for choice in whole.choices]
     assert logprobs == [choice.logprobs.content for choice in whole.choices]
     assert usage == whole.usage
+
+
+def test_responses_are_those_of_a_chat(client):
+    """In the form of their endpoint, whole and as events; what is asked of instructions, log-probs and lengths arrives."""
+    import openai
+
+    asked = dict(model="lm", max_output_tokens=12, top_p=0.9, extra_body={"seed": 1, "frequency_penalty": 0.3})
+    told = [{"role": "system", "content": "be brief"}, *HELLO]
+    chat = dict(model="lm", messages=told, max_tokens=12, top_p=0.9, seed=1, frequency_penalty=0.3, logprobs=True)
+    expected = client.chat.completions.create(**chat, top_logprobs=2)
+    (choice,) = expected.choices
+    logprobs = dict(include=["message.output_text.logprobs"], top_logprobs=2)
+    for more in (
+        dict(input="a good film", instructions="be brief"),
+        dict(input=[{"role": "developer", "content": "be brief"}, {"role": "user", "content": "a good film"}]),
+        dict(
+            input=[
+                {"type": "message", "role": "system", "content": [{"type": "input_text", "text": "be brief"}]},
+                *HELLO,
+            ]
+        ),
+    ):
+        answer = client.responses.create(**asked, **more, **logprobs)
+        assert answer.output_text == choice.message.content and answer.usage.total_tokens == expected.usage.total_tokens
+        ends = {"stop": ("completed", None), "length": ("incomplete", "max_output_tokens")}[choice.finish_reason]
+        assert (answer.status, answer.incomplete_details and answer.incomplete_details.reason) == ends
+        (part,) = answer.output[0].content
+        said = [[(x.token, x.logprob) for x in (token, *token.top_logprobs)] for token in part.logprobs]
+        assert said == [[(x.token, x.logprob) for x in (t, *t.top_logprobs)] for t in choice.logprobs.content]
+    events = list(client.responses.create(**asked, **more, **logprobs, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    names = [event.type.removeprefix("response.") for event in events]
+    assert names[:4] == ["created", "in_progress", "output_item.added", "content_part.added"]
+    assert names[-4:] == ["output_text.done", "content_part.done", "output_item.done", answer.status]
+    assert set(names[4:-4]) == {"output_text.delta"}
+    assert "".join(event.delta for event in events[4:-4]) == events[-4].text == answer.output_text
+    assert events[-1].response.output[0].content == answer.output[0].content
+    with client.responses.stream(**asked, **more) as stream:  # the client adds them up
+        assert stream.get_final_response().output_text == answer.output_text
+    for wrong, param in (
+        (dict(previous_response_id="resp_1"), "previous_response_id"),
+        (dict(background=True), "background"),
+        (dict(truncation="auto"), "truncation"),
+        (dict(tools=[{"type": "web_search"}]), "tools"),
+        (dict(max_output_tokens=10_000), "max_output_tokens"),
+        (dict(input=[{"type": "reasoning", "summary": []}]), "input"),
+        (dict(input="a " * 200), "input"),
+        (dict(input=[]), "input"),
+        (dict(top_logprobs=2), "top_logprobs"),
+        (dict(model="gpt"), "model"),
+    ):
+        with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as caught:
+            client.responses.create(**dict(model="lm", input="a") | wrong)
+        assert caught.value.body["param"] == param
+
+
+def test_embeddings_are_means_of_the_trunks_states(client, server, home):
+    import openai
+
+    texts = ["a good film", "a bad film that nobody likes"]
+    for name, directory in (("lm", home / "lm"), ("lm:reference", home / "before" / "lm")):
+        opened, means = open_pretrained(directory), []
+        for words in texts:
+            ids = [opened.tokenizer.start, *opened.tokenizer.encode(words)]
+            states = opened.model.trunk(torch.tensor([ids]))[0].tolist()[1:]
+            mean = [sum(column) / len(states) for column in zip(*states)]
+            means.append([x / sum(x * x for x in mean) ** 0.5 for x in mean])
+        answer = client.embeddings.create(model=name, input=texts)  # as base64
+        assert [one.index for one in answer.data] == [0, 1] and answer.usage.prompt_tokens > 0
+        for one, mean in zip(answer.data, means):
+            assert one.embedding == pytest.approx(mean, abs=1e-5)
+        ids = [opened.tokenizer.start, *opened.tokenizer.encode(texts[1])]
+        alone = server.request("/v1/embeddings", {"model": name, "input": [ids, ids]})[2]
+        assert alone["usage"]["total_tokens"] == 2 * len(ids) and alone["data"][0]["embedding"] != means[1]
+        whole = server.request("/v1/embeddings", {"model": name, "input": texts[1]})[2]
+        assert whole["data"][0]["embedding"] == pytest.approx(answer.data[1].embedding, abs=1e-7)
+    for wrong, param in (
+        (dict(input=""), "input"),
+        (dict(input=[]), "input"),
+        (dict(input="a " * 200), "input"),
+        (dict(dimensions=8), "dimensions"),
+        (dict(encoding_format="int8"), "encoding_format"),
+        (dict(input=[[5000]]), "input"),
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.embeddings.create(**dict(model="lm", input="a") | wrong)
+        assert caught.value.body["param"] == param
+
+
+def test_structured_answers_of_the_client(client):
+    """`parse` of chats and responses, a stream, several choices; one that is cut off says so."""
+    pytest.importorskip("llguidance", reason="llguidance is not installed (extra schema)")
+    import openai
+    from pydantic import BaseModel
+
+    class Answer(BaseModel):
+        good: bool
+        kind: Literal["film", "story"]
+
+    for seed in range(3):
+        asked = dict(model="lm", messages=HELLO, seed=seed, max_tokens=60, temperature=2.0)
+        answer = client.chat.completions.parse(**asked, n=2, response_format=Answer)
+        assert all(
+            isinstance(choice.message.parsed, Answer) and choice.finish_reason == "stop" for choice in answer.choices
+        )
+        with client.chat.completions.stream(**asked, response_format=Answer) as stream:
+            assert stream.get_final_completion().choices[0].message.parsed == answer.choices[0].message.parsed
+        more = dict(model="lm", input=HELLO, max_output_tokens=60, temperature=2.0, extra_body={"seed": seed})
+        assert client.responses.parse(**more, text_format=Answer).output_parsed == answer.choices[0].message.parsed
+        anything = client.chat.completions.create(**asked, response_format={"type": "json_object"}).choices[0]
+        assert anything.message.content[0] == "{" and (
+            anything.finish_reason == "length" or isinstance(json.loads(anything.message.content), dict)
+        )
+    with pytest.raises(openai.LengthFinishReasonError):
+        client.chat.completions.parse(**asked | {"max_tokens": 3}, response_format=Answer)
 
 
 def test_completions_are_those_of_the_sampler(client, home):

@@ -10,9 +10,11 @@ import hmac
 import logging
 import re
 import secrets
+import struct
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from data.chat import Chat
@@ -34,6 +36,7 @@ from rlhf.serve.http import (
 )
 from rlhf.serve.live import Watched
 from rlhf.serve.protocol import ApiError, Call, Limits
+from rlhf.serve.responses import ResponsesWriter, parse_responses
 from rlhf.serve.scheduler import Event, Full, Scheduler
 from rlhf.serve.scorer import Scorer
 from rlhf.serve.weights import Weights
@@ -41,6 +44,7 @@ from rlhf.serve.workers import Alone, Member
 
 PAGE = Path(__file__).with_name("page")
 LOG = logging.getLogger(__name__)
+SLOW = frozenset(("messages", "input", "response_format"))
 SMALL_BODY = 16_384  # bytes; a larger one is taken apart in a thread, so that streams go on
 
 
@@ -107,7 +111,7 @@ class Service:
         except asyncio.TimeoutError:
             raise too_slow() from None
         body = protocol.parse_body(raw)
-        request.state.slow = len(raw) > SMALL_BODY or "messages" in body
+        request.state.slow = len(raw) > SMALL_BODY or not SLOW.isdisjoint(body)
         return body
 
     async def read(self, request) -> bytes:
@@ -123,7 +127,7 @@ class Service:
         return bytes(raw)
 
     async def aside(self, request, function, *args):
-        """function(*args), in a thread where the body is large or waits for its template to be rendered."""
+        """function(*args), in a thread where the body is large, or has a template to render or a schema to compile."""
         return await asyncio.to_thread(function, *args) if request.state.slow else function(*args)
 
     # ---- OpenAI
@@ -137,6 +141,29 @@ class Service:
         served = self.served(body)
         call = await self.aside(request, protocol.parse_chat, body, self.tokenizer, self.chat, served.limits)
         return await self.answer(request, served, call)
+
+    async def responses(self, request):
+        body = await self.body(request)
+        served = self.served(body)
+        call = await self.aside(request, parse_responses, body, self.tokenizer, self.chat, served.limits)
+        return await self.answer(request, served, call, partial(ResponsesWriter, body=body))
+
+    async def embeddings(self, request):
+        body = await self.body(request)
+        served = self.served(body)
+        limit = served.scorer.model.config.context
+        texts, skip, encoded = await self.aside(request, protocol.parse_embeddings, body, self.tokenizer, limit)
+        deadline, found = time.monotonic() + self.timeout, []
+        for ids in texts:  # one by one: others have steps between them
+            if time.monotonic() > deadline:
+                raise overloaded()
+            numbers = await self.job(served, served.scorer.embed, ids, skip)
+            packed = struct.pack(f"<{len(numbers)}f", *numbers)
+            found.append(base64.b64encode(packed).decode() if encoded else numbers)
+        count = sum(map(len, texts)) - skip * len(texts)
+        data = [{"object": "embedding", "index": index, "embedding": one} for index, one in enumerate(found)]
+        usage = {"prompt_tokens": count, "total_tokens": count}
+        return reply({"object": "list", "data": data, "model": served.name, "usage": usage})
 
     async def completions(self, request):
         body = await self.body(request)
@@ -154,8 +181,11 @@ class Service:
     async def model(self, request):
         return reply(self.about(self.served({"model": request.path_params["name"]})))
 
-    async def answer(self, request, served: Served, call: Call):
-        """Submits the call's requests and gives their answer, whole or as a stream; a client that leaves frees the rows."""
+    async def answer(self, request, served: Served, call: Call, kind=Writer):
+        """Submits the call's requests and gives their answer, whole or as a stream; a client that leaves frees the rows.
+
+        kind: what makes the writer of the answer.
+        """
         from starlette.responses import Response
 
         queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -166,7 +196,7 @@ class Service:
             served.scheduler.submit(call.requests)
         except Full:
             raise overloaded() from None
-        writer = Writer(call, self.tokenizer, served.name, secrets.token_hex(12))
+        writer = kind(call, self.tokenizer, served.name, secrets.token_hex(12))
         if call.stream:
             return Stream(writer, len(call.requests), queue, lambda: leave(served, call))
         task = asyncio.ensure_future(self.collect(call, writer, queue))
@@ -179,7 +209,7 @@ class Service:
             leave(served, call)
 
     @staticmethod
-    async def collect(call: Call, writer: Writer, queue: asyncio.Queue) -> dict:
+    async def collect(call: Call, writer, queue: asyncio.Queue) -> dict:
         texts, tokens, finishes = [[] for _ in call.requests], [[] for _ in call.requests], [None] * len(call.requests)
         while None in finishes:
             index, event = await queue.get()
@@ -446,6 +476,8 @@ def application(service: Service):
         route("/v1/models/{name:path}", service.model),
         route("/v1/chat/completions", service.chat_completions, "POST"),
         route("/v1/completions", service.completions, "POST"),
+        route("/v1/responses", service.responses, "POST"),
+        route("/v1/embeddings", service.embeddings, "POST"),
         route("/v1/score", service.score, "POST"),
         route("/v1/tokens", service.tokens, "POST"),
         route("/v1/weights", service.weights_now),

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from data.chat import Chat
 from data.tokenizer import Tokenizer
 from model.steering import Steering
+from rlhf.serve.grammar import Grammar
 from rlhf.serve.scheduler import Request, Sampling, TextStream, Token
 
 MOST_STOPS, MOST_STOP_IDS, MOST_ALTERNATIVES = 4, 1024, 20
 LOGPROBS = ("raw_logprobs", "processed_logprobs")  # of the model, and of what is sampled from: vLLM's names
 MOST_LOGPROBS = 2**20  # that one request may ask for, some hundred bytes each
-MOST_BIASES = 1024
+MOST_BIASES, MOST_INPUTS = 1024, 2048
 COLDEST, HOTTEST = 1e-30, 100.0  # temperatures: colder ones than the first are taken as it, or logits would overflow
 SMALLEST_TOP_P = 1e-9  # what 0 means: the likeliest token alone
 UNSUPPORTED = {  # known fields that would change the answer, and the values at which they do not; null never does
@@ -28,7 +29,6 @@ UNSUPPORTED = {  # known fields that would change the answer, and the values at 
     **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
     **dict.fromkeys(("reasoning_effort", "reasoning", "thinking"), ()),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "verbosity": ("medium",),
     # vLLM's
@@ -74,6 +74,7 @@ OF_SAMPLING = {  # that a text which is there already has no use for
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_p"), (0,)),
     "repetition_penalty": (1,),
     "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
     **{name: OF_CHATS[name] for name in ("continue_final_message", "add_generation_prompt")},
 }
 OF_TEXTS = OF_SAMPLING | {"add_special_tokens": (True,)}  # scores are those of training, with the start token
@@ -296,25 +297,27 @@ def render(chat: Chat | None, messages: list[dict]) -> list[int]:
     return ids
 
 
-def prompts_of(body: dict, tokenizer: Tokenizer, rows: int) -> tuple[list[list[int]], list[str] | None, int]:
+def prompts_of(
+    body: dict, tokenizer: Tokenizer, most: int, name: str = "prompt"
+) -> tuple[list[list[int]], list[str] | None, int]:
     """Ids of every prompt; their texts (None where ids were given); how many start tokens stand before each."""
-    prompt = body.get("prompt")
+    prompt = body.get(name)
     if isinstance(prompt, str):
         prompt = [prompt]
     if isinstance(prompt, list) and prompt and all(type(i) is int for i in prompt):
         prompt = [prompt]
     if not isinstance(prompt, list) or not prompt:
-        raise ApiError(400, "prompt must be a text, a list of texts, token ids, or a list of those", "prompt")
-    if len(prompt) > rows:
-        raise ApiError(400, f"{len(prompt)} prompts; at most {rows} are taken at once", "prompt")
+        raise ApiError(400, f"{name} must be a text, a list of texts, token ids, or a list of those", name)
+    if len(prompt) > most:
+        raise ApiError(400, f"{len(prompt)} of {name}; at most {most} are taken at once", name)
     if all(isinstance(one, str) for one in prompt):
         start = [tokenizer.start] if take(body, "add_special_tokens", bool, True) else []
-        return [[*start, *tokenizer.encode(text(one, "prompt"))] for one in prompt], prompt, len(start)
+        return [[*start, *tokenizer.encode(text(one, name))] for one in prompt], prompt, len(start)
     for one in prompt:
         if not isinstance(one, list) or not one or not all(type(i) is int for i in one):
-            raise ApiError(400, "a prompt of token ids must be a list of at least one integer", "prompt")
+            raise ApiError(400, f"a {name} of token ids must be a list of at least one integer", name)
         if not 0 <= min(one) <= max(one) < tokenizer.vocab_size:
-            raise ApiError(400, f"token ids must be between 0 and {tokenizer.vocab_size - 1}", "prompt")
+            raise ApiError(400, f"token ids must be between 0 and {tokenizer.vocab_size - 1}", name)
     return prompt, None, 0
 
 
@@ -396,6 +399,53 @@ def parse_completion(body: dict, tokenizer: Tokenizer, limits: Limits) -> Call:
     return call(body, tokenizer, prompts, echo, skip, longest, alternatives, limits)
 
 
+def parse_embeddings(body: dict, tokenizer: Tokenizer, context: int) -> tuple[list[list[int]], int, bool]:
+    """Ids of every text, how many start tokens stand before each, and whether the numbers are wanted as base64."""
+    check_unsupported(body, OF_SAMPLING | {"dimensions": ()})
+    form = take(body, "encoding_format", str, "float")
+    if form not in ("float", "base64"):
+        raise ApiError(400, f"encoding_format must be float or base64, not {form!r:.40}", "encoding_format")
+    texts, _, skip = prompts_of(body, tokenizer, MOST_INPUTS, "input")
+    for ids in texts:
+        if not skip < len(ids) <= context:
+            what = "is empty" if len(ids) <= skip else f"has {len(ids)} tokens, more than the context of {context}"
+            raise ApiError(400, f"an input {what}", "input", "context_length_exceeded" if len(ids) > skip else None)
+    return texts, skip, form == "base64"
+
+
+def response_format(body: dict) -> dict | bool | None:
+    """The schema that an answer must follow; None: any text."""
+    form = take(body, "response_format", dict, {"type": "text"})
+    kind = form.get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    if kind != "json_schema":
+        raise ApiError(
+            400, f"response_format must be text, json_object or json_schema, not {kind!r:.40}", "response_format"
+        )
+    about = form.get("json_schema")
+    if not isinstance(about, dict) or not isinstance(about.get("schema"), dict | bool):
+        raise ApiError(400, "response_format.json_schema must be an object with a schema", "response_format")
+    take({"response_format.json_schema.strict": about.get("strict")}, "response_format.json_schema.strict", bool)
+    return about["schema"]
+
+
+def grammar_of(body: dict, tokenizer: Tokenizer) -> Grammar | None:
+    """What response_format asks for, compiled."""
+    if (schema := response_format(body)) is None:
+        return None
+    if take(body, "ignore_eos", bool, False):
+        raise ApiError(
+            400, "ignore_eos is not supported with response_format: an answer ends where it is complete", "ignore_eos"
+        )
+    try:
+        return Grammar(schema, tokenizer)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"response_format {error}", "response_format", "unsupported_parameter") from None
+
+
 def call(
     body: dict, tokenizer: Tokenizer, prompts: list[list[int]], echo: list[str] | None, skip: int, longest: int | None,
     alternatives: int | None, limits: Limits, chat: bool = False, strip: bool = False,
@@ -416,6 +466,7 @@ def call(
         processed=body.get("logprobs_mode") == LOGPROBS[1],
         min_p=take(body, "min_p", float, 0.0, 0, 1),
         steering=steering(body, tokenizer.vocab_size),
+        grammar=grammar_of(body, tokenizer),
         strip=strip,
     )
     options = take(body, "stream_options", dict, {})

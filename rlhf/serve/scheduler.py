@@ -28,6 +28,7 @@ from data.tokenizer import Detokenizer, Tokenizer
 from model.generate import Decoding, check_finite, row_uniforms, sample_step
 from model.steering import Steering, steer
 from model.transformer import Transformer
+from rlhf.serve.grammar import Grammar
 
 CHUNK = 256  # prompt tokens per step: others wait no longer than that for their next token
 COLUMNS = 64  # attended columns are a multiple of it
@@ -57,6 +58,7 @@ class Sampling:
     ignore_eos: bool = False  # or in place of them
     min_p: float = 0.0
     steering: Steering | None = None  # None: nothing is steered
+    grammar: Grammar | None = None  # None: any text
     strip: bool = False  # the text starts afresh: without the space before sentencepiece's first word
 
 
@@ -100,6 +102,7 @@ class Request:
     def begin(self, tokenizer: Tokenizer, weights: str) -> None:
         s, self.weights = self.sampling, weights
         self.stream = TextStream(tokenizer, s.stop, s.strip)
+        self.guide = s.grammar and s.grammar.start()
         seed = s.seed if s.seed is not None else secrets.randbits(63)
         self.uniforms = (
             row_uniforms(seed, s.iteration, [s.row], s.max_tokens)[0] if s.temperature else None
@@ -391,10 +394,11 @@ class Scheduler:
 
     def _sample(self, logits: Tensor, requests: list[Request]) -> list[Token | str]:
         """One token for each row of logits (B, V), by its own settings and uniforms; an error where there is none."""
-        groups, sampled, steered = {}, [None] * len(requests), self._steer(logits, requests)
+        groups, (steered, sampled) = {}, self._steer(logits, requests)
         for row, request in enumerate(requests):
             s = request.sampling
-            groups.setdefault((s.temperature, s.top_k, s.top_p, s.min_p), []).append(row)
+            if sampled[row] is None:
+                groups.setdefault((s.temperature, s.top_k, s.top_p, s.min_p), []).append(row)
 
         def draw(how: tuple, rows: list[int]) -> None:
             uniforms = None
@@ -425,18 +429,26 @@ class Scheduler:
                 sampled[row] = token._replace(top=token.top[: requests[row].sampling.logprobs])
         return sampled
 
-    @staticmethod
-    def _steer(logits: Tensor, requests: list[Request]) -> Tensor:
-        """Logits (B, V) with those rows changed that ask for it, each by its own tokens; the same tensor where none does."""
-        rows = [row for row, request in enumerate(requests) if request.sampling.steering is not None]
+    def _steer(self, logits: Tensor, requests: list[Request]) -> tuple[Tensor, list[str | None]]:
+        """Logits (B, V) with those rows changed that ask for it, each by its own tokens (the same tensor where none does),
+        and for each row why it goes on with none.
+        """
+        rows, errors = [row for row, r in enumerate(requests) if r.guide or r.sampling.steering], [None] * len(requests)
         if not rows:
-            return logits
+            return logits, errors
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         for row in rows:
-            request = requests[row]
-            sampled = [token.id for token in request.sampled]
-            logits[row] = steer(logits[row], request.sampling.steering, request.prompt, sampled)
-        return logits
+            request, how = requests[row], requests[row].sampling.steering
+            if how:
+                logits[row] = steer(logits[row], how, request.prompt, [token.id for token in request.sampled])
+            if request.guide:
+                try:
+                    allowed = request.guide.allowed(logits.shape[-1], self.stop_ids).to(logits.device)
+                except ValueError as error:
+                    errors[row] = str(error)
+                    continue
+                logits[row] = logits[row].masked_fill(~allowed, -torch.inf)
+        return logits, errors
 
     def _advance(self, request: Request, token: Token | str) -> Event:
         """Appends a sampled token to the request's text."""
@@ -453,6 +465,8 @@ class Scheduler:
             event.finish = "stop"
         else:
             event.text, event.tokens = request.stream.push(token)
+            if request.guide:
+                request.guide.push(token.id)
             if request.stream.stopped:
                 event.finish = "stop"
             elif request.count == s.max_tokens or time.monotonic() > request.deadline:

@@ -68,6 +68,13 @@ class Scorer:
         names = ("id", "logprob", "logratio", "kl", "value", "reward")
         return [dict(zip(names, row)) for row in zip(response, logprobs, ratios or none, kls or none, values, rewards)]
 
+    @torch.no_grad()
+    def embed(self, ids: list[int], skip: int) -> list[float]:
+        """The mean of the last hidden states (behind the final norm) over all tokens but the first `skip`, made of length 1."""
+        hidden = self.model.trunk(torch.tensor([ids], device=self.device))[0, skip:]  # (T, D)
+        mean = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).mean(0)
+        return [number(x, "an embedding") for x in (mean / mean.norm()).tolist()]
+
 
 def chosen(logits: Tensor, ids: Tensor) -> Tensor:
     """log p of the ids that were chosen: (N, V), (N,) -> (N,), in float32 at least."""
