@@ -15,7 +15,7 @@ from data.tokenizer import load_tokenizer, train_sentencepiece
 from model.steering import Steering
 from model.transformer import ModelConfig, Transformer
 from rlhf.serve import grammar
-from rlhf.serve.protocol import ApiError, Limits, parse_completion
+from rlhf.serve.protocol import ApiError, Limits, parse_chat, parse_completion
 from rlhf.serve.scheduler import Request, Sampling, Scheduler
 
 WIDTH = 256
@@ -167,6 +167,9 @@ def form(schema, **more) -> dict:
         (form({"$ref": "http://example.org/x"}), "does not fetch resources"),
         (form({"not": {}}), "Unimplemented keys"),
         (form({"enum": []}), "Unsatisfiable"),
+        (form({"$ref": "#"}), "NoExtension"),
+        (form(json.loads('{"items":' * 300 + "{}" + "}" * 300)), "recursion limit"),
+        (form({"allOf": [{"anyOf": [{"required": [f"{i}{k}"]} for k in range(10)]} for i in range(6)]}), "too large"),
         (form("x"), "an object with a schema"),
         (form({}, strict="yes"), "strict must be true or false"),
         ({"type": "json_schema"}, "an object with a schema"),
@@ -181,9 +184,16 @@ def test_what_is_no_schema_is_400_with_the_reason(ask, given, says):
     assert caught.value.status == 400 and "\n" not in caught.value.message
 
 
+def test_an_answer_that_is_begun_has_no_schema(ask):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "{"}]
+    with pytest.raises(ApiError, match="leave out the assistant's last message"):
+        parse_chat({"messages": messages, "response_format": {"type": "json_object"}}, None, None, Limits(128, 100, 40))
+
+
 def test_schemas_are_taken(ask):
     library()
-    taken = [form({}), form({"type": "object"}, strict=True), form({"const": 1}, strict=False)]
+    tree = {"$ref": "#/$defs/t", "$defs": {"t": {"type": "array", "items": {"$ref": "#/$defs/t"}}}}
+    taken = [form({}), form({"type": "object"}, strict=True), form({"const": 1}, strict=False), form(tree)]
     for asked in ({"type": "json_object"}, *taken):
         assert ask(response_format=asked, n=2).requests[1].sampling.grammar is not None
     assert ask(response_format={"type": "text"}).requests[0].sampling.grammar is None

@@ -41,7 +41,7 @@ def calls(tokenizer):
 OTHER_SERVERS = {
     "min_tokens": 5, "return_tokens_as_token_ids": True, "guided_json": {"type": "object"}, "guided_regex": "a+",
     "guided_choice": ["a", "b"], "guided_grammar": "root ::= 'a'", "guided_decoding_backend": "outlines",
-    "structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}, "tools": [{"type": "function"}],
+    "structured_outputs": {"regex": "a"}, "tools": [{"type": "function"}],
     "tool_choice": "required", "functions": [{"name": "f"}], "function_call": {"name": "f"}, "length_penalty": 0.5,
     "use_beam_search": True, "bad_words": ["x"], "allowed_token_ids": [1], "truncate_prompt_tokens": 4, "prompt_logprobs": 1,
     "skip_special_tokens": False, "include_stop_str_in_output": True, "continue_final_message": True, "suffix": "x",
@@ -178,7 +178,8 @@ def test_steering_is_taken_or_refused_by_name(calls):
                 assert (caught.value.status, caught.value.param) == (400, name) and name in caught.value.message
     with pytest.raises(ApiError, match="at most 1024"):
         ask(logit_bias={str(i): 1 for i in range(1025)})
-    for name, value in (("presence_penalty", 1), ("repetition_penalty", 2), ("min_p", 0.1), ("logit_bias", {"7": 1})):
+    steered = {"presence_penalty": 1, "repetition_penalty": 2, "min_p": 0.1, "logit_bias": {"7": 1}}
+    for name, value in (steered | {"response_format": {"type": "json_object"}}).items():
         with pytest.raises(ApiError, match=f"{name} is not supported"):
             calls["score"](**{name: value})
 

@@ -102,6 +102,7 @@ def test_the_reference_streams_beside_the_model(server, client, home, chat):
         assert all((token["kl"] == token["logratio"] == 0) == (name == "lm:reference") for token in told)
         assert server.request("/v1/score", facts)[2]["score"] == len(facts["response"])
     assert server.request("/health")[2]["models"] == ["lm", "lm:reference"]
+    assert server.metric("rows") == 8 + 2  # texts that both caches have room for
     assert server.request("/v1/tokens", facts | {"model": "lm:other"})[2]["error"]["code"] == "model_not_found"
 
 
@@ -185,8 +186,6 @@ def test_responses_are_those_of_a_chat(client):
     assert set(names[4:-4]) == {"output_text.delta"}
     assert "".join(event.delta for event in events[4:-4]) == events[-4].text == answer.output_text
     assert events[-1].response.output[0].content == answer.output[0].content
-    with client.responses.stream(**asked, **more) as stream:  # the client adds them up
-        assert stream.get_final_response().output_text == answer.output_text
     for wrong, param in (
         (dict(previous_response_id="resp_1"), "previous_response_id"),
         (dict(background=True), "background"),
@@ -222,7 +221,7 @@ def test_embeddings_are_means_of_the_trunks_states(client, server, home):
         ids = [opened.tokenizer.start, *opened.tokenizer.encode(texts[1])]
         alone = server.request("/v1/embeddings", {"model": name, "input": [ids, ids]})[2]
         assert alone["usage"]["total_tokens"] == 2 * len(ids) and alone["data"][0]["embedding"] != means[1]
-        whole = server.request("/v1/embeddings", {"model": name, "input": texts[1]})[2]
+        whole = server.request("/v1/embeddings", {"model": name, "input": texts[1], "dimensions": len(mean)})[2]
         assert whole["data"][0]["embedding"] == pytest.approx(answer.data[1].embedding, abs=1e-7)
     for wrong, param in (
         (dict(input=""), "input"),
@@ -257,6 +256,8 @@ def test_structured_answers_of_the_client(client):
             assert stream.get_final_completion().choices[0].message.parsed == answer.choices[0].message.parsed
         more = dict(model="lm", input=HELLO, max_output_tokens=60, temperature=2.0, extra_body={"seed": seed})
         assert client.responses.parse(**more, text_format=Answer).output_parsed == answer.choices[0].message.parsed
+        with client.responses.stream(**more, text_format=Answer) as stream:  # the client adds the events up
+            assert stream.get_final_response().output_parsed == answer.choices[0].message.parsed
         anything = client.chat.completions.create(**asked, response_format={"type": "json_object"}).choices[0]
         assert anything.message.content[0] == "{" and (
             anything.finish_reason == "length" or isinstance(json.loads(anything.message.content), dict)

@@ -24,8 +24,6 @@ from rlhf.serve.answers import Writer
 from rlhf.serve.http import (
     Stream,
     allowed,
-    disconnected,
-    ended,
     error_reply,
     failed,
     is_loopback,
@@ -33,6 +31,7 @@ from rlhf.serve.http import (
     overloaded,
     reply,
     too_slow,
+    unless_gone,
 )
 from rlhf.serve.live import Watched
 from rlhf.serve.protocol import ApiError, Call, Limits
@@ -151,19 +150,21 @@ class Service:
     async def embeddings(self, request):
         body = await self.body(request)
         served = self.served(body)
-        limit = served.scorer.model.config.context
-        texts, skip, encoded = await self.aside(request, protocol.parse_embeddings, body, self.tokenizer, limit)
-        deadline, found = time.monotonic() + self.timeout, []
-        for ids in texts:  # one by one: others have steps between them
+        sizes = served.scorer.model.config.width, served.scorer.model.config.context
+        texts, skip, encoded = await self.aside(request, protocol.parse_embeddings, body, self.tokenizer, *sizes)
+        return await unless_gone(request, self.embedded(served, texts, skip, encoded))
+
+    async def embedded(self, served: Served, texts: list[list[int]], skip: int, encoded: bool) -> dict:
+        deadline, data = time.monotonic() + self.timeout, []
+        for index, ids in enumerate(texts):  # one by one: others have steps between them
             if time.monotonic() > deadline:
                 raise overloaded()
             numbers = await self.job(served, served.scorer.embed, ids, skip)
-            packed = struct.pack(f"<{len(numbers)}f", *numbers)
-            found.append(base64.b64encode(packed).decode() if encoded else numbers)
-        count = sum(map(len, texts)) - skip * len(texts)
-        data = [{"object": "embedding", "index": index, "embedding": one} for index, one in enumerate(found)]
+            packed = base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode() if encoded else None
+            data.append({"object": "embedding", "index": index, "embedding": packed or numbers})
+        count = sum(len(ids) - skip for ids in texts)
         usage = {"prompt_tokens": count, "total_tokens": count}
-        return reply({"object": "list", "data": data, "model": served.name, "usage": usage})
+        return {"object": "list", "data": data, "model": served.name, "usage": usage}
 
     async def completions(self, request):
         body = await self.body(request)
@@ -186,8 +187,6 @@ class Service:
 
         kind: what makes the writer of the answer.
         """
-        from starlette.responses import Response
-
         queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         deadline = time.monotonic() + self.timeout
         for index, one in enumerate(call.requests):
@@ -199,13 +198,9 @@ class Service:
         writer = kind(call, self.tokenizer, served.name, secrets.token_hex(12))
         if call.stream:
             return Stream(writer, len(call.requests), queue, lambda: leave(served, call))
-        task = asyncio.ensure_future(self.collect(call, writer, queue))
-        gone = asyncio.ensure_future(disconnected(request.receive))
         try:
-            await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-            return reply(task.result()) if task.done() else Response(status_code=499)
+            return await unless_gone(request, self.collect(call, writer, queue))
         finally:
-            await ended(task, gone)
             leave(served, call)
 
     @staticmethod

@@ -27,8 +27,10 @@ class Grammar:
         llguidance = library()
         grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=STYLE)
         self.matcher = llguidance.LLMatcher(vocabulary(tokenizer), grammar, log_level=0)
-        if self.matcher.is_error():
-            raise ValueError(one_line(self.matcher.get_error()))
+        first = self.matcher.deep_copy()  # some schemas show only then that they lead nowhere, or into too much
+        first.compute_bitmask()
+        if first.is_error():
+            raise ValueError(said(first))
 
     def start(self) -> "Guide":
         return Guide(self.matcher.deep_copy())
@@ -47,7 +49,7 @@ class Guide:
         """
         bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
         if self.matcher.is_error():
-            raise ValueError(f"the schema leads no further: {one_line(self.matcher.get_error())}")
+            raise ValueError(f"the schema leads no further: {said(self.matcher)}")
         some = torch.from_numpy(np.unpackbits(bits, bitorder="little")[:size]).bool()
         allowed = torch.zeros(size, dtype=torch.bool)  # a model may have rows for no token
         allowed[: len(some)] = some
@@ -100,5 +102,6 @@ def library():
     return llguidance
 
 
-def one_line(text: str) -> str:
-    return " ".join(text.split())[:300]
+def said(matcher) -> str:
+    """An error of llguidance in one line, without the state that it shows behind it."""
+    return " ".join(matcher.get_error().partition("<state>")[0].split())[:300]

@@ -4,7 +4,7 @@ import asyncio
 import ipaddress
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 
 from rlhf.serve.protocol import ApiError
 from rlhf.serve.scheduler import Event
@@ -102,6 +102,18 @@ def events(chunks: list[dict]) -> bytes:
 async def disconnected(receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def unless_gone(request, work: Coroutine):
+    """The reply that `work` comes to; it ends when the client leaves first."""
+    from starlette.responses import Response
+
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(disconnected(request.receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        return reply(task.result()) if task.done() else Response(status_code=499)
+    finally:
+        await ended(task, gone)
 
 
 async def ended(*tasks) -> None:

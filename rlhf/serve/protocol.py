@@ -365,6 +365,11 @@ def parse_chat(body: dict, tokenizer: Tokenizer, chat: Chat | None, limits: Limi
     check_unsupported(body, OF_COMPLETIONS)
     messages = messages_of(body)
     check_continuation(body, messages)
+    if begun(messages) and response_format(body) is not None:
+        message = (
+            "response_format is not supported with an answer that is begun: leave out the assistant's last message"
+        )
+        raise ApiError(400, message, "response_format", "unsupported_parameter")
     prompts = [render(chat, messages)]
     wants = take(body, "logprobs", bool, False)
     alternatives = take(body, "top_logprobs", int, 0, 0, MOST_ALTERNATIVES)
@@ -399,9 +404,9 @@ def parse_completion(body: dict, tokenizer: Tokenizer, limits: Limits) -> Call:
     return call(body, tokenizer, prompts, echo, skip, longest, alternatives, limits)
 
 
-def parse_embeddings(body: dict, tokenizer: Tokenizer, context: int) -> tuple[list[list[int]], int, bool]:
+def parse_embeddings(body: dict, tokenizer: Tokenizer, width: int, context: int) -> tuple[list[list[int]], int, bool]:
     """Ids of every text, how many start tokens stand before each, and whether the numbers are wanted as base64."""
-    check_unsupported(body, OF_SAMPLING | {"dimensions": ()})
+    check_unsupported(body, OF_SAMPLING | {"dimensions": (width,)})
     form = take(body, "encoding_format", str, "float")
     if form not in ("float", "base64"):
         raise ApiError(400, f"encoding_format must be float or base64, not {form!r:.40}", "encoding_format")
