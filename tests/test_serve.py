@@ -54,7 +54,8 @@ def server(home):
     a, b = (store.add_completion(prompt, store.add_model(name), text) for name, text in (("x", "long"), ("y", "short")))
     store.make_comparisons([(a, b)])
     options = "--max_batch=8 --cache_tokens=1024 --queue=60 --reward=reward.py:length --reference=before/lm"
-    with serving(home, *options.split(), "--feedback=feedback.sqlite") as server:
+    options += " --feedback=feedback.sqlite --origins=https://a.example,HTTP://localhost:3000/"
+    with serving(home, *options.split()) as server:
         yield server
 
 
@@ -663,29 +664,28 @@ def test_other_origins_and_names_are_refused(server):
     assert server.request("/v1/comparison?rater=eve", Sec_Fetch_Site="cross-site")[0] == 403
 
 
-def test_pages_of_named_origins_may_use_it(home):
+def test_pages_of_named_origins_may_use_it(server):
     """As a browser asks: OPTIONS first, then the request; also an error and a stream can be read; others as before."""
-    with serving(home, "--max_batch=2", "--origins=https://a.example, HTTP://localhost:3000/") as server:
-        asks = {
-            "Access_Control_Request_Method": "POST",
-            "Access_Control_Request_Headers": "authorization,x-stainless-os",
-        }
-        body = {"prompt": "a", "max_tokens": 1}
-        for origin in ("https://a.example", "http://localhost:3000"):
-            status, headers, _ = server.request("/v1/completions", method="OPTIONS", Origin=origin, **asks)
-            assert (status, headers["Access-Control-Allow-Origin"], headers["Vary"]) == (204, origin, "Origin")
-            assert headers["Access-Control-Allow-Headers"] == asks["Access_Control_Request_Headers"]
-            assert "POST" in headers["Access-Control-Allow-Methods"]
-            for more, expected in (({}, 200), ({"stream": True}, 200), ({"n": 0}, 400)):
-                sent = server.request("/v1/completions", body | more, Origin=origin, Sec_Fetch_Site="cross-site")
-                assert sent[0] == expected and sent[1]["Access-Control-Allow-Origin"] == origin
-            assert server.request("/v1/models", Origin=origin, Sec_Fetch_Site="cross-site")[0] == 200
-        for origin in ("https://b.example", "https://a.example.evil", "http://a.example", "null", "*"):
-            status, headers, _ = server.request("/v1/completions", method="OPTIONS", Origin=origin, **asks)
-            assert status == 405 and "Access-Control-Allow-Origin" not in headers
-            status, headers, _ = server.request("/v1/completions", body, Origin=origin)
-            assert status == 403 and "Access-Control-Allow-Origin" not in headers
-        assert server.request("/v1/models", Sec_Fetch_Site="cross-site")[0] == 403
+    asks = {
+        "Access_Control_Request_Method": "POST",
+        "Access_Control_Request_Headers": "authorization,x-stainless-os",
+    }
+    body = {"prompt": "a", "max_tokens": 1}
+    for origin in ("https://a.example", "http://localhost:3000"):
+        status, headers, _ = server.request("/v1/completions", method="OPTIONS", Origin=origin, **asks)
+        assert (status, headers["Access-Control-Allow-Origin"], headers["Vary"]) == (204, origin, "Origin")
+        assert headers["Access-Control-Allow-Headers"] == asks["Access_Control_Request_Headers"]
+        assert "POST" in headers["Access-Control-Allow-Methods"]
+        for more, expected in (({}, 200), ({"stream": True}, 200), ({"n": 0}, 400)):
+            sent = server.request("/v1/completions", body | more, Origin=origin, Sec_Fetch_Site="cross-site")
+            assert sent[0] == expected and sent[1]["Access-Control-Allow-Origin"] == origin
+        assert server.request("/v1/models", Origin=origin, Sec_Fetch_Site="cross-site")[0] == 200
+    for origin in ("https://b.example", "https://a.example.evil", "http://a.example", "null", "*"):
+        status, headers, _ = server.request("/v1/completions", method="OPTIONS", Origin=origin, **asks)
+        assert status == 405 and "Access-Control-Allow-Origin" not in headers
+        status, headers, _ = server.request("/v1/completions", body, Origin=origin)
+        assert status == 403 and "Access-Control-Allow-Origin" not in headers
+    assert server.request("/v1/models", Sec_Fetch_Site="cross-site")[0] == 403
 
 
 def test_origins_are_checked_before_anything_begins():
