@@ -25,6 +25,7 @@ from data.records import Record
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
 from evaluation import band, card, minimal_pairs, overoptimisation, report, safety, verifiable
 from evaluation.comparison import (
+    LEGEND,
     elo,
     elo_line,
     mean_and_interval,
@@ -429,13 +430,6 @@ def write(out: str, summary: dict, files: dict[str, list[dict]]) -> None:
     print(text)
     seconds = " ".join(f"{name} {x:.0f}" for name, x in summary["seconds"].items() if x)
     print(f"\nseconds: {seconds}\nwrote {out}/{', '.join(['summary.json', 'results.md', *files])}")
-
-
-LEGEND = (
-    "[95% intervals over prompts]; KL: nats per answer from the base; distinct-3: share of all trigrams that differ; length "
-    "in tokens;\nends: share that ended by itself; ppl of human text: the model's perplexity; ppl for base: the answers' under "
-    "the base."
-)
 
 
 def verdict(summary: dict) -> str:

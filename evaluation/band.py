@@ -19,6 +19,7 @@ from evaluation import plots
 from evaluation.card import can_draw
 from evaluation.page import Block, Plots, Section, Table, Text, plain, write
 from evaluation.sources import Source, find, is_number
+from evaluation.verdict import Verdict
 from evaluation.words import markdown_table
 from rlhf.infra import config
 from rlhf.infra.run import FREE
@@ -42,7 +43,9 @@ def main() -> None:
     found = compare(cfg.run, cfg.reference)
     drawn = can_draw(cfg.plots)
     file = Path(cfg.out) if cfg.out else Path(cfg.run) / "compare.html"
-    beside = write(f"{plain(cfg.run)} beside {plain(cfg.reference)}", {"Verdict": Section(found.blocks(drawn))}, file)
+    first, *rest = found.blocks(drawn)
+    title = f"{plain(cfg.run)} beside {plain(cfg.reference)}"
+    beside = write(title, {"Curves and numbers": Section(rest)}, file, [Verdict(first.text)])
     print(markdown_table(*found.table()))
     for line in found.notes:
         print(line)

@@ -107,6 +107,13 @@ COLUMNS = {  # of the results table: title -> key, format
 }
 
 
+LEGEND = (
+    "[95% intervals over prompts]; KL: nats per answer from the base; distinct-3: share of all trigrams that differ; length "
+    "in tokens;\nends: share that ended by itself; ppl of human text: the model's perplexity; ppl for base: the answers' under "
+    "the base."
+)
+
+
 def results_table(rows: dict[str, dict]) -> Table:
     """Every model, and best-of-n of the base, of which reward, judge and a bound of the KL alone are known."""
 

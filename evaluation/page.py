@@ -42,7 +42,7 @@ def escape_markdown(text) -> str:
 @dataclass(frozen=True)
 class Text:
     text: str
-    kind: Literal["p", "h3", "command", "note"] = "p"  # note: something is missing
+    kind: Literal["p", "h3", "command", "note", "small"] = "p"  # note: something is missing
 
     def html(self) -> str:
         before, after = {
@@ -50,6 +50,7 @@ class Text:
             "h3": ("<h3>", "</h3>"),
             "command": ('<p class="command"><code>', "</code></p>"),
             "note": ('<p class="note">', "</p>"),
+            "small": ('<p class="head">', "</p>"),
         }[self.kind]
         if self.kind == "command":  # lines break between the options, not at their dashes
             return before + " ".join(f"<span>{escape(word)}</span>" for word in self.text.split(" ")) + after

@@ -19,7 +19,7 @@ import numpy as np
 from evaluation import plots, verifiable, words
 from evaluation.band import compare
 from evaluation.card import accuracy_table, calibration_table, coverage_table, groups_table, probes_table
-from evaluation.comparison import GATE, pairs_table, results_table, rounds_table
+from evaluation.comparison import GATE, LEGEND, pairs_table, results_table, rounds_table
 from evaluation.curves import drawn, large
 from evaluation.overoptimisation import fits_table, points_table
 from evaluation.page import Block, Plots, Section, Table, Text, plain, write
@@ -169,7 +169,10 @@ def results(sources: list[Source]) -> list[Block]:
 
 def summary_tables(summary: dict) -> list[Block]:
     caption = f"{summary['prompts']} held-out prompts, 95% bootstrap intervals over prompts"
-    blocks = [Table(*results_table(summary["rows"]), caption)]
+    blocks = [
+        Table(*results_table(summary["rows"]), caption),
+        Text(LEGEND.partition("; ")[2].replace("\n", " "), "small"),
+    ]
     gains = {
         "judge, tuned - base": "judge_gain",
         "reward, tuned - base": "reward_gain",

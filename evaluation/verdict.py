@@ -22,7 +22,7 @@ class Fact:
 @dataclass(frozen=True)
 class Verdict:
     sentence: str
-    facts: Sequence[Fact]
+    facts: Sequence[Fact] = ()
     note: str = ""
 
     def html(self) -> str:
@@ -30,8 +30,9 @@ class Verdict:
             f"<li><b>{escape(x.number)}</b><span>{escape(x.words)}</span><code>{escape(x.name)}</code></li>"
             for x in self.facts
         )
+        facts = f'<ul class="facts">{tiles}</ul>' if tiles else ""
         note = f"<p>{escape(self.note)}</p>" if self.note else ""
-        return f'<p class="verdict">{escape(self.sentence)}</p><ul class="facts">{tiles}</ul>{note}'
+        return f'<p class="verdict">{escape(self.sentence)}</p>{facts}{note}'
 
     def markdown(self) -> str:
         lines = [f"- {x.number} {x.words} ({x.name})" for x in self.facts]
