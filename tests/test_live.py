@@ -70,6 +70,13 @@ def test_the_tag_changes_with_the_files_alone(tmp_path):
     assert json.loads(watched.seen()[1])["finished"]
     os.utime(run / "metrics.jsonl", (2.1e9, 2.1e9))  # it goes on
     assert not json.loads(watched.seen()[1])["finished"]
+    for done, finished in (
+        (6, True),
+        (5, True),
+        (4, False),
+    ):  # where the report says how far it came, copies may have any time
+        write(run, report={"iterations": done})
+        assert json.loads(watched.seen()[1])["finished"] is finished
 
 
 def test_before_the_first_iteration_and_of_other_trainers(tmp_path):
@@ -80,6 +87,8 @@ def test_before_the_first_iteration_and_of_other_trainers(tmp_path):
     assert [curve["name"] for curve in seen(write(tmp_path / "rm", metrics=rm))["curves"]] == ["loss/train", "lr"]
     with pytest.raises(ValueError, match="--run=.*nowhere is not a directory"):
         Watched(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="is no run but holds one, rm: --run=.*/one"):
+        Watched(str(tmp_path))
 
 
 @pytest.mark.parametrize("count", [1, POINTS, POINTS + 1, 5 * POINTS + 7])
@@ -101,7 +110,7 @@ NAMES = st.sampled_from(
 ROWS = st.lists(st.dictionaries(NAMES, JSON | st.integers(0, 3), max_size=6), max_size=8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(ROWS, ROWS, st.dictionaries(NAMES, JSON, max_size=3))
 def test_nothing_that_files_hold_breaks_it(tmp_path_factory, metrics, samples, options):
     run = write(tmp_path_factory.mktemp("strange"), metrics=metrics, samples=samples, run=options)

@@ -438,7 +438,6 @@ def test_report_in_a_browser(browser, tmp_path, monkeypatch):
         view = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme}
         page, said = opened(browser, run / "report.html", **view)
         assert page.locator(".plots.large figure").count() >= 2 and page.locator("details[open]").count() == 0
-        assert accessible(page) == []
         page.evaluate("document.querySelectorAll('details').forEach(x => { x.open = true })")
         assert page.evaluate("document.documentElement.scrollWidth") == width
         shown = ".microscope .t"

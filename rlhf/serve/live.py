@@ -28,6 +28,9 @@ class Watched:
         self.path = Path(directory).resolve()
         if not self.path.is_dir():
             raise ValueError(f"--run={directory} is not a directory; name what is --out of train_ppo.py")
+        below = sorted(file.parent.name for file in self.path.glob("*/metrics.jsonl"))
+        if below and not (self.path / "metrics.jsonl").exists():
+            raise ValueError(f"--run={directory} is no run but holds {', '.join(below)}: --run={directory}/{below[0]}")
         self.lock, self.tag, self.content = threading.Lock(), "", b""
 
     @property
@@ -77,6 +80,13 @@ class Watched:
         path = self.file(name)
         return path.stat().st_mtime if path else 0.0
 
+    def is_over(self, report: dict, rows: int) -> bool:
+        """Is the report that of these rows, and not of a part of the run that went on since?"""
+        done = report.get("iterations")
+        if type(done) is int:
+            return rows <= done + 1  # max_kl takes the policy of the last row back
+        return bool(report) and self.written("report.json") >= self.written("metrics.jsonl")
+
     def lines(self, name: str) -> list[dict]:
         path = self.file(name)
         return read_lines(path) if path else []
@@ -96,7 +106,7 @@ class Watched:
             "problem": None,
             "done": len(rows),
             "total": options.get("iterations") if is_ppo and type(options.get("iterations")) is int else None,
-            "finished": bool(report) and self.written("report.json") >= written,  # not that of a run that goes on again
+            "finished": self.is_over(report, len(rows)),
             "modified": written if rows else None,
             "curves": [curve(name, *columns[name]) for name in chosen(columns, is_ppo)],
             "table": [[name, *(short(x) for x in (y[0], y[-1], min(y), max(y)))] for name, (_, y) in columns.items()],
