@@ -189,6 +189,7 @@ def we(sizes: Sizes, rounds: int, side: str, kind: str) -> list[float]:
         start = time.process_time()
         uniforms = row_uniforms(1, iteration, range(sizes.batch), sizes.response)
         samples = generate(roles.sampler(), prompts, lengths, Sampling(sizes.response, [], 0), uniforms)
+        roles.rest()
         with precision.autocast():
             rollout = judge(samples, roles.policy, roles.reference, score, micro_batch, width, roles.features)
         rewards = shape_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, 0.05)

@@ -2,6 +2,7 @@
 
     store(model, torch.bfloat16)         # frozen matrices, in place, for every model that shares them
     copy = Half(policy, torch.bfloat16)  # copy.refresh() -> a model to sample with, that holds the policy's weights of now
+    copy.sleep()                         # its memory is free until it samples again
 
 Transforms of a built model; the model file mentions neither. Matrices, biases of linear layers and the embedding get the
 type, norms and learned positions stay float32, and so do the hidden states between the layers. A product then is what
@@ -131,6 +132,9 @@ class Half:
         for _, layer in linear_layers(self.model):
             layer.samples = True
         self.model.project = self.project
+        theirs = {x.untyped_storage()._cdata for x in source.parameters()}
+        mine = [x.untyped_storage() for x, _ in (*self.pairs, *self.sums)]
+        self.own = {x._cdata: (x, x.nbytes()) for x in mine if x._cdata not in theirs}
 
     def project(self, hidden: Tensor) -> Tensor:
         output = self.model.lm_head or self.model.embed_tokens
@@ -171,11 +175,18 @@ class Half:
     @torch.no_grad()
     def refresh(self) -> Transformer:
         """The copy, with what the source holds now."""
+        for storage, size in self.own.values():
+            storage.resize_(size)
         if self.pairs:
             torch._foreach_copy_(*map(list, zip(*self.pairs)))
         for mine, layer in self.sums:
             mine.copy_(layer.merged(layer.active) if layer.active in layer.lora_A else layer.weight)
         return self.model
+
+    def sleep(self) -> None:
+        """What the copy does not share gives its memory back, until `refresh`."""
+        for storage, _ in self.own.values():
+            storage.resize_(0)
 
 
 def frozen(x: Tensor | None) -> nn.Parameter | None:

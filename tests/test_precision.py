@@ -125,6 +125,7 @@ def test_values_pass_no_half_precision_product():
 def test_the_sampler_is_the_policy_of_now(layout, family):
     roles = roles_in(torch.bfloat16, layout, family)
     roles.sampler()
+    roles.rest()
     train_a_little(roles)
     model, policy = roles.sampler(), roles.policy.model
     for name, layer in model.named_modules():

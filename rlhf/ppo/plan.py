@@ -21,13 +21,13 @@ from rlhf.ppo.roles import CRITICS, LAYOUTS
 FLOAT = 4  # bytes
 HELD = ("baseline", "weights", "reference", "reward", "optimiser")  # in every phase
 PASS = ("logits", "gathered", "casts")  # of a forward
-PARTS = (*HELD[:4], "gradients", "optimiser", "cache", "activations", "logits", "whole", *PASS[1:])
+PARTS = (*HELD[:4], "sampler", "gradients", "optimiser", "cache", "activations", "logits", "whole", *PASS[1:])
 PHASES = {  # which parts are there at once
-    "act": (*HELD, "cache", "logits", "whole"),
+    "act": (*HELD, "sampler", "cache", "logits", "whole"),
     "judge": (*HELD, *PASS),
     "learn": (*HELD, "gradients", "activations", *PASS),
 }
-CUT = ("weights", "reference", "reward", "optimiser")  # of which a shard keeps its part
+CUT = ("weights", "sampler", "reference", "reward", "optimiser")  # of which a shard keeps its part
 SLEEPS = {  # what --offload names: its part, and the phases in which it lies elsewhere
     "reference": ("reference", ("act", "learn")),
     "reward": ("reward", ("act", "learn")),
@@ -85,9 +85,11 @@ def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
     columns = min(s.prompt + s.response, config.context) + 1
     alone = {id(x) for x in base.parameters()}.isdisjoint(id(x) for x in policy.parameters())
     reference = size_of(base.parameters()) if alone else 0  # otherwise the policy computes with it too
+    own = size_of([*base.parameters(), *policy.parameters()])
     parts = {
         "baseline": s.baseline,
-        "weights": size_of([*base.parameters(), *policy.parameters(), *roles.sampler().parameters()]) - reference,
+        "weights": own - reference,
+        "sampler": size_of([*base.parameters(), *policy.parameters(), *roles.sampler().parameters()]) - own,
         "reference": reference,
         "reward": s.dtype.itemsize * s.reward,
         "casts": half * cast,

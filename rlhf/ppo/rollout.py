@@ -148,7 +148,9 @@ class OwnSampler:
 
     def __call__(self, prompts: Tensor, lengths: Tensor, ids: Tensor, iteration: int) -> Generated:
         with self.dist.whole(self.roles.policy.model):
-            return act(self.roles.sampler, self.sampling, self.seed, self.autocast, prompts, lengths, ids, iteration)
+            drawn = act(self.roles.sampler, self.sampling, self.seed, self.autocast, prompts, lengths, ids, iteration)
+        self.roles.rest()
+        return drawn
 
 
 @torch.no_grad()
