@@ -183,7 +183,7 @@ def summary_tables(summary: dict) -> list[Block]:
     ppo = summary.get("ppo", {})
     found = [[text, show(ppo[key])] for text, key in gains.items() if key in ppo]
     if found:
-        blocks.append(Table(["comparison", "mean and 95% interval"], found))
+        blocks.append(Table(["comparison", "mean and 95% interval"], found, folded="What the tuned model gains"))
     if len(pairs := summary.get("pairwise") or []) > 1:
         head, rows = pairs_table(pairs)
         blocks.append(Table(["a / b", *head[2:]], [[f"{a} / {b}", *cells] for a, b, *cells in rows]))
