@@ -1,7 +1,8 @@
 """Any model of ours, or any that --init= can open, for the rest of the world or smaller: HF, GGUF, PEFT, int8.
 
 With --data= the export is opened again, measured beside the original on held-out text, and refused if it is too far from
-it; the receipt is printed and stored beside the export. int8 is never written without one.
+it; the receipt is printed and stored beside the export. int8 is never written without one. A model card, README.md, says
+where the model comes from, as far as its runs wrote that down.
 
 python export.py --init=out/ppo --out=out/hf                                   # transformers, TRL, vLLM
 python export.py --init=out/rm --out=out/hf-reward                             # ... as a sequence classifier
@@ -15,7 +16,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,7 @@ from data.loader import TextLoader, in_order, open_data, pad, prompts_of
 from data.text import prompt_lines
 from data.tokenizer import Tokenizer, check_fingerprint, gguf_parts, load_tokenizer, write_hf
 from evaluation import receipt
+from evaluation.model_card import model_card
 from model.generate import Sampling, generate, row_uniforms
 from model.gguf import save_gguf
 from model.hf import complete_directory, reward_head, save_hf
@@ -34,7 +36,7 @@ from model.lora import load_adapter
 from model.peft import save_peft
 from model.quantize import quantize, stored_tensors
 from rlhf.infra import checkpoint, config
-from rlhf.infra.files import write_json
+from rlhf.infra.files import write_json, write_text
 from rlhf.infra.precision import has_fast_bf16
 from rlhf.lm.distill import distill, drop_layers, layer_distances
 from rlhf.lm.int8 import to_compute_with
@@ -132,11 +134,13 @@ def export_language_model(cfg: Config) -> None:
     with new_place(cfg) as place:
         pruned, about = prune(cfg, original) if cfg.drop_layers else (original, {})
         WRITERS[cfg.format](place, pruned, cfg)
+        measured = None
         if rows:
             measured = about | measure(cfg, original, place, rows)
             print(receipt.lines(measured))
             receipt.check(measured, cfg.max_kl)
-            write_json(receipt_of(place), measured)
+            write_json(beside(place, "receipt.json"), measured)
+        write_card(place, cfg, cfg.format, measured)
 
 
 def prune(cfg: Config, original: Pretrained) -> tuple[Pretrained, dict]:
@@ -177,10 +181,11 @@ def new_place(cfg: Config) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
             yield Path(place) / out.name
-            receipt_of(out).unlink(missing_ok=True)  # an older one
             os.replace(Path(place) / out.name, out)
-            if receipt_of(Path(place) / out.name).exists():
-                os.replace(receipt_of(Path(place) / out.name), receipt_of(out))
+            for file in ("receipt.json", "README.md"):
+                beside(out, file).unlink(missing_ok=True)  # an older one
+                if (made := beside(Path(place) / out.name, file)).exists():
+                    os.replace(made, beside(out, file))
         return
     with complete_directory(out, "config.json") as place:
         yield place / "export"
@@ -189,8 +194,16 @@ def new_place(cfg: Config) -> Iterator[Path]:
         (place / "export").rmdir()
 
 
-def receipt_of(path: Path) -> Path:
-    return path / "receipt.json" if path.is_dir() else path.with_name(path.name + ".receipt.json")
+def beside(export: Path, file: str) -> Path:
+    """Where the receipt and the card of an export lie: in its directory, or as model.gguf.receipt.json."""
+    return export / file if export.is_dir() else export.with_name(f"{export.name}.{file}")
+
+
+def write_card(export: Path, cfg: Config, form: str, measured: dict | None = None) -> None:
+    usual = config.defaults(Config)
+    given = (f"--{name}={config.show(x)}" for name, x in asdict(cfg).items() if x != usual[name])
+    command = ["python", "export.py", *given]
+    write_text(beside(export, "README.md"), model_card(Path(cfg.out).name, cfg.init, command, form, measured))
 
 
 def write_hf_model(place: Path, original: Pretrained, cfg: Config) -> None:
@@ -322,6 +335,7 @@ def write_classifier(cfg: Config, model, score: torch.Tensor, bias: float, token
             cfg.out, model, score=score, reward_bias=bias, bos_id=tokenizer.bos, eos_ids=[tokenizer.eos],
             pad_id=tokenizer.pad, files=files.iterdir(), dtype=DTYPES[cfg.dtype],
         )  # fmt: skip
+    write_card(Path(cfg.out), cfg, "classifier")
 
 
 def export_adapter(cfg: Config, saved: checkpoint.Checkpoint | None) -> None:
@@ -332,6 +346,7 @@ def export_adapter(cfg: Config, saved: checkpoint.Checkpoint | None) -> None:
     scale = saved.config["lora_alpha"] / saved.config["lora_rank"]
     load_adapter(base.model, policy_adapter(tensors), scale, "policy")
     save_peft(cfg.out, base.model, "policy", base.spec, base.family)
+    write_card(Path(cfg.out), cfg, "peft")
 
 
 class tokenizer_files(tempfile.TemporaryDirectory):

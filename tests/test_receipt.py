@@ -115,6 +115,8 @@ def test_int8_opens_and_samples(world, int8):
             slower = f"{speed['after'] / speed[name]:.2f} of {told}'s speed at batch {batch}"
             assert (slower in said) == (speed["after"] < speed[name])
     assert f"{measured['kl']:.4f} nats per token" in printed and "-> lm-int8" in printed
+    card = (path / "README.md").read_text()
+    assert receipt.lines(measured) in card and "library_name: plain-rlhf" in card and "datasets:\n- vader" in card
     texts = {
         p: world.ok("sample.py", checkpoint="lm-int8", prompt="the film is", precision=p) for p in ("int8", "fp32")
     }
