@@ -27,7 +27,7 @@ from rlhf.infra import config
 from rlhf.infra.healthy import HEALTHY
 
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
-DOCS = [ROOT / "README.md", *PAGES]
+DOCS = [ROOT / "README.md", ROOT / "AGENTS.md", *PAGES]
 ELSEWHERE = {"pip", "git", "cd", "source", "cat", "curl", "export", "ls", "less"}  # programs that are not ours
 PLACES = {"data", "out", "init", "reward", "base", "tuned", "checkpoint", "model", "sources"}  # where, not how large
 
