@@ -16,10 +16,10 @@ from data.fetch import MODELS
 from data.loader import open_data
 from evaluation import receipt
 from evaluation.comparison import results_table
-from evaluation.report import defaults, short
+from evaluation.report import defaults
 from evaluation.sources import KINDS
 from evaluation.words import estimate_of, markdown_table, show
-from rlhf.infra import checkpoint
+from rlhf.infra import checkpoint, config
 from rlhf.infra.files import read_json
 from rlhf.infra.metrics import printable
 from rlhf.lm.pretrained import digest_of
@@ -271,8 +271,9 @@ def command_of(stage: Stage) -> list[str]:
     """The command of a run, without the options that are their defaults."""
     script = SCRIPTS[stage.kind][0]
     usual = defaults(script)
-    changed = [name for name, x in stage.options.items() if name in usual and json.dumps(x) != json.dumps(usual[name])]
-    return ["python", script, *(f"--{name}={short(stage.options[name])}" for name in changed)]
+    changed = {k: x for k, x in stage.options.items() if k in usual and json.dumps(x) != json.dumps(usual[k])}
+    said = {name: config.show(tuple(x) if isinstance(x, list) else x) for name, x in changed.items()}
+    return ["python", script, *(f"--{name}={text}" for name, text in said.items())]
 
 
 def checksums(origin: Origin) -> str:

@@ -83,10 +83,9 @@ def test_an_installed_wheel_imports_and_trains_from_an_empty_directory(world, in
     assert run(
         command, "sample", "--checkpoint=lm", "--prompt=the film", "--tokens=4", cwd=tmp_path, env=environment()
     ).strip()
-    assert "presets/demo.toml" in run(
-        command, "ppo", "--config=demo", "--plan", "--layout=shared", "--init=lm", "--response_tokens=8",
-        f"--data={world.path / 'data'}", f"--reward={world.path / 'rm'}", cwd=tmp_path, env=environment(),
-    )  # fmt: skip
+    places = ["--init=lm", f"--data={world.path / 'data'}", f"--reward={world.path / 'rm'}", "--response_tokens=8"]
+    preset = [command, "ppo", "--config=demo", "--plan", "--layout=shared", *places]
+    assert "shared" in run(*preset, cwd=tmp_path, env=environment())
     assert "plain-rlhf ppo" in run(command, "--help", cwd=tmp_path, env=environment())
 
 

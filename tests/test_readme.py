@@ -23,6 +23,7 @@ from test_sft import write_chat_model
 from tiny import ROOT, SMALL, World
 from torch.distributed.run import get_args_parser
 
+import plain_rlhf
 from rlhf.infra import config
 from rlhf.infra.healthy import HEALTHY
 
@@ -68,6 +69,9 @@ def split(where: str, line: str) -> list[Command]:
         if words and Path(words[0]).name == "torchrun":
             place = next(i for i, word in enumerate(words) if word.endswith(".py"))
             launcher, words = words[1:place], ["python", *words[place:]]
+        if words[:1] == ["plain-rlhf"] and words[1:2] != ["--help"]:
+            target, _ = plain_rlhf.COMMANDS[words[1]]
+            words = ["python", *(["-m"] if not target.endswith(".py") else []), target, *words[2:]]
         if words and Path(words[0]).name in ("python", "python3"):
             words = ["python", *words[1:]]
         if words:
@@ -83,7 +87,7 @@ def commands(file: Path) -> list[Command]:
 def in_passing(file: Path) -> list[Command]:
     """Commands in the text, between backticks; "..." stands for what the text has just said."""
     text = re.sub(r"^```.*?^```", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    spans = re.findall(r"`((?:python|torchrun|make) [^`]+)`", text)
+    spans = re.findall(r"`((?:python|torchrun|make|plain-rlhf) [^`]+)`", text)
     lines = [" ".join(span.replace(" ...", "").split()) for span in spans]
     return [command for line in lines for command in split(file.name, line)]
 
@@ -271,7 +275,8 @@ def run_all(documented: list[Command], here: World) -> None:
         else:
             done = here.start(words).wait()
         assert done.code == 0, (str(command), done)
-        assert done.err == "" or words[0] == "iterate.py", (str(command), done)
+        told = any(word.startswith("--config=") for word in words) and done.err.startswith("from ")
+        assert done.err == "" or words[0] == "iterate.py" or told, (str(command), done)
 
 
 def empty_place(world: World, path: Path) -> World:

@@ -47,7 +47,7 @@ def parse(Config: type, argv: list[str] | None = None):
         raise ValueError(f"--{missing[0]}={kind_name(kinds[missing[0]])} is required; --help lists the options")
     config, idle = settle(Config, file, from_file, typed)
     if file and os.environ.get("RANK", "0") == "0":
-        print(told(file, from_file, typed, idle), flush=True)
+        print(told(file, from_file, typed, idle), file=sys.stderr, flush=True)  # sample.py's output is texts alone
     return config
 
 
