@@ -250,11 +250,10 @@ def relation(origin: Origin, form: str) -> str:
 
 
 def opening(origin: Origin) -> str:
-    began = f"from `{printable(origin.base)}`" if origin.base is not None else ""
+    began = f" from `{printable(origin.base)}`" if origin.base is not None else ""
     stages = ", then ".join(f"{stage.kind} ({SCRIPTS[stage.kind][0]})" for stage in origin.stages)
-    made = ": ".join(filter(None, ["Written by plain-rlhf", " ".join(filter(None, [stages, began]))]))
     licence = " The licence is the base model's." if origin.licence and origin.stages else ""
-    return f"{made}.{licence}"
+    return f"Written by plain-rlhf{began}{f': {stages}' if stages else ''}.{licence}"
 
 
 def use(form: str) -> str:
