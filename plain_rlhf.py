@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent  # the checkout, or what the wheel has of it
-COMMANDS = {  # name -> its script, or a module that runs
+PROGRAMS = {  # name -> its script, or a module that runs
     "prepare": ("data.prepare", "any files -> prepared data"),
     "lm": ("train_lm.py", "pretrain or fine-tune a language model"),
     "rm": ("train_rm.py", "ratings or preferences -> a reward model"),
@@ -32,14 +32,14 @@ COMMANDS = {  # name -> its script, or a module that runs
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print("\n".join([__doc__, *(f"  {command:<10}{what}" for command, (_, what) in COMMANDS.items())]))
+        print("\n".join([__doc__, *(f"  {command:<10}{what}" for command, (_, what) in PROGRAMS.items())]))
         return
-    if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
+    if name not in PROGRAMS:
+        close = difflib.get_close_matches(name, PROGRAMS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(PROGRAMS)}"
         print(f"error: plain-rlhf has no command {name!r}; {hint}", file=sys.stderr)
         raise SystemExit(2)
-    target = COMMANDS[name][0]
+    target = PROGRAMS[name][0]
     sys.path.insert(0, str(HERE))  # model and data are general names: ours come first here, and last elsewhere
     sys.argv = [str(HERE / target), *sys.argv[2:]]
     if target.endswith(".py"):

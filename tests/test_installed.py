@@ -66,31 +66,23 @@ def environment(**changes: str) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_an_installed_wheel_imports_and_trains_from_an_empty_directory(world, installed, tmp_path):
-    modules = (
-        "rlhf.ppo.update rlhf.serve.api model.generate data.loader evaluation.report rewards.verify train_ppo".split()
-    )
-    code = f"import {', '.join(modules)}\nprint(rlhf.__file__, train_ppo.__file__)"
+    modules = "rlhf.ppo.update rlhf.serve.api model.generate data.loader rewards.verify train_ppo".split()
+    code = f"import {', '.join(modules)}\nassert rlhf.infra.option_files.presets()\nprint(rlhf.__file__, train_ppo.__file__)"
     for path in run(installed / "python", "-c", code, cwd=tmp_path, env=environment()).split():
         assert path.startswith(str(installed.parent)), path
     (tmp_path / "model.py").write_text("mine = 1")  # a name of ours in somebody's directory
     assert run(installed / "python", "-c", "import model; print(model.mine)", cwd=tmp_path, env=environment()) == "1\n"
 
-    command = installed / "plain-rlhf"
-    assert "usage: python sample.py" in run(command, "sample", "--help", cwd=tmp_path, env=environment())
+    command, at = installed / "plain-rlhf", {"cwd": tmp_path, "env": environment(CUDA_VISIBLE_DEVICES="")}
     options = world.command("train_lm.py", data=world.path / "data", epochs=0.2, out="lm")[1:]
-    for launcher in ([command], [installed / "python", "-m", "plain_rlhf"]):
-        run(*launcher, "lm", *options, cwd=tmp_path, env=environment(CUDA_VISIBLE_DEVICES=""))
+    run(command, "lm", *options, **at)
     assert run(
-        command, "sample", "--checkpoint=lm", "--prompt=the film", "--tokens=4", cwd=tmp_path, env=environment()
+        installed / "python", "-m", "plain_rlhf", "sample", "--checkpoint=lm", "--prompt=the film", "--tokens=4", **at
     ).strip()
-    places = ["--init=lm", f"--data={world.path / 'data'}", f"--reward={world.path / 'rm'}", "--response_tokens=8"]
-    preset = [command, "ppo", "--config=demo", "--plan", "--layout=shared", *places]
-    assert "shared" in run(*preset, cwd=tmp_path, env=environment())
-    assert "plain-rlhf ppo" in run(command, "--help", cwd=tmp_path, env=environment())
 
 
 def test_every_script_and_room_that_runs_has_its_command():
-    targets = {target for target, _ in plain_rlhf.COMMANDS.values()}
+    targets = {target for target, _ in plain_rlhf.PROGRAMS.values()}
     scripts = {file.name for file in ROOT.glob("*.py") if "config.run(" in file.read_text()}
     rooms = {f"rlhf.{file.parent.name}" for file in (ROOT / "rlhf").glob("*/__main__.py")}
     assert targets == scripts | rooms | {"data.prepare"}
@@ -106,4 +98,4 @@ def test_a_command_that_is_none_is_one_line(monkeypatch, capsys):
     for words in ([], ["--help"]):
         monkeypatch.setattr(sys, "argv", ["plain-rlhf", *words])
         plain_rlhf.main()
-        assert all(f"  {name} " in capsys.readouterr().out for name in list(plain_rlhf.COMMANDS)[:1])
+        assert all(f"  {name} " in capsys.readouterr().out for name in list(plain_rlhf.PROGRAMS)[:1])

@@ -70,7 +70,7 @@ def split(where: str, line: str) -> list[Command]:
             place = next(i for i, word in enumerate(words) if word.endswith(".py"))
             launcher, words = words[1:place], ["python", *words[place:]]
         if words[:1] == ["plain-rlhf"] and words[1:2] != ["--help"]:  # what lists the commands
-            target, _ = plain_rlhf.COMMANDS[words[1]]
+            target, _ = plain_rlhf.PROGRAMS[words[1]]
             words = ["python", *(["-m"] if not target.endswith(".py") else []), target, *words[2:]]
         if words and Path(words[0]).name in ("python", "python3"):
             words = ["python", *words[1:]]
