@@ -51,8 +51,8 @@ from model.half import store
 from model.transformer import Transformer
 from rlhf.infra import config, distributed, run
 from rlhf.infra.files import read_json, write_json, write_lines, write_text
-from rlhf.infra.metrics import printable
 from rlhf.infra.precision import PrecisionName, chosen
+from rlhf.infra.screen import printable
 from rlhf.lm.language_model import LanguageModel
 from rlhf.lm.pretrained import Pretrained, open_pretrained
 from rlhf.ppo.roles import logprobs_of
@@ -318,7 +318,7 @@ def answered(groups: Sequence[Generated], tokenizer: Tokenizer, whole: bool) -> 
     return {
         "responses": responses,
         "texts": [tokenizer.decode(row) for row in rows],
-        "finished": torch.cat([g.finished for g in groups]).double().cpu().numpy(),
+        "finished": torch.cat([g.finished for g in groups]).cpu().double().numpy(),
     }
 
 
@@ -356,7 +356,7 @@ def perplexity(model: Transformer, texts: Examples, count: int | None, device) -
     losses = []
     for places in in_order(len(chosen), loader.batch_size):
         batch = loader.take(chosen[places])
-        losses.append(language_model(batch.tokens.to(device), batch.mask.to(device)).double())
+        losses.append(language_model(batch.tokens.to(device), batch.mask.to(device)).cpu().double())
     return math.exp(float(torch.cat(losses).mean()))
 
 

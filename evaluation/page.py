@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from evaluation.plots import PALETTE
 from rlhf.infra.files import write_text
-from rlhf.infra.metrics import printable
+from rlhf.infra.screen import printable
 
 TEMPLATE = Path(__file__).with_name("page.html")
 TOKENS = Path(__file__).parent.parent / "rlhf/serve/page/tokens.css"  # the server's page has the same colours

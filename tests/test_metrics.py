@@ -3,6 +3,7 @@
 import math
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -10,10 +11,13 @@ import time
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tqdm import tqdm
 
 from rlhf.infra import metrics
 from rlhf.infra.metrics import Metrics
+from rlhf.infra.screen import SAMPLE_LINES, Table, fitted, label, sample_table
 
 
 def log(run, steps, resume=0, **kwargs):
@@ -126,6 +130,57 @@ def test_the_console_line_is_aligned_and_shows_what_was_asked_for(tmp_path, caps
     assert lines[0] == "step      9   kl        0.5   lr   3.00e-05"
     assert len({len(line) for line in lines}) == 1 and len({line.index("lr") for line in lines}) == 1
     assert metrics.read_lines(tmp_path / "metrics.jsonl")[0]["hidden"] == 1
+
+
+PPO = {
+    "objective/scores": -1.5,
+    "policy/approxkl": 1.234e-7,
+    "value/explained_var": -123456.7,
+    "lr": 3e-5,
+    "bad/steps": 0,
+}
+
+
+@given(st.integers(17, 200), st.lists(st.sampled_from([*PPO]), min_size=1, unique=True), st.integers(1, 3))
+def test_the_table_fits_any_terminal(width, names, seen):
+    """No line is longer; every number ends under the end of its name; what is good is said once, with the first column of
+    each name; more width takes no column away.
+    """
+    table, wide, printed = Table(), Table(), []
+    for step, some in enumerate([names[:seen], names, names[::-1], names[-1:]]):
+        values = {name: PPO[name] for name in some}
+        printed += table.lines(step, values, width)
+        header, row = table.headed, printed[-1]
+        for name in re.findall(r"\S+", header)[1:]:
+            end = header.index(f" {name}") + 1 + len(name)
+            value = next((x for key, x in values.items() if label(key) == name), None)
+            assert row[:end].endswith("" if value is None else fitted(value))
+        assert int(row[:6]) == step and len(header) <= len([wide.lines(step, values, width + 20), wide.headed][1])
+    assert max(map(len, printed)) <= max(width, 6 + 2 + len("explained_var"))
+    said = " ".join(printed)
+    assert said.count("rises from 0") == ("value/explained_var" in names)
+
+
+def test_a_header_comes_again_and_when_columns_do(capsys):
+    table = Table()
+    printed = [line for step in range(30) for line in table.lines(step, {"lr": 0.1}, 80)]
+    assert [i for i, line in enumerate(printed) if line.startswith("  step")] == [0, 21]
+    assert printed[0] == "  step         lr" and printed[1] == "     0        0.1"
+    assert table.lines(30, {"lr": 0.1, "validation/loss": 2.5}, 80) == [
+        "healthy: validation/loss falls",
+        "  step         lr  validation/loss",
+        "    30        0.1              2.5",
+    ]
+    assert table.lines(31, {"lr": 0.1}, 30) == ["  step         lr", "    31        0.1"]  # somebody made it narrow
+
+
+def test_samples_on_a_terminal_are_whole():
+    rows = [{"prompt": "Why?", "response": "word " * 20 + "end", "score": 0.5, "tokens": ["a"]}]
+    lines = sample_table(rows, 40).splitlines()
+    assert lines[0] == "     score      0.5" and all(len(line) <= 40 for line in lines)
+    assert "".join(lines[1:]).replace(" ", "") == "Why?|" + "word" * 20 + "end"
+    long = sample_table([{"prompt": "p", "response": "word " * 500}], 40).splitlines()
+    assert len(long) == 1 + SAMPLE_LINES and long[-1].endswith(" ...")
 
 
 def test_a_progress_bar_is_not_broken(tmp_path, capsys):

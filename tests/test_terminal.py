@@ -1,5 +1,6 @@
 """What a person sees who sits before a terminal: the same texts as in a pipe, as they come, and keys that do what they say."""
 
+import re
 import subprocess
 import sys
 import unicodedata
@@ -13,6 +14,7 @@ from tiny import ROOT
 from data.tokenizer import write_hf
 from model.hf import save_hf
 from model.transformer import ModelConfig, Transformer
+from rlhf.infra.files import read_lines
 
 
 def as_shown(text: str) -> str:
@@ -75,3 +77,25 @@ def test_ctrl_c_stops_the_answer_and_not_the_talk(world, talker):
         assert screen.until("> ").endswith("\nCtrl-D ends\n> ")
         screen.type("\x04")
         assert screen.end()[0] == 0
+
+
+@pytest.mark.slow
+def test_training_fits_the_terminal_and_changes_no_number(world, tmp_path):
+    """As many columns as fit, what is good in words, samples whole; metrics.jsonl is that of a run into a file."""
+    runs = {"file": tmp_path / "file", "screen": tmp_path / "screen"}
+    printed = world.ok("train_ppo.py", out=runs["file"], weak_reward="true")
+    assert re.search(r"^step      0   scores .* explained_var .* length ", printed, re.MULTILINE)
+    command = world.command("train_ppo.py", out=runs["screen"], weak_reward="true")
+    with terminal(command, world.path, world.environment(), size=(24, 50)) as screen:
+        code, shown = screen.end()
+    assert code == 0, shown
+    shown = [line.rpartition("\r")[2] for line in shown.splitlines()]
+    header = shown.index("  step     scores         kl   approxkl   clipfrac")
+    assert " ".join(shown[:header]).count("healthy: scores rises; kl a few nats, below 10;") == 1
+    assert [line[:6].strip() for line in shown if re.fullmatch(r" {5}\d( +\S+){4}", line)] == ["0", "1", "2", "3"]
+    rows = [[drop_times(row) for row in read_lines(run / "metrics.jsonl")] for run in runs.values()]
+    assert rows[0] == rows[1]
+
+
+def drop_times(row: dict) -> dict:
+    return {name: value for name, value in row.items() if not name.startswith("time/")}

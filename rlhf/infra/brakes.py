@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from rlhf.infra import checkpoint
 from rlhf.infra.files import write_json
-from rlhf.infra.metrics import printable, say
+from rlhf.infra.metrics import say
 from rlhf.infra.run import Run
+from rlhf.infra.screen import printable
 
 LARGEST = 1e18  # the square of more is infinite in float32
 MOST_STORED, MOST_MODELS = 20, 3  # of a run: minibatches; weights

@@ -1,4 +1,4 @@
-"""What a run leaves to read: metrics.jsonl, samples.jsonl, and one console line per iteration.
+"""What a run leaves to read: metrics.jsonl, samples.jsonl, and one line per iteration on the console (screen.py).
 
 JSON is strict: a value that is not finite is written as null, which every reader understands; the console shows it.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rlhf.infra.files import json_line, read_lines, write_lines
+from rlhf.infra.screen import Table, console_line, sample_table
 
 
 def read_rows(file: str | Path) -> list[dict]:
@@ -28,7 +29,7 @@ class Metrics:
     """
 
     def __init__(self, run_dir: str | Path, is_main: bool = True, resume_step: int = 0, show: tuple[str, ...] = ()):
-        self.is_main, self.show = is_main, show  # `show`: the metrics of the console line; () = all
+        self.is_main, self.show, self.table = is_main, show, Table()  # `show`: the metrics of the console; () = all
         if not is_main:
             return
         Path(run_dir).mkdir(parents=True, exist_ok=True)
@@ -41,7 +42,9 @@ class Metrics:
             return
         values = {name: plain(value) for name, value in values.items()}
         write_line(self.metrics_file, {"step": step, **values})
-        say(console_line(step, {name: values[name] for name in self.show or values if name in values}))
+        shown = {name: values[name] for name in self.show or values if name in values}
+        width = terminal_width()
+        say(console_line(step, shown) if width is None else "\n".join(self.table.lines(step, shown, width)))
 
     def samples(self, step: int, rows: list[dict], show: int = 3) -> None:
         """Rows {"prompt": text, "response": text, "score": number} to samples.jsonl, the first `show` also printed.
@@ -50,9 +53,10 @@ class Metrics:
         """
         if not self.is_main:
             return
+        rows = [{name: plain(value) for name, value in row.items()} for row in rows]
         for row in rows:
-            write_line(self.samples_file, {"step": step, **{name: plain(value) for name, value in row.items()}})
-        say(sample_table(rows[:show]))
+            write_line(self.samples_file, {"step": step, **row})
+        say(sample_table(rows[:show], terminal_width()))
 
     def close(self) -> None:
         if self.is_main:
@@ -76,32 +80,9 @@ def plain(value):
     return value.item() if hasattr(value, "item") else value
 
 
-def console_line(step: int, values: dict) -> str:
-    """`step    12   scores  0.3121   kl   3.204`: fixed widths, so that the eye can run down a column."""
-    parts = [f"{name.rpartition('/')[2]} {number(value):>10}" for name, value in values.items()]
-    return "   ".join([f"step {step:>6}", *parts])
-
-
-def number(value) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2e}"
-    return str(value)
-
-
-def sample_table(rows: list[dict]) -> str:
-    """One line per sample: numbers first, then prompt | response, cut at the width of the terminal."""
-    width = shutil.get_terminal_size((120, 24)).columns
-    lines = []
-    for row in rows:
-        numbers = [f"{name} {number(plain(v)):>8}" for name, v in row.items() if not isinstance(v, str | list)]
-        texts = [printable(v) for v in row.values() if isinstance(v, str)]
-        lines.append("  ".join(["   ", *numbers, " | ".join(texts)])[:width])
-    return "\n".join(lines)
-
-
-def printable(text: str) -> str:
-    """One line without control characters: a sampled text must not steer the terminal."""
-    return "".join(c if c.isprintable() else " " for c in text)
+def terminal_width() -> int | None:
+    """Columns of the terminal that reads along; None where standard output goes elsewhere."""
+    return shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else None
 
 
 def say(text: str, is_main: bool = True) -> None:

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from rlhf.infra import checkpoint
 from rlhf.infra.distributed import Dist
 from rlhf.infra.files import strict, write_json
-from rlhf.infra.metrics import printable, read_rows, say
+from rlhf.infra.metrics import read_rows, say
+from rlhf.infra.screen import printable
 from rlhf.infra.signals import Stop, name_of
 
 
