@@ -169,7 +169,7 @@ def answer(
     sampling = Sampling(cfg.tokens, sorted(stop_ids), opened.tokenizer.pad, cfg.temperature, cfg.top_k, cfg.top_p)
     tokens, lengths = pad(prompts, opened.tokenizer.pad)
     ids = range(len(prompts) * cfg.samples) if samples is None else samples
-    uniforms = row_uniforms(cfg.seed, turn, ids, cfg.tokens).to(device) if cfg.temperature else None
+    uniforms = row_uniforms(cfg.seed, turn, ids, cfg.tokens) if cfg.temperature else None
     return generate(opened.model, tokens.to(device), lengths.to(device), sampling, uniforms, on_token=on_token)
 
 

@@ -55,7 +55,7 @@ class Config:
     weights_dir: str | None = None  # directory that POST /v1/weights may take weights from; needs a key [init]
     name: str | None = None  # what clients call the model; none = the last part of --init [init]
     precision: SamplingPrecision = "auto"  # of matrix products; auto = what is fast here; int8: of an int8 export
-    device: str = "cpu"  # cpu | cuda; with several workers the k-th takes the k-th GPU
+    device: str = "cpu"  # cpu, cuda, mps (Apple's GPU) or auto; with several workers the k-th takes the k-th GPU
 
     # Who may use it
     host: str = "127.0.0.1"  # address to listen on; one that others reach needs a key
@@ -135,6 +135,12 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def place_of(cfg: Config, worker: int) -> torch.device:
+    """Where a worker computes; ValueError where it cannot."""
+    gpus, apple = distributed.accelerators()
+    return distributed.device_of(cfg.device, worker % max(1, gpus), cfg.workers, gpus, apple)
+
+
 def precision_of(cfg: Config, device: torch.device, opened: Pretrained) -> str:
     """How the model is multiplied, as this machine is fast: "bf16 False", the second whether in int8. It is said."""
     settled, dtype = chosen(cfg, device)
@@ -146,9 +152,7 @@ def work(cfg: Config, key: str | None, listener: socket.socket, seat: Seat, foun
     torch.set_grad_enabled(False)
     torch.set_num_threads(cfg.threads)
     distributed.leave_out_cudnn_attention()
-    device = torch.device(cfg.device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", seat.rank % max(1, torch.cuda.device_count()))
+    device = place_of(cfg, seat.rank)
     opened = open_pretrained(cfg.init, device, base=cfg.base)
     if found is None:
         words = precision_of(cfg, device, opened)

@@ -222,7 +222,7 @@ def pair_losses(learner, roles: Roles, batch: PairBatch, cfg: Config, device) ->
     chosen, rejected = cfg.beta * (sides[0] - sides[2]), cfg.beta * (sides[1] - sides[3])
     right = (chosen > rejected).to(chosen.dtype)
     numbers = torch.stack([loss, chosen, rejected, chosen - rejected, right, *sides[:2]], 1)
-    return loss * weight, (numbers * weight[:, None]).double()
+    return loss * weight, (numbers * weight[:, None]).to(torch.float32 if device.type == "mps" else torch.float64)
 
 
 @torch.no_grad()

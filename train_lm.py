@@ -294,7 +294,7 @@ def validate(
         for rows in list(in_order(len(data), data.batch_size))[dist.rank :: dist.world]:
             tokens, lengths, mask = (x.to(dist.device) for x in data.take(rows)[:3])
             nll = language_model(tokens, mask, lengths)
-            numbers = [nll.double().sum().cpu(), torch.tensor(float(len(nll))), sizes[tokens[mask].cpu()].sum()]
+            numbers = [nll.cpu().double().sum(), torch.tensor(float(len(nll))), sizes[tokens[mask].cpu()].sum()]
             total += torch.stack(numbers)
     nats, count, size = dist.sum(total).tolist()
     bits = nats / math.log(2) / size if size else math.nan
@@ -314,7 +314,7 @@ def samples(model: Transformer, data: TextLoader, tokenizer: Tokenizer, stop_ids
     if room < 1:
         return []
     device = model.norm.weight.device
-    uniforms = row_uniforms(seed, 0, range(len(prompts)), room).to(device)
+    uniforms = row_uniforms(seed, 0, range(len(prompts)), room)
     temperature = 0.0 if int(lengths.max()) > 1 else 1.0  # greedily, all texts of its own would be the same
     sampling = Sampling(room, stop_ids, tokenizer.pad, temperature)
     g = generate(model, tokens.to(device), lengths.to(device), sampling, uniforms)

@@ -373,7 +373,7 @@ def score_rows(
         tokens, lengths = (x.to(device) for x in pad([row.tokens for row in batch], pad_id))
         raw = reward_model(tokens, lengths, torch.tensor([row.begins for row in batch], device=device))  # (B, M)
         both = torch.cat([reward_model.combined(raw)[:, None], reward_model.members_of(raw)], 1)
-        found |= dict(zip(map(key, batch), both.double().cpu().numpy()))
+        found |= dict(zip(map(key, batch), both.cpu().double().numpy()))
     both = np.stack([found[key(row)] for row in rows])
     return both[:, 0], both[:, 1:]
 

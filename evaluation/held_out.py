@@ -63,7 +63,7 @@ def sample_groups(
     """
     size = n * max(1, min(64, 1024 // n))  # responses of a group; so many decode together, as others end
     ids = [row + k * len(prompts) for row in range(len(prompts)) for k in range(n)]
-    uniforms = row_uniforms(seed, 0, ids, sampling.max_new_tokens).to(prompts.device) if sampling.temperature else None
+    uniforms = row_uniforms(seed, 0, ids, sampling.max_new_tokens) if sampling.temperature else None
     with tqdm(total=len(ids), desc="sample", leave=False, disable=None) as bar:
         whole = generate(model, prompts, lengths, sampling, uniforms, size, bar.update)
     return [trimmed(whole, slice(first, first + size)) for first in range(0, len(ids), size)]
@@ -93,7 +93,7 @@ def scores(score: Score, groups: list[Generated], rows: Tensor | None, n: int = 
         torch.cat([score(g.tokens, g.lengths, g.mask, which) for g, which in zip(nth_of(groups, n, k), asked)])
         for k in range(n)
     ]
-    return torch.stack(columns, 1).double().cpu().numpy()
+    return torch.stack(columns, 1).cpu().double().numpy()
 
 
 def token_by_token(first: Generated, policy, base, tokenizer: Tokenizer) -> list[dict]:
@@ -120,5 +120,5 @@ def divergence(groups: list[Generated], policy, base) -> dict[str, np.ndarray]:
         theirs = base(group.tokens, group.mask)  # (B, T), zero outside
         ours = theirs if policy is base else policy(group.tokens, group.mask)
         parts.append(torch.stack([k1(ours, theirs).sum(1), k3(ours, theirs).sum(1), -theirs.sum(1), group.mask.sum(1)]))
-    kl, kl_k3, nll, length = torch.cat(parts, 1).double().cpu().numpy()
+    kl, kl_k3, nll, length = torch.cat(parts, 1).cpu().double().numpy()
     return {"kl": kl, "kl_k3": kl_k3, "nll": nll, "length": length}

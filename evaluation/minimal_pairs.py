@@ -55,7 +55,7 @@ def known(logprobs, pairs: Sequence[MinimalPair], pad_id: int, device) -> np.nda
     for places in in_order(len(rows), 32):
         tokens, lengths = (x.to(device) for x in pad([rows[i] for i in order[places]], pad_id))
         t = torch.arange(tokens.shape[1], device=device)
-        totals[order[places]] = logprobs(tokens, (t >= 1) & (t < lengths[:, None])).double().sum(1).cpu().numpy()
+        totals[order[places]] = logprobs(tokens, (t >= 1) & (t < lengths[:, None])).cpu().double().sum(1).numpy()
     return win_rate(totals[::2], totals[1::2])
 
 

@@ -31,7 +31,7 @@ def compare(original: Transformer, exported: Transformer, batches: Iterable[tupl
         q = logits.log_softmax(-1)
         before, after = (-x.gather(1, targets[:, None])[:, 0] for x in (p, q))
         kl, same = (p.exp() * (p - q)).sum(1), p.argmax(1) == q.argmax(1)
-        sums += torch.stack([x.double().sum() for x in (before, after, kl, same)])
+        sums += torch.stack([x.cpu().double().sum() for x in (before, after, kl, same)])
         count += len(targets)
     before, after, kl, same = (sums / count).tolist()
     return {
@@ -59,7 +59,7 @@ def reward_change(
         uniforms = row_uniforms(seed, nth, range(len(tokens)), sampling.max_new_tokens)
         for name, model in models.items():
             out = generate(model, tokens, lengths, sampling, uniforms)
-            scores[name].append(score(out.tokens, out.lengths, out.mask, rows).double().cpu())
+            scores[name].append(score(out.tokens, out.lengths, out.mask, rows).cpu().double())
     before, after = (torch.cat(scores[name]).numpy() for name in ("before", "after"))
     change: np.ndarray = after - before
     low, high = paired_bootstrap(change)

@@ -14,9 +14,9 @@ from model.transformer import KVCache, Parts, Transformer
 BLOCK = 64  # neighbouring tokens of the vocabulary whose probabilities are added up first
 SAMPLED_AT_ONCE = 16  # rows: more of a large vocabulary leave a CPU's caches, and the memory that it keeps for reuse
 PREFILLED_AT_ONCE = 8192  # tokens
-PADDING = {"cpu": 64, "cuda": 4096}  # tokens that a forward may pad prompts with, or an eighth of theirs
+PADDING = {"cpu": 64, "cuda": 4096, "mps": 4096}  # tokens that a forward may pad prompts with, or an eighth of theirs
 # steps after which the device is asked who has ended: the host waits for the answer
-ASKED_EVERY = {"cpu": 1, "cuda": 16}
+ASKED_EVERY = {"cpu": 1, "cuda": 16, "mps": 1}
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,11 @@ def sample_step(
     return tokens, logprobs
 
 
+def drawn_on(device: torch.device) -> torch.device:
+    """Where tokens are drawn, and their uniforms lie: on the host for Apple's GPU, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def draw(
     logits: Tensor, uniforms: Tensor | None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
     min_p: float = 0.0,
@@ -111,6 +116,8 @@ def draw(
     """`sample_step` that raises nothing, so that nobody waits for a GPU: tokens, logprobs and a number (B,) that is finite
     where the row's logits gave a distribution.
     """
+    if drawn_on(logits.device) != logits.device:
+        return tuple(x.to(logits.device) for x in draw(logits.cpu(), uniforms, temperature, top_k, top_p))
     if len(logits) > SAMPLED_AT_ONCE and logits.is_cpu:
         parts = zip(
             logits.split(SAMPLED_AT_ONCE),
@@ -311,9 +318,9 @@ def generate(
     ended. progress: is told how many have ended, whenever some do. on_token: is told every token that is drawn, as (row of
     the result, id). ValueError when a prompt is empty or leaves no room.
     """
-    device, wanted = prompts.device, prompt_lengths.tolist()
+    device, where, wanted = prompts.device, drawn_on(prompts.device), prompt_lengths.tolist()
     samples = checked(model, wanted, sampling, uniforms, at_once)
-    uniforms = None if uniforms is None else uniforms.to(device)
+    uniforms = None if uniforms is None else uniforms.to(where)
     rows, longest = samples * len(prompts), max(wanted)
     width, at_once = min(longest + sampling.max_new_tokens, model.config.context), min(at_once, rows)
     decoding = Decoding(model, at_once, width)
@@ -342,7 +349,7 @@ def generate(
                 alive += (prompt.first + k for prompt in taken for k in range(prompt.count))
         index = torch.tensor(alive, device=device)
         at, going = lengths[index], ~finished[index]  # one that has ended may not have been asked since
-        draws = None if uniforms is None else uniforms[index, at - begin[index]]
+        draws = None if uniforms is None else uniforms[index.to(where), (at - begin[index]).to(where)]
         logits = model.unembed(hidden)  # (alive, V)
         chosen, logprob, witness = draw(logits, draws, sampling.temperature, sampling.top_k, sampling.top_p)
         tokens[index, at] = torch.where(going, chosen, sampling.pad)

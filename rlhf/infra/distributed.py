@@ -172,8 +172,8 @@ def setup(shard: bool = False, replicas: int = 1) -> Dist:
     shard: every rank keeps a part of the weights; replicas: so many copies of them, each over a part of the ranks.
     A rank that has not answered for PLAIN_RLHF_TIMEOUT seconds (900) ends the others.
 
-    Raises ValueError where torchrun started more processes on this machine than it has GPUs, and for shards or replicas
-    that these processes cannot make.
+    Raises ValueError for a device that these processes cannot have, see `device_of`, and for shards or replicas that they
+    cannot make.
     """
     world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if shard and world == 1:
@@ -185,14 +185,9 @@ def setup(shard: bool = False, replicas: int = 1) -> Dist:
             f"--replicas={replicas} does not divide {world} processes into groups of two or more; "
             f"use one of {', '.join(str(n) for n in range(1, world) if world % n == 0)}"
         )
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes here, but there are "
-                f"{torch.cuda.device_count()} GPUs; start one per GPU, or set CUDA_VISIBLE_DEVICES= to use the CPU"
-            )
-        device = torch.device("cuda", local_rank)
+    asked, ranks = os.environ.get("PLAIN_RLHF_DEVICE", "auto"), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device = device_of(asked, local_rank, ranks, *accelerators())
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         leave_out_cudnn_attention()
     if world == 1:
@@ -208,6 +203,36 @@ def setup(shard: bool = False, replicas: int = 1) -> Dist:
     joined = Dist(rank, world, device, fsdp().mesh_of(world, replicas, device) if shard else None)
     know_peers(joined)
     return joined
+
+
+def accelerators() -> tuple[int, bool]:
+    """How many GPUs torch finds on this machine, and whether it finds Apple's (mps)."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.backends.mps.is_available()
+
+
+def device_of(asked: str, rank: int, ranks: int, gpus: int, apple: bool) -> torch.device:
+    """Where process `rank` of `ranks` on this machine computes: what is asked for, or with "auto" its GPU, else the CPU.
+
+    Apple's GPU has to be asked for: nothing here was ever run on one. ValueError for what is not there, or not for so many.
+    """
+    if asked not in ("auto", "cpu", "cuda", "mps"):
+        raise ValueError(f"there is no device {asked!r}; it is auto, cpu, cuda or mps")
+    if asked == "cpu" or asked == "auto" and not gpus:
+        return torch.device("cpu")
+    if asked == "mps":
+        if not apple:
+            raise ValueError("torch finds no GPU of Apple's (mps) here; use cpu, or auto")
+        if ranks > 1:
+            raise ValueError(f"{ranks} processes would share Apple's GPU (mps), which is for one; use cpu, or auto")
+        return torch.device("mps")
+    if not gpus:
+        raise ValueError("torch finds no CUDA GPU here; use cpu, or auto")
+    if rank >= gpus:
+        raise ValueError(
+            f"torchrun started {ranks} processes here, but there are {gpus} GPUs; start one per GPU, or set "
+            "PLAIN_RLHF_DEVICE=cpu"
+        )
+    return torch.device("cuda", rank)
 
 
 def fsdp() -> ModuleType:

@@ -84,8 +84,14 @@ def mapped(descriptor: int, begin: int, size: int, where: str) -> tuple[ctypes.A
 
 
 def elsewhere(device: torch.device, directory: str | Path) -> Place:
-    """The memory below this device's: the host's of a GPU, and of a CPU the disk."""
-    return host if device.type == "cuda" else File(directory)
+    """The memory below this device's: the host's of a GPU, and of a CPU the disk. Apple's GPU shares the host's."""
+    return {"cuda": host, "mps": nowhere}.get(device.type) or File(directory)
+
+
+def nowhere(x: Tensor) -> Rest:
+    raise ValueError(
+        "--offload: Apple's GPU (mps) shares the host's memory, there is nowhere to put anything; leave it out"
+    )
 
 
 class Sleeper:

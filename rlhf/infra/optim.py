@@ -23,7 +23,8 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101) on what is trainable; matrices decay, gains and biases do not.
 
-    The fused kernel updates all parameters in one pass on CPU and CUDA, with the same bits each time.
+    The fused kernel updates all parameters in one pass on CPU and CUDA, with the same bits each time. On Apple's GPU it is
+    left out: nobody has seen whether it divides by the gradient's norm there, see `divided`.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     if not any(map(checkpoint.is_sharded, parameters)):
@@ -32,7 +33,8 @@ def make_optimizer(
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=True)
+    fused = all(p.device.type != "mps" for p in parameters)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=fused)
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's mallopt
@@ -101,6 +103,8 @@ def amp(device: torch.device, dtype: Literal["fp32", "bf16", "fp16"] = "fp32") -
         return Precision(contextlib.nullcontext, scaler)
     if dtype == "fp16" and device.type != "cuda":
         raise ValueError(f"fp16 needs a CUDA device and this run is on {device.type}; use fp32, or bf16")
+    if dtype == "bf16" and device.type == "mps":
+        raise ValueError("bf16 was never tried on Apple's GPU (mps), which this run is on; use fp32")
     if dtype == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError(f"{torch.cuda.get_device_name(device)} has no bf16; use fp16 or fp32")
     return Precision(functools.partial(torch.autocast, device.type, dtype=DTYPES[dtype]), scaler, DTYPES[dtype])
@@ -139,7 +143,9 @@ def divided(
     """
     if by == 1:
         yield
-    elif fold and all(type(p.grad) is torch.Tensor for p in parameters):  # parts of a gradient have a type of their own
+    elif (
+        fold and optimizer.defaults["fused"] and all(type(p.grad) is torch.Tensor for p in parameters)
+    ):  # parts of a gradient have a type of their own
         optimizer.grad_scale = by.to(torch.float32)
         yield
         del optimizer.grad_scale

@@ -39,6 +39,10 @@ def stays_int8(
                 "--format=int8"
             )
         return False
+    if model.embed_tokens.weight.device.type == "mps":
+        if precision == "int8":
+            raise ValueError("--precision=int8 was never tried on Apple's GPU (mps), which this command uses; use fp32")
+        return False
     if precision != "auto":
         return precision == "int8"
     ratios = [speed(model, dtype, n) for n in rows]

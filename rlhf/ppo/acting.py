@@ -141,4 +141,4 @@ def group_metrics(scores: Tensor, samples_per_prompt: int) -> dict[str, float]:
     """group/flat, the share of prompts without contrast; nothing where a prompt has one response."""
     if samples_per_prompt == 1:
         return {}
-    return {"group/flat": float(flat_groups(scores, samples_per_prompt).double().mean())}
+    return {"group/flat": float(flat_groups(scores, samples_per_prompt).cpu().double().mean())}

@@ -69,7 +69,7 @@ class HeldOutJudge:
                 g = self.sampler(
                     self.prompts[rows], self.lengths[rows], rows, -1
                 )  # -1: numbers that no iteration draws
-                scores[rows] = self.score(g.tokens, g.lengths, g.mask, self.rows[rows]).double().cpu()
+                scores[rows] = self.score(g.tokens, g.lengths, g.mask, self.rows[rows]).cpu().double()
         mean = float(self.dist.sum(scores).mean())  # each rank adds zeros to the others': exact for any world size
         self.verdicts.append(mean)
         if best_place(self.verdicts) == len(self.verdicts) - 1:

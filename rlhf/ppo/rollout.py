@@ -115,7 +115,7 @@ def act(
     """
     model = sampler()
     device = model.embed_tokens.weight.device
-    uniforms = row_uniforms(seed, iteration, ids.tolist(), sampling.max_new_tokens).to(device)
+    uniforms = row_uniforms(seed, iteration, ids.tolist(), sampling.max_new_tokens)
     with precision.autocast():
         return generate(model, prompts.to(device), lengths.to(device), sampling, uniforms)
 

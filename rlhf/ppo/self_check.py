@@ -88,7 +88,7 @@ def self_check(
     ]
     if score is not None:
         single = torch.cat([score(row.tokens, row.lengths, row.mask) for row in rollout[:4].split(1)])
-        difference = (single - score(rollout.tokens, rollout.lengths, mask)[: len(single)]).abs().double()  # (4,)
+        difference = (single - score(rollout.tokens, rollout.lengths, mask)[: len(single)]).abs().cpu().double()  # (4,)
         checks.insert(2, among("reward: |alone - in a padded batch|", difference.max(), difference.mean()))
     if fresh:  # a resumed policy has rightly moved away
         checks.insert(0, per_token("reference: |log pi - log ref| per token", rollout.logprobs - rollout.ref_logprobs))

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlhf.infra import checkpoint, config, optim
+from rlhf.infra import checkpoint, config, distributed, optim
 from rlhf.infra.brakes import PARAMETERS, Finding, Formula, first_bad, in_words
 from rlhf.infra.files import read_json
 from rlhf.infra.metrics import say
@@ -39,7 +39,7 @@ def replay(file: Path) -> tuple[dict, Finding | None]:
 
 
 def found_again(file: Path, record: dict, tensors: dict[str, Tensor]) -> Finding | None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = distributed.setup().device
     saved, precision = checkpoint.load(file.parent / record["model"]), precision_of(record["options"], device)
     for formula in FORMULAS[record["script"]](record, tensors, saved, device, precision):
         found = first_bad([formula])
@@ -53,7 +53,7 @@ def found_again(file: Path, record: dict, tensors: dict[str, Tensor]) -> Finding
 def precision_of(options: dict, device: torch.device) -> Precision:
     """As it was; in float32 where this machine has no other. Without a loss scale, which changes no number."""
     kind = options["precision"]
-    if device.type == "cpu" and kind == "fp16":
+    if kind == "fp16" and device.type != "cuda" or kind == "bf16" and device.type == "mps":
         say(f"this machine has no {kind}: computed in fp32")
         kind = "fp32"
     return optim.amp(device, kind)._replace(scaler=torch.amp.GradScaler(device.type, enabled=False))

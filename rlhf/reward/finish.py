@@ -115,7 +115,7 @@ def reference_scores(reward_model: Normalised, base: Pretrained, references: Ref
     """Raw scores of continuations sampled from the base model: (N, M)."""
     (prompts, lengths, rows), longest, seed = references
     device = base.model.embed_tokens.weight.device
-    uniforms = row_uniforms(seed, 0, rows.tolist(), longest).to(device)
+    uniforms = row_uniforms(seed, 0, rows.tolist(), longest)
     prompts, lengths = prompts.to(device), lengths.to(device)
     samples = generate(base.model, prompts, lengths, Sampling(longest, base.stop_ids, base.tokenizer.pad), uniforms)
     return reward_model(samples.tokens, samples.lengths, lengths)
@@ -123,7 +123,7 @@ def reference_scores(reward_model: Normalised, base: Pretrained, references: Ref
 
 def pair_margins(reward_model: Normalised, raw: Tensor, data: SomeAnswers) -> Tensor:
     """Score of the better rated text minus that of the other, for every pair of the split: (pairs,) float64."""
-    scores = reward_model.combined(raw).double().cpu()
+    scores = reward_model.combined(raw).cpu().double()
     chosen, rejected = pair_rows(data)
     return scores[chosen] - scores[rejected]
 

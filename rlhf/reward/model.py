@@ -170,12 +170,12 @@ class Normalised(nn.Module):
 
 def to_standard(scores: Tensor, gain: Tensor, bias: Tensor) -> None:
     """Fill gain and bias (...) so that scores (N, ...) * gain + bias has mean 0 and deviation 1 over N."""
-    scores = scores.double()
+    scores = scores.cpu().double()
     mean, deviation = scores.mean(0), scores.std(0, unbiased=False)
     if not bool((deviation > 1e-6).all()):
         raise ValueError(f"the reward model gives all {len(scores)} reference samples the same score: it is untrained")
-    gain.copy_(1 / deviation)
-    bias.copy_(-mean / deviation)
+    gain.copy_((1 / deviation).to(gain.dtype))
+    bias.copy_((-mean / deviation).to(bias.dtype))
 
 
 class RewardModel(Normalised):

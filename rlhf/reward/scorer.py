@@ -149,7 +149,7 @@ class Scorer:
 
     def means(self, parts: Tensor) -> dict[str, float]:
         """Metrics of what `detailed` says beside the score: parts (B, K)."""
-        return {f"reward/{name}": x for name, x in zip(self.names, parts.double().mean(0).tolist())}
+        return {f"reward/{name}": x for name, x in zip(self.names, parts.cpu().double().mean(0).tolist())}
 
 
 def check_room(prompt: int, response: int, most: int | None, what: str) -> None:

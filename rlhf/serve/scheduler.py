@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from data.tokenizer import Detokenizer, Tokenizer
-from model.generate import Decoding, check_finite, row_uniforms, sample_step
+from model.generate import Decoding, check_finite, drawn_on, row_uniforms, sample_step
 from model.steering import Steering, steer
 from model.transformer import Transformer
 from rlhf.serve.grammar import Grammar
@@ -372,7 +372,7 @@ class Scheduler:
         for self.shape in shapes:
             unequal[self.shape] = sum(int((a != b).sum()) for a, b in company())
         self.shape = min(unequal, key=unequal.get)
-        pairs = ((a.double(), b.double()) for a, b in company())
+        pairs = ((a.cpu().double(), b.cpu().double()) for a, b in company())
         return False, max(float((a.log_softmax(-1) - b.log_softmax(-1)).abs().max()) for a, b in pairs)
 
     def _decode(self, events: list[Event]) -> None:
@@ -403,7 +403,9 @@ class Scheduler:
         def draw(how: tuple, rows: list[int]) -> None:
             uniforms = None
             if how[0]:
-                uniforms = torch.stack([requests[row].uniforms[requests[row].count] for row in rows]).to(self.device)
+                uniforms = torch.stack([requests[row].uniforms[requests[row].count] for row in rows]).to(
+                    drawn_on(self.device)
+                )
             some = steered if len(rows) == len(steered) else steered[rows]
             try:
                 chosen, logprobs = (x.tolist() for x in sample_step(some, uniforms, *how))
