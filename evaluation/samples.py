@@ -18,19 +18,21 @@ SHADES = {  # the colours of the tokens; the server's page has the same names an
 
 
 def base_beside_tuned(source: Source) -> list[Block]:
-    """The first held-out prompts: what evaluate.py wrote token by token, or the texts alone where it is older than that."""
-    rows = source.files.get("tokens.jsonl") or []
-    shown = [row for row in rows if {"before", "after"} <= row.keys()][:PROMPTS]
-    if shown:
-        pairs = [[token_by_token(row, row[name]) for name in ("before", "after")] for row in shown]
-    else:
-        texts = [row for row in source.files.get("samples.jsonl", []) if {"before", "after"} <= row.keys()][:PROMPTS]
-        pairs = [[in_one_piece(row, row[name]) for name in ("before", "after")] for row in texts]
-    if not pairs:
+    """The first held-out prompts: what evaluate.py wrote token by token, or the texts alone where it is older than that, and
+    of several tuned models.
+    """
+    texts, rows = source.files.get("samples.jsonl", []), source.files.get("tokens.jsonl") or []
+    names = [name for name in texts[0] if name != "prompt"] if texts else ["before", "after"]
+    made, rows = (token_by_token, rows) if rows and names == ["before", "after"] else (in_one_piece, texts)
+    shown = [row for row in rows if {*names} <= row.keys() and "before" in row][:PROMPTS]
+    if not shown:
         return []
-    of = len(source.files.get("samples.jsonl", [])) or len(pairs)
-    told = f"The first {len(pairs)} of {of} held-out prompts, in the file's order; both models draw the same random numbers."
-    return [Text(told), Beside(["base", "tuned"], pairs, SHADES["logratio"], OPEN)]
+    pairs = [[made(row, row[name]) for name in names] for row in shown]
+    told = f"The first {len(pairs)} of {len(texts)} held-out prompts, in the file's order; all draw the same random numbers."
+    return [Text(told), Beside([TITLES.get(name, name) for name in names], pairs, SHADES["logratio"], OPEN)]
+
+
+TITLES = {"before": "base", "after": "tuned"}
 
 
 def token_by_token(row: dict, x: dict) -> Sample:

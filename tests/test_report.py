@@ -338,6 +338,19 @@ def test_colours_have_a_sign_and_end_somewhere(x, scale):
     assert colour(None, scale) == "none"
 
 
+def test_answers_of_several_models_stand_beside_each_other(tmp_path):
+    texts = [{"prompt": "p", "before": "a", "out/one": "b", "out/two": "<c>"}]
+    run = lay_out(
+        tmp_path / "r", {name: FILES[name] for name in ("summary.json", "tokens.jsonl")} | {"samples.jsonl": texts}
+    )
+    _, columns = report.before_after(report.find(run))
+    assert (
+        columns.names == ["base", "out/one", "out/two"]
+        and "&lt;c&gt;" in columns.html()
+        and "--logratio" not in columns.html()
+    )
+
+
 def evaluated(what: str, mean: float, low: float, high: float, **more) -> dict:
     rows = {name: {what: {"mean": x}, "kl": kl} for name, x, kl in (("base", 0.25, 0.0), ("tuned", 0.25 + mean, 6.96))}
     rows["best of 2"] = {what: {"mean": 0.3125}, "kl": 0.19}

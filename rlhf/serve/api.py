@@ -61,9 +61,7 @@ class Served:
 class Service:
     """What the endpoints need."""
 
-    models: tuple[
-        Served, ...
-    ]  # the first is --init's, which a request gets that names none; () = a run is shown, no more
+    models: tuple[Served, ...]  # the first is --init's, which a request gets that names none; () = a run is shown alone
     created: int  # seconds since 1970: when the server was started
     tokenizer: Tokenizer | None
     chat: Chat | None
