@@ -65,6 +65,9 @@ def with_langchain_openai(url: str, model: str, key: str):
 
 
 def with_litellm(url: str, model: str, key: str):
+    os.environ.setdefault(
+        "LITELLM_LOCAL_MODEL_COST_MAP", "True"
+    )  # or it asks for a file of prices before anything else
     import litellm
 
     about = dict(model=f"openai/{model}", api_base=url, api_key=key)
