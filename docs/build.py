@@ -25,6 +25,7 @@ from rlhf.infra.files import write_text  # noqa: E402
 BESIDE = {  # pages outside of docs/
     "README.md": "first-steps.md",
     "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
     "LOG.md": "log.md",
 }
 FILES = (".svg", ".ipynb", ".html")  # of docs/, that pages link

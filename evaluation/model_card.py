@@ -21,7 +21,7 @@ from evaluation.sources import KINDS
 from evaluation.words import estimate_of, markdown_table, show
 from rlhf.infra import checkpoint, config
 from rlhf.infra.files import read_json
-from rlhf.infra.metrics import printable
+from rlhf.infra.screen import printable
 from rlhf.lm.pretrained import digest_of
 
 SCRIPTS = KINDS | {"DPO": ("train_dpo.py", "label_smoothing")}
