@@ -302,7 +302,19 @@ def service_of(cfg: Config, key: str | None, seat: Seat, models: list[Pretrained
         tuple(served), STARTED, tokenizer, chat,
         cfg.timeout, cfg.patience, cfg.max_body, key, parse_origins(cfg.origins, key), store, weights, shared,
         Watched(cfg.run) if cfg.run else None,
+        origin_of(cfg.init, tokenizer, chat),
     )  # fmt: skip
+
+
+def origin_of(init: str, tokenizer, chat: Chat | None) -> dict:
+    """What the page says of the model; a run whose files are damaged is served all the same, and that is said."""
+    from rlhf.serve.about import NOTHING, about
+
+    try:
+        return about(init, tokenizer, chat)
+    except (ValueError, OSError) as error:
+        print(f"the page does not say what the model was tuned for: {error}", file=sys.stderr)
+        return NOTHING
 
 
 def pushed_or_own(weights: Weights, seat: Seat, opened: Pretrained) -> str:

@@ -55,9 +55,9 @@ def world(tmp_path_factory):
     return tiny.build(tmp_path_factory.mktemp("world"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """Chromium, once for all tests of pages."""
+    """Chromium, once for a module: while it is open an event loop runs in this thread, and asyncio.run() refuses."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:

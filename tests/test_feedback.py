@@ -219,6 +219,25 @@ def test_the_database_itself_refuses_a_second_vote(store):
             db.execute(sql, ("nonce b",))
 
 
+def test_answers_that_a_page_shows_are_voted_on_as_they_lie(tmp_path):
+    store = FeedbackStore(tmp_path / "votes.sqlite")
+    asked = [{"role": "user", "content": "Name a fruit."}]
+    base, tuned = ("lm", "Brick.", {"seed": 1}), ("ppo", "Pear.", {"seed": 1})
+    shown = store.lay_before("ana", asked, base, tuned)
+    assert store.lay_before("ana", asked, base, tuned) == shown == store.next_comparison("ana").id
+    with pytest.raises(ValueError, match="open under Compare"):
+        store.lay_before("ana", asked, tuned, base)
+    store.vote(shown, "ana", "right", nonce="12345678")
+    with pytest.raises(ValueError, match="has judged"):
+        store.lay_before("ana", asked, base, tuned)
+    with pytest.raises(ValueError, match="same text"):
+        store.lay_before("ana", asked, base, ("ppo", "Brick.", {}))
+    assert store.next_comparison("ben") is None  # nobody else is asked
+    assert store.export_jsonl(tmp_path / "votes.jsonl")["written"] == 1
+    (row,) = map(json.loads, (tmp_path / "votes.jsonl").read_text().splitlines())
+    assert (row["prompt"], row["chosen_model"], row["rejected_model"]) == (asked, "ppo", "lm")
+
+
 def test_ratings(store, tmp_path):
     rating = store.rate(1, "ana", 4, 1, 5, "rating 1")
     assert store.rate(1, "ana", 4, 1, 5, "rating 1") == rating

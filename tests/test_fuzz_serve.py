@@ -19,6 +19,7 @@ PATHS = [
     "/v1/embeddings",
     "/v1/score",
     "/v1/tokens",
+    "/v1/comparison",
     "/v1/comparison/1/vote",
     "/v1/votes/1/undo",
 ]
@@ -96,11 +97,15 @@ plausible = {
     "strength": st.integers(0, 4),
     "seconds": st.floats(),
     "nonce": texts,
+    "left": st.fixed_dictionaries({"text": texts}) | anything,
+    "right": st.fixed_dictionaries({"text": texts}) | anything,
+    "top": st.integers(-1, 400),
 }
 OF = {  # fields that make an answer likely
     "/v1/completions": ["prompt"], "/v1/chat/completions": ["messages"], "/v1/score": ["prompt", "response"],
     "/v1/tokens": ["messages", "response"], "/v1/comparison/1/vote": ["rater", "choice", "nonce"],
     "/v1/votes/1/undo": ["rater"], "/v1/responses": ["input"], "/v1/embeddings": ["input"],
+    "/v1/comparison": ["rater", "prompt", "left", "right"],
 }  # fmt: skip
 odd_schemas = (
     st.dictionaries(

@@ -528,6 +528,12 @@ def test_score_and_tokens(server, home):
         expected = (float(new[t, i]), float(new[t, i] - old[t, i]), kl)
         assert (token["logprob"], token["logratio"], token["kl"]) == pytest.approx(expected, abs=1e-4)
     assert "".join(token["text"] for token in answer["tokens"]) == "film"
+    for t, token in enumerate(server.request("/v1/tokens", asked | {"top": 3})[2]["tokens"], len(prompt) - 1):
+        best = sorted(range(len(new[t])), key=lambda i: -new[t, i])[:3]
+        expected = [(float(new[t, i]), float(old[t, i])) for i in best]
+        found = [(other["logprob"], other["ref_logprob"]) for other in token["top"]]
+        assert sum(found, ()) == pytest.approx(sum(expected, ()), abs=1e-4)
+        assert [other["chosen"] for other in token["top"]] == [i == response[t - len(prompt) + 1] for i in best]
     assert all(token["value"] is None for token in answer["tokens"])
     assert [token["reward"] for token in answer["tokens"]] == [None] * (len(response) - 1) + [4.0]
     chat = {"messages": HELLO, "response": "film"}
@@ -547,7 +553,8 @@ def test_score_and_tokens(server, home):
 def test_votes(server):
     status, _, shown = server.request("/v1/comparison?rater=ana")
     assert status == 200 and {shown["left"]["text"], shown["right"]["text"]} == {"long", "short"}
-    assert set(shown) == {"id", "prompt", "left", "right"}  # blind
+    assert set(shown) == {"id", "prompt", "messages", "left", "right", "progress"}  # blind
+    assert shown["progress"] == {"done": 0, "of": 1} and shown["messages"] is None
     vote = {"rater": "ana", "choice": "left", "strength": 2, "seconds": 1.5, "nonce": "0123456789"}
     path = f"/v1/comparison/{shown['id']}/vote"
     first, again = server.request(path, vote), server.request(path, vote)

@@ -196,6 +196,32 @@ class FeedbackStore:
         done, *left = self._read(counts, self._rater(rater), time.time() - OPEN_SECONDS)[0]
         return done, done + sum(left)
 
+    def lay_before(
+        self, rater: str, asked: str | list[dict], left: tuple[str, str, dict], right: tuple[str, str, dict]
+    ) -> int:
+        """The comparison of two answers (model, text, sampling) that lie before this rater now, as they lie there.
+
+        Who shows them has drawn the sides. Nobody else is asked about them. The same again gives the same comparison while
+        it has no vote; ValueError once it has one, where it lies open the other way round, and for two equal texts.
+        """
+        if left[1] == right[1]:
+            raise ValueError("both answers have the same text: there is nothing to compare")
+        rater_id = self._rater(rater)
+        with self.transaction() as db:
+            prompt = self.add_prompt(asked, source="page")
+            sides = [
+                self.add_completion(prompt, self.add_model(model), text, how) for model, text, how in (left, right)
+            ]
+            self.make_comparison(*sides)
+            pair = db.execute("SELECT id FROM pair WHERE a_id = ? AND b_id = ?", sorted(sides)).fetchone()["id"]
+            sql = f"SELECT id, left_id, {LAST} AS last FROM comparison c WHERE pair_id = ? AND rater_id = ?"
+            seen = db.execute(sql, (pair, rater_id)).fetchall()
+            if not seen:
+                return self._insert_comparison(db, pair, rater_id, *sides, None)
+            if [(row["left_id"], row["last"]) for row in seen] != [(sides[0], "undone")]:
+                raise ValueError(f"{rater} has judged these two answers, or has them open under Compare")
+            return seen[0]["id"]
+
     def vote(
         self,
         comparison: int,

@@ -74,6 +74,7 @@ class Service:
     weights: Weights | None = None  # that may be exchanged
     shared: Alone | Member | None = None  # with which workers
     run: Watched | None = None  # a run of training that the page shows
+    origin: dict = field(default_factory=dict)  # what the page says of the model, see rlhf/serve/about.py
     page_text: str | None = field(default_factory=lambda: whole_page())  # read once
 
     # ---- who may do what
@@ -252,11 +253,15 @@ class Service:
         body = await self.body(request)
         served = self.served(body)
         prompt, response, end = await self.aside(request, self.parts, served, body)
-        records = await self.job(served, served.scorer.tokens, prompt, response, end) if response else []
-        texts = protocol.token_texts(self.tokenizer, response)
-        keys = ("logprob", "logratio", "kl", "value", "reward")
-        tokens = [{"text": text} | {key: record[key] for key in keys} for text, record in zip(texts, records)]
-        return reply({"tokens": tokens})
+        top = protocol.take(body, "top", int, 0, 0, protocol.MOST_ALTERNATIVES)
+        records = await self.job(served, served.scorer.tokens, prompt, response, end, top) if response else []
+        for record, text in zip(records, protocol.token_texts(self.tokenizer, response)):
+            own = record.pop("id")
+            record["text"] = text
+            for other in record.get("top", ()):
+                i = other.pop("id")
+                other |= {"text": self.tokenizer.token_bytes(i).decode("utf-8", "replace"), "chosen": i == own}
+        return reply({"tokens": records})
 
     # ---- the weights
 
@@ -306,10 +311,14 @@ class Service:
             "waiting": sum(len(x.waiting) for x in every),
             "rows": s.rows,
             "max_length": first.limits.width,
+            "max_tokens": first.limits.max_tokens,
             "exact": all(x.exact for x in every),
             "rounding": max(x.rounding for x in every),
         }
         return reply(state | {"has": [name for name, there in features.items() if there is not None]})
+
+    async def tuned_for(self, request):
+        return reply(self.origin)
 
     async def metrics(self, request):
         from starlette.responses import PlainTextResponse
@@ -334,8 +343,23 @@ class Service:
         shown = await self.ask(self.feedback.next_comparison, rater)
         if shown is None:
             return Response(status_code=204)
+        done, of = await self.ask(self.feedback.progress, rater)
+        asked = {"prompt": shown.prompt, "messages": shown.asked if isinstance(shown.asked, list) else None}
         sides = {"left": {"text": shown.left}, "right": {"text": shown.right}}
-        return reply({"id": str(shown.id), "prompt": shown.prompt} | sides)
+        return reply({"id": str(shown.id)} | asked | sides | {"progress": {"done": done, "of": of}})
+
+    async def new_comparison(self, request):
+        """Of two answers that a rater has before them now, as the page shows them; then it is voted on as any other is."""
+        body = await self.body(request)
+        asked = protocol.messages_of(body) if "messages" in body else protocol.text(body.get("prompt"), "prompt")
+        names, sides = [model.name for model in self.models], []
+        for side in ("left", "right"):
+            answer = protocol.take(body, side, dict, {})
+            model = names[protocol.model_of(answer, names)]
+            sides.append((model, protocol.text(answer.get("text"), side), protocol.take(answer, "sampling", dict, {})))
+        return reply(
+            {"id": str(await self.ask(self.feedback.lay_before, self.rater(body.get("rater")), asked, *sides))}
+        )
 
     async def vote(self, request):
         body, comparison = await self.body(request), number(request.path_params["id"])
@@ -465,6 +489,7 @@ def application(service: Service):
         route("/", service.page, public=True),
         route("/health", service.health, public=True),
         route("/metrics", service.metrics),
+        route("/v1/about", service.tuned_for),
         route("/v1/models", service.list_models),
         route("/v1/models/{name:path}", service.model),
         route("/v1/chat/completions", service.chat_completions, "POST"),
@@ -483,6 +508,7 @@ def application(service: Service):
     if service.feedback is not None:
         routes += [
             route("/v1/comparison", service.comparison),
+            route("/v1/comparison", service.new_comparison, "POST"),
             route("/v1/comparison/{id}/vote", service.vote, "POST"),
             route("/v1/votes/{vote}/undo", service.undo, "POST"),
             route("/v1/feedback/statistics", service.statistics),

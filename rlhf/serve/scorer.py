@@ -39,23 +39,25 @@ class Scorer:
         return number(float(self.reward.score(tokens, lengths, mask)), "the score")
 
     @torch.no_grad()
-    def tokens(self, prompt: list[int], response: list[int], end: int) -> list[dict]:
-        """{"id", "logprob", "logratio", "kl", "value", "reward"} of each response token.
+    def tokens(self, prompt: list[int], response: list[int], end: int, top: int = 0) -> list[dict]:
+        """{"id", "logprob", "logratio", "kl", "value", "reward"} of each response token, and "top" where it is above 0.
 
         logratio = log pi(token) - log pi_ref(token), whose mean over what pi samples is the KL; kl is exact, over the whole
-        vocabulary.
+        vocabulary. top: so many tokens that pi finds likeliest there, as {"id", "logprob", "ref_logprob"}, the best first.
         """
         tokens, start = torch.tensor([prompt + response], device=self.device), len(prompt) - 1
         hidden = self.model.trunk(tokens[:, :-1])[0, start:]  # (N, D): row t predicts response token t
         other = None if self.reference is None else self.reference.trunk(tokens[:, :-1])[0, start:]
         values = [None] * len(response) if self.values is None else self.values(tokens)[start:].tolist()
-        logprobs, ratios, kls = [], [], []
+        logprobs, ratios, kls, best = [], [], [], []
         for at in range(0, len(response), PART):
             logits, ids = self.model.unembed(hidden[at : at + PART]), torch.tensor(response[at : at + PART])
             logp = chosen(logits, ids.to(self.device))
             logprobs += logp.tolist()
+            ref_logits = None if other is None else self.reference.unembed(other[at : at + PART])
+            if top:
+                best += likeliest(logits, ref_logits, top)
             if other is not None:
-                ref_logits = self.reference.unembed(other[at : at + PART])
                 ratios += (logp - chosen(ref_logits, ids.to(self.device))).tolist()
                 kls += full_kl(logits, ref_logits).clamp(min=0).tolist()
         for what, some in (("a log-prob", logprobs), ("a log-ratio", ratios), ("a KL", kls), ("a value", values)):
@@ -66,7 +68,29 @@ class Scorer:
             rewards[-1] = self.score(prompt, response, end)
         none = [None] * len(response)
         names = ("id", "logprob", "logratio", "kl", "value", "reward")
-        return [dict(zip(names, row)) for row in zip(response, logprobs, ratios or none, kls or none, values, rewards)]
+        rows = zip(response, logprobs, ratios or none, kls or none, values, rewards)
+        records = [dict(zip(names, row)) for row in rows]
+        for record, others in zip(records, best):
+            record["top"] = others
+        return records
+
+
+def likeliest(logits: Tensor, ref_logits: Tensor | None, top: int) -> list[list[dict]]:
+    """The `top` tokens of every row of logits (N, V), the best first, with what the reference finds of them."""
+    values, ids = log_softmax(logits).topk(min(top, logits.shape[-1]), -1)  # (N, top)
+    others = torch.full_like(values, math.nan) if ref_logits is None else log_softmax(ref_logits).gather(-1, ids)
+    return [
+        [
+            {"id": i, "logprob": p, "ref_logprob": None if math.isnan(ref) else ref}
+            for i, p, ref in zip(*(x.tolist() for x in row))
+        ]
+        for row in zip(ids, values, others)
+    ]
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """In float32 at least."""
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
     @torch.no_grad()
     def embed(self, ids: list[int], skip: int) -> list[float]:
@@ -78,8 +102,7 @@ class Scorer:
 
 def chosen(logits: Tensor, ids: Tensor) -> Tensor:
     """log p of the ids that were chosen: (N, V), (N,) -> (N,), in float32 at least."""
-    logp = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    return logp.gather(-1, ids[:, None])[:, 0]
+    return log_softmax(logits).gather(-1, ids[:, None])[:, 0]
 
 
 def number(value: float | None, what: str) -> float | None:

@@ -1,22 +1,50 @@
-let current = null, shownAt = 0, pending = null, votes = [], busy = false;
+// Two answers to one prompt, blind: who votes sees no names, and the store has drawn the sides.
 
-const CHOSEN = { left: "A is better", right: "B is better", tie: "Tie", both_bad: "Both bad", skip: "Skipped" };
-const say = text => { $("compare-status").textContent = text; };
+let current = null, shownAt = 0, pending = null, votes = [], busy = false, strength = null;
+
+const CHOSEN = { left: "A is better", right: "B is better", tie: "a tie", both_bad: "both bad", skip: "skipped" };
+const ROLES = { user: "Prompt", assistant: "Answer before", system: "Instruction" };
+const tell = text => { $("compare-status").textContent = text; };
+
+function bubbles({ prompt, messages }) {
+  const turns = messages ?? [{ role: "user", content: prompt }];
+  return turns.map(({ role, content }) => {
+    const name = make("span", { className: "unseen", textContent: `${ROLES[role] ?? role}: ` });
+    const words = role === "assistant" ? make("div", { className: "rich" }, markdown(content)) : content;
+    return make("div", { className: `said ${role}`, dir: "auto" }, name, words);
+  });
+}
 
 async function next(told = "") {
   const response = await call("/v1/comparison?rater=" + encodeURIComponent($("rater").value.trim()));
   current = response.status === 204 ? null : await response.json();
   if (current) {
-    $("prompt").textContent = current.prompt;
-    $("left").textContent = current.left.text;
-    $("right").textContent = current.right.text;
-    $("strength").value = "";
+    $("prompt").replaceChildren(...bubbles(current));
+    for (const side of ["left", "right"]) {
+      $(side).className = current.messages ? "body rich" : "body text";
+      $(side).replaceChildren(current.messages ? markdown(current[side].text) : current[side].text);
+      $(side).scrollTop = 0;
+    }
+    strong(null);
     shownAt = performance.now();
+    const { done, of } = current.progress;
+    $("progress-text").textContent = `${done + 1} of ${of}`;
+    $("progress-bar").value = done / of;
+  } else {
+    $("progress-text").textContent = "all done";
+    $("progress-bar").value = 1;
   }
-  show("comparison", Boolean(current));
-  show("after", true);
-  show("more", !current);
-  say(current ? told : `${told} Nothing is left to compare. Thank you!`.trim());
+  for (const id of ["comparison", "votes", "strengths", "skip"]) show(id, Boolean(current));
+  show("rater-form", false);
+  show("progress", true);
+  show("ballot", true);
+  show("finished", !current);
+  tell(told);
+}
+
+function strong(value) {
+  strength = value;
+  choose($("strength"), button => Number(button.dataset.strength) === value);
 }
 
 async function guarded(work) {  // one thing at a time: a key that repeats is no second vote
@@ -34,38 +62,42 @@ async function guarded(work) {  // one thing at a time: a key that repeats is no
   }
 }
 
-const random = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), b => b.toString(16).padStart(2, "0")).join("");
-
 function vote(choice) {
   if (!current || pending) return;
   const sided = choice === "left" || choice === "right";
-  const strength = sided && $("strength").value ? Number($("strength").value) : null;
-  const body = { rater: $("rater").value.trim(), choice, strength, seconds: (performance.now() - shownAt) / 1000, nonce: random() };
+  const seconds = (performance.now() - shownAt) / 1000, rater = $("rater").value.trim();
+  const body = { rater, choice, strength: sided ? strength : null, seconds, nonce: random() };
   guarded(() => deliver({ path: `/v1/comparison/${encodeURIComponent(current.id)}/vote`, body }));
 }
 
-async function deliver(letter) {  // the same nonce until the server has answered: then it is stored, and once
-  pending = letter;
-  let stored;
-  for (let attempt = 0; !stored; attempt++) {
+async function stored(letter) {  // the same nonce until the server has answered: then it is stored, and once
+  for (let attempt = 0; ; attempt++) {
     try {
-      stored = await json(letter.path, letter.body);
+      return await json(letter.path, letter.body);
     } catch (error) {
-      const final = error.answered >= 400 && error.answered < 500 && error.answered !== 401 && error.answered !== 429;
-      if (final) pending = null;
-      if (final || error.answered === 401 || attempt === 3) throw error;
+      const waits = !error.answered || error.answered >= 500 || error.answered === 429;
+      if (!waits || attempt === 3) throw error;
       await new Promise(done => setTimeout(done, 300 * 2 ** attempt));
     }
   }
+}
+
+async function deliver(letter) {
+  pending = letter;
+  try {
+    votes.push((await stored(letter)).vote);
+  } catch (error) {
+    if (error.answered >= 400 && error.answered < 500 && error.answered !== 401 && error.answered !== 429) pending = null;  // it never will be
+    throw error;
+  }
   pending = null;
-  votes.push(stored.vote);
-  await next(`Stored: ${CHOSEN[letter.body.choice]}. ${votes.length} vote${votes.length > 1 ? "s" : ""} in this session.`);
+  await next(letter.body.choice === "skip" ? "Skipped." : `Stored: ${CHOSEN[letter.body.choice]}.`);
 }
 
 function undo() {
   if (!votes.length) return;
   guarded(async () => {
-    await json(`/v1/votes/${encodeURIComponent(votes[votes.length - 1])}/undo`, { rater: $("rater").value.trim() });
+    await json(`/v1/votes/${encodeURIComponent(votes.at(-1))}/undo`, { rater: $("rater").value.trim() });
     votes.pop();
     await next("The last vote is undone.");
   });
@@ -76,8 +108,11 @@ $("rater-form").addEventListener("submit", event => {
   memory.set("rater", $("rater").value);
   guarded(async () => { await next(); if (current) $("prompt-title").focus(); });
 });
-$("rater").addEventListener("input", () => { current = pending = null; votes = []; show("comparison", false); show("after", false); say(""); });
-for (const button of document.querySelectorAll("[data-choice]")) button.addEventListener("click", () => vote(button.dataset.choice));
+for (const button of document.querySelectorAll("#ballot [data-choice]")) button.addEventListener("click", () => vote(button.dataset.choice));
+for (const button of $("strength").children) {
+  const value = Number(button.dataset.strength);
+  button.addEventListener("click", () => strong(strength === value ? null : value));
+}
 $("undo").addEventListener("click", undo);
 $("more").addEventListener("click", () => guarded(() => next()));
 $("retry").addEventListener("click", () => guarded(() => deliver(pending)));
@@ -89,7 +124,7 @@ document.addEventListener("keydown", event => {
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
   if (KEYS[key] && current) { event.preventDefault(); vote(KEYS[key]); }
   if (key === "u") undo();
-  if (current && "123".includes(key)) $("strength").value = key;
+  if (current && "123".includes(key)) strong(Number(key));
 });
 
 addView("compare", { title: "Compare", needs: "feedback" });

@@ -1,49 +1,67 @@
-const MEASURES = {
-  logprob: "Log-probability, nats", kl: "KL to the reference, nats", value: "Value", reward: "Reward",
-};
-const number = x => x === null || x === undefined ? "none" : Number(x).toFixed(3);
-const spelled = text => text.replace(/\n/g, "\u21b5").replace(/\t/g, "\u21e5") || "\u2205";
-let opened = 0;
+// Tokens in the place of the text. What a colour means is one thing on this page and in the report: warm above 0, cold below,
+// full at the same number everywhere, so that two answers can be compared by eye.
 
-async function tokens(request, box, button) {
-  const old = box.querySelector(".microscope");
-  if (old) { old.remove(); button.textContent = "Look at the tokens"; return; }
-  if (button.getAttribute("aria-disabled")) return;
-  button.setAttribute("aria-disabled", "true");
-  let list;
-  try {
-    list = (await json("/v1/tokens", request)).tokens;
-    problem();
-  } catch (error) {
-    return problem(error);
-  } finally {
-    button.removeAttribute("aria-disabled");
-  }
-  button.textContent = "Hide the tokens";
-  const there = Object.keys(MEASURES).filter(name => list.some(token => token[name] !== null));
-  const id = `measure-${opened++}`;
-  const choose = make("select", { id }, ...there.map(name => make("option", { value: name, textContent: MEASURES[name] })));
-  const legend = make("div", { className: "legend" }, make("span"), make("span"), make("span"));
-  const told = make("p", { className: "note status" });
-  told.setAttribute("role", "status");
-  const field = make("div", { className: "tokens text", dir: "auto" });
-  field.setAttribute("role", "group");
-  field.setAttribute("aria-label", "Tokens; the arrow keys go through them");
-  const spans = list.map((token, i) => {
-    const span = make("span", { className: "token", textContent: token.text, tabIndex: i ? -1 : 0 });
-    const tell = () => {
-      const facts = there.map(name => `${MEASURES[name].split(",")[0].toLowerCase()} ${number(token[name])}`);
-      told.textContent = `\u201c${spelled(token.text)}\u201d, token ${i + 1} of ${list.length}: ${facts.join(", ")}`;
-    };
-    span.setAttribute("role", "img");
-    span.setAttribute("aria-label", `${spelled(token.text)}: ${there.map(name => `${name} ${number(token[name])}`).join(", ")}`);
-    span.addEventListener("focus", tell);
-    span.addEventListener("mouseenter", tell);
+const MEASURES = {
+  logprob: { name: "Log-prob", full: 6, low: true, says: "how likely the model found the token, nats" },
+  logratio: { name: "Log-ratio", full: 3, low: true, high: true, says: "log-prob here less that of the reference, nats" },
+  kl: { name: "KL", full: 2, high: true, says: "exact KL to the reference before this token, over the whole vocabulary, nats" },
+  value: { name: "Value", full: 2, low: true, high: true, says: "the score that the critic expects here" },
+};
+const sign = c => c === "\n" ? "\u21b5" : c === "\t" ? "\u21e5" : String.fromCharCode(0x2400 + c.charCodeAt());
+const spelled = text => text.replace(/[\0-\x1f]/g, sign) || "\u2205";
+const tint = (x, full) => [x < 0 ? "var(--cold)" : "var(--warm)", `${Math.round(60 * Math.min(1, Math.abs(x) / full))}%`];
+let measure = disk.get("measure") || "logratio";
+
+// {score, kl, tokens} of an answer. Whether they are there depends on what the server was started with.
+async function measured(context, response) {
+  const { tokens } = await json("/v1/tokens", { ...context, response, top: 5 });
+  const sum = name => tokens.some(token => token[name] !== null) ? tokens.reduce((all, token) => all + (token[name] ?? 0), 0) : null;
+  return { tokens, score: tokens.at(-1)?.reward ?? null, kl: sum("kl") };
+}
+
+function tokenView(tokens) {
+  const there = Object.keys(MEASURES).filter(name => tokens.some(token => (token[name] ?? null) !== null));
+  let now = there.includes(measure) ? measure : there[0];
+  const keys = "Tokens: arrow keys go through them, Enter shows what else was likely";
+  const field = named(make("div", { className: "tokens text", dir: "auto" }), { role: "group", "aria-label": keys });
+  const told = named(make("p", { className: "note status" }), { role: "status" });
+  const choice = named(make("div", { className: "choice" }), { role: "group", "aria-label": "Colour by" });
+  const legend = make("div", { className: "legend" }, make("span"), make("span", { className: "ramp" }), make("span"));
+  const beside = make("div", { className: "alternatives", hidden: true });
+  let marked = null, opened = null;
+
+  const facts = token => there.map(name => `${MEASURES[name].name} ${fixed(token[name], 3)}`).join(" \u00b7 ");
+  const mark = i => {
+    marked?.classList.remove("marked");
+    marked = spans[i];
+    marked.classList.add("marked");
+    told.textContent = `\u201c${spelled(tokens[i].text)}\u201d  ${facts(tokens[i])}`;
+  };
+  const open = i => {
+    if (opened) opened.setAttribute("aria-expanded", "false");
+    opened = opened === spans[i] ? null : spans[i];
+    opened?.setAttribute("aria-expanded", "true");
+    beside.hidden = !opened;
+    if (!opened) return;
+    beside.replaceChildren(...alternatives(tokens[i]));
+    const line = [...opened.getClientRects()].at(-1), frame = node.getBoundingClientRect();
+    beside.style.top = `${line.bottom - frame.top + 6}px`;
+    beside.style.left = `${Math.max(0, Math.min(line.left - frame.left, frame.width - beside.offsetWidth))}px`;
+  };
+  const spans = tokens.map((token, i) => {
+    const span = named(make("span", { className: "token", textContent: token.text, tabIndex: i ? -1 : 0 }), {
+      role: "button", "aria-label": `${spelled(token.text)}: ${facts(token)}`, "aria-expanded": "false",
+    });
+    span.addEventListener("focus", () => mark(i));
+    span.addEventListener("mouseenter", () => mark(i));
+    span.addEventListener("click", () => open(i));
     return span;
   });
   field.append(...spans);
   field.addEventListener("keydown", event => {
     const at = spans.indexOf(document.activeElement);
+    if (event.key === "Enter" || event.key === " ") { event.preventDefault(); return open(at); }
+    if (event.key === "Escape" && opened) { event.stopPropagation(); return open(spans.indexOf(opened)); }
     const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: spans.length - 1 }[event.key];
     if (to === undefined || !spans[to]) return;
     event.preventDefault();
@@ -51,31 +69,57 @@ async function tokens(request, box, button) {
     spans[to].tabIndex = 0;
     spans[to].focus();
   });
+
   const paint = () => {
-    const name = choose.value, known = list.map(token => token[name]).filter(x => x !== null);
-    const most = Math.max(...known.map(Math.abs), 1e-9);
-    list.forEach((token, i) => {
-      const x = token[name] ?? 0;
-      spans[i].style.setProperty("--hue", x < 0 ? "var(--cold)" : "var(--warm)");
-      spans[i].style.setProperty("--part", `${Math.round(60 * Math.abs(x) / most)}%`);
+    const { full, low, high, says } = MEASURES[now];
+    tokens.forEach((token, i) => {
+      const [hue, part] = tint(token[now] ?? 0, full);
+      spans[i].style.setProperty("--hue", hue);
+      spans[i].style.setProperty("--part", part);
     });
-    const low = known.some(x => x < 0), high = known.some(x => x > 0);
-    const tint = hue => `color-mix(in srgb, var(--${hue}) 60%, var(--panel))`;
-    legend.children[0].textContent = low ? number(-most) : "0";
-    legend.children[1].style.background =
-      `linear-gradient(to right, ${[low && tint("cold"), "var(--panel)", high && tint("warm")].filter(Boolean).join(", ")}${low || high ? "" : ", var(--panel)"})`;
-    legend.children[2].textContent = high ? number(most) : "0";
+    choose(choice, button => button.value === now);
+    const [start, , end] = legend.children, end60 = hue => `color-mix(in srgb, var(--${hue}) 60%, transparent)`;
+    start.textContent = low ? `\u2264 \u2212${full}` : "0";
+    end.textContent = high ? `\u2265 ${full}` : "0";
+    legend.title = says;
+    const stops = [low && end60("cold"), "transparent", high && end60("warm")].filter(Boolean).join(", ");
+    legend.children[1].style.background = `linear-gradient(to right, ${stops})`;
+    told.textContent = `${MEASURES[now].name}: ${says}. A click on a token shows what else was likely.`;
   };
-  choose.addEventListener("change", paint);
+  for (const name of there) {
+    const button = make("button", { type: "button", value: name, textContent: MEASURES[name].name, title: MEASURES[name].says });
+    button.addEventListener("click", () => { measure = now = name; disk.set("measure", name); paint(); });
+    choice.append(button);
+  }
+  const lens = make("div", { className: "lens" }, make("div", { className: "row" }, choice, legend), told);
+  const node = make("div", { className: "microscope" }, lens, field, beside, asTable(tokens, there));
   paint();
-  const heads = ["token", ...there].map(name => make("th", { scope: "col", textContent: name }));
-  const rows = list.map(token => make("tr", {}, make("td", { textContent: spelled(token.text) }), ...there.map(name => make("td", { textContent: number(token[name]) }))));
-  const table = make("table", {}, make("caption", { textContent: "One row per token" }), make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...rows));
-  const scroll = make("div", { className: "scroll", tabIndex: 0 }, table);
-  scroll.setAttribute("role", "region");
-  scroll.setAttribute("aria-label", "Tokens as a table");
-  box.append(make("div", { className: "microscope" },
-    make("p", { className: "note", textContent: there.length < 4 ? `Not known to this server: ${Object.keys(MEASURES).filter(n => !there.includes(n)).join(", ")}` : "" }),
-    make("label", { htmlFor: id, textContent: "Colour by" }), choose, legend, field, told,
-    make("details", {}, make("summary", { textContent: "As a table" }), scroll)));
+  return node;
+}
+
+function alternatives(token) {
+  const both = token.top.some(one => one.ref_logprob !== null);
+  const rows = token.top.map(one => {
+    const bar = (logprob, kind) => {
+      const share = Math.exp(logprob);
+      const line = make("span", { className: `share ${kind}`, textContent: `${(100 * share).toFixed(share < .1 ? 1 : 0)}%` });
+      line.style.setProperty("--share", `${(100 * share).toFixed(1)}%`);
+      return line;
+    };
+    const bars = make("span", { className: "shares" }, bar(one.logprob, "tuned"));
+    if (both) bars.append(bar(one.ref_logprob, "base"));
+    return make("li", { className: one.chosen ? "taken" : "" }, make("code", { textContent: spelled(one.text) }), bars);
+  });
+  const key = make("p", { className: "row note", textContent: "Most likely here" });
+  if (both) key.append(make("span", { className: "dot tuned" }), "this model", make("span", { className: "dot" }), "reference");
+  return [key, make("ol", {}, ...rows)];
+}
+
+function asTable(tokens, there) {
+  const heads = ["token", ...there.map(name => MEASURES[name].name)].map(name => make("th", { scope: "col", textContent: name }));
+  const cells = token => [spelled(token.text), ...there.map(name => fixed(token[name], 3))].map(text => make("td", { textContent: text }));
+  const rows = tokens.map(token => make("tr", {}, ...cells(token)));
+  const table = make("table", {}, make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...rows));
+  const scroll = named(make("div", { className: "scroll", tabIndex: 0 }, table), { role: "region", "aria-label": "Tokens as a table" });
+  return make("details", {}, make("summary", { textContent: "As a table" }), scroll);
 }

@@ -1,39 +1,55 @@
+// What is seen, and what the server has.
+
 function go() {
-  const wanted = location.hash.slice(1);
+  const wanted = location.hash.slice(1), last = view;
   if (wanted === "main") return;
-  const last = view;
-  view = VIEWS.has(wanted) ? wanted : "chat";
+  const open = [...VIEWS].filter(([, { link }]) => !link.hidden).map(([name]) => name);
+  view = open.includes(wanted) ? wanted : open[0] ?? "chat";
   if (last !== view) VIEWS.get(last)?.leave?.();
   for (const [name, { link }] of VIEWS) {
     show(`view-${name}`, name === view);
     if (name === view) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  document.title = `${VIEWS.get(view).title} \u2013 plain-rlhf`;
+  VIEWS.get(view).link.scrollIntoView({ block: "nearest", inline: "nearest" });  // on a phone the links may be more than fit
+  const { title, compose, enter } = VIEWS.get(view);
+  document.title = `${title} \u2013 plain-rlhf`;
+  document.body.dataset.view = view;
+  show("composer", Boolean(compose));
+  show("pick", view === "chat" && facts.models.length > 1);
+  if (last !== view && !compose) scrollTo(0, 0);
   problem();
-  VIEWS.get(view).enter?.();
+  enter?.();
 }
-addEventListener("hashchange", go);
-$("key").value = memory.get("key");
-$("key-form").addEventListener("submit", event => { event.preventDefault(); begin(); });
-$("key").addEventListener("change", () => { memory.set("key", $("key").value); problem(); });
-$("rater").value = memory.get("rater");
 
-async function begin() {
-  go();
+async function start() {
+  let failed = null;
   try {
     facts = await json("/health");
     $("model").textContent = facts.model;
-    hasChat = facts.has.includes("chat");
-    if (!hasChat) {
-      $("chat-title").textContent = VIEWS.get("chat").link.textContent = "Continue a text";
-      $("say-label").textContent = "Text that the model continues";
-      $("send").textContent = "Continue";
-      $("clear").textContent = "Clear";
-    }
+    if (facts.models.length) facts.has.push("model");
+    show("mode", facts.has.includes("chat"));
     for (const { link, needs } of VIEWS.values()) link.hidden = Boolean(needs) && !facts.has.includes(needs);
+    $("pick").replaceChildren(...facts.models.map(name => make("option", { value: name, textContent: name })));
+    setMode(mode);
+    if (facts.models.length) tuned = await json("/v1/about");
   } catch (error) {
-    problem(error);
+    failed = error.answered === 401 ? null : error;  // then it asks for the key
   }
+  talk ??= fresh();
+  if (!talk.turns.length) { talk.mode = mode; draw(); }
+  go();
+  problem(failed);
 }
-begin();
+
+$("key").value = memory.get("key");
+$("key-form").addEventListener("submit", event => {
+  event.preventDefault();
+  memory.set("key", $("key").value);
+  show("key-box", false);
+  start();
+});
+$("rater").value = memory.get("rater");
+tellSampling();
+addEventListener("hashchange", go);
+start();

@@ -1,22 +1,48 @@
-const percent = x => x === null || x === undefined ? "\u2013" : `${Math.round(100 * x)}%`;
-const decimal = x => x === null || x === undefined ? "\u2013" : x.toFixed(2);
+// How far the votes can be trusted. What is not known yet is not shown.
+
+const percent = x => `${Math.round(100 * x)}%`;
+function figure(number, words, note = "") {
+  const node = make("div", { className: "figure" }, make("b", { textContent: number }), make("span", { textContent: words }));
+  if (note) node.append(make("small", { className: "note", textContent: note }));
+  return node;
+}
+
+const NAMES = { left: "left", right: "right", tie: "ties", both_bad: "both bad", skip: "skipped" };
+const castVotes = r => r.votes - (r.choices.skip ?? 0);  // a skip is no vote
+
+function factsOf(r) {  // [name, value] of one rater, or of all
+  const rows = [], { left, self_consistency: again, median_seconds: seconds } = r;
+  if (left.n) rows.push(["Chose the left side", `${percent(left.share)} of ${left.n} (95%: ${percent(left.low)} to ${percent(left.high)})`]);
+  if (again.n) rows.push(["Same verdict when shown again, swapped", `${percent(again.share)} of ${again.n}`]);
+  if (seconds !== null) rows.push(["Median time", `${fixed(seconds, 1)} s`]);
+  const rest = Object.entries(r.choices).filter(([name]) => name !== "left" && name !== "right").map(([name, n]) => `${n} ${NAMES[name]}`);
+  if (rest.length) rows.push(["Beside these", rest.join(", ")]);
+  return rows;
+}
+
+function rater(name, r) {
+  const head = make("h3", {}, make("span", { textContent: name }), make("span", { className: "note", textContent: counted(castVotes(r), "vote") }));
+  const row = ([term, value]) => make("div", {}, make("dt", { textContent: term }), make("dd", { textContent: value }));
+  return make("article", { className: "card" }, head, make("dl", {}, ...factsOf(r).map(row)));
+}
 
 async function statistics() {
   try {
     const s = await json("/v1/feedback/statistics");
     problem();
-    $("statistics-text").textContent =
-      `${s.votes} votes of ${s.raters} raters on ${s.pairs} of ${s.queued_pairs} pairs. ${s.pairs_with_two_raters} pairs have two raters or more: ` +
-      `they agree on ${percent(s.agreement)} (Fleiss\u2019 kappa ${decimal(s.fleiss_kappa)}).`;
-    const row = (name, r) => make("tr", {}, ...[
-      name, r.votes, `${percent(r.left.share)} [${percent(r.left.low)}, ${percent(r.left.high)}]`,
-      `${percent(r.self_consistency.share)} of ${r.self_consistency.n}`, decimal(r.median_seconds),
-    ].map((text, i) => make(i ? "td" : "th", { textContent: text, ...(i ? {} : { scope: "row" }) })));
-    const heads = ["rater", "votes", "left, of votes for a side", "same again when swapped", "median seconds"];
-    $("statistics-table").replaceChildren(make("table", {},
-      make("caption", { textContent: "Left should be half: the sides are drawn. Intervals are 95%." }),
-      make("thead", {}, make("tr", {}, ...heads.map(text => make("th", { scope: "col", textContent: text })))),
-      make("tbody", {}, ...Object.entries(s.by_rater).map(([name, r]) => row(name, r)), row("all", s))));
+    const totals = [
+      figure(castVotes(s).toLocaleString("en"), castVotes(s) === 1 ? "vote" : "votes"),
+      figure(`${s.pairs} of ${s.queued_pairs}`, "pairs judged"), figure(s.raters, s.raters === 1 ? "rater" : "raters"),
+    ];
+    if (s.agreement !== null) {
+      const kappa = s.fleiss_kappa === null ? "" : `; Fleiss\u2019 kappa ${fixed(s.fleiss_kappa)}`;
+      totals.push(figure(percent(s.agreement), "agreement", `of ${counted(s.pairs_with_two_raters, "pair")} that several judged${kappa}`));
+    }
+    $("totals").replaceChildren(...totals);
+    const raters = Object.entries(s.by_rater).map(([name, r]) => rater(name, r));
+    const words = raters.length ? "The left side should be chosen half of the time: sides are drawn. Where repetitions get another verdict " +
+      "half of the time, the answers are too close, or nobody reads them." : "No votes yet. They are given under Compare, or blind under Side by side.";
+    $("by-rater").replaceChildren(make("p", { className: "note", textContent: words }), ...raters);
   } catch (error) {
     problem(error);
   }
