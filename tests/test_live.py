@@ -8,9 +8,10 @@ import pytest
 import tiny_server
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_browser import accessible
 from tiny_run import HOSTILE, ppo_rows, sample
 
-from rlhf.infra.healthy import HEALTHY
+from rlhf.infra.healthy import HEALTHY, is_outside
 from rlhf.serve.live import POINTS, Watched
 
 
@@ -77,6 +78,15 @@ def test_the_tag_changes_with_the_files_alone(tmp_path):
     ):  # where the report says how far it came, copies may have any time
         write(run, report={"iterations": done})
         assert json.loads(watched.seen()[1])["finished"] is finished
+
+
+def test_a_band_is_left_by_more_than_noise_and_not_by_a_short_run():
+    def outside(*values):
+        return is_outside("objective/kl", values)
+
+    assert not outside(*[-0.4] * 10) and outside(*[-0.6] * 10) and not outside(*[50.0] * 9) and outside(*[50.0] * 10)
+    assert not outside(*[50.0] * 20, *[1.0] * 5)  # it came back
+    assert is_outside("policy/ratio_first", [1.0] * 9 + [1.001]) and not is_outside("objective/scores", [-9.0] * 20)
 
 
 def test_before_the_first_iteration_and_of_other_trainers(tmp_path):
@@ -162,3 +172,33 @@ def test_over_http(server, run):
     assert server.request("/v1/run", method="POST")[0] == 405
     assert server.request("/v1/chat/completions", {"messages": []})[0] == 404
     assert server.request("/v1/run/../../etc/passwd")[0] == 404
+
+
+@pytest.mark.slow
+def test_the_page_follows_the_run(browser, server, run):
+    """Curves in front of their bands, tokens with their colours, and all of it newer when the files are; by keyboard too."""
+    context = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme="dark")
+    page, said = context.new_page(), []
+    page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(server.url)
+    page.wait_for_selector(".curve")
+    assert page.title() == "Training \u2013 plain-rlhf" and page.locator("nav a:visible").count() == 1
+    assert page.locator(".curve:visible").count() == 4 and page.locator("rect.healthy").count() >= 1
+    done = len((run / "metrics.jsonl").read_text().splitlines())
+    assert f"{done} of 20 iterations" in page.text_content("#run-state")
+    assert HOSTILE.replace("\x00", "\ufffd")[:40] in page.text_content("#run-samples")
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    before = page.eval_on_selector("#run-samples .token", "x => getComputedStyle(x).backgroundColor")
+    page.click("#run-measure button[value=advantage]")
+    assert page.eval_on_selector("#run-samples .token", "x => getComputedStyle(x).backgroundColor") != before
+    page.focus(".curve svg")
+    page.keyboard.press("Home")
+    assert page.text_content("#run-point").endswith("iteration 0: 0")
+    assert accessible(page) == []
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(ppo_rows(done + 1)[done]) + "\n")
+    page.wait_for_selector(f"#run-state:has-text('{done + 1} of 20')")
+    assert page.evaluate("document.activeElement.closest('.curve') !== null")  # who goes along a curve stays there
+    assert said == []
+    context.close()

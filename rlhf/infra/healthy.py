@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+SLACK = 0.05  # of a band's width: a KL of 0 is estimated as a little below it as often as above
 FIRST = 5  # iterations whose mean is the start of a curve, and those whose mean is its end
 
 # nats per token that two forwards of the same weights may differ by: in float32 the largest difference, in half precision,
@@ -99,9 +100,13 @@ def band(name: str, values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def is_outside(name: str, values: Sequence[float]) -> bool:
-    """Does the end of the curve, the mean of its last values, leave the band?"""
+    """Does the end of the curve, the mean of its last values, leave the band by more than noise? Not said of a short run."""
     found, end = band(name, values), mean(values[-FIRST:])
-    return found is not None and math.isfinite(end) and not found[0] <= end <= found[1]
+    if found is None or len(values) < 2 * FIRST or not math.isfinite(end):
+        return False
+    low, high = found
+    slack = SLACK * (high - low) if math.isfinite(high - low) else 0.0
+    return not low - slack <= end <= high + slack
 
 
 def mean(values: Sequence[float]) -> float:

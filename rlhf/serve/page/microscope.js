@@ -6,6 +6,7 @@ const MEASURES = {
   logratio: { name: "Log-ratio", full: 3, low: true, high: true, says: "log-prob here less that of the reference, nats" },
   kl: { name: "KL", full: 2, high: true, says: "exact KL to the reference before this token, over the whole vocabulary, nats" },
   value: { name: "Value", full: 2, low: true, high: true, says: "the score that the critic expects here" },
+  advantage: { name: "Advantage", full: 2, low: true, high: true, says: "how much better it went than the critic expected" },
 };
 const sign = c => c === "\n" ? "\u21b5" : c === "\t" ? "\u21e5" : String.fromCharCode(0x2400 + c.charCodeAt());
 const spelled = text => text.replace(/[\0-\x1f]/g, sign) || "\u2205";
@@ -71,19 +72,14 @@ function tokenView(tokens) {
   });
 
   const paint = () => {
-    const { full, low, high, says } = MEASURES[now];
+    const { full, says } = MEASURES[now];
     tokens.forEach((token, i) => {
       const [hue, part] = tint(token[now] ?? 0, full);
       spans[i].style.setProperty("--hue", hue);
       spans[i].style.setProperty("--part", part);
     });
     choose(choice, button => button.value === now);
-    const [start, , end] = legend.children, end60 = hue => `color-mix(in srgb, var(--${hue}) 60%, transparent)`;
-    start.textContent = low ? `\u2264 \u2212${full}` : "0";
-    end.textContent = high ? `\u2265 ${full}` : "0";
-    legend.title = says;
-    const stops = [low && end60("cold"), "transparent", high && end60("warm")].filter(Boolean).join(", ");
-    legend.children[1].style.background = `linear-gradient(to right, ${stops})`;
+    ramp(legend, MEASURES[now]);
     told.textContent = `${MEASURES[now].name}: ${says}. A click on a token shows what else was likely.`;
   };
   for (const name of there) {
@@ -95,6 +91,15 @@ function tokenView(tokens) {
   const node = make("div", { className: "microscope" }, lens, field, beside, asTable(tokens, there));
   paint();
   return node;
+}
+
+function ramp(legend, { full, low, high, says }) {
+  const [start, , end] = legend.children, end60 = hue => `color-mix(in srgb, var(--${hue}) 60%, transparent)`;
+  start.textContent = low ? `\u2264 \u2212${full}` : "0";
+  end.textContent = high ? `\u2265 ${full}` : "0";
+  legend.title = says;
+  const stops = [low && end60("cold"), "transparent", high && end60("warm")].filter(Boolean).join(", ");
+  legend.children[1].style.background = `linear-gradient(to right, ${stops})`;
 }
 
 function alternatives(token) {
