@@ -78,7 +78,9 @@ let follows = true, lastY = 0;
 const atEnd = () => innerHeight + scrollY >= document.documentElement.scrollHeight - 60;
 function follow(always = false) {
   if (always) follows = true;
-  if (follows) scrollTo(0, document.documentElement.scrollHeight);
+  if (!follows) return;
+  scrollTo(0, document.documentElement.scrollHeight);
+  show("latest", false);
 }
 addEventListener("scroll", () => {
   if (atEnd()) follows = true;

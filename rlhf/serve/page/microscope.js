@@ -104,11 +104,12 @@ function ramp(legend, { full, low, high, says }) {
 
 function alternatives(token) {
   const both = token.top.some(one => one.ref_logprob !== null);
+  const most = Math.exp(Math.max(...token.top.flatMap(one => both ? [one.logprob, one.ref_logprob] : [one.logprob])));
   const rows = token.top.map(one => {
     const bar = (logprob, kind) => {
       const share = Math.exp(logprob);
       const line = make("span", { className: `share ${kind}`, textContent: `${(100 * share).toFixed(share < .1 ? 1 : 0)}%` });
-      line.style.setProperty("--share", `${(100 * share).toFixed(1)}%`);
+      line.style.setProperty("--share", `${(100 * share / most).toFixed(1)}%`);
       return line;
     };
     const bars = make("span", { className: "shares" }, bar(one.logprob, "tuned"));

@@ -149,7 +149,7 @@ async function cast(round, choice) {
 
 function reveal(round, words, ...more) {
   round.voted = true;
-  round.ballot.replaceChildren(...(words ? [make("p", { className: "row verdict", textContent: words })] : []), ...more);
+  round.ballot.replaceChildren(...(words ? [make("div", { className: "row" }, make("p", { className: "verdict", textContent: words }), ...more)] : []));
   announce(words);
   if (!round.told) for (const side of round.sides) tellSide(round, side);
   round.told = true;

@@ -17,9 +17,13 @@ function go() {
   document.body.dataset.view = view;
   show("composer", Boolean(compose));
   show("pick", view === "chat" && facts.models.length > 1);
-  if (last !== view && !compose) scrollTo(0, 0);
   problem();
   enter?.();
+  if (last === view) return;
+  const begun = compose && !document.querySelector(`#view-${view} .welcome`);
+  if (begun) follow(true);
+  else scrollTo(0, 0);
+  show("latest", false);
 }
 
 async function start() {

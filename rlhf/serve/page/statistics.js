@@ -7,7 +7,7 @@ function figure(number, words, note = "") {
   return node;
 }
 
-const NAMES = { left: "left", right: "right", tie: "ties", both_bad: "both bad", skip: "skipped" };
+const NAMES = { tie: n => n === 1 ? "tie" : "ties", both_bad: () => "both bad", skip: () => "skipped" };
 const castVotes = r => r.votes - (r.choices.skip ?? 0);  // a skip is no vote
 
 function factsOf(r) {  // [name, value] of one rater, or of all
@@ -15,7 +15,7 @@ function factsOf(r) {  // [name, value] of one rater, or of all
   if (left.n) rows.push(["Chose the left side", `${percent(left.share)} of ${left.n} (95%: ${percent(left.low)} to ${percent(left.high)})`]);
   if (again.n) rows.push(["Same verdict when shown again, swapped", `${percent(again.share)} of ${again.n}`]);
   if (seconds !== null) rows.push(["Median time", `${fixed(seconds, 1)} s`]);
-  const rest = Object.entries(r.choices).filter(([name]) => name !== "left" && name !== "right").map(([name, n]) => `${n} ${NAMES[name]}`);
+  const rest = Object.entries(r.choices).filter(([name]) => name in NAMES).map(([name, n]) => `${n} ${NAMES[name](n)}`);
   if (rest.length) rows.push(["Beside these", rest.join(", ")]);
   return rows;
 }
