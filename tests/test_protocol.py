@@ -304,6 +304,8 @@ def test_an_answer_that_is_begun_is_continued(calls, tokenizer):
     begins = [*HELLO, {"role": "assistant", "content": "The"}]
     for name, value in (("continue_final_message", True), ("add_generation_prompt", False)):  # vLLM's
         assert calls["chat"](messages=begins, **{name: value}).prompts[0] == opening + tokenizer.encode("The", "text")
+    for more in ({"messages": begins}, {"messages": begins, "response": " film"}):  # of /v1/score and /v1/tokens
+        assert prompt_of(more, tokenizer, Chat(tokenizer)) == opening + tokenizer.encode("The", "text")
     trimming = "{% for m in messages %}{{ '<|im_start|>' + m.role + ':' + m.content|trim + '<|im_end|>' }}{% endfor %}"
     trimming += "{% if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}"
     chat = Chat(tokenizer, trimming)

@@ -340,6 +340,15 @@ def test_logprobs_of_one_request_are_bounded(home):
     assert len(parse_completion(asked | {"n": 60, "logprobs": None}, tokenizer, limits).requests) == 60
 
 
+def test_a_bias_of_the_client_bans_or_chooses_a_token(client):
+    options = dict(model="lm", prompt="a good film", max_tokens=8, temperature=0, extra_body={"return_token_ids": True})
+    first = client.completions.create(**options).choices[0].token_ids[0]
+    banned = client.completions.create(**options, logit_bias={str(first): -100}).choices[0].token_ids
+    assert first not in banned
+    for chosen in client.completions.create(**options, logit_bias={"20": 100, "21": 99}).choices:
+        assert chosen.token_ids == [20] * 8 and chosen.finish_reason == "length"
+
+
 def test_stop_strings(client):
     options = dict(model="lm", prompt="a good film", max_tokens=40, seed=2)
     text = client.completions.create(**options).choices[0].text
