@@ -306,7 +306,7 @@ def write(title: str, sections: dict[str, Section], file: Path, first: Sequence[
     parts = {
         "title": escape(title),
         "palette": PALETTE + TOKENS.read_text(encoding="utf-8") + steps_of_colour(),
-        "contents": "".join(f'<li><a href="#{ids[name]}">{escape(name)}</a></li>' for name in sections),
+        "contents": contents(ids) if len(ids) > 1 else "",
         "first": "\n".join(block.html() for block in first),
         "body": "\n".join(section_html(ids[name], name, section) for name, section in sections.items()),
     }
@@ -320,10 +320,13 @@ def write(title: str, sections: dict[str, Section], file: Path, first: Sequence[
     return beside
 
 
+def contents(ids: dict[str, str]) -> str:
+    links = "".join(f'<li><a href="#{id}">{escape(name)}</a></li>' for name, id in ids.items())
+    return f'<nav aria-label="Sections"><ul>{links}</ul></nav>'
+
+
 def section_html(id: str, name: str, section: Section) -> str:
     body, head = "\n".join(block.html() for block in section.blocks), f"<h2>{escape(name)}</h2>"
     if section.folded:
-        body = f"<details><summary>{head}</summary>\n{body}\n</details>"
-    else:
-        body = f"{head}\n{body}"
-    return f'<section id="{id}">{body}</section>'
+        return f'<section id="{id}" class="folded"><details><summary>{head}</summary>\n{body}\n</details></section>'
+    return f'<section id="{id}">{head}\n{body}</section>'

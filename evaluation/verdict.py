@@ -71,9 +71,7 @@ def of_evaluation(source: Source) -> Verdict | None:
     facts = [Fact(f"{before} → {after}", "right answers" if right else f"what the {what} says, before and after", what)]
     if wins and not right:
         low, high = wins["low"], wins["high"]
-        words = (
-            f"of {prompts} held-out prompts have the better answer from the tuned model; 95%: {low:.0%} to {high:.0%}"
-        )
+        words = f"of {prompts} held-out prompts are won by the tuned model; 95%: {low:.0%} to {high:.0%}"
         facts.append(Fact(f"{wins['mean']:.0%}", words, f"win_rate_{what}"))
     facts.append(Fact(f"{tuned['kl']:.1f} nats", "away from the base, per answer", "kl"))
     if "distinct_3" in base and "distinct_3" in tuned:
