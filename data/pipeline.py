@@ -786,6 +786,11 @@ def open_tokenizer(options: Options) -> tuple[Tokenizer | None, Chat | None]:
     """The tokenizer that was given and its template, None where it has none (or none is wanted)."""
     if options.tokenizer is None:
         return None, None
+    if not options.tokenizer.is_dir():
+        raise ValueError(
+            f"no tokenizer at {options.tokenizer}: give the directory of a model, a run or prepared data; of a GGUF file or a "
+            f"model's name one is made by python export.py --init={options.tokenizer} --out=DIRECTORY"
+        )
     tokenizer = load_tokenizer(options.tokenizer)
     lacking = options.template == "auto" and not tokenizer.chat_template and "<|im_start|>" not in tokenizer.control
     return tokenizer, None if lacking else open_chat(tokenizer, options.template, options.system or None)

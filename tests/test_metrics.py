@@ -179,6 +179,8 @@ def test_samples_on_a_terminal_are_whole():
     lines = sample_table(rows, 40).splitlines()
     assert lines[0] == "     score      0.5" and all(len(line) <= 40 for line in lines)
     assert "".join(lines[1:]).replace(" ", "") == "Why?|" + "word" * 20 + "end"
+    asked = sample_table([{"prompt": "word " * 50 + "Why?", "response": "So."}])
+    assert asked.startswith("     ... ") and asked.endswith("word Why? | So.") and len(asked) < 120
     long = sample_table([{"prompt": "p", "response": "word " * 500}], 40).splitlines()
     assert len(long) == 1 + SAMPLE_LINES and long[-1].endswith(" ...")
 

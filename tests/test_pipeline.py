@@ -524,7 +524,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, tokenizer_d
     [
         (["none.jsonl"], "there is no file none.jsonl"),
         (["*.none"], "no file matches"),
-        (["f.jsonl", "--tokenizer=nowhere"], "no tokenizer at"),
+        (["f.jsonl", "--tokenizer=nowhere"], "no tokenizer at nowhere: give the directory"),
+        (["f.jsonl", "--tokenizer=f.jsonl"], "export.py --init=f.jsonl"),
         (["f.jsonl", "--format=prompts"], "no row of f.jsonl can be used"),
         (["f.jsonl", "--format=wrong"], "invalid choice"),
         (["f.jsonl", "--map=text"], "is no key=column"),

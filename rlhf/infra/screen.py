@@ -85,12 +85,15 @@ def fitted(value) -> str:
 
 def sample_table(rows: Sequence[dict], width: int | None = None) -> str:
     """Samples, numbers first, then prompt | response: a line each, cut at the terminal's width; or with a `width` whole, in
-    several lines of it.
+    several lines of it. Of a long prompt the end is shown.
     """
     cut, lines = width or shutil.get_terminal_size((120, 24)).columns, []
     for row in rows:
         numbers = [f"{name} {number(value):>8}" for name, value in row.items() if not isinstance(value, str | list)]
-        text = " | ".join(printable(value) for value in row.values() if isinstance(value, str))
+        texts = {name: printable(value) for name, value in row.items() if isinstance(value, str)}
+        if len(prompt := texts.get("prompt", "")) > cut // 2:
+            texts["prompt"] = f"... {prompt[-(cut // 2) :]}"
+        text = " | ".join(texts.values())
         if width is None:
             lines.append("  ".join(["   ", *numbers, text])[:cut])
             continue
