@@ -303,6 +303,20 @@ def test_errors_stand_where_the_answer_would(page, server):
     page.wait_for_selector(DONE)
     assert page.query_selector("#log .card.bad") is None and len(kept(page)[0]["turns"]) == 2
 
+    def asked(n, **more):
+        body = {"messages": [{"role": "user", "content": "a film " * n}], "temperature": 0.7, **more}
+        return server.request("/v1/chat/completions", body)[2]
+
+    n = next(n for n in range(10, 60) if asked(n, max_tokens=1)["usage"]["prompt_tokens"] > 115)
+    seed = next(seed for seed in range(99) if asked(n, seed=seed)["choices"][0]["finish_reason"] == "length")
+    page.click("#clear")
+    page.fill("#say", "a film " * n)
+    page.evaluate(f"seed.value = {seed}")
+    page.press("#say", "Enter")
+    page.wait_for_selector(
+        "text=fills what the model can read"
+    )  # the page's length did not fit: what is left was taken
+    page.click("#log .card >> text=New conversation")
     page.fill("#say", "a film " * 200)
     page.press("#say", "Enter")
     page.wait_for_selector("text=The model cannot read any more")

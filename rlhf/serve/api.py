@@ -260,7 +260,8 @@ class Service:
             record["text"] = text
             for other in record.get("top", ()):
                 i = other.pop("id")
-                other |= {"text": self.tokenizer.token_bytes(i).decode("utf-8", "replace"), "chosen": i == own}
+                text = self.tokenizer.token_bytes(i).decode("utf-8", "backslashreplace")  # a byte alone as \\xe2
+                other |= {"text": text, "chosen": i == own}
         return reply({"tokens": records})
 
     # ---- the weights

@@ -162,12 +162,13 @@ function answered(here, k) {
   if (answer.text) tools.append(copier);
   if (here.mode === "text") tools.append(tool("edit", "Edit", () => edit(here, k - 1)));
   if (last && !answer.error) tools.append(lastOnly(again));
-  if (last && answer.text && answer.finish !== "stop") tools.append(lastOnly(on));
+  const filled = last && answer.finish === "length" && here.used >= facts.max_length - 1;
+  if (last && answer.text && answer.finish !== "stop" && !filled) tools.append(lastOnly(on));
   if (answer.text) tools.append(looker);
   if (last && turn.answers.length > 1) tools.append(lastOnly(flip(here, k)));
   tools.append(make("span", { className: "badges" }, ...badges(answer)));
   if (tools.children.length > 1) node.append(tools);
-  if (last && answer.finish === "length" && here.used >= facts.max_length) node.append(full(here));
+  if (filled) node.append(lastOnly(full(here)));
   return node;
 }
 

@@ -7,7 +7,7 @@ function sampling() {
   const drawn = crypto.getRandomValues(new Uint32Array(1))[0];
   return {
     temperature: value("temperature") ?? 1, top_p: value("top_p") ?? 1, seed: value("seed") ?? drawn,
-    ...(longest ? { max_tokens: longest } : { usual: Math.min(256, facts.max_tokens ?? 256) }),
+    ...(longest ? { max_tokens: longest } : { usual: Math.min(256, facts.max_tokens, facts.max_length >> 1) }),
   };
 }
 
