@@ -105,6 +105,15 @@ def make(monkeypatch, run: Path, *options: str) -> tuple[str, str]:
     return tuple((run / f"report.{ending}").read_text(encoding="utf-8") for ending in ("html", "md"))
 
 
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory) -> Path:
+    """A run with every file, and its report: drawing takes seconds."""
+    run = lay_out(tmp_path_factory.mktemp("everything") / "all", FILES)
+    with pytest.MonkeyPatch.context() as patch:
+        make(patch, run)
+    return run
+
+
 class Reader(HTMLParser):
     """What a browser would see: tags, attributes, texts of the sections' headings."""
 
@@ -155,10 +164,9 @@ def check_page(page: str, scripts: int = 0) -> Reader:
     return seen
 
 
-def test_everything(tmp_path, monkeypatch, capsys):
+def test_everything(everything, monkeypatch, capsys):
     """All sections, each once; hostile texts stay texts; the same files give the same bytes."""
-    run = lay_out(tmp_path / "all", FILES)
-    page, text = make(monkeypatch, run)
+    page, text = ((everything / f"report.{ending}").read_text(encoding="utf-8") for ending in ("html", "md"))
     seen = check_page(page)
     assert seen.headings == list(report.SECTIONS) and "Left out" not in page  # nothing missing, nothing misunderstood
     shown = "\n".join(line for line in text.splitlines() if not line.startswith("    "))  # those are commands, literal
@@ -183,7 +191,7 @@ def test_everything(tmp_path, monkeypatch, capsys):
         assert escape_markdown(found) in text or found in text
     assert "--kl_estimator" not in page and "--ridge" not in page  # at their defaults
     assert "Constant: objective/kl_coef 0.3, policy/ratio_first 1." in page
-    assert make(monkeypatch, run) == (page, text)
+    assert make(monkeypatch, everything) == (page, text)
     assert "The report of 4 directories, 11 sections: " in capsys.readouterr().out
 
 
@@ -443,13 +451,12 @@ def opened(browser, file: Path, **kwargs):
 
 
 @pytest.mark.slow
-def test_report_in_a_browser(browser, tmp_path, monkeypatch):
+def test_report_in_a_browser(browser, everything):
     """No word on the console, no request, no sideways scrolling, nothing that axe finds wrong; the colours can be chosen."""
-    run = lay_out(tmp_path / "all", FILES)
-    make(monkeypatch, run)
+    file = everything / "report.html"
     for width, scheme in ((1200, "light"), (360, "dark")):
         view = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme}
-        page, said = opened(browser, run / "report.html", **view)
+        page, said = opened(browser, file, **view)
         assert page.locator(".plots.large figure").count() >= 2 and page.locator("details[open]").count() == 0
         page.evaluate("document.querySelectorAll('details').forEach(x => { x.open = true })")
         assert page.evaluate("document.documentElement.scrollWidth") == width
@@ -458,7 +465,7 @@ def test_report_in_a_browser(browser, tmp_path, monkeypatch):
         page.check("#shade-advantages")
         assert page.eval_on_selector(shown, "x => getComputedStyle(x).backgroundColor") != before
         assert page.locator(".microscope .scale:visible").count() == 1
-        assert accessible(page) == [] and said == [(run / "report.html").as_uri()]
+        assert accessible(page) == [] and said == [file.as_uri()]
 
 
 @pytest.mark.slow
