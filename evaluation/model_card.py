@@ -277,10 +277,11 @@ def command_of(stage: Stage) -> list[str]:
 
 def checksums(origin: Origin) -> str:
     rows = [
-        [markdown(str(stage.options.get("out", stage.run))), name.removesuffix("_sha256"), str(x)[:80]]
+        [markdown(str(stage.options.get("out", stage.run))), name.removesuffix("_sha256"), markdown(str(digest))]
         for stage in origin.stages
         for name, x in stage.options.items()
-        if name.endswith("_sha256") and x
+        for digest in (x if isinstance(x, list) else [x] if x else ())  # of every shard of the data
+        if name.endswith("_sha256")
     ]
     return markdown_table(["run", "input", "sha256"], rows)
 

@@ -31,6 +31,8 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_the_wheel_is_the_checkout_in_one_folder(wheel):
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git to ask which files are ours")
     tracked = run("git", "ls-files", *ROOMS, "*.py", cwd=ROOT).split()
     ours = {f"plain_rlhf/{name}" for name in tracked if "/" not in name or name.startswith(ROOMS)}
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
