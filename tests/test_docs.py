@@ -80,3 +80,20 @@ def test_the_site(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "linked", lambda *page: "[a](chat.md#nowhere)")
     with pytest.raises(ValueError, match="anchor does not exist"):
         build.main()
+
+
+@pytest.mark.slow
+def test_the_search_works_from_a_disk_and_asks_nobody(tmp_path, monkeypatch, browser):
+    """Where a browser has no Worker: the words stay in the field while results come, and all of them count."""
+    pytest.importorskip("zensical", reason="the extra docs")
+    monkeypatch.setattr("sys.argv", ["build.py", f"--out={tmp_path / 'docs'}"])
+    build.main()
+    page, asked = browser.new_page(), []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto((tmp_path / "docs/site/index.html").as_uri())
+    page.keyboard.press("/")
+    field = page.get_by_role("combobox")
+    field.press_sequentially("whitened advantages")
+    page.get_by_role("link", name=re.compile("method", re.IGNORECASE)).first.wait_for()
+    assert field.input_value() == "whitened advantages" and {url.partition(":")[0] for url in asked} == {"file"}
+    page.close()
