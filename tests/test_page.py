@@ -634,6 +634,11 @@ def test_forty_votes_change_what_the_reward_model_prefers(world, browser):
     with tiny_server.serving(world.path, "--feedback=forty.sqlite", says="no chat: ") as server:
         page = browser.new_page()
         page.goto(server.url)
+        page.wait_for_selector("#model:has-text('lm')")
+        assert not page.is_visible("#mode")  # there is no template: it can but continue texts
+        chat(page, "the film is")
+        page.wait_for_selector(DONE)
+        assert page.text_content(".words") == "the film is" + said(page)
         begin(page, "eve")
         for number in range(1, 31):
             side = "b" if page.text_content("#right") == voted else "a"

@@ -128,7 +128,7 @@ function edit(here, k) {  // and ask again; what followed is replaced
   const node = nodeOf(here.mode === "text" ? k + 1 : k), id = `edit-${random()}`;
   const field = make("textarea", { id, value: here.turns[k].text, rows: 3 });
   const words = here.turns.length > k + 2 ? "Your text; what followed it will be replaced" : "Your text";
-  const ends = make("div", { className: "row end" }, tool("shut", "Cancel", draw, true), make("button", { className: "main", textContent: "Ask again" }));
+  const ends = make("div", { className: "row end" }, tool("shut", "Cancel", draw, true), worded("button", "Ask again", "main"));
   const form = make("form", {}, make("label", { htmlFor: id, textContent: words }), field, ends);
   form.addEventListener("submit", event => {
     event.preventDefault();
@@ -143,8 +143,8 @@ function edit(here, k) {  // and ask again; what followed is replaced
 
 function answered(here, k) {
   const turn = here.turns[k], answer = chosen(turn), last = k === here.turns.length - 1;
-  const node = make("article", { className: "assistant" }), dot = make("span", { className: answer.model === facts.model ? "dot tuned" : "dot" });
-  const who = make("h3", { className: "who" }, dot, answer.model ?? "Model");
+  const node = make("article", { className: "assistant" }), who = make("h3", { className: "who" });
+  who.append(worded("span", "", answer.model === facts.model ? "dot tuned" : "dot"), answer.model ?? "Model");
   const words = make("div", { className: here.mode === "text" ? "words text" : "words rich", dir: "auto" });
   node.append(who, words);
   fill(words, here, k);
@@ -152,7 +152,7 @@ function answered(here, k) {
   words.classList.toggle("writing", Boolean(writes));
   if (writes) return node;
   if (answer.error) node.append(failure(here, k));
-  else if (!answer.text) words.append(nothing(answer.finish === "stopped" ? "Stopped before the first word." : "The model said nothing."));
+  else if (!answer.text) words.append(worded("p", answer.finish === "stopped" ? "Stopped before the first word." : NOTHING, "note"));
 
   const tools = make("div", { className: "tools" }), copier = tool("copy", "Copy", () => copy(answer.text, copier));
   const again = tool("again", "Regenerate", () => ask(k));
@@ -172,7 +172,7 @@ function answered(here, k) {
   return node;
 }
 
-const nothing = words => make("p", { className: "note", textContent: words });
+const NOTHING = "The model said nothing.";
 const lastOnly = node => { node.classList.add("last-only"); return node; };
 
 function flip(here, k) {
@@ -243,12 +243,11 @@ function welcome() {
 function greeting(title, about, use) {  // before anything is asked
   const own = tuned.prompts.length ? tuned.prompts : EXAMPLES[mode];
   const examples = make("div", { className: "examples" }, ...own.map(text => press(text, () => { if (!running) use(text); })));
-  named(examples, { role: "group", "aria-label": "Examples" });
-  return make("div", { className: "welcome" }, make("h3", { textContent: title }), make("p", { className: "about", textContent: about }), examples);
+  return make("div", { className: "welcome" }, worded("h3", title), worded("p", about, "about"), group("Examples", examples));
 }
 
 function tellRoom() {
-  $("room").textContent = talk.used && facts.max_length ? `${talk.used.toLocaleString("en")} of ${counted(facts.max_length, "token")}` : "";
+  $("room").textContent = talk.used ? `${talk.used.toLocaleString("en")} of ${counted(facts.max_length, "token")}` : "";
 }
 
 // ---- what is kept
@@ -275,7 +274,7 @@ function listTalks() {
   const items = talks().map(one => {
     const day = new Date(one.created).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
     const opener = make("button", { type: "button", className: "quiet open" });
-    opener.append(make("span", { textContent: one.turns[0].text }), make("small", { textContent: one.mode === "text" ? `${day} \u00b7 text` : day }));
+    opener.append(worded("span", one.turns[0].text), worded("small", one.mode === "text" ? `${day} \u00b7 text` : day));
     if (one.id === talk.id) opener.setAttribute("aria-current", "true");
     opener.addEventListener("click", () => {
       openHistory(false);

@@ -87,7 +87,8 @@ async function deliver(letter) {
   try {
     votes.push((await stored(letter)).vote);
   } catch (error) {
-    if (error.answered >= 400 && error.answered < 500 && error.answered !== 401 && error.answered !== 429) pending = null;  // it never will be
+    const final = error.answered >= 400 && error.answered < 500 && error.answered !== 401 && error.answered !== 429;
+    if (final) pending = null;  // it never will be stored
     throw error;
   }
   pending = null;
@@ -108,7 +109,9 @@ $("rater-form").addEventListener("submit", event => {
   memory.set("rater", $("rater").value);
   guarded(async () => { await next(); if (current) $("prompt-title").focus(); });
 });
-for (const button of document.querySelectorAll("#ballot [data-choice]")) button.addEventListener("click", () => vote(button.dataset.choice));
+for (const button of document.querySelectorAll("#ballot [data-choice]")) {
+  button.addEventListener("click", () => vote(button.dataset.choice));
+}
 for (const button of $("strength").children) {
   const value = Number(button.dataset.strength);
   button.addEventListener("click", () => strong(strength === value ? null : value));

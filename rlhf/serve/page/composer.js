@@ -44,7 +44,8 @@ function setMode(wanted) {
 }
 
 function tellSampling() {
-  $("sampling-now").textContent = `Temperature ${Number($("temperature").value)}${$("seed").value === "" ? "" : `, seed ${$("seed").value}`}`;
+  const seed = $("seed").value, words = `Temperature ${Number($("temperature").value)}`;
+  $("sampling-now").textContent = seed === "" ? words : `${words}, seed ${seed}`;
 }
 
 async function submit() {

@@ -3,7 +3,7 @@
 
 const LIST = /^( {0,12})([-*+]|\d{1,9}[.)])(?: +|$)/;
 const cells = line => line.trim().replace(/^\||\|$/g, "").split("|").map(cell => cell.trim());
-const isRule = line => line.includes("-") && line.includes("|") && /^[\s|:-]+$/.test(line) && cells(line).every(cell => /^:?-+:?$/.test(cell));
+const isRule = line => /^[\s|:-]+$/.test(line) && line.includes("|") && cells(line).every(cell => /^:?-+:?$/.test(cell));
 
 function markdown(text) {
   const root = document.createDocumentFragment();
@@ -18,13 +18,13 @@ function blocks(lines, into, depth) {
     paragraph = [];
   };
   for (let i = 0; i < lines.length; i++) {
-    const line = lines[i], fence = line.match(/^ {0,3}(`{3,}|~{3,})[^`]*$/), heading = line.match(/^ {0,3}(#{1,6}) +(.*?)(?: +#+)? *$/);
+    const line = lines[i], fence = line.match(/^ {0,3}(`{3,}|~{3,})[^`]*$/);
+    const heading = line.match(/^ {0,3}(#{1,6}) +(.*?)(?: +#+)? *$/);
     if (fence) {
       flush();
-      const code = [];
-      while (++i < lines.length && !(lines[i].trim().startsWith(fence[1]) && !lines[i].trim().replaceAll(fence[1][0], ""))) code.push(lines[i]);
-      const pre = named(make("pre", { tabIndex: 0 }, make("code", { textContent: code.join("\n") })), { role: "region", "aria-label": "Code" });
-      into.append(pre);
+      const code = [], ends = text => text.startsWith(fence[1]) && !text.replaceAll(fence[1][0], "");
+      while (++i < lines.length && !ends(lines[i].trim())) code.push(lines[i]);
+      into.append(region("Code", make("pre", { tabIndex: 0 }, worded("code", code.join("\n")))));
     } else if (!line.trim()) {
       flush();
     } else if (heading) {
@@ -41,17 +41,17 @@ function blocks(lines, into, depth) {
       const quote = make("blockquote");
       blocks(quoted, quote, depth + 1);
       into.append(quote);
-    } else if (line.includes("|") && i + 1 < lines.length && isRule(lines[i + 1]) && cells(lines[i + 1]).length === cells(line).length) {
+    } else if (line.includes("|") && isRule(lines[i + 1] ?? "") && cells(lines[i + 1]).length === cells(line).length) {
       flush();
       const heads = cells(line), rows = [];
       for (i += 2; i < lines.length && lines[i].includes("|") && lines[i].trim(); i++) rows.push(cells(lines[i]));
       i--;
       const cell = (tag, words) => inline(make(tag), words ?? ""), width = Math.max(...[heads, ...rows].map(row => row.length));
       const across = Array.from({ length: width }, (_, k) => k);  // a row with more cells than the head keeps them
-      into.append(named(make("div", { className: "scroll", tabIndex: 0 }, make("table", {},
+      into.append(region("Table", make("div", { className: "scroll", tabIndex: 0 }, make("table", {},
         make("thead", {}, make("tr", {}, ...across.map(k => cell("th", heads[k])))),
         make("tbody", {}, ...rows.map(row => make("tr", {}, ...across.map(k => cell("td", row[k])))))),
-      ), { role: "region", "aria-label": "Table" }));
+      )));
     } else if (LIST.test(line) && depth < 5) {
       flush();
       i = listing(lines, i, into, depth) - 1;
@@ -85,7 +85,8 @@ function listing(lines, at, into, depth) {  // one list, its items' own lines wi
     blocks(own, item, depth + 1);
     if (item.childNodes.length === 1 && item.firstChild.tagName === "P") item.replaceChildren(...item.firstChild.childNodes);
     node.append(item);
-    if (at < lines.length && !lines[at].trim() && at + 1 < lines.length && LIST.test(lines[at + 1]) && kind(lines[at + 1]) === ordered) at++;
+    const after = lines[at + 1] ?? "";
+    if (at < lines.length && !lines[at].trim() && LIST.test(after) && kind(after) === ordered) at++;  // a loose list
   }
   into.append(node);
   return at;

@@ -16,17 +16,17 @@ let measure = disk.get("measure") || "logratio";
 // {score, kl, tokens} of an answer. Whether they are there depends on what the server was started with.
 async function measured(context, response) {
   const { tokens } = await json("/v1/tokens", { ...context, response, top: 5 });
-  const sum = name => tokens.some(token => token[name] !== null) ? tokens.reduce((all, token) => all + (token[name] ?? 0), 0) : null;
-  return { tokens, score: tokens.at(-1)?.reward ?? null, kl: sum("kl") };
+  const kls = tokens.map(token => token.kl), kl = kls.includes(null) || !kls.length ? null : kls.reduce((sum, x) => sum + x);
+  return { tokens, score: tokens.at(-1)?.reward ?? null, kl };
 }
 
 function tokenView(tokens) {
   const there = Object.keys(MEASURES).filter(name => tokens.some(token => (token[name] ?? null) !== null));
   let now = there.includes(measure) ? measure : there[0];
   const keys = "Tokens: arrow keys go through them, Enter shows what else was likely";
-  const field = named(make("div", { className: "tokens text", dir: "auto" }), { role: "group", "aria-label": keys });
+  const field = group(keys, make("div", { className: "tokens text", dir: "auto" }));
   const told = named(make("p", { className: "note status" }), { role: "status" });
-  const choice = named(make("div", { className: "choice" }), { role: "group", "aria-label": "Colour by" });
+  const choice = group("Colour by", make("div", { className: "choice" }));
   const legend = make("div", { className: "legend" }, make("span"), make("span", { className: "ramp" }), make("span"));
   const beside = make("div", { className: "alternatives", hidden: true });
   let marked = null, opened = null;
@@ -123,9 +123,9 @@ function alternatives(token) {
 
 function asTable(tokens, there) {
   const heads = ["token", ...there.map(name => MEASURES[name].name)].map(name => make("th", { scope: "col", textContent: name }));
-  const cells = token => [spelled(token.text), ...there.map(name => fixed(token[name], 3))].map(text => make("td", { textContent: text }));
-  const rows = tokens.map(token => make("tr", {}, ...cells(token)));
+  const cells = token => [spelled(token.text), ...there.map(name => fixed(token[name], 3))];
+  const rows = tokens.map(token => make("tr", {}, ...cells(token).map(text => worded("td", text))));
   const table = make("table", {}, make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...rows));
-  const scroll = named(make("div", { className: "scroll", tabIndex: 0 }, table), { role: "region", "aria-label": "Tokens as a table" });
+  const scroll = region("Tokens as a table", make("div", { className: "scroll", tabIndex: 0 }, table));
   return make("details", {}, make("summary", { textContent: "As a table" }), scroll);
 }

@@ -5,17 +5,22 @@ const duels = [];
 async function duel(text) {
   const how = sampling(), context = mode === "chat" ? { messages: [{ role: "user", content: text }] } : { prompt: text };
   const votes = facts.has.includes("feedback"), blind = votes && $("blind").checked;
-  const order = votes && crypto.getRandomValues(new Uint8Array(1))[0] % 2 ? [1, 0] : [0, 1];  // by chance, or the votes would be for a side
+  const order = votes && Math.random() < .5 ? [1, 0] : [0, 1];  // or the votes would be for a side
   const sides = order.map((which, place) => {
     const model = facts.models[which], name = make("span", { textContent: blind ? `Answer ${"AB"[place]}` : model });
     const dot = make("span", { className: blind ? "dot hollow" : which ? "dot" : "dot tuned" });
-    const words = named(make("div", { className: mode === "chat" ? "words rich" : "words text", dir: "auto" }), { "aria-busy": "true" });
+    const words = make("div", { className: mode === "chat" ? "words rich" : "words text", dir: "auto", ariaBusy: "true" });
     const body = make("div", { className: "body", tabIndex: 0 }, words), tools = make("div", { className: "tools" });
-    named(body, { role: "region", "aria-label": `Answer ${"AB"[place]} to prompt ${duels.length + 1}` });
+    region(`Answer ${"AB"[place]} to prompt ${duels.length + 1}`, body);
     const node = make("article", {}, make("h3", { className: "who" }, dot, name), body, tools);
     return { model, which, name, dot, words, tools, node, body, text: "", place };
   });
-  const again = press("Once more, with another seed", () => { if (!running) { $("seed").value = ""; tellSampling(); duel(text); } }, "quiet");
+  const again = press("Once more, with another seed", () => {
+    if (running) return;
+    $("seed").value = "";
+    tellSampling();
+    duel(text);
+  }, "quiet");
   const note = make("div", { className: "row note" }, `seed ${how.seed}, temperature ${how.temperature}`, again);
   const ballot = make("div", { className: "ballot" });
   const node = make("div", { className: "duel" }, make("div", { className: "said", dir: "auto", textContent: text }),
@@ -99,7 +104,8 @@ async function tellSide(round, side) {  // the name, the numbers, and what can b
 
 function askVote(round) {
   const [left, right] = round.sides;
-  round.voter ??= make("input", { id: `voter-${random()}`, value: memory.get("rater"), maxLength: 100, required: true, autocomplete: "nickname" });
+  round.voter ??= make("input", { id: `voter-${random()}`, value: memory.get("rater"), maxLength: 100, required: true });
+  round.voter.autocomplete = "nickname";
   const open = press("Show the names without a vote", () => reveal(round, ""), "quiet");
   if (left.error || right.error) { round.ballot.replaceChildren(open); return; }
   if (!left.text && !right.text) { reveal(round, ""); return; }
@@ -130,14 +136,15 @@ async function cast(round, choice) {
     const body = { rater, choice, strength: null, seconds: (performance.now() - round.shown) / 1000, nonce: round.nonce };
     const { vote } = await json(`/v1/comparison/${encodeURIComponent(round.comparison)}/vote`, body);
     const winner = { left: left.model, right: right.model }[choice];
-    reveal(round, winner ? `Stored: you prefer ${winner}.` : `Stored: ${choice === "tie" ? "a tie" : "both bad"}.`, press("Take it back", async () => {
+    const takeBack = async () => {
       try {
         await json(`/v1/votes/${encodeURIComponent(vote)}/undo`, { rater });
         reveal(round, "The vote is taken back.");
       } catch (error) {
         problem(error);
       }
-    }, "quiet"));
+    };
+    reveal(round, `Stored: ${winner ? `you prefer ${winner}` : CHOSEN[choice]}.`, press("Take it back", takeBack, "quiet"));
   } catch (error) {
     round.ballot.querySelector(".card")?.remove();
     round.ballot.append(card("The vote is not stored", said(error), press("Send it again", () => cast(round, choice))));
@@ -149,7 +156,7 @@ async function cast(round, choice) {
 
 function reveal(round, words, ...more) {
   round.voted = true;
-  round.ballot.replaceChildren(...(words ? [make("div", { className: "row" }, make("p", { className: "verdict", textContent: words }), ...more)] : []));
+  round.ballot.replaceChildren(make("div", { className: "row" }, worded("p", words, "verdict"), ...more));
   announce(words);
   if (!round.told) for (const side of round.sides) tellSide(round, side);
   round.told = true;
