@@ -280,10 +280,15 @@ def checksums(origin: Origin) -> str:
         [markdown(str(stage.options.get("out", stage.run))), name.removesuffix("_sha256"), markdown(str(digest))]
         for stage in origin.stages
         for name, x in stage.options.items()
-        for digest in (x if isinstance(x, list) else [x] if x else ())  # of every shard of the data
         if name.endswith("_sha256")
+        for digest in shortened(x if isinstance(x, list) else [x] if x else [])
     ]
     return markdown_table(["run", "input", "sha256"], rows)
+
+
+def shortened(digests: list) -> list:
+    """Those of the data's first shards: there may be thousands."""
+    return digests if len(digests) <= 4 else [*digests[:3], f"and of {len(digests) - 3} more shards, see run.json"]
 
 
 def fenced(language: str, text: str) -> str:

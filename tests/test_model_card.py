@@ -130,7 +130,8 @@ def test_what_is_unknown_is_left_out(base, tmp_path):
     _, data = card_of("tuned")
     assert set(data.to_dict()) == {"library_name", "pipeline_tag", "tags"}  # from scratch: no base, no licence
 
-    write_run(tmp_path / "ppo", base, kl_coef=0.1)
+    write_run(tmp_path / "ppo", base, kl_coef=0.1, data_sha256=["abc"] * 9000)
+    assert "and of 8997 more shards" in card_of("ppo")[0]
     write_json(tmp_path / "summary.json", SUMMARY | {"options": SUMMARY["options"] | {"tuned": ["other"]}})
     assert card_of("ppo")[1].eval_results is None  # of another model
     write_json(tmp_path / "summary.json", SUMMARY)

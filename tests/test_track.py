@@ -150,6 +150,7 @@ def test_tensorboard_reads_a_run_afterwards_and_after_it_was_resumed(tmp_path, m
     assert scalars(run / "tensorboard") == expected(run) and len(expected(run)["loss/all"]) == 6
 
 
+@pytest.mark.slow
 def test_tensorboard_follows_a_run_until_it_has_ended(tmp_path):
     pytest.importorskip("tensorboard")
     run, place = tmp_path / "ppo", tmp_path / "board"
@@ -196,13 +197,21 @@ def offline_records(file) -> list:
     return found
 
 
-def test_wandb_offline(tmp_path, monkeypatch):
+def track_apart(run, *options: str, **env: str) -> None:
+    """In a process of its own, as a user does it: wandb names what it writes by the second."""
+    command = [sys.executable, "-m", "rlhf.track", str(run), *options]
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | env
+    done = subprocess.run(command, env=env, cwd=run.parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_wandb_offline(tmp_path):
     pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
     run = tmp_path / "ppo"
     for first, end in ((0, 4), (2, 6)):  # killed after step 3, resumed from the checkpoint after step 1
         write_run(run, [(i, values | {"time": float(end)}) for i, values in VALUES[first:end]], resume_step=first)
-        track(monkeypatch, run, "wandb")
+        track_apart(run, "--to=wandb", WANDB_MODE="offline")
     files = sorted((run / "wandb").glob("wandb/offline-run-*/*.wandb"), key=os.path.getmtime)
     records = [record for file in files for record in offline_records(file)]
     assert {record.run.run_id for record in records if record.HasField("run")} == {
@@ -215,15 +224,13 @@ def test_wandb_offline(tmp_path, monkeypatch):
     assert all("bad" not in row for row in said)
 
 
-def test_trackio(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_trackio(tmp_path):
     pytest.importorskip("trackio")
     run = tmp_path / "ppo"
-    env = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": str(ROOT)}
     for first, end in ((0, 4), (2, 6)):
         write_run(run, [(i, values | {"time": float(end)}) for i, values in VALUES[first:end]], resume_step=first)
-        command = [sys.executable, "-m", "rlhf.track", str(run), "--to=trackio", "--project=mine"]
-        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
+        track_apart(run, "--to=trackio", "--project=mine", TRACKIO_DIR=str(tmp_path / "trackio"))
     with sqlite3.connect(tmp_path / "trackio" / "mine.db") as base:
         rows = base.execute("select run_name, step, metrics from metrics order by id").fetchall()
     assert [step for _, step, _ in rows] == [0, 1, 2, 3, 4, 5] and len({name for name, _, _ in rows}) == 1
