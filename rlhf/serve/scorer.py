@@ -74,6 +74,13 @@ class Scorer:
             record["top"] = others
         return records
 
+    @torch.no_grad()
+    def embed(self, ids: list[int], skip: int) -> list[float]:
+        """The mean of the last hidden states (behind the final norm) over all tokens but the first `skip`, made of length 1."""
+        hidden = self.model.trunk(torch.tensor([ids], device=self.device))[0, skip:]  # (T, D)
+        mean = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).mean(0)
+        return [number(x, "an embedding") for x in (mean / mean.norm()).tolist()]
+
 
 def likeliest(logits: Tensor, ref_logits: Tensor | None, top: int) -> list[list[dict]]:
     """The `top` tokens of every row of logits (N, V), the best first, with what the reference finds of them."""
@@ -91,13 +98,6 @@ def likeliest(logits: Tensor, ref_logits: Tensor | None, top: int) -> list[list[
 def log_softmax(logits: Tensor) -> Tensor:
     """In float32 at least."""
     return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-
-    @torch.no_grad()
-    def embed(self, ids: list[int], skip: int) -> list[float]:
-        """The mean of the last hidden states (behind the final norm) over all tokens but the first `skip`, made of length 1."""
-        hidden = self.model.trunk(torch.tensor([ids], device=self.device))[0, skip:]  # (T, D)
-        mean = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).mean(0)
-        return [number(x, "an embedding") for x in (mean / mean.norm()).tolist()]
 
 
 def chosen(logits: Tensor, ids: Tensor) -> Tensor:
