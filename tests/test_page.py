@@ -163,11 +163,11 @@ def accessible(page) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
 
 
-def streamed(page, text: str) -> None:
-    """The next answers are these words: the tiny model never says them."""
+def streamed(page, text: str, *more: dict) -> None:
+    """The next answers are these words, and more events: the tiny model never says them."""
     parts = [text[:20], text[20:]]
     events = [{"choices": [{"delta": {"content": part}, "finish_reason": None}]} for part in parts]
-    stream = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+    stream = "".join(f"data: {json.dumps(event)}\n\n" for event in [*events, *more]) + "data: [DONE]\n\n"
     page.route("**/v1/chat/completions", lambda route: route.fulfill(body=stream, content_type="text/event-stream"))
 
 
@@ -327,8 +327,13 @@ def test_errors_stand_where_the_answer_would(page, server):
     chat(page, "a good film")
     page.wait_for_selector("text=the server cannot be reached")
     page.unroute("**/v1/chat/completions")
+    streamed(page, "It began well", {"error": {"message": "the server stops", "code": None}})
     page.click("text=Retry")
-    page.wait_for_selector(DONE)
+    page.wait_for_selector("text=The answer broke off")
+    assert page.text_content(".words") == said(page) == "It began well"
+    page.unroute("**/v1/chat/completions")
+    page.click("text=Retry")
+    page.wait_for_selector("text=2 / 2")
 
     def keyed(route):
         if route.request.headers.get("authorization") == "Bearer sesame":
@@ -499,6 +504,12 @@ def test_a_streamed_answer_is_formatted_and_a_script_stays_text(page):
     assert page.text_content(".words strong") == page.text_content(".words pre") == HOSTILE
     assert page.locator(".words li").count() == 2
     assert page.query_selector("#log script, #log img, #log b") is None and page.title() == "Chat – plain-rlhf"
+    page.unroute("**/v1/chat/completions")
+    long = "x" * 300  # nothing is so wide that the page is
+    streamed(page, f"# {long}\n\n{long}\n\n- {long}\n\n|{'a|' * 40}\n|{'-|' * 40}\n|{'b|' * 40}\n\n```\n{long}\n```")
+    chat(page, long)
+    page.wait_for_selector(".words td")
+    accessible(page)
 
 
 # ---- votes

@@ -62,8 +62,7 @@ const fixed = (x, digits = 2) => x === null || x === undefined ? "\u2013" : Numb
 const signed = (x, digits = 2) => (x > 0 ? "+" : "") + fixed(x, digits);
 const counted = (n, what) => `${n.toLocaleString("en")} ${what}${n === 1 ? "" : "s"}`;
 const worded = (tag, words, className = "") => make(tag, { className, textContent: words });
-const region = (name, node) => named(node, { role: "region", "aria-label": name });  // e.g. what scrolls, for the keyboard
-const group = (name, node) => named(node, { role: "group", "aria-label": name });
+const group = (name, node) => named(node, { role: "group", "aria-label": name });  // what scrolls, too, for the keyboard
 const badge = (name, value, title = "") => make("span", { className: "badge", title }, name && `${name} `, worded("b", value));
 const choose = (group, pressed) => {  // of buttons of which one is pressed
   for (const button of group.querySelectorAll("button")) button.setAttribute("aria-pressed", String(pressed(button)));

@@ -137,6 +137,7 @@ function edit(here, k) {  // and ask again; what followed is replaced
     draw();
     put(field.value);
   });
+  form.addEventListener("keydown", event => { if (event.key === "Escape") draw(); });
   node.replaceChildren(form);
   field.focus();
 }

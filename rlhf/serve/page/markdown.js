@@ -24,7 +24,7 @@ function blocks(lines, into, depth) {
       flush();
       const code = [], ends = text => text.startsWith(fence[1]) && !text.replaceAll(fence[1][0], "");
       while (++i < lines.length && !ends(lines[i].trim())) code.push(lines[i]);
-      into.append(region("Code", make("pre", { tabIndex: 0 }, worded("code", code.join("\n")))));
+      into.append(group("Code", make("pre", { tabIndex: 0 }, worded("code", code.join("\n")))));
     } else if (!line.trim()) {
       flush();
     } else if (heading) {
@@ -48,7 +48,7 @@ function blocks(lines, into, depth) {
       i--;
       const cell = (tag, words) => inline(make(tag), words ?? ""), width = Math.max(...[heads, ...rows].map(row => row.length));
       const across = Array.from({ length: width }, (_, k) => k);  // a row with more cells than the head keeps them
-      into.append(region("Table", make("div", { className: "scroll", tabIndex: 0 }, make("table", {},
+      into.append(group("Table", make("div", { className: "scroll", tabIndex: 0 }, make("table", {},
         make("thead", {}, make("tr", {}, ...across.map(k => cell("th", heads[k])))),
         make("tbody", {}, ...rows.map(row => make("tr", {}, ...across.map(k => cell("td", row[k])))))),
       )));

@@ -126,6 +126,6 @@ function asTable(tokens, there) {
   const cells = token => [spelled(token.text), ...there.map(name => fixed(token[name], 3))];
   const rows = tokens.map(token => make("tr", {}, ...cells(token).map(text => worded("td", text))));
   const table = make("table", {}, make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...rows));
-  const scroll = region("Tokens as a table", make("div", { className: "scroll", tabIndex: 0 }, table));
+  const scroll = group("Tokens as a table", make("div", { className: "scroll", tabIndex: 0 }, table));
   return make("details", {}, make("summary", { textContent: "As a table" }), scroll);
 }

@@ -11,7 +11,7 @@ async function duel(text) {
     const dot = make("span", { className: blind ? "dot hollow" : which ? "dot" : "dot tuned" });
     const words = make("div", { className: mode === "chat" ? "words rich" : "words text", dir: "auto", ariaBusy: "true" });
     const body = make("div", { className: "body", tabIndex: 0 }, words), tools = make("div", { className: "tools" });
-    region(`Answer ${"AB"[place]} to prompt ${duels.length + 1}`, body);
+    group(`Answer ${"AB"[place]} to prompt ${duels.length + 1}`, body);
     const node = make("article", {}, make("h3", { className: "who" }, dot, name), body, tools);
     return { model, which, name, dot, words, tools, node, body, text: "", place };
   });
