@@ -14,6 +14,7 @@ function sampling() {
 function fit() {  // as high as its text
   $("say").style.height = "auto";
   $("say").style.height = `${$("say").scrollHeight + 2}px`;
+  follow();
 }
 
 // Runs work(signal) while the composer says that something is written.
@@ -61,6 +62,7 @@ async function submit() {
 function openSampling(on) {
   show("sampling", on);
   $("open-sampling").setAttribute("aria-expanded", String(on));
+  follow();
 }
 
 $("composer-form").addEventListener("submit", event => { event.preventDefault(); submit(); });
