@@ -30,7 +30,11 @@ def run_of(path, options: dict, prompts: list[str]):
     [
         (
             {"kl_coef": 0.3, "reward": "out/rm", "data": "out/data/films"},
-            "PPO to please the reward out/rm, on prompts of “films”",
+            "PPO to please “rm”, on prompts of “films”, and held near",
+        ),
+        (
+            {"kl_coef": 0, "reward": "/home/x/out/rm:1,rewards/len.py:short:0.1", "data": "d", "estimator": "grpo"},
+            "GRPO to please “rm:1, len.py:short:0.1”, on prompts of “d”.",
         ),
         ({"beta": 0.1, "loss": "ipo", "data": "out/data/pairs"}, "IPO on the preferences in “pairs”"),
         ({"data": "out/data/films", "init": None}, "Trained on the texts of “films”"),

@@ -9,6 +9,12 @@ from rlhf.infra.files import read_lines
 
 NOTHING = {"tuned": None, "prompts": []}
 EXAMPLES = 3
+METHODS = {
+    "rloo": "RLOO",
+    "grpo": "GRPO",
+    "dr_grpo": "Dr. GRPO",
+    "reinforce++": "REINFORCE++",
+}  # of estimators; else PPO
 LONGEST = 300  # characters of an example
 
 
@@ -17,7 +23,8 @@ def about(init: str | Path, tokenizer: Tokenizer, chat: Chat | None) -> dict:
 
     A model without a run beside it has neither. ValueError where the run's files are damaged.
     """
-    run = next((path for path in (Path(init), Path(init).parent) if (path / "run.json").is_file()), None)
+    places = (Path(init), Path(init).parent) if Path(init).is_dir() else ()  # a name or a file has no run
+    run = next((path for path in places if (path / "run.json").is_file()), None)
     if run is None:
         return NOTHING
     rows = read_lines(run / "samples.jsonl")
@@ -30,10 +37,11 @@ def sentence(options: dict) -> str | None:
     """What the options of run.json mean, in words; None where they are no training's of ours."""
     data = f"“{Path(str(options.get('data'))).name}”"
     if "kl_coef" in options:
-        reward = str(options.get("reward"))
-        return (
-            f"Tuned with PPO to please the reward {reward}, on prompts of {data}, and held near the model it came from."
-        )
+        reward = ", ".join(
+            part.rpartition("/")[2] for part in str(options.get("reward")).split(",")
+        )  # no paths of ours
+        near = ", and held near the model it came from" if options["kl_coef"] else ""
+        return f"Tuned with {METHODS.get(options.get('estimator'), 'PPO')} to please “{reward}”, on prompts of {data}{near}."
     if "beta" in options:
         return f"Tuned with {str(options.get('loss', 'dpo')).upper()} on the preferences in {data}."
     if "data" in options:
