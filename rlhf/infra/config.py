@@ -65,8 +65,8 @@ def options_typed(Config: type, argv: list[str]) -> dict:
         if not name.startswith("--") and not equals:
             raise ValueError(f"{word!r} is not an option: write --name=value; --help lists the names")
         name = name.removeprefix("--").replace("-", "_")
-        if name not in (*names, "config"):
-            close = difflib.get_close_matches(name, names, n=1) or [full for full in names if full.startswith(name)]
+        if name not in (known := [*names, "config"]):
+            close = difflib.get_close_matches(name, known, n=1) or [full for full in known if full.startswith(name)]
             hint = f"did you mean --{close[0]}?" if close else "--help lists the options"
             raise ValueError(f"unknown option --{name}; {hint}")
         if name in given:
