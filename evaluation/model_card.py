@@ -212,25 +212,26 @@ def model_card(name: str, spec: str, command: list[str], form: str, measured: di
 
     form: hf, int8, gguf, peft, or classifier; measured: its receipt, see evaluation/receipt.py.
     """
-    origin, found = origin_of(spec), evaluation_of(spec)
+    origin, evaluated = origin_of(spec), evaluation_of(spec)
     data = list(dict.fromkeys(file for stage in origin.stages for file in data_of(stage.options)))
     head: dict = {}
     if origin.hub:
-        head |= {"base_model": origin.hub, "base_model_relation": relation(origin, form)}
+        head["base_model"] = origin.hub
+        head |= {"base_model_relation": how} if (how := relation(origin, form)) else {}
     head |= {"license": origin.licence} if origin.licence else {}
     head |= {"library_name": LIBRARIES[form]} if form in LIBRARIES else {}
     head["pipeline_tag"] = "text-classification" if form == "classifier" else "text-generation"
     head["tags"] = ["plain-rlhf", *dict.fromkeys(TAGS[stage.kind] for stage in origin.stages if stage.kind in TAGS)]
     head |= {"datasets": data} if data else {}
-    if found and form != "classifier":
-        head["model-index"] = model_index(name, *found, data)
+    if evaluated and form != "classifier":
+        head["model-index"] = model_index(name, *evaluated, data)
     parts = [f"---\n{yaml(head)}---", f"# {markdown(name)}", opening(origin), use(form)]
     commands = [command_of(stage) for stage in origin.stages] + [command]
     parts += ["## How it was made", fenced("sh", "\n".join(printable(shlex.join(one)) for one in commands))]
     parts += [checksums(origin)] if origin.stages else []
-    if found and form != "classifier":
-        rows = {key: found[0]["rows"][key] for key in ("base", found[1]) if key in found[0]["rows"]}
-        parts += ["## Evaluation", f"{found[0]['prompts']} held-out prompts, 95% intervals over prompts."]
+    if evaluated and form != "classifier":
+        rows = {key: evaluated[0]["rows"][key] for key in ("base", evaluated[1]) if key in evaluated[0]["rows"]}
+        parts += ["## Evaluation", f"{evaluated[0]['prompts']} held-out prompts, 95% intervals over prompts."]
         parts += [markdown_table(*results_table(rows))]
     if measured:
         parts += ["## What the export cost", fenced("", receipt.lines(measured))]
@@ -244,9 +245,11 @@ USE = {
 }
 
 
-def relation(origin: Origin, form: str) -> str:
-    """In the Hub's words."""
-    return "adapter" if form == "peft" else "finetune" if origin.stages or form == "hf" else "quantized"
+def relation(origin: Origin, form: str) -> str | None:
+    """In the Hub's words; None for the base itself in other files."""
+    if form == "peft":
+        return "adapter"
+    return "finetune" if origin.stages else "quantized" if form == "int8" else None
 
 
 def opening(origin: Origin) -> str:

@@ -122,6 +122,7 @@ def test_a_card_of_two_runs_on_a_model_of_the_hub(base, tmp_path):
     _, of_base = card_of(base, form="int8")
     assert (of_base.base_model, of_base.to_dict()["base_model_relation"]) == ("Some-One/A.Model", "quantized")
     assert of_base.model_name is None
+    assert "base_model_relation" not in card_of(base)[1].to_dict()  # the same model in other files
 
 
 def test_what_is_unknown_is_left_out(base, tmp_path):
