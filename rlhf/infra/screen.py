@@ -91,8 +91,9 @@ def sample_table(rows: Sequence[dict], width: int | None = None) -> str:
     for row in rows:
         numbers = [f"{name} {number(value):>8}" for name, value in row.items() if not isinstance(value, str | list)]
         texts = {name: printable(value) for name, value in row.items() if isinstance(value, str)}
-        if len(prompt := texts.get("prompt", "")) > cut // 2:
-            texts["prompt"] = f"... {prompt[-(cut // 2) :]}"
+        room = width or cut // 2
+        if len(prompt := texts.get("prompt", "")) > room:
+            texts["prompt"] = f"... {prompt[-room:]}"
         text = " | ".join(texts.values())
         if width is None:
             lines.append("  ".join(["   ", *numbers, text])[:cut])
