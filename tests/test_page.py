@@ -638,10 +638,14 @@ def test_forty_votes_change_what_the_reward_model_prefers(world, browser):
     assert old in (0.0, 1.0)  # it is sure, of every prompt
     path = world.path / "forty.sqlite"
     store = FeedbackStore(path, repeats=0)
-    for i in range(41):  # one may lie open before the first rater when the second begins
+    for i in range(41):  # one lies open before the second rater while the first one votes
         prompt = store.add_prompt(f"the film number {i} is")
         sides = (store.add_completion(prompt, store.add_model("lm"), text) for text in (voted, other))
         store.make_comparison(*sides)
+    terminal = subprocess.Popen(
+        [sys.executable, "-m", "rlhf.feedback", f"--store={path}", "--rater=dan"], cwd=ROOT, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
     with tiny_server.serving(world.path, "--feedback=forty.sqlite", says="no chat: ") as server:
         page = browser.new_page()
         page.goto(server.url)
@@ -655,10 +659,6 @@ def test_forty_votes_change_what_the_reward_model_prefers(world, browser):
             side = "b" if page.text_content("#right") == voted else "a"
             press(page, side, f"Stored: {side.upper()} is better", f"{number + 1} of")
         page.close()
-    terminal = subprocess.Popen(
-        [sys.executable, "-m", "rlhf.feedback", f"--store={path}", "--rater=dan"], cwd=ROOT, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
     for _ in range(10):  # reads what is shown, as a person would
         shown, side = {}, ""
         while len(shown) < 2:
