@@ -113,6 +113,12 @@ def converse(cfg: Config, opened: Pretrained, chat: Chat | None, stop_ids: set[i
             tell(f"error: {error}")
             talk = before
             continue
+        except KeyboardInterrupt as stop:  # before its first word, or with nobody to read along
+            if not (somebody and by_keyboard(stop)):
+                raise
+            tell("stopped")
+            talk = before
+            continue
         if chat:
             talk.append({"role": "assistant", "content": text})
         turn += 1
