@@ -44,6 +44,11 @@ def test_a_device_that_is_not_there_is_one_line(world, script):
     assert (done.code, done.err) == (2, "error: torch finds no GPU of Apple's (mps) here; use cpu, or auto\n")
 
 
+def test_the_server_chooses_by_the_same_rule(world):
+    done = world.start(["serve.py", "--init=lm", "--device=cuda", "--port=0"]).wait()
+    assert (done.code, done.err) == (2, "error: torch finds no CUDA GPU here; use cpu, or auto\n")
+
+
 def test_what_apples_gpu_is_refused():
     for precision in ("bf16", "fp16"):
         with pytest.raises(ValueError, match="mps"):
