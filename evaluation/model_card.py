@@ -154,7 +154,9 @@ def data_of(options: dict) -> list[str]:
 
 
 def evaluation_of(spec: str) -> tuple[dict, str] | None:
-    """(summary.json of evaluate.py, the name of the model's row in it): of the run, or beside it, and not older than it."""
+    """(summary.json of evaluate.py, the name of the model's row in it): of the run, or beside it, of these weights and not
+    older than they are.
+    """
     run = run_of(spec) or Path(spec)
     for place in (run, run / "evaluation", run.parent, run.parent / "evaluation"):
         file = place / "summary.json"
@@ -167,9 +169,17 @@ def evaluation_of(spec: str) -> tuple[dict, str] | None:
             continue
         for one in tuned:
             row = "tuned" if len(tuned) == 1 else one
-            if Path(one).resolve() in (Path(spec).resolve(), run.resolve()) and row in rows:
+            if weights_of(one) == weights_of(spec) and row in rows:
                 return summary, row
     return None
+
+
+def weights_of(spec: str) -> Path:
+    """Where a model's weights lie: of a run the newest checkpoint, which is neither an earlier one nor `best`."""
+    try:
+        return checkpoint.resolve(spec).resolve()
+    except (OSError, ValueError):  # a file, or a name
+        return Path(spec).resolve()
 
 
 def written(spec: str) -> float:
@@ -212,7 +222,8 @@ def model_card(name: str, spec: str, command: list[str], form: str, measured: di
 
     form: hf, int8, gguf, peft, or classifier; measured: its receipt, see evaluation/receipt.py.
     """
-    origin, evaluated = origin_of(spec), evaluation_of(spec)
+    origin, measured = origin_of(spec), measured or {}
+    evaluated = None if "dropped" in measured else evaluation_of(spec)  # without some of its layers it is another model
     data = list(dict.fromkeys(file for stage in origin.stages for file in data_of(stage.options)))
     head: dict = {}
     if origin.hub:
@@ -231,8 +242,8 @@ def model_card(name: str, spec: str, command: list[str], form: str, measured: di
     parts += [checksums(origin)] if origin.stages else []
     if evaluated and form != "classifier":
         rows = {key: evaluated[0]["rows"][key] for key in ("base", evaluated[1]) if key in evaluated[0]["rows"]}
-        parts += ["## Evaluation", f"{evaluated[0]['prompts']} held-out prompts, 95% intervals over prompts."]
-        parts += [markdown_table(*results_table(rows))]
+        said = f"Before the export: {evaluated[0]['prompts']} held-out prompts, 95% intervals over prompts."
+        parts += ["## Evaluation", said, markdown_table(*results_table(rows))]
     if measured:
         parts += ["## What the export cost", fenced("", receipt.lines(measured))]
     return "\n\n".join(parts) + "\n"

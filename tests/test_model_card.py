@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from data.fetch import MODELS
 from evaluation.model_card import flow, head_in, model_card, named, origin_of, yaml
+from rlhf.infra import checkpoint
 from rlhf.infra.files import write_json
 from rlhf.lm.pretrained import digest_of
 
@@ -123,6 +125,31 @@ def test_a_card_of_two_runs_on_a_model_of_the_hub(base, tmp_path):
     assert (of_base.base_model, of_base.to_dict()["base_model_relation"]) == ("Some-One/A.Model", "quantized")
     assert of_base.model_name is None
     assert "base_model_relation" not in card_of(base)[1].to_dict()  # the same model in other files
+
+
+def test_an_evaluation_is_of_the_weights_that_are_exported(base, tmp_path):
+    run = write_run(tmp_path / "ppo", base, kl_coef=0.11)
+    for name in ("config.json", "model.safetensors"):
+        (run / name).unlink()
+    for step in (10, 20):
+        checkpoint.save_step(run, step, {"w": torch.full((2,), float(step))}, {"kind": "lm"}, {"done": step})
+    size, speed = {"before": 8, "after": 4}, {"before": 8.0, "after": 4.0, "threads": 1}
+    receipt = {
+        "bytes": size,
+        "perplexity": size,
+        "tokens_per_s": speed,
+        "kl": 0.1,
+        "top1": 1.0,
+        "tokens": 9,
+        "text": "x",
+    }
+    write_json(tmp_path / "summary.json", SUMMARY)  # of the run: of step 20
+    for spec in ("ppo", "ppo/step_000020"):
+        assert card_of(spec)[1].eval_results is not None
+    assert card_of("ppo/step_000010")[1].eval_results is None
+    assert "## Evaluation" in card_of("ppo", measured=receipt)[0]
+    text, data = card_of("ppo", measured=receipt | {"dropped": {"first": 1, "layers": 1}})
+    assert data.eval_results is None and "## Evaluation" not in text  # fewer layers: another model
 
 
 def test_what_is_unknown_is_left_out(base, tmp_path):
