@@ -83,6 +83,15 @@ def test_what_came_from_where_is_one_line(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
+def test_a_recipe_may_have_a_table_for_whatever_has_options(tmp_path):
+    places = [*ROOT.glob("*.py"), *ROOT.glob("evaluation/*.py"), *ROOT.glob("rlhf/*/*.py")]
+    having = [file for file in places if "parse(Config)\n" in file.read_text(encoding="utf-8")]
+    names = {file.parent.name if file.stem == "__main__" else file.stem for file in having}
+    assert {"train_ppo", "card", "track", "feedback"} <= names == option_files.commands()
+    tables = "".join(f"[{name}]\nzzz = 1\n" for name in sorted(names))
+    assert parse(tmp_path, f"[test_option_files]\nsteps = 3\n{tables}").steps == 3
+
+
 @pytest.mark.parametrize(
     "name, text, argv, message",
     [

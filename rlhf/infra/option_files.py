@@ -32,8 +32,8 @@ def read_options(spec: str, script: str, names: Collection[str]) -> tuple[str, d
     options = {name: value for name, value in found.items() if not isinstance(value, dict)}
     tables = {name: value for name, value in found.items() if isinstance(value, dict)}
     for table in tables:
-        if table not in (known := [script, *commands()]):
-            raise ValueError(f"{file}: [{table}] is no script; {nearest(table, known)}")
+        if table not in (known := {script, *commands()}):
+            raise ValueError(f"{file}: [{table}] is no script; {nearest(table, sorted(known))}")
     if tables and script not in tables and not options:
         raise ValueError(f"{file} has options for {', '.join(tables)}, and none for {script}")
     chosen = {}
@@ -63,8 +63,11 @@ def presets() -> list[str]:
     return sorted(file.stem for file in PRESETS.glob("*.toml"))
 
 
-def commands() -> list[str]:
-    return sorted(file.stem for file in ROOT.glob("*.py"))
+def commands() -> set[str]:
+    """What has options, by the names that tables give it: the scripts, `python -m rlhf.track`, and what evaluate.py does."""
+    modules = {file: file.stem for file in (*ROOT.glob("*.py"), *ROOT.glob("evaluation/*.py"))}
+    modules |= {file: file.parent.name for file in ROOT.glob("rlhf/*/__main__.py")}
+    return {name for file, name in modules.items() if "\nclass Config:\n" in file.read_text(encoding="utf-8")}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
