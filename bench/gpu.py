@@ -124,7 +124,7 @@ def main() -> None:
     device, ends = distributed.setup().device, time.perf_counter() + cfg.budget
     signal.signal(signal.SIGALRM, overtime)
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    failed, undone = 0, set()
+    failed, undone = 0, {step.name for step in STEPS if step not in chosen}
     with tempfile.TemporaryDirectory() as scratch, open(cfg.out, "w") as out:
         place = Place(device, cfg.small, Path(scratch))
         for i, step in enumerate(chosen):

@@ -19,3 +19,10 @@ def test_a_step_whose_files_are_missing_is_left_out_and_does_not_fail(tmp_path):
     assert first.startswith("took longer than")
     names = [line["step"] for line in lines]
     assert later == [f"{needed!r} made no files" for needed in names[:-1]]
+
+
+def test_a_step_is_left_out_too_where_nobody_chose_the_one_that_it_needs(tmp_path):
+    words = ["--steps=scripts resume", "--small=true", f"--out={tmp_path}/gpu.jsonl"]
+    subprocess.run([sys.executable, ROOT / "bench" / "gpu.py", *words], check=True, cwd=tmp_path)
+    (line,) = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert line["left_out"] == "'scripts train_ppo' made no files"
