@@ -48,6 +48,8 @@ class Config:
 def main() -> None:
     cfg = config.parse(Config)
     out, places = Path(cfg.out), pages()
+    if out.is_file() or out.is_dir() and any(out.iterdir()) and not (out / "pages").is_dir():
+        raise ValueError(f"--out={out} would be made anew, and holds something else: name another directory")
     shutil.rmtree(out, ignore_errors=True)
     (out / "pages" / "assets").mkdir(parents=True)
     settings = (ROOT / "docs" / "zensical.toml").read_text(encoding="utf-8")

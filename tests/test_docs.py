@@ -97,3 +97,13 @@ def test_the_search_works_from_a_disk_and_asks_nobody(tmp_path, monkeypatch, bro
     page.get_by_role("link", name=re.compile("method", re.IGNORECASE)).first.wait_for()
     assert field.input_value() == "whitened advantages" and {url.partition(":")[0] for url in asked} == {"file"}
     page.close()
+
+
+def test_a_directory_of_something_else_is_not_made_anew(tmp_path, monkeypatch):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
+    for place in (tmp_path, mine):
+        monkeypatch.setattr(sys, "argv", ["build.py", f"--out={place}"])
+        with pytest.raises(ValueError, match="holds something else: name another directory"):
+            build.main()
+    assert mine.read_text() == "mine"
