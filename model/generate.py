@@ -117,7 +117,7 @@ def draw(
     where the row's logits gave a distribution.
     """
     if drawn_on(logits.device) != logits.device:
-        return tuple(x.to(logits.device) for x in draw(logits.cpu(), uniforms, temperature, top_k, top_p))
+        return tuple(x.to(logits.device) for x in draw(logits.cpu(), uniforms, temperature, top_k, top_p, min_p))
     if len(logits) > SAMPLED_AT_ONCE and logits.is_cpu:
         parts = zip(
             logits.split(SAMPLED_AT_ONCE),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import ROOT
 
+from model import generate
 from model.generate import drawn_on
 from rlhf.infra import offload, optim
 from rlhf.infra.distributed import device_of
@@ -79,3 +80,16 @@ def test_what_becomes_float64_is_on_the_host():
         wide = [ast.unparse(f.value) for f in calls if isinstance(f, ast.Attribute) and f.attr == "double"]
         wrong += [f"{name}: {x}" for x in wide if ".cpu()" not in x and not {name, x} & ON_THE_HOST]
     assert wrong == []
+
+
+def test_the_host_draws_with_every_setting(monkeypatch):
+    """A device that is not where it draws: what the host draws there is what it draws for itself."""
+    logits = torch.randn(40, 50, generator=torch.Generator().manual_seed(1)) * 3
+    uniforms = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    settings = [(1.0, 0, 1.0, 0.3), (0.7, 3, 1.0, 0.0), (1.3, 0, 0.5, 0.0)]
+    here = [generate.draw(logits, uniforms, *how) for how in settings]
+    for how, expected in zip(settings, here):
+        asked = iter([APPLE])  # then the host
+        monkeypatch.setattr(generate, "drawn_on", lambda device, asked=asked: next(asked, device))
+        for x, y in zip(generate.draw(logits, uniforms, *how), expected):
+            assert torch.equal(x, y)
