@@ -326,8 +326,8 @@ def prompt_options(cfg: Config, *more: str) -> dict:
 def votes_command(cfg: Config, here: Path) -> list[str]:
     """The votes as data of the same tokenizer, and of the same template where the prompts are conversations."""
     prepare = [
-        "-m",
-        "data.prepare",
+        str(ROOT / "plain_rlhf.py"),  # not -m data.prepare: where this runs may be another `data`
+        "prepare",
         str(here / "preferences.jsonl"),
         f"--tokenizer={cfg.data}",
         f"--out={here / 'data'}",

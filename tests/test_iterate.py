@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 
 import numpy as np
@@ -19,6 +20,7 @@ from data.examples import Examples
 from data.loader import pad
 from data.tokenizer import load_tokenizer
 from rlhf.feedback.store import Comparison, FeedbackStore
+from rlhf.infra.files import write_lines
 
 OURS = ("init", "data", "out", "reward", "base", "tuned", "sources", "response_tokens", "prompt_tokens", "judge")
 
@@ -290,3 +292,14 @@ class Bytes:
 
     def decode(self, ids: list[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+def test_votes_are_prepared_where_somebody_elses_data_lies(world, tmp_path):
+    (tmp_path / "data.py").write_text("raise SystemExit('mine')")
+    rows = [{"prompt": "the film", "chosen": f" is good {i}", "rejected": " is bad"} for i in range(9)]
+    here = tmp_path / "round_1"
+    write_lines(here / "preferences.jsonl", rows)
+    command = iterate.votes_command(iterate.Config(data=str(world.path / "data")), here)
+    environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and (here / "data" / "manifest.json").exists(), done
