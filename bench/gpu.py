@@ -444,8 +444,8 @@ def decode(place: Place, name: str, batch: int, layout: str, kind: str) -> dict:
     stops = list(range(0, shape.model.vocab_size, 32))  # of what is drawn one in 32: a mean of 32 tokens
     found["ragged_rollout_ms"] = short(ms(place, lambda: rollout(shape.response, stops), repeats=1))
     found |= profiled(place, rollout, 8 if shape.response > 9 else 4) | memory(place)
-    parts = planned(place, shape, batch, batch, layout, kind)
-    return found | {"planned_gb": short(sum(parts[part] for part in ("weights", "cache", "logits")) / 1e9)}
+    parts = planned(place, shape, batch, batch, layout, kind) | {"optimiser": 0}  # nothing learns here
+    return found | {"planned_gb": short(plan.phases(parts)["act"] / 1e9)}
 
 
 def profiled(place: Place, rollout: Callable[[int], object], steps: int) -> dict:
@@ -546,6 +546,7 @@ def iteration(place: Place, name: str, batch: int) -> dict:
     for number in range(2):
         clock = Clock()
         samples = sampled(place, roles, precision, shape, batch, shape.response)
+        roles.rest()
         clock.lap("rollout_s")
         rollout = judged(roles, precision, samples, micro_batch)
         clock.lap("judge_s")
@@ -559,9 +560,7 @@ def iteration(place: Place, name: str, batch: int) -> dict:
     mismatch = (rollout.logprobs - rollout.sampler_logprobs).abs()[rollout.mask]
     found = {key: short(seconds) for key, seconds in clock.laps.items()} | memory(place)
     found |= {"logprob_diff_mean": short(float(mismatch.mean())), "logprob_diff_max": short(float(mismatch.max()))}
-    return found | {
-        "planned_gb": short(sum(planned(place, shape, batch, micro_batch, "shared", "bf16").values()) / 1e9)
-    }
+    return found | {"planned_gb": short(plan.peak(planned(place, shape, batch, micro_batch, "shared", "bf16")) / 1e9)}
 
 
 def beside_transformers(place: Place, batch: int) -> dict:
