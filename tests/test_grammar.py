@@ -170,6 +170,7 @@ def form(schema, **more) -> dict:
         (form({"$ref": "#"}), "NoExtension"),
         (form(json.loads('{"items":' * 300 + "{}" + "}" * 300)), "recursion limit"),
         (form({"allOf": [{"anyOf": [{"required": [f"{i}{k}"]} for k in range(10)]} for i in range(6)]}), "too large"),
+        (form({"items": {"properties": {f"k{i}": {} for i in range(2001)}}}), "2001 properties; at most 2000"),
         (form("x"), "an object with a schema"),
         (form({}, strict="yes"), "strict must be true or false"),
         ({"type": "json_schema"}, "an object with a schema"),
@@ -182,6 +183,29 @@ def test_what_is_no_schema_is_400_with_the_reason(ask, given, says):
     with pytest.raises(ApiError, match=says) as caught:
         ask(response_format=given)
     assert caught.value.status == 400 and "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("objects, each", [(1, 1500), (4, 400)])
+def test_many_properties_that_may_be_left_out_can_be_written(tokenizer, objects, each):
+    """The last of them, or none."""
+    library()
+    every = [{f"{k}x{i}": i for i in range(each)} for k in range(objects)]
+    schema = {
+        "anyOf": [
+            {"type": "object", "properties": dict.fromkeys(one, {"type": "integer"}), "additionalProperties": False}
+            for one in every
+        ]
+    }
+    compiled = grammar.Grammar(schema, tokenizer)
+    words, eos = grammar.Words(tokenizer).tokens, tokenizer.eos
+    for value in ({}, {f"{objects - 1}x{each - 1}": 7}):
+        guide, left = compiled.start(), json.dumps(value).encode()
+        while left:
+            allowed = guide.allowed(tokenizer.vocab_size, [eos]).nonzero()[:, 0].tolist()
+            i = max((i for i in allowed if words[i] and left.startswith(words[i])), key=lambda i: len(words[i]))
+            guide.push(i)
+            left = left[len(words[i]) :]
+        assert guide.allowed(tokenizer.vocab_size, [eos])[eos]
 
 
 def test_an_answer_that_is_begun_has_no_schema(ask):

@@ -18,6 +18,7 @@ STYLE = {
     "item_separator": ", ",
     "key_separator": ": ",
 }  # json.dumps': one way to write it
+MOST_PROPERTIES = 2000  # of all objects of a schema together: 0.3 s to compile, and the time grows with their square
 
 
 class Grammar:
@@ -25,8 +26,12 @@ class Grammar:
 
     def __init__(self, schema: dict | bool, tokenizer: Tokenizer):
         llguidance = library()
+        if (count := properties(schema)) > MOST_PROPERTIES:
+            raise ValueError(f"has {count} properties; at most {MOST_PROPERTIES} are taken")
+        # its own 2000 items end a text, with an error, in an object of 500 properties that may be left out
+        limits = llguidance.LLParserLimits(max_items_in_row=50 * MOST_PROPERTIES, step_max_items=250 * MOST_PROPERTIES)
         grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=STYLE)
-        self.matcher = llguidance.LLMatcher(vocabulary(tokenizer), grammar, log_level=0)
+        self.matcher = llguidance.LLMatcher(vocabulary(tokenizer), grammar, log_level=0, limits=limits)
         first = self.matcher.deep_copy()  # some schemas show only then that they lead nowhere, or into too much
         first.compute_bitmask()
         if first.is_error():
@@ -34,6 +39,20 @@ class Grammar:
 
     def start(self) -> "Guide":
         return Guide(self.matcher.deep_copy())
+
+
+def properties(schema) -> int:
+    """How many properties the objects of a schema have, those within others included."""
+    count, left = 0, [schema]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            given = value.get("properties")
+            count += len(given) if isinstance(given, dict) else 0
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+    return count
 
 
 class Guide:
