@@ -388,6 +388,10 @@ def test_errors_are_those_of_the_client(client, server):
     assert (status, body["error"]["type"]) == (413, "invalid_request_error")
     for raw in (b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"prompt": "\\ud800"}', b'{"prompt": "a", "top_p": NaN}'):
         assert server.request("/v1/completions", raw=raw)[0] == 400
+    strange = ('"metadata": 5', '"metadata": {"a": 1}', '"metadata": {"a": NaN}', '"text": {"a": 1e999}')
+    for more in itertools.product(("", '"stream": true, '), strange):  # which /v1/responses would repeat
+        raw = f'{{"input": "a", "max_output_tokens": 1, {"".join(more)}}}'.encode()
+        assert server.request("/v1/responses", raw=raw)[0] == 400
     assert server.request("/v1/completions")[0] == 405 and server.request("/v1/nothing")[0] == 404
     client.completions.create(**good, extra_body={"nobody_knows": 1, "frequency_penalty": 0})
 

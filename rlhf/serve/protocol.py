@@ -121,8 +121,13 @@ class Call:
 
 
 def parse_body(raw: bytes) -> dict:
+    def finite(word: str) -> float:  # Python also reads NaN and Infinity, and 1e999 as one: no answer could repeat them
+        if not math.isfinite(number := float(word)):
+            raise ApiError(400, f"the body has the number {word:.40}; numbers must be finite")
+        return number
+
     try:
-        body = json.loads(raw)
+        body = json.loads(raw, parse_float=finite, parse_constant=finite)
     except (ValueError, RecursionError):
         raise ApiError(400, "the body is not JSON") from None
     if not isinstance(body, dict):
@@ -140,8 +145,6 @@ def take(body: dict, name: str, kind: type, default=None, low: float | None = No
     if type(value) is not kind:
         names = {int: "an integer", float: "a number", str: "a text", bool: "true or false", dict: "an object"}
         raise ApiError(400, f"{name} must be {names[kind]}", name)
-    if kind is float and not math.isfinite(value):
-        raise ApiError(400, f"{name} must be a finite number", name)
     if low is not None and value < low or high is not None and value > high:
         bounds = (
             f"between {low} and {high}"
@@ -192,7 +195,7 @@ def steering(body: dict, vocab_size: int) -> Steering | None:
     if len(given) > MOST_BIASES:
         raise ApiError(400, f"logit_bias has {len(given)} tokens; at most {MOST_BIASES} are taken", "logit_bias")
     for word in given:
-        if not re.fullmatch("[0-9]{1,9}", word) or int(word) >= vocab_size:
+        if not re.fullmatch("0|[1-9][0-9]{0,8}", word) or int(word) >= vocab_size:
             message = f"logit_bias must be of token ids between 0 and {vocab_size - 1}, not {word!r:.40}"
             raise ApiError(400, message, "logit_bias")
         value = take({"logit_bias": given[word]}, "logit_bias", float, 0.0, -100, 100)
@@ -315,7 +318,7 @@ def prompts_of(
         return [[*start, *tokenizer.encode(text(one, name))] for one in prompt], prompt, len(start)
     for one in prompt:
         if not isinstance(one, list) or not one or not all(type(i) is int for i in one):
-            raise ApiError(400, f"a {name} of token ids must be a list of at least one integer", name)
+            raise ApiError(400, f"{name} of token ids must be a list of at least one integer", name)
         if not 0 <= min(one) <= max(one) < tokenizer.vocab_size:
             raise ApiError(400, f"token ids must be between 0 and {tokenizer.vocab_size - 1}", name)
     return prompt, None, 0

@@ -34,6 +34,9 @@ def parse_responses(body: dict, tokenizer: Tokenizer, chat: Chat | None, limits:
     check_unsupported(body, UNTAKEN)
     take(body, "max_output_tokens", int, None, 1, limits.max_tokens)
     include, form = body.get("include") or [], take(body, "text", dict, {})
+    for key, value in take(body, "metadata", dict, {}).items():  # the answer repeats it
+        for what, name in ((key, "a name of metadata"), (value, f"metadata.{key:.40}")):
+            text(what, name, "metadata")
     if not isinstance(include, list):
         raise ApiError(400, "include must be a list", "include")
     if body.get("top_logprobs") and LOGPROBS not in include:
