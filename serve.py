@@ -229,7 +229,7 @@ async def watch(cfg: Config, key: str | None, listener: socket.socket) -> None:
     """The page with a run alone, until a signal ends it: no model is opened."""
     limits = (cfg.timeout, cfg.patience, cfg.max_body)
     service = Service((), STARTED, None, None, *limits, key, parse_origins(cfg.origins, key), run=Watched(cfg.run))
-    server = door(cfg, service, 2 * cfg.queue, quiet=False)
+    server = door(cfg, service, 2 * cfg.queue + 16, quiet=False)
     listener.listen(128)
     print(f"showing {cfg.run} at {address(cfg, listener)}", flush=True)
     await server.serve(sockets=[listener])

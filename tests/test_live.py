@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 
 import pytest
 import tiny_server
@@ -144,6 +145,11 @@ def test_only_files_of_the_run_are_read(tmp_path):
     assert seen(run)["problem"]
 
 
+def test_a_number_that_rounding_makes_infinite_is_a_problem_said(tmp_path):
+    largest = sys.float_info.max
+    assert seen(write(tmp_path / "ppo", metrics=[{"step": 0, "objective/kl": largest}]))["problem"]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     home = tmp_path_factory.mktemp("live")
@@ -152,7 +158,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(run):
-    with tiny_server.serving(run.parent, "--run=ppo", init=None) as server:
+    with tiny_server.serving(run.parent, "--run=ppo", "--queue=0", init=None) as server:
         yield server
 
 

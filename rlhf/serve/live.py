@@ -43,7 +43,7 @@ class Watched:
             tag = self.tag_now()
             if tag != self.tag:
                 try:
-                    found = self.state()
+                    content = strict(self.state())
                 except (
                     ValueError,
                     TypeError,
@@ -52,8 +52,8 @@ class Watched:
                     ArithmeticError,
                     OSError,
                 ) as error:  # not our file
-                    found = {"name": self.name, "problem": f"this run cannot be read: {error}"}
-                self.tag, self.content = tag, json.dumps(found, allow_nan=False, separators=(",", ":")).encode()
+                    content = strict({"name": self.name, "problem": f"this run cannot be read: {error}"})
+                self.tag, self.content = tag, content
             return self.tag, self.content
 
     def tag_now(self) -> str:
@@ -120,6 +120,11 @@ class Watched:
         rows = [row for row in rows if "objective/kl" in row]
         found = diagnose(rows, options, samples, stops_of(self.path) if own else ())
         return in_words(found, len(rows)).split("\n")
+
+
+def strict(found: dict) -> bytes:
+    """As JSON; ValueError for a number that is none."""
+    return json.dumps(found, allow_nan=False, separators=(",", ":")).encode()
 
 
 def is_number(x) -> bool:
