@@ -343,7 +343,7 @@ class Other(http.server.BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def do_GET(self):
-        models = {"object": "list", "data": [{"id": "other", "max_model_len": 128}]}
+        models = {"object": "list", "data": [{"id": "other", "max_model_len": 128}, {"id": "other:reference"}]}
         self.answer(models if self.path == "/v1/models" else {}, 200 if self.path == "/v1/models" else 404)
 
     def do_POST(self):

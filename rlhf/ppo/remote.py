@@ -188,10 +188,10 @@ class Others:
     def check(self, server: Server, longest: int, response: int, end: float) -> About:
         told = server.ask("GET", "/v1/models", None, end, Lines())
         try:
-            (model,) = told["data"]
+            model = told["data"][0]  # the others are adapters of it, or its reference
             self.names[server.url], width = str(model["id"]), model.get("max_model_len")
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise ValueError("does not say at /v1/models that it serves one model") from None
+        except (LookupError, TypeError, AttributeError):
+            raise ValueError("does not say at /v1/models which model it serves") from None
         if width is not None and (type(width) is not int or width < longest + response):
             raise ValueError(f"has room for {width} tokens; this run needs {longest + response}")
         return About("bf16", MOST_CHOICES, MOST_THREADS)  # it does not say; a coarser tolerance is no harm
