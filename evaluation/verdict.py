@@ -83,11 +83,12 @@ def of_evaluation(source: Source) -> Verdict | None:
 
 
 def moved(gain: Estimate) -> str:
-    """`rose by +.35 [.28, .41]`, where the interval says so."""
-    by = f"{brief(gain.value, '+')} {interval(gain)}"
-    if gain.low > 0 or gain.high < 0:
-        return f"{'rose' if gain.low > 0 else 'fell'} by {by}"
-    return f"did not move beyond chance, {by},"
+    """`rose by +.35 [.28, .41]`, `fell by .20 [.10, .30]`, where the interval says so."""
+    if gain.low > 0:
+        return f"rose by {brief(gain.value, '+')} {interval(gain)}"
+    if gain.high < 0:
+        return f"fell by {brief(-gain.value)} {interval(Estimate(-gain.value, -gain.high, -gain.low))}"
+    return f"did not move beyond chance, {brief(gain.value, '+')} {interval(gain)},"
 
 
 def beside_training(rows: dict[str, dict], what: str, right: bool) -> str:

@@ -370,7 +370,7 @@ def evaluated(what: str, mean: float, low: float, high: float, **more) -> dict:
     "files, said, note",
     [
         (evaluated("judge", 0.348, 0.283, 0.412), "The judge rose by +.35 [.28, .41] at 7.0 nats; tuned answers", ".06"),
-        (evaluated("judge", -0.2, -0.3, -0.1), "The judge fell by -.20 [-.30, -.10] at 7.0 nats; tuned answers win 50%.", ""),
+        (evaluated("judge", -0.2, -0.3, -0.1), "The judge fell by .20 [.10, .30] at 7.0 nats; tuned answers win 50%.", ""),
         (evaluated("judge", 0.01, -0.1, 0.12), "The judge did not move beyond chance, +.01 [-.10, .12], at 7.0 nats; ", ""),
         (evaluated("reward", 1.0, 0.5, 12.5), "The reward rose by +1.00 [.50, 12.5] at 7.0 nats; ", "No judge was asked"),
         (
