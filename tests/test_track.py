@@ -97,6 +97,9 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     write_run(tmp_path / "run", [(0, {"loss": 1.0})])
     with pytest.raises(FileNotFoundError, match="nowhere has no run.json"):
         track(monkeypatch, "nowhere", "tensorboard")
+    for option in ("project", "name"):
+        with pytest.raises(ValueError, match=f"--{option} has no effect with --to=tensorboard"):
+            track(monkeypatch, tmp_path / "run", "tensorboard", f"--{option}=mine")
     (tmp_path / "wandb").mkdir()  # as an offline run leaves it in the directory that Python looks into first
     monkeypatch.syspath_prepend(tmp_path)
     for to in TRACKERS:

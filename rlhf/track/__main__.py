@@ -23,8 +23,8 @@ class Config:
     run: str  # run directory of a train script; the word "--run" may be left out
     to: Literal["tensorboard", "wandb", "trackio"]  # who shows it; each is installed by pip under that name
     out: str | None = None  # where event files or offline runs go, with a note of what was sent; none = RUN/TO
-    project: str = "plain-rlhf"  # at wandb and trackio, which keep runs in projects
-    name: str | None = None  # of the run there; none = the directory's
+    project: str = "plain-rlhf"  # where runs are kept [to=wandb|trackio]
+    name: str | None = None  # of the run there; none = the directory's [to=wandb|trackio]
     follow: bool = False  # go on until the run has ended
     every: float = 5.0  # seconds between two looks at the run [follow=true]
 
