@@ -59,6 +59,13 @@ class Config:
             raise ValueError("temperature 0 always takes the likeliest token: samples, top_k and top_p have no effect")
         if self.system is not None and not (self.chat or self.prompts):
             raise ValueError("--system has no effect without --chat or --prompts")
+        is_data = self.prompts is not None and Path(self.prompts).is_dir()
+        if is_data and (self.chat or self.system is not None):
+            raise ValueError(
+                f"--prompts={self.prompts} is prepared data, in the form it was prepared in: --chat and --system have no effect"
+            )
+        if self.prompts is not None and not is_data and self.split != "test":
+            raise ValueError(f"--split has no effect: --prompts={self.prompts} is no prepared data, which has splits")
         if self.chat and self.prompt is None and self.prompts is None and self.samples > 1:
             raise ValueError(
                 "a conversation goes on from one answer: --samples has no effect with --chat and a keyboard"

@@ -101,6 +101,8 @@ def test_unknown_option(bad, script, wrong, meant):
         ("train_lm.py", {"init": "lm", "layers": None, "heads": None}, ("--width", "--init")),
         ("sample.py", {"prompt": "a", "prompts": "b"}, ("--prompt", "--prompts", "not both")),
         ("sample.py", {"prompt": "a", "temperature": 0, "top_k": 5}, ("temperature 0", "no effect")),
+        ("sample.py", {"prompts": "data", "chat": "true"}, ("--prompts=data", "--chat", "no effect")),
+        ("sample.py", {"prompts": "rewards.py", "split": "train"}, ("--split has no effect", "rewards.py")),
         ("train_lm.py", {"decay": "cosin"}, ("--decay=cosin", "linear|cosine|constant")),
         ("train_lm.py", {"lr": "fast"}, ("--lr=fast", "number")),
         ("train_lm.py", {"batch": 1.5}, ("--batch=1.5", "integer")),
