@@ -36,6 +36,7 @@ def run_of(path, options: dict, prompts: list[str]):
             {"kl_coef": 0, "reward": "/home/x/out/rm:1,rewards/len.py:short:0.1", "data": "d", "estimator": "grpo"},
             "GRPO to please “rm:1, len.py:short:0.1”, on prompts of “d”.",
         ),
+        ({"kl_coef": 0, "reward": None, "data": [], "estimator": []}, "PPO to please “None”"),
         ({"beta": 0.1, "loss": "ipo", "data": "out/data/pairs"}, "IPO on the preferences in “pairs”"),
         ({"data": "out/data/films", "init": None}, "Trained on the texts of “films”"),
         ({"data": "out/data/films", "init": "out/lm"}, "Fine-tuned on the texts of “films”"),

@@ -41,7 +41,8 @@ def sentence(options: dict) -> str | None:
             part.rpartition("/")[2] for part in str(options.get("reward")).split(",")
         )  # no paths of ours
         near = ", and held near the model it came from" if options["kl_coef"] else ""
-        return f"Tuned with {METHODS.get(options.get('estimator'), 'PPO')} to please “{reward}”, on prompts of {data}{near}."
+        method = METHODS.get(str(options.get("estimator")), "PPO")
+        return f"Tuned with {method} to please “{reward}”, on prompts of {data}{near}."
     if "beta" in options:
         return f"Tuned with {str(options.get('loss', 'dpo')).upper()} on the preferences in {data}."
     if "data" in options:
