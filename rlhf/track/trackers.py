@@ -37,7 +37,23 @@ class TensorBoard:
         self.writer.close()
 
 
-class WandB:
+class Kept:
+    """A tracker whose `run` keeps what it was once sent."""
+
+    def send(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+    def rewind(self, step: int) -> bool:
+        return False
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class WandB(Kept):
     """A run of Weights & Biases; WANDB_MODE=offline writes into `place` alone, for `wandb sync`."""
 
     def __init__(self, place: Path, project: str, name: str, run_id: str, options: dict, first: int):
@@ -50,20 +66,8 @@ class WandB:
         except wandb.errors.Error as error:  # no account, no network
             raise ValueError(f"wandb: {error}; WANDB_MODE=offline needs neither account nor network") from None
 
-    def send(self, step: int, values: dict[str, float]) -> None:
-        self.run.log(values, step=step)
 
-    def rewind(self, step: int) -> bool:
-        return False
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-class Trackio:
+class Trackio(Kept):
     """A run of Trackio, in its local database (TRACKIO_DIR), or in the Space that TRACKIO_SPACE_ID names."""
 
     def __init__(self, place: Path, project: str, name: str, run_id: str, options: dict, first: int):
@@ -71,18 +75,6 @@ class Trackio:
 
         quiet = dict(auto_log_cpu=False, auto_log_gpu=False, embed=False)
         self.run = trackio.init(project, name=f"{name}-{run_id}", config=options, resume="allow", **quiet)
-
-    def send(self, step: int, values: dict[str, float]) -> None:
-        self.run.log(values, step=step)
-
-    def rewind(self, step: int) -> bool:
-        return False
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self.run.finish()
 
 
 TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
