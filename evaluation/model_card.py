@@ -128,12 +128,15 @@ def head_in(yaml: str) -> dict[str, str]:
 
 
 def unquoted(text: str) -> str:
+    """What a scalar of YAML says, without its quotes, or without the comment behind it."""
     if text.startswith('"'):
         try:
             return str(json.loads(text))
         except ValueError:
             return text
-    return text[1:-1].replace("''", "'") if text.startswith("'") and text.endswith("'") else text
+    if text.startswith("'") and text.endswith("'"):
+        return text[1:-1].replace("''", "'")
+    return re.sub(r"\s+#.*", "", text)
 
 
 # --- what the run was taught with, and what was measured ---

@@ -59,6 +59,10 @@ def test_a_licence_is_read_from_a_head_that_another_library_wrote(text):
     assert head_in(reader.safe_dump({"license": None, "a": {"b": text}})).get("license") == "null"
 
 
+def test_a_comment_is_no_licence():
+    assert head_in("license: mit  # as LICENSE says\nname: 'a #b'") == {"license": "mit", "name": "a #b"}
+
+
 # ---- cards of runs
 
 
