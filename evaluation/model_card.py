@@ -217,6 +217,16 @@ def model_index(name: str, summary: dict, row: str, data: Sequence[str]) -> list
     return [{"name": name, "results": [{"task": {"type": "text-generation"}, "dataset": where, "metrics": metrics}]}]
 
 
+def evaluation(name: str, summary: dict, row: str, data: Sequence[str]) -> tuple[list[dict], str] | None:
+    """What the head and the text say of it; None where summary.json is not as evaluate.py writes it."""
+    try:
+        rows = {key: summary["rows"][key] for key in ("base", row) if key in summary["rows"]}
+        said = f"Before the export: {summary['prompts']} held-out prompts, 95% intervals over prompts."
+        return model_index(name, summary, row, data), f"{said}\n\n{markdown_table(*results_table(rows))}"
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
 # --- the card ---
 
 
@@ -226,7 +236,6 @@ def model_card(name: str, spec: str, command: list[str], form: str, measured: di
     form: hf, int8, gguf, peft, or classifier; measured: its receipt, see evaluation/receipt.py.
     """
     origin, measured = origin_of(spec), measured or {}
-    evaluated = None if "dropped" in measured else evaluation_of(spec)  # without some of its layers it is another model
     data = list(dict.fromkeys(file for stage in origin.stages for file in data_of(stage.options)))
     head: dict = {}
     if origin.hub:
@@ -237,16 +246,16 @@ def model_card(name: str, spec: str, command: list[str], form: str, measured: di
     head["pipeline_tag"] = "text-classification" if form == "classifier" else "text-generation"
     head["tags"] = ["plain-rlhf", *dict.fromkeys(TAGS[stage.kind] for stage in origin.stages if stage.kind in TAGS)]
     head |= {"datasets": data} if data else {}
-    if evaluated and form != "classifier":
-        head["model-index"] = model_index(name, *evaluated, data)
+    # a critic, and a model without some of its layers, are not what was evaluated
+    found = evaluation_of(spec) if form != "classifier" and "dropped" not in measured else None
+    if evaluated := found and evaluation(name, *found, data):
+        head["model-index"] = evaluated[0]
     parts = [f"---\n{yaml(head)}---", f"# {markdown(name)}", opening(origin), use(form)]
     commands = [command_of(stage) for stage in origin.stages] + [command]
     parts += ["## How it was made", fenced("sh", "\n".join(printable(shlex.join(one)) for one in commands))]
     parts += [checksums(origin)] if origin.stages else []
-    if evaluated and form != "classifier":
-        rows = {key: evaluated[0]["rows"][key] for key in ("base", evaluated[1]) if key in evaluated[0]["rows"]}
-        said = f"Before the export: {evaluated[0]['prompts']} held-out prompts, 95% intervals over prompts."
-        parts += ["## Evaluation", said, markdown_table(*results_table(rows))]
+    if evaluated:
+        parts += ["## Evaluation", evaluated[1]]
     if measured:
         parts += ["## What the export cost", fenced("", receipt.lines(measured))]
     return "\n\n".join(parts) + "\n"

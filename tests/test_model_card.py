@@ -166,6 +166,15 @@ def test_what_is_unknown_is_left_out(base, tmp_path):
     assert "and of 8997 more shards" in card_of("ppo")[0]
     write_json(tmp_path / "summary.json", SUMMARY | {"options": SUMMARY["options"] | {"tuned": ["other"]}})
     assert card_of("ppo")[1].eval_results is None  # of another model
+    for damage in (
+        {"rows": {"tuned": {"reward": {"mean": 1.0}}}},
+        {"rows": {"tuned": 3}},
+        {"options": {"tuned": ["ppo"]}},
+    ):
+        write_json(tmp_path / "summary.json", {name: x for name, x in (SUMMARY | damage).items() if name != "prompts"})
+        assert card_of("ppo")[1].eval_results is None
+        write_json(tmp_path / "summary.json", SUMMARY | damage)
+        assert card_of("ppo")[1].eval_results is None
     write_json(tmp_path / "summary.json", SUMMARY)
     os.utime(tmp_path / "summary.json", (1, 1))
     assert card_of("ppo")[1].eval_results is None  # of the model as it was
