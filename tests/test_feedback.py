@@ -233,6 +233,10 @@ def test_answers_that_a_page_shows_are_voted_on_as_they_lie(tmp_path):
     with pytest.raises(ValueError, match="same text"):
         store.lay_before("ana", asked, base, ("ppo", "Brick.", {}))
     assert store.next_comparison("ben") is None  # nobody else is asked
+    left_out = store.lay_before("ana", asked, base, ("ppo", "Plum.", {}))
+    assert store.next_comparison("ben") is None
+    store.vote(left_out, "ana", "skip", nonce="23456789")
+    assert store.next_comparison("ben").right in ("Brick.", "Plum.")  # unless she skips them
     assert store.export_jsonl(tmp_path / "votes.jsonl")["written"] == 1
     (row,) = map(json.loads, (tmp_path / "votes.jsonl").read_text().splitlines())
     assert (row["prompt"], row["chosen_model"], row["rejected_model"]) == (asked, "ppo", "lm")

@@ -201,8 +201,9 @@ class FeedbackStore:
     ) -> int:
         """The comparison of two answers (model, text, sampling) that lie before this rater now, as they lie there.
 
-        Who shows them has drawn the sides. Nobody else is asked about them. The same again gives the same comparison while
-        it has no vote; ValueError once it has one, where it lies open the other way round, and for two equal texts.
+        Who shows them has drawn the sides. Nobody else is asked about them, unless this rater skips them, or leaves them
+        without a vote for OPEN_SECONDS. The same again gives the same comparison while it has no vote; ValueError once it
+        has one, where it lies open the other way round, and for two equal texts.
         """
         if left[1] == right[1]:
             raise ValueError("both answers have the same text: there is nothing to compare")
