@@ -74,6 +74,9 @@ class Config:
 
 def main() -> None:
     cfg = config.parse(Config)
+    keyboard = cfg.prompt is None and cfg.prompts is None
+    if keyboard and sys.stdin is None:
+        raise ValueError("standard input is closed: give --prompt or --prompts")
     device = distributed.setup().device
     opened = open_pretrained(cfg.checkpoint, device, base=cfg.base)
     asked, rows = cfg.precision, cfg.samples * (1 if cfg.prompts is None else AT_ONCE)
@@ -84,7 +87,6 @@ def main() -> None:
         for turn, (prompts, stop_ids) in enumerate(prepared(cfg, opened)):
             write(cfg, opened.tokenizer, answer(cfg, opened, prompts, stop_ids, turn), alone=True)
         return
-    keyboard = cfg.prompt is None and cfg.prompts is None
     records = [] if keyboard else read_records(cfg)
     talks = cfg.chat or any(isinstance(record.prompt, list) for record in records)
     chat = Chat(opened.tokenizer) if talks else None

@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import functools
+import importlib
 import json
 import os
 import re
@@ -517,3 +518,13 @@ def test_nothing_is_special_about_where_a_script_is_started(world, tmp_path):
     environment = {k: v for k, v in world.environment().items() if k != "PYTHONPATH"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     refused(Done(done.returncode, done.stdout, done.stderr), "nowhere")
+
+
+@pytest.mark.parametrize(
+    "module, words", [("sample", ["--tokens=3"]), ("rlhf.feedback.__main__", ["--store=x", "--rater=a"])]
+)
+def test_a_closed_input_is_one_line(monkeypatch, module, words):
+    monkeypatch.setattr(sys, "argv", [module, *words])
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ValueError, match="standard input is closed"):
+        importlib.import_module(module).main()

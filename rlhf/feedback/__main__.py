@@ -47,6 +47,8 @@ class Config:
         config.at_least(self, raters=1, seed=0)
         if self.action == "vote" and not self.rater:
             raise ValueError("--rater=NAME is required: whose votes are these?")
+        if self.action == "vote" and sys.stdin is None:
+            raise ValueError("standard input is closed, and votes are typed there")
         if self.action in ("import", "export") and not self.file:
             raise ValueError(f"--file=PATH is required to {self.action}: JSON lines")
         if self.action != "import" and not Path(self.store).is_file():
