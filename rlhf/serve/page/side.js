@@ -128,6 +128,7 @@ async function cast(round, choice) {
   if (round.casting) return;
   round.casting = true;
   memory.set("rater", rater);
+  if (round.rater !== rater) Object.assign(round, { rater, comparison: undefined, nonce: undefined });  // both are one rater's
   round.nonce ??= random();  // the same until the server has answered: then the vote is stored, and once
   try {
     const { seed, temperature, top_p } = round.how;
