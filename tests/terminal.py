@@ -5,6 +5,7 @@ import fcntl
 import os
 import pty
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -16,6 +17,12 @@ from pathlib import Path
 from tiny import ROOT
 
 PATIENCE = 300  # seconds; a hang fails, a busy machine does not
+
+
+def hear_ctrl_c() -> None:
+    """In the child: the terminal is its own, and what a job in the background ignores, it does not."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Terminal:
@@ -69,7 +76,7 @@ def terminal(
     process = subprocess.Popen(
         [sys.executable, *script], cwd=place, env=known | {"TERM": term, "PYTHONUTF8": "1"},
         stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is its
+        preexec_fn=hear_ctrl_c,
     )  # fmt: skip
     os.close(slave)
     try:
