@@ -42,8 +42,7 @@ def parse(Config: type, argv: list[str] | None = None):
     typed = options_typed(Config, argv)
     file, from_file = options_of_file(Config, typed.pop("config")) if "config" in typed else ("", {})
     kinds = typing.get_type_hints(Config)
-    required = [x.name for x in dataclasses.fields(Config) if x.default is x.default_factory is dataclasses.MISSING]
-    if missing := [name for name in required if name not in from_file | typed]:
+    if missing := [name for name in required_by(Config) if name not in from_file | typed]:
         raise ValueError(f"--{missing[0]}={kind_name(kinds[missing[0]])} is required; --help lists the options")
     config, idle = settle(Config, file, from_file, typed)
     if file and os.environ.get("RANK", "0") == "0":
@@ -54,9 +53,7 @@ def parse(Config: type, argv: list[str] | None = None):
 def options_typed(Config: type, argv: list[str]) -> dict:
     """{option: value} of the command line, --config among them."""
     kinds = typing.get_type_hints(Config) | {"config": str}
-    fields = dataclasses.fields(Config)
-    names = [field.name for field in fields]
-    required = [x.name for x in fields if x.default is x.default_factory is dataclasses.MISSING]
+    names, required = [field.name for field in dataclasses.fields(Config)], required_by(Config)
     given, words = {}, iter(argv)
     for word in words:
         name, equals, text = word.partition("=")
@@ -80,6 +77,11 @@ def options_typed(Config: type, argv: list[str]) -> dict:
         except (ValueError, KeyError):
             raise ValueError(f"--{name}={text} is not valid; expected {kind_name(kinds[name])}") from None
     return given
+
+
+def required_by(Config: type) -> list[str]:
+    """The options that have no default, in their order."""
+    return [x.name for x in dataclasses.fields(Config) if x.default is x.default_factory is dataclasses.MISSING]
 
 
 def options_of_file(Config: type, spec: str) -> tuple[str, dict]:
