@@ -18,10 +18,11 @@ import numpy as np
 from evaluation import plots
 from evaluation.card import can_draw
 from evaluation.page import Block, Plots, Section, Table, Text, plain, write
-from evaluation.sources import Source, find, is_number
+from evaluation.sources import Source, find
 from evaluation.verdict import Verdict
 from evaluation.words import markdown_table
 from rlhf.infra import config
+from rlhf.infra.metrics import is_number
 from rlhf.infra.run import FREE
 from rlhf.statistics import prediction_interval
 

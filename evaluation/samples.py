@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 
 from evaluation.page import Beside, Block, Microscope, Sample, Shade, Text
-from evaluation.sources import Source, is_number
+from evaluation.sources import Source
 from evaluation.words import brief
+from rlhf.infra.metrics import is_number
 
 PROMPTS = 10  # of an evaluation that are shown, and of these
 OPEN = 3  # before the rest is folded

@@ -1,6 +1,5 @@
 """The files that training and measuring leave in a run directory, read for a report or a comparison."""
 
-import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from rlhf.infra.files import read_json, read_lines
+from rlhf.infra.metrics import is_number
 
 DEPTH = 3  # levels of directories below --run
 JSON = ("run.json", "report.json", "card.json", "summary.json", "overoptimisation.json", "rounds.json")
@@ -88,7 +88,3 @@ def series(rows: Sequence[dict], wanted: Callable[[str], bool]) -> dict[str, tup
             ):
                 columns.setdefault(name, []).append((row["step"], x))
     return {name: tuple(np.array(x, float).T) for name, x in columns.items()}
-
-
-def is_number(x) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)

@@ -3,6 +3,7 @@
 JSON is strict: a value that is not finite is written as null, which every reader understands; the console shows it.
 """
 
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -73,6 +74,11 @@ def open_at(file: Path, step: int):
 def write_line(file, row: dict) -> None:
     file.write(json_line(row))
     file.flush()  # a killed run keeps every line but perhaps the last
+
+
+def is_number(x) -> bool:
+    """Is this value of a line that somebody may have written by hand a finite number?"""
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
 def plain(value):

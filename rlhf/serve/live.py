@@ -13,6 +13,7 @@ from pathlib import Path
 from rlhf.doctor.diagnosis import diagnose, in_words, stops_of
 from rlhf.infra.files import read_json, read_lines
 from rlhf.infra.healthy import HEALTHY, LARGE, Healthy, band, is_outside
+from rlhf.infra.metrics import is_number
 
 FILES = ("metrics.jsonl", "samples.jsonl", "run.json", "report.json")
 POINTS = 400  # of a curve that are sent
@@ -125,10 +126,6 @@ class Watched:
 def strict(found: dict) -> bytes:
     """As JSON; ValueError for a number that is none."""
     return json.dumps(found, allow_nan=False, separators=(",", ":")).encode()
-
-
-def is_number(x) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
 def series(rows: list[dict]) -> dict[str, tuple[list[int], list[float]]]:
