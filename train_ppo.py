@@ -129,6 +129,7 @@ class Config:
     importance_cap: float | None = None  # largest weight of a token where pi_old is not what sampled (TIS); none = off
     target_approxkl: float | None = None  # end an iteration's updates when KL(old, new) per token passes it
     max_kl: float | None = None  # end the run at the last policy whose KL to the reference keeps it, nats per response
+    max_kl_window: int = 1  # iterations over which that KL is averaged; one of few responses is noisy [max_kl]
     max_ratio: float | None = 10.0  # a step whose mean ratio passes it is skipped; none = any finite one
     max_value_loss: float | None = 1e6  # the same for the mean value loss [estimator=gae]
     max_bad_steps: int = 3  # steps in a row, skipped for these or for a number that is not finite, that end the run
@@ -255,7 +256,7 @@ def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch
     last = run.done if run.state.get("stopped") and not run.changed else cfg.iterations
     log = Metrics(cfg.out, dist.is_main, run.done if run.done < last else cfg.iterations + 1, CONSOLE)
     group = torch.arange(cfg.batch, device=dist.device) // cfg.samples_per_prompt
-    bound = NoBound(run) if cfg.max_kl is None else KLBound(run, cfg.max_kl)
+    bound = NoBound(run) if cfg.max_kl is None else KLBound(run, cfg.max_kl, cfg.max_kl_window)
     guard = guard_of(cfg, cast, run, optimizer, objective, kl_control, micro_batch, precision)
     moments = sleeping_moments(cfg, cast, run)
     state = partial(state_of, kl_control, held_out, guard.brakes)

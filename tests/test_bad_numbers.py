@@ -256,7 +256,10 @@ def test_a_run_in_half_precision_is_replayed_to_the_bit(world, run, monkeypatch)
 # ---- max_kl
 
 
-JUMPS = {"max_kl": 2.0, "lr": 4e-4, "kl_coef": 0.0, "iterations": 40, "checkpoint_every": 3, "sample_every": 5}
+JUMPS = {
+    "max_kl": 2.0, "max_kl_window": 2, "lr": 4e-4, "kl_coef": 0.0, "iterations": 40,
+    "checkpoint_every": 3, "sample_every": 5,
+}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -265,7 +268,11 @@ def test_max_kl_brings_back_the_weights_of_the_last_policy_that_kept_it(world, r
     done, out = run("bounded", **JUMPS)
     kept = json.loads((out / "report.json").read_text())["brake"]["restored"]
     assert done.code == 0 and checkpoint.resolve(out).name == f"step_{kept:06d}" and kept > 0
-    free = JUMPS | {"max_kl": "none", "checkpoint_every": 1, "keep_checkpoints": "none"}
+    kls = [row["objective/kl"] for row in lines(out / "metrics.jsonl")]
+    means = [(kls[max(0, i - 1)] + kl) / 2 for i, kl in enumerate(kls)]
+    assert max(means[:-1]) <= 2.0 < means[-1] == json.loads((out / "report.json").read_text())["brake"]["objective/kl"]
+    free = {name: x for name, x in JUMPS.items() if "max_kl" not in name}
+    free |= {"checkpoint_every": 1, "keep_checkpoints": "none"}
     process = world.start(world.command("train_ppo.py", out=out.parent / "free", **free))
     assert wait_for(lambda: (out.parent / f"free/step_{kept + 1:06d}/config.json").exists(), process.process.is_alive)
     process.process.kill()

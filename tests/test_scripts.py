@@ -197,7 +197,7 @@ def test_max_kl_ends_the_run_for_good(world, tmp_path):
     kept = len(rows) - 2  # iterations behind the policy of the row before the last
     assert report["stopped"] and report["iterations"] == kept and report["objective/kl"] <= 2.0
     assert report["brake"] == {
-        "name": "max_kl", "limit": 2.0, "objective/kl": kls[-1], "iteration": kept + 1, "restored": kept
+        "name": "max_kl", "limit": 2.0, "objective/kl": kls[-1], "mean_of": 1, "iteration": kept + 1, "restored": kept
     }  # fmt: skip
     before = weights(tmp_path / "ppo")
     world.ok("train_ppo.py", out=tmp_path / "ppo", **options)  # the same command again: nothing left to do

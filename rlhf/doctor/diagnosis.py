@@ -94,10 +94,12 @@ def stops_of(run: str | Path) -> list[Finding]:
         )
     brake = read_json(report).get("brake") if report.exists() else None
     if isinstance(brake, dict):
+        one = brake.get("mean_of", 1) == 1  # a run may be older than the average
+        was = "was" if one else f"and those before it, {brake['mean_of']} together, were on average"
         found.append(
             Finding(
                 f"{brake.get('name')} reached",
-                f"the policy after {brake.get('iteration')} iterations was {brake.get('objective/kl')} nats from the "
+                f"the policy after {brake.get('iteration')} iterations {was} {brake.get('objective/kl')} nats from the "
                 f"reference, above {brake.get('limit')}; the one after {brake.get('restored')} was kept",
                 "The bound did its work; a policy that jumps over it in few iterations learns too fast",
                 "a smaller --lr or a larger --kl_coef, to come further within the bound",

@@ -1,5 +1,6 @@
 """When a run ends before its last iteration: a held-out judge stops liking what it sees, or the policy is too far away."""
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -102,21 +103,23 @@ class NoBound:
 class KLBound:
     """Ends the run at the first policy further than `max_kl` from the reference, and brings the one before back.
 
+    How far it is: the mean KL of its responses and those of the `window - 1` policies before it, or of as many as there are.
     What a policy's KL is (nats per response) shows when it has acted. So its checkpoint is written then, `save` remembers
     what for; the last policy acts once more (`extra`); and the trained weights of the one before stay in memory. The
     optimiser is not rolled back. A resumed run starts from a policy that has passed.
     """
 
-    def __init__(self, run: Run, max_kl: float):
+    def __init__(self, run: Run, max_kl: float, window: int):
         self.run, self.max_kl = run, max_kl
         self.extra = 1
+        self.kls = deque[float](run.state.get("kls", []), maxlen=window)
         self.brake: dict | None = None  # what broke the bound, for report.json
         self.best: dict | None = None  # what the held-out judge says of the policy that has not acted yet
         self.unproven: tuple | None = None  # the save that waits: its arguments, is it scheduled, who waits for it
         self.kept: tuple[int, dict[str, Tensor], dict] | None = None  # the last that passed: iteration, weights, state
 
     def save(self, done: int, **state) -> None:
-        self.unproven = (done, state, self.run.scheduled, self.run.wanted)
+        self.unproven = (done, state | {"kls": list(self.kls)}, self.run.scheduled, self.run.wanted)
         self.run.wanted = 0  # a signal waits too
 
     def save_best(self, record: dict) -> None:
@@ -124,6 +127,9 @@ class KLBound:
 
     def passed(self, kl: float, iteration: int, state: dict) -> str:
         """Why the run ends after what the policy of `iteration` did; "" while it may go on. `state` is for a checkpoint."""
+        state |= {"kls": list(self.kls)}
+        self.kls.append(kl)
+        kl = sum(self.kls) / len(self.kls)
         if kl <= self.max_kl:
             if self.best:  # before the checkpoint that counts it among the verdicts
                 self.run.save_best(self.best)
@@ -136,8 +142,9 @@ class KLBound:
             weights = checkpoint.trained_state(self.run.module)
             self.kept = (iteration, {name: x.detach().clone() for name, x in weights.items()}, state)
             return ""
-        why = f"the policy after {iteration} iterations is {kl:.4g} nats from the reference, above max_kl {self.max_kl}"
-        self.brake = {"name": "max_kl", "limit": self.max_kl, "objective/kl": kl, "iteration": iteration}
+        who = f"the last {n} policies are" if (n := len(self.kls)) > 1 else "the policy is"
+        why = f"after {iteration} iterations {who} {kl:.4g} nats from the reference, above max_kl {self.max_kl}"
+        self.brake = {"name": "max_kl", "limit": self.max_kl, "objective/kl": kl, "mean_of": n, "iteration": iteration}
         if self.kept is None:  # the first of a new run, or of one whose bound was lowered: there is no other
             self.kept = (iteration, checkpoint.trained_state(self.run.module), state)
         else:
