@@ -315,7 +315,11 @@ def test_the_wrong_server_is_refused_before_the_first_rollout(home, server, tmp_
             ((server.url,), {"room": "elsewhere"}, "takes weights from .*/room.*--weights_dir=.*/elsewhere"),
             ((server.url,), {"longest": 99}, "room for 128 tokens and answers of 128; this run needs 129 and 30"),
             (("ftp://x",), {}, "not of the form"),
-            (("http://a:b@x",), {}, "not of the form"),
+            (("http://a:b@x",), {}, "--sampler: http://a:b@x is not of the form"),
+            (("http://:b@x",), {}, "not of the form"),
+            (("http://a machine:80",), {}, "not of the form"),
+            (("http://x\x7f",), {}, "not of the form"),
+            (("http://x/#here",), {}, "not of the form"),
             (("http://x:y",), {}, "is no URL"),
         ):
             with pytest.raises(ValueError, match=why) as caught:

@@ -12,7 +12,7 @@ from test_reward_model import Words, ragged
 
 from data.records import Record
 from rlhf.reward import function
-from rlhf.reward.scorer import open_scorer, scorer_of
+from rlhf.reward.scorer import check_room, open_scorer, scorer_of
 
 ROWS = {  # of the data: which rows the two of `ragged` answer
     3: Record([{"role": "user", "content": "add 2 and 2"}], extra={"answer": "4", "level": 1}),
@@ -125,6 +125,8 @@ def test_the_same_files_under_other_weights_are_another_reward(tmp_path):
         ("r.py:f:a=1:a=2", "is no weight"),
         ("out/rm:a=1", "only a function has components; write out/rm:0.5"),
         ("r.py:f:1,r.py:f:2", "has r.py:f twice; add up its weights"),
+        ("r.py:f:1,", "a reward without a name in 'r.py:f:1,'"),
+        ("", "a reward without a name in ''"),
     ],
 )
 def test_specs_that_name_nothing(spec, said):
@@ -141,6 +143,22 @@ def test_components_may_not_change_and_weights_must_be_of_one(tmp_path):
     moody.score(*ragged())
     with pytest.raises(ValueError, match="now has the components 2; before, 1: name the same ones"):
         moody.score(*ragged())
+    late = opened(
+        tmp_path, "calls = []\ndef f(p, r):\n    calls.append(1)\n    return {'a': [0, 0]} if calls[1:] else [0, 0]\n"
+    )
+    late.score(*ragged())
+    with pytest.raises(ValueError, match="now has the components a; before, nothing"):
+        late.score(*ragged())
+
+
+@pytest.mark.parametrize(
+    "most, said", [(12, "or use --max_prompt=4 or shorter responses"), (8, "or use shorter responses")]
+)
+def test_what_is_proposed_can_be_done(most, said):
+    with pytest.raises(
+        ValueError, match=f"reads {most} tokens; the longest prompt has 5 .* up to 8: allow 13, {said}$"
+    ):
+        check_room(5, 8, most, "it reads")
 
 
 WRONG = {  # what a function does -> what the line says beside the row

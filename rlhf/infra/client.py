@@ -64,7 +64,8 @@ class Server:
             self.port = parts.port
         except ValueError as error:
             raise ValueError(f"{url} is no URL: {error}") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+        shown = parts.scheme in ("http", "https") and parts.hostname and url.isprintable() and " " not in url
+        if not shown or "@" in parts.netloc or parts.query or parts.fragment:
             raise ValueError(f"{url} is not of the form http://HOST:PORT")
         if key and not (key.isascii() and key.isprintable()):  # http.client would quote it
             raise ValueError(

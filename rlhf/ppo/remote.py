@@ -234,7 +234,10 @@ class Servers:
         push: Callable[[str, str], object] | None = None,
         group: int = 1,
     ):
-        self.servers = [Server(url, os.environ.get(KEY) or None) for url in urls]
+        try:
+            self.servers = [Server(url, os.environ.get(KEY) or None) for url in urls]
+        except ValueError as error:
+            raise ValueError(f"--sampler: {error}") from None
         self.model, self.sampling, self.seed, self.dist = model, sampling, seed, dist
         self.room, self.patience, self.kind = room, patience, Others(push) if push else Ours(room)
         self.part = patience / min(

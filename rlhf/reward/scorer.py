@@ -46,12 +46,17 @@ class Scorer:
     context: int | None = None  # longest row that a model reads; None: any
     module: nn.Module | None = field(default=None, compare=False)  # by open_scorer; a model's weights
     by_row: bool = False  # it looks up what the rows answer: tokens alone are not enough
-    names: list[str] = field(default_factory=list, compare=False)  # of the columns of `detailed`, once it was asked
+    asked: list[list[str]] = field(default_factory=list, compare=False)  # its `names`, once it was asked
 
     @property
     def is_function(self) -> bool:
         """It may rightly look at its whole batch, and reads texts instead of tokens."""
         return self.kind == "function" or any(term.is_function for term in self.terms)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the columns of `detailed` after the score, by the first answer."""
+        return self.asked[0] if self.asked else []
 
     @property
     def name(self) -> str:
@@ -140,12 +145,12 @@ class Scorer:
         """`names` by the first answer; ValueError where a later one has other components."""
         count = Counter(name or owner for owner, name in said)
         names = [f"{owner}.{name}" if count[name or owner] > 1 and name else name or owner for owner, name in said]
-        if self.names and self.names != names:
+        if self.asked and self.names != names:
             ours, theirs = (", ".join(x) or "nothing" for x in (names, self.names))
             raise ValueError(
                 f"the reward {self.spec} now has the components {ours}; before, {theirs}: name the same ones"
             )
-        self.names[:] = names
+        self.asked[:] = [names]
 
     def means(self, parts: Tensor) -> dict[str, float]:
         """Metrics of what `detailed` says beside the score: parts (B, K)."""
@@ -155,9 +160,10 @@ class Scorer:
 def check_room(prompt: int, response: int, most: int | None, what: str) -> None:
     """ValueError where a prompt and a response of so many tokens are more than the `most` that `what` says, None = any."""
     if most is not None and prompt + response > most:
+        shorter = f"--max_prompt={most - response} or " if most > response else ""
         raise ValueError(
             f"{what} {most} tokens; the longest prompt has {prompt} and a response up to {response}: "
-            f"allow {prompt + response}, or use --max_prompt={most - response} or shorter responses"
+            f"allow {prompt + response}, or use {shorter}shorter responses"
         )
 
 
@@ -167,8 +173,13 @@ def check_room(prompt: int, response: int, most: int | None, what: str) -> None:
 def scorer_of(spec: str, rules: bool = False) -> Scorer:
     """What `spec` names, see the top of this file; with `rules` also "data". Nothing is opened yet.
 
-    ValueError where it names nothing: a file without function, a weight that is no number, a term that stands twice.
+    ValueError where it names nothing: a file without function, a weight that is no number, a term that stands twice or is
+    empty.
     """
+    if not all(text.strip() for text in spec.split(",")):
+        raise ValueError(
+            f"a reward without a name in {spec!r}; write a directory, or file.py:function, between its commas"
+        )
     if Path(spec).is_dir() and not (rules and spec == "data"):
         return Scorer(spec, "model")
     terms = tuple(term_of(text.strip(), rules) for text in spec.split(","))
