@@ -55,7 +55,7 @@ from rlhf.ppo import update as ppo
 from rlhf.ppo.acting import Acted, Acting, Resampling, group_metrics
 from rlhf.ppo.early_stop import HeldOutJudge, KLBound, NoBound, NoJudge
 from rlhf.ppo.guard import Guard, Limits
-from rlhf.ppo.plan import Sizes, peak, plan, table
+from rlhf.ppo.plan import Sizes, gpus, peak, plan, table
 from rlhf.ppo.remote import Room, Servers
 from rlhf.ppo.roles import CRITICS, LAYOUTS, Roles
 from rlhf.ppo.rollout import Cut, Experience, OwnSampler, Sampler, gather, judge, minibatches, share
@@ -79,6 +79,7 @@ class Config:
     out: str = "out/ppo"  # run directory: checkpoints, metrics.jsonl, samples.jsonl, report.json
     weak_reward: bool = False  # accept a reward model that does not beat length alone, by its card or its report
     plan: bool = False  # print the memory that each layout needs, and stop
+    gpu_gb: float | None = None  # of a GPU: how many of them does each layout need? [plan=true]
     # roles
     layout: Layout = "shared"  # full: models apart; shared: critic on the policy; adapters, branch: on one frozen trunk
     critic: Critic = None  # value head on the policy's trunk or on its own; none = as the layout has it [estimator=gae]
@@ -167,6 +168,7 @@ class Config:
         config.at_least(self, lr=0, warmup=0, weight_decay=0, adam_eps=0, grad_clip=0, seed=0)
         config.at_least(self, keep_checkpoints=1, judge_every=1, judge_patience=1, judge_prompts=1)
         config.at_least(self, lora_rank=1, lora_alpha=0, branch_layers=1, importance_cap=1, sampler_timeout=0.1)
+        config.at_least(self, gpu_gb=0.001)
         config.at_most(self, gamma=1, lam=1, temperature=10)  # hotter, any model draws all tokens alike
         if self.layout == "full" and self.critic == "shared":
             raise ValueError("--layout=full has a critic of its own; use --layout=shared, or leave --critic=shared out")
@@ -576,7 +578,16 @@ def memory_plan(cfg: Config, dist: Dist, micro_batch: int) -> float:
     )
     if cfg.plan and dist.is_main:
         print(table(model, sizes, cfg.layout))
+    if cfg.gpu_gb and dist.is_main:
+        print(gpus(model, partial(sizes_on_gpus, cfg, sizes), cfg.layout, cfg.gpu_gb))
     return peak(plan(model, sizes, cfg.layout), cfg.offload) / 1e9
+
+
+def sizes_on_gpus(cfg: Config, sizes: Sizes, ranks: int) -> Sizes:
+    """The sizes of the run on so many GPUs, which have shards and their part of the batch."""
+    share = max(1, cfg.batch // (cfg.minibatches * ranks))
+    here = {"batch": max(1, cfg.batch // ranks), "micro_batch": min(sizes.micro_batch, share), "ranks": ranks}
+    return replace(sizes, **here, dtype=sizes.dtype if ranks == 1 else torch.float32, drawn=None, baseline=0)
 
 
 def longest_prompt(cfg: Config, context: int) -> int:

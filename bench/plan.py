@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +28,7 @@ from data.tokenizer import load_tokenizer  # noqa: E402
 from model.config import ModelConfig  # noqa: E402
 from model.transformer import Transformer  # noqa: E402
 from rlhf.infra import checkpoint, config  # noqa: E402
-from rlhf.ppo.plan import SLEEPS, Sizes, peak, phases, plan  # noqa: E402
+from rlhf.ppo.plan import SLEEPS, Sizes, fewest, peak, phases, plan  # noqa: E402
 from rlhf.ppo.roles import LAYOUTS  # noqa: E402
 from rlhf.reward.model import RewardModel  # noqa: E402
 
@@ -38,7 +38,6 @@ SHAPES = {  # of Qwen2.5 and Llama 3.1
     "7 B": dict(width=3584, layers=28, heads=28, kv_heads=4, ffn=18944, vocab_size=152064, tied=False, qkv_bias=True),
     "70 B": dict(width=8192, layers=80, heads=64, kv_heads=8, ffn=28672, vocab_size=128256, tied=False),
 }
-RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 SMOLLM2 = ModelConfig(49152, 576, 30, 9, kv_heads=3, ffn=1536, context=2048, rope_theta=1e5)
 RUN = {"iterations": 1, "batch": 8, "minibatches": 1, "micro_batch": 2, "prompt_tokens": 8, "response_tokens": 8}
 SAID = re.compile(r"peak memory .* GB, planned (.*) GB")  # by train_ppo.py, of rank 0
@@ -74,20 +73,17 @@ def main() -> None:
         f"| model | layout | one rank, GB | fewest ranks with {cfg.gb:g} GB | then GB a rank: act, judge, learn | what stays |"
     )
     print("|---|---|---|---|---|---|")
+    asleep = tuple(SLEEPS) if cfg.offload else ()
+    sizes = Sizes(cfg.rows, cfg.micro_batch, cfg.prompt, cfg.response, recompute=True, offload=asleep)
     for name, shape in SHAPES.items():
         model = ModelConfig(context=4096, **shape)
         for layout in cfg.layouts:
-            how = dict(batch=cfg.rows, micro_batch=cfg.micro_batch, prompt=cfg.prompt, response=cfg.response)
-            alone, asleep = 0, tuple(SLEEPS) if cfg.offload else ()
-            for ranks in RANKS:
-                parts = plan(model, Sizes(**how, recompute=True, ranks=ranks), layout)
-                alone = alone or peak(parts, asleep)
-                if fits := peak(parts, asleep) <= cfg.gb * 1e9:
-                    break
+            alone = peak(plan(model, sizes, layout), asleep)
+            ranks, parts = fewest(model, lambda ranks: replace(sizes, ranks=ranks), layout, cfg.gb)
             sums = ", ".join(f"{x / 1e9:.0f}" for x in phases(parts, asleep).values())
             largest = max(parts, key=parts.get)
             stays = f"{largest} {parts[largest] / 1e9:.0f}"
-            print(f"| {name} | {layout} | {alone / 1e9:.0f} | {ranks if fits else 'none'} | {sums} | {stays} |")
+            print(f"| {name} | {layout} | {alone / 1e9:.0f} | {ranks or 'none'} | {sums} | {stays} |")
 
 
 def measure(cfg: Config) -> None:

@@ -11,7 +11,7 @@ from model.transformer import KVCache, ModelConfig, Transformer
 from rlhf.infra import checkpoint, optim
 from rlhf.lm.pretrained import config_of
 from rlhf.lm.trunks import LoRA
-from rlhf.ppo.plan import PARTS, PHASES, Sizes, plan
+from rlhf.ppo.plan import PARTS, PHASES, Sizes, fewest, peak, plan
 from rlhf.ppo.roles import CRITICS, LAYOUTS
 
 LORA = LoRA(rank=3)
@@ -144,6 +144,18 @@ def test_the_script_prints_the_plan_and_stops(world, tmp_path):
             assert said[phase] == pytest.approx(sum(said.get(part, 0) for part in parts), abs=0.005)
         assert said["peak"] == max(said[phase] for phase in PHASES)
     assert not (tmp_path / "run").exists()
+
+
+def test_how_many_gpus(world):
+    """One where a rank fits alone, else the fewest shards that keep the bound; or more than are tried."""
+    models = [config(), config(layers=40)]
+    for model, gb in ((models[0], 1.0), (models[1], 0.9 * peak(plan(models[1], sizes(), "full")) / 1e9)):
+        ranks, parts = fewest(model, lambda ranks: sizes(ranks=ranks), "full", gb)
+        assert peak(parts) <= gb * 1e9 and (ranks == 1) == (model is models[0])
+        assert ranks == 1 or peak(plan(model, sizes(ranks=ranks // 2), "full")) > gb * 1e9
+    assert fewest(models[0], lambda ranks: sizes(ranks=ranks), "full", 1e-6)[0] is None
+    said = world.ok("train_ppo.py", plan="true", gpu_gb=80).splitlines()
+    assert said[-4].startswith("fewest GPUs of 80 GB") and said[-2].split() == ["GPUs", *"1111"]
 
 
 @every_layout

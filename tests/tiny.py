@@ -163,7 +163,7 @@ def write_pins(path: Path) -> None:
     """A cache with the fake archive in it, and what tells Python to expect its hashes."""
     sdist = fake_ratings.fake_sdist(path / "cache" / "plain-rlhf" / vader.SDIST)
     rules = {name: hashlib.sha256(blob).hexdigest() for name, blob in fake_ratings.RULES.items()}
-    (path / "pins").mkdir()
+    (path / "pins").mkdir(exist_ok=True)  # a build that was stopped goes on
     (path / "pins" / "sitecustomize.py").write_text(
         f"from data import vader\nvader.SDIST_SHA256 = {sha256(sdist)!r}\nvader.RULES = {rules!r}\n"
     )

@@ -8,7 +8,7 @@ precision frozen matrices, the copy that samples and the cache take it, what aut
 comes on top, and gradients, moments and the residual stream stay float32.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,7 @@ PHASES = {  # which parts are there at once
     "learn": (*HELD, "gradients", "activations", *PASS),
 }
 CUT = ("weights", "sampler", "reference", "reward", "optimiser")  # of which a shard keeps its part
+RANKS = tuple(2**k for k in range(10))  # over which a model is tried
 SLEEPS = {  # what --offload names: its part, and the phases in which it lies elsewhere
     "reference": ("reference", ("act", "learn")),
     "reward": ("reward", ("act", "learn")),
@@ -125,6 +126,21 @@ def peak(parts: dict[str, int], offload: Iterable[str] = ()) -> int:
     return max(phases(parts, offload).values())
 
 
+def fewest(
+    config: ModelConfig, on: Callable[[int], Sizes], layout: str, gb: float
+) -> tuple[int | None, dict[str, int]]:
+    """The fewest of RANKS on which no rank needs more than `gb` GB, None where that are more; and the plan of a rank there.
+
+    on: what a run makes of the model on so many ranks.
+    """
+    for ranks in RANKS:
+        sizes = on(ranks)
+        parts = plan(config, sizes, layout)
+        if peak(parts, sizes.offload) <= gb * 1e9:
+            return ranks, parts
+    return None, parts
+
+
 def size_of(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes; what shares its memory counts once."""
     storages = [x.untyped_storage() for x in tensors]
@@ -175,3 +191,15 @@ def table(config: ModelConfig, sizes: Sizes, layout: str) -> str:
     return "\n".join(
         lines + [f"{name:<14}" + "".join(f"{x / 1e9:>11.3f}" for x in numbers) for name, numbers in rows.items()]
     )
+
+
+def gpus(config: ModelConfig, on: Callable[[int], Sizes], layout: str, gb: float) -> str:
+    """How many GPUs of `gb` GB every layout needs, and what each then holds, as text; a star marks the run's own."""
+    found = {name: fewest(config, on, name, gb) for name in LAYOUTS}
+    cells = {
+        "": [name + "*" * (name == layout) for name in found],
+        "GPUs": [str(ranks or f"> {RANKS[-1]}") for ranks, _ in found.values()],
+        "GB on each": [f"{peak(parts, on(ranks or RANKS[-1]).offload) / 1e9:.3f}" for ranks, parts in found.values()],
+    }
+    head = f"fewest GPUs of {gb:g} GB, which share the batch; --shard=true where there are several"
+    return "\n".join([head, *(f"{name:<14}" + "".join(f"{x:>11}" for x in row) for name, row in cells.items())])
