@@ -731,6 +731,8 @@ def build(options: Options, work: Path, units: list[Unit], recipe: dict, tokeniz
         )
     if options.near_duplicates:
         find_near_duplicates(scanned, units, options.near_duplicates)
+    if chat and options.template == "auto" and not facts["conversations"] and facts["texts"] < facts["records"]:
+        print("prompts stay plain texts; for a chat model, --chat=true makes each one message of the user", flush=True)
     chat = make_tokenizer(
         options, data, training_texts(scanned, units, has_test), bool(facts["conversations"]), tokenizer, chat
     )

@@ -30,13 +30,13 @@ def run_of(path, options: dict, prompts: list[str]):
     [
         (
             {"kl_coef": 0.3, "reward": "out/rm", "data": "out/data/films"},
-            "PPO to please “rm”, on prompts of “films”, and held near",
+            "PPO to please the reward “rm”, on prompts of “films”, and held near",
         ),
         (
-            {"kl_coef": 0, "reward": "/home/x/out/rm:1,rewards/len.py:short:0.1", "data": "d", "estimator": "grpo"},
-            "GRPO to please “rm:1, len.py:short:0.1”, on prompts of “d”.",
+            {"kl_coef": 0, "reward": "/home/x/out/rm:1,rewards/len.py:short:0.1", "data": "d", "estimator": "grpo", "sources": ["film"]},
+            "GRPO to please the reward “rm:1, len.py:short:0.1”, on “film” prompts of “d”.",
         ),
-        ({"kl_coef": 0, "reward": None, "data": [], "estimator": []}, "PPO to please “None”"),
+        ({"kl_coef": 0, "reward": None, "data": [], "estimator": []}, "PPO to please the reward “None”"),
         ({"beta": 0.1, "loss": "ipo", "data": "out/data/pairs"}, "IPO on the preferences in “pairs”"),
         ({"data": "out/data/films", "init": None}, "Trained on the texts of “films”"),
         ({"data": "out/data/films", "init": "out/lm"}, "Fine-tuned on the texts of “films”"),
@@ -63,14 +63,21 @@ def test_prompts_of_a_chat_are_what_a_person_typed(tmp_path, tokenizer):
         {"beta": 0.1, "data": "d"},
         [shown(("user", "name a fruit")), "no template", shown(("user", "a"), ("assistant", "b"), ("user", "c"))],
     )
-    assert about(tmp_path, tokenizer, chat)["prompts"] == ["name a fruit"]
+    found = about(tmp_path, tokenizer, chat)
+    assert (found["prompts"], found["mode"]) == (["name a fruit"], "chat")
+
+
+def test_a_chat_model_that_was_tuned_on_texts_continues_texts(tmp_path, tokenizer):
+    run_of(tmp_path, {"kl_coef": 0.1, "reward": "rm", "data": "d"}, ["the film is", "a good"])
+    found = about(tmp_path, tokenizer, Chat(tokenizer))
+    assert (found["prompts"], found["mode"]) == (["the film is", "a good"], "text")
 
 
 def test_a_model_without_a_run_has_neither_and_a_damaged_run_is_an_error(tmp_path, tokenizer):
     (tmp_path / "model").mkdir()
     assert about(tmp_path / "model", tokenizer, None) == NOTHING
     run_of(tmp_path, {}, ["a"])
-    assert about(tmp_path, tokenizer, None) == {"tuned": None, "prompts": ["a"]}
+    assert about(tmp_path, tokenizer, None) == {"tuned": None, "prompts": ["a"], "mode": "text"}
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ValueError, match="run.json"):
         about(tmp_path, tokenizer, None)

@@ -1,4 +1,4 @@
-"""What a run's files say of its model to people who talk to it: what it was tuned for, and prompts of that kind."""
+"""What a run's files say of its model to people who talk to it: what it was tuned for, prompts of that kind, and their mode."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from data.tokenizer import Tokenizer
 from rlhf.infra.checkpoint import read_json
 from rlhf.infra.files import read_lines
 
-NOTHING = {"tuned": None, "prompts": []}
+NOTHING = {"tuned": None, "prompts": [], "mode": None}
 EXAMPLES = 3
 METHODS = {
     "rloo": "RLOO",
@@ -19,30 +19,37 @@ LONGEST = 300  # characters of an example
 
 
 def about(init: str | Path, tokenizer: Tokenizer, chat: Chat | None) -> dict:
-    """{"tuned": a sentence or None, "prompts": at most 3 texts}, of the run that `init` is, or lies in.
+    """{"tuned": a sentence or None, "prompts": at most 3 texts, "mode": "chat", "text" or None}, of the run that `init` is,
+    or lies in.
 
-    A model without a run beside it has neither. ValueError where the run's files are damaged.
+    mode: what the run's samples are: answers in a chat, or continuations of texts, which a model with a chat template can be
+    tuned on as well. A model without a run beside it has none of the three. ValueError where the run's files are damaged.
     """
     places = (Path(init), Path(init).parent) if Path(init).is_dir() else ()  # a name or a file has no run
     run = next((path for path in places if (path / "run.json").is_file()), None)
     if run is None:
         return NOTHING
     rows = read_lines(run / "samples.jsonl")
-    asked = dict.fromkeys(said(row.get("prompt"), tokenizer, chat) for row in rows)  # each once, in their order
+    given = [row["prompt"] for row in rows if isinstance(row.get("prompt"), str)]
+    frame = frame_of(tokenizer, chat) if chat else None
+    is_chat = frame is not None and any(text.endswith(frame[1]) for text in given)
+    asked = dict.fromkeys(said(text, frame) if is_chat else text.strip() for text in given)  # each once, in their order
     prompts = [text for text in asked if text and len(text) <= LONGEST]
-    return {"tuned": sentence(read_json(run / "run.json")), "prompts": prompts[:EXAMPLES]}
+    mode = ("chat" if is_chat else "text") if given else None
+    return {"tuned": sentence(read_json(run / "run.json")), "prompts": prompts[:EXAMPLES], "mode": mode}
 
 
 def sentence(options: dict) -> str | None:
     """What the options of run.json mean, in words; None where they are no training's of ours."""
-    data = f"“{Path(str(options.get('data'))).name}”"
+    data, sources = f"“{Path(str(options.get('data'))).name}”", options.get("sources")
     if "kl_coef" in options:
         reward = ", ".join(
             part.rpartition("/")[2] for part in str(options.get("reward")).split(",")
         )  # no paths of ours
         near = ", and held near the model it came from" if options["kl_coef"] else ""
         method = METHODS.get(str(options.get("estimator")), "PPO")
-        return f"Tuned with {method} to please “{reward}”, on prompts of {data}{near}."
+        kind = f"“{', '.join(map(str, sources))}” " if sources and isinstance(sources, list) else ""
+        return f"Tuned with {method} to please the reward “{reward}”, on {kind}prompts of {data}{near}."
     if "beta" in options:
         return f"Tuned with {str(options.get('loss', 'dpo')).upper()} on the preferences in {data}."
     if "data" in options:
@@ -50,16 +57,18 @@ def sentence(options: dict) -> str | None:
     return None
 
 
-def said(prompt, tokenizer: Tokenizer, chat: Chat | None) -> str:
-    """The prompt of a sample as a person would type it: of a chat, what its one message says; "" where it is another."""
-    if not isinstance(prompt, str):
-        return ""
-    if chat is None:
-        return prompt.strip()
+def frame_of(tokenizer: Tokenizer, chat: Chat) -> tuple[str, str] | None:
+    """What the template writes before and after a first message of the user's; None where it does not show the message."""
     mark = "\u2603"
     shown = tokenizer.decode(chat.render([{"role": "user", "content": mark}], add_generation_prompt=True))
     before, found, after = shown.partition(mark)
-    if not (found and prompt.startswith(before) and prompt.endswith(after)):
+    return (before, after) if found else None
+
+
+def said(prompt: str, frame: tuple[str, str]) -> str:
+    """The prompt of a chat's sample as a person would type it: what its one message says; "" where it is another."""
+    before, after = frame
+    if not (prompt.startswith(before) and prompt.endswith(after)):
         return ""
     words = prompt[len(before) : len(prompt) - len(after)]
     return "" if after.strip() and after.rstrip() in words else words.strip()  # else there is an answer in it

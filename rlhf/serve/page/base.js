@@ -49,9 +49,11 @@ function press(label, act, className = "") {
   button.addEventListener("click", act);
   return button;
 }
+// A message as a sentence; the name of an option at its beginning stays as it is.
+const sentence = words => words.replace(/^[a-z](?=[a-z]* )/, first => first.toUpperCase());
 function card(title, words, ...buttons) {  // of what went wrong, where it was expected
   const node = named(make("div", { className: "card bad" }), { role: "alert" });
-  node.append(make("p", {}, make("b", { textContent: title })), make("p", { textContent: words }));
+  node.append(make("p", {}, make("b", { textContent: title })), make("p", { textContent: sentence(words) }));
   if (buttons.length) node.append(make("div", { className: "row" }, ...buttons));
   return node;
 }
@@ -120,7 +122,7 @@ const json = async (path, body) => (await call(path, body)).json();
 const said = error => error.answered ? error.message : `the server cannot be reached (${error.message})`;
 function problem(error) {
   show("problem", Boolean(error));
-  $("problem").textContent = error ? said(error) : "";
+  $("problem").textContent = error ? sentence(said(error)) : "";
 }
 
 async function* events(response) {  // the data of server-sent events

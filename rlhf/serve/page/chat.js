@@ -1,7 +1,7 @@
 // A conversation is {id, created, mode, turns}; a turn {text} of the reader's, or {answers, at} of the model's, `at` the one that
 // is shown and goes on. In the mode "text" the model continues the turn before as it stands.
 
-let talk = null, tuned = { prompts: [] };  // what the model was tuned for, and prompts of that kind
+let talk = null, tuned = { prompts: [] };  // what the model was tuned for, prompts of that kind, and the mode that they are for
 const numbers = new WeakMap();  // answer -> what `measured` says of it
 const fresh = () => ({ id: random(), created: new Date().toISOString(), mode, turns: [] });
 const chosen = turn => turn.answers?.[turn.at];
@@ -242,7 +242,7 @@ function welcome() {
 }
 
 function greeting(title, about, use) {  // before anything is asked
-  const own = tuned.prompts.length ? tuned.prompts : EXAMPLES[mode];
+  const own = tuned.prompts.length && tuned.mode === mode ? tuned.prompts : EXAMPLES[mode];
   const examples = make("div", { className: "examples" }, ...own.map(text => press(text, () => { if (!running) use(text); })));
   return make("div", { className: "welcome" }, worded("h3", title), worded("p", about, "about"), group("Examples", examples));
 }

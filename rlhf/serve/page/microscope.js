@@ -47,7 +47,7 @@ function tokenView(tokens) {
     beside.replaceChildren(...alternatives(tokens[i]));
     const line = [...opened.getClientRects()].at(-1), frame = node.getBoundingClientRect();
     beside.style.top = `${line.bottom - frame.top + 6}px`;
-    beside.style.left = `${Math.max(0, Math.min(line.left - frame.left, frame.width - beside.offsetWidth))}px`;
+    beside.style.setProperty("--left", `${line.left - frame.left}px`);
   };
   const spans = tokens.map((token, i) => {
     const span = named(make("span", { className: "token", textContent: token.text, tabIndex: i ? -1 : 0 }), {
@@ -108,7 +108,7 @@ function alternatives(token) {
   const rows = token.top.map(one => {
     const bar = (logprob, kind) => {
       const share = Math.exp(logprob);
-      const line = make("span", { className: `share ${kind}`, textContent: `${(100 * share).toFixed(share < .1 ? 1 : 0)}%` });
+      const line = make("span", { className: `share ${kind}`, textContent: share < .0005 ? "< 0.1%" : `${(100 * share).toFixed(share < .1 ? 1 : 0)}%` });
       line.style.setProperty("--share", `${(100 * share / most).toFixed(1)}%`);
       return line;
     };

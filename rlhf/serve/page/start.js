@@ -37,6 +37,7 @@ async function start() {
     $("pick").replaceChildren(...facts.models.map(name => make("option", { value: name, textContent: name })));
     setMode(mode);
     if (facts.models.length) tuned = await json("/v1/about");
+    if (tuned.mode && !talk?.turns.length) setMode(tuned.mode);
   } catch (error) {
     failed = error.answered === 401 ? null : error;  // then it asks for the key
   }
