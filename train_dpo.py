@@ -108,7 +108,7 @@ def main() -> None:
     total = int(cfg.epochs * loader.order.steps_per_epoch)
     if total < 1:
         raise ValueError(
-            f"epochs {cfg.epochs} of {loader.order.steps_per_epoch} steps each is less than one step; use more"
+            f"epochs {cfg.epochs} of {loader.order.steps_per_epoch} steps each is less than one step: raise it or lower --batch"
         )
     learner = dist.wrap(roles.policy)
     dist.rest(base.model)

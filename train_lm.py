@@ -111,7 +111,9 @@ def main() -> None:
     total = int(cfg.epochs * loaders[0].order.steps_per_epoch)
     if total < 1:
         per_epoch = loaders[0].order.steps_per_epoch
-        raise ValueError(f"epochs {cfg.epochs} of {per_epoch} steps each is less than one step")
+        raise ValueError(
+            f"epochs {cfg.epochs} of {per_epoch} steps each is less than one step: raise it or lower --batch"
+        )
     learner = dist.wrap(language_model)
     optimizer = optim.make_optimizer(language_model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.95))
     inputs = {"data_sha256": train.digest} | ({"init_sha256": base.digest} if base else {})

@@ -277,7 +277,9 @@ def train(cfg: Config, dist: Dist) -> None:
     votes, counts = votes_of(cfg, base), bootstrap_counts(len(loader), cfg)
     total = int(cfg.epochs * loader.order.steps_per_epoch)
     if total < 1:
-        raise ValueError(f"epochs {cfg.epochs} of {loader.order.steps_per_epoch} steps each is less than one step")
+        raise ValueError(
+            f"epochs {cfg.epochs} of {loader.order.steps_per_epoch} steps each is less than one step: raise it or lower --batch"
+        )
     log, brakes = Metrics(cfg.out, dist.is_main, run.done), Brakes(run, optimizer, cfg.max_bad_steps)
     vote_counts, share = bootstrap_counts(len(votes), cfg), len(votes) / len(loader)  # so that a pair weighs as a row
 

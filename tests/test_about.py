@@ -33,7 +33,13 @@ def run_of(path, options: dict, prompts: list[str]):
             "PPO to please the reward “rm”, on prompts of “films”, and held near",
         ),
         (
-            {"kl_coef": 0, "reward": "/home/x/out/rm:1,rewards/len.py:short:0.1", "data": "d", "estimator": "grpo", "sources": ["film"]},
+            {
+                "kl_coef": 0,
+                "reward": "/home/x/out/rm:1,rewards/len.py:short:0.1",
+                "data": "d",
+                "estimator": "grpo",
+                "sources": ["film"],
+            },
             "GRPO to please the reward “rm:1, len.py:short:0.1”, on “film” prompts of “d”.",
         ),
         ({"kl_coef": 0, "reward": None, "data": [], "estimator": []}, "PPO to please the reward “None”"),

@@ -58,6 +58,13 @@ def test_all_pages_have_a_place_and_no_link_leaves_the_site():
         build.linked("[x](gone.md)", "docs/a.md", PLACES, "")
 
 
+def test_no_row_stands_apart_from_its_table():
+    """A blank line above a row makes a paragraph of it."""
+    for source in PLACES:
+        text = re.sub(r"^```.*?^```", "", (ROOT / source).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        assert re.findall(r"(?<!\|)\n\|.*(?!\n\|[-: |]+\n)(?=\n)", text) == [], source
+
+
 def test_a_page_that_fetches_something_is_refused(tmp_path):
     (tmp_path / "a.html").write_text(
         '<a href="https://a">a</a><img src="b.svg"><link rel="canonical" href="https://a">'

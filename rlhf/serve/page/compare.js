@@ -4,6 +4,9 @@ let current = null, shownAt = 0, pending = null, votes = [], busy = false, stren
 
 const CHOSEN = { left: "A is better", right: "B is better", tie: "a tie", both_bad: "both bad", skip: "skipped" };
 const ROLES = { user: "Prompt", assistant: "Answer before", system: "Instruction" };
+const DONE = "Nothing is left to compare. Thank you!";
+const EMPTY = "There is nothing to compare for you: whoever runs this server fills the store with pairs of answers.";
+const LIVE = "Under Side by side, both models answer a prompt of yours, and you vote on that.";
 const tell = text => { $("compare-status").textContent = text; };
 
 function bubbles({ prompt, messages }) {
@@ -33,11 +36,12 @@ async function next(told = "") {
   } else {
     $("progress-text").textContent = "all done";
     $("progress-bar").value = 1;
+    $("finished-text").textContent = shownAt ? DONE : facts.has.includes("reference") ? `${EMPTY} ${LIVE}` : EMPTY;
   }
   for (const id of ["comparison", "votes", "strengths", "skip"]) show(id, Boolean(current));
   show("rater-form", false);
-  show("progress", true);
-  show("ballot", true);
+  show("progress", shownAt > 0);
+  show("ballot", shownAt > 0);
   show("finished", !current);
   tell(told);
 }

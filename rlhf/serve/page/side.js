@@ -15,12 +15,12 @@ async function duel(text) {
     const node = make("article", {}, make("h3", { className: "who" }, dot, name), body, tools);
     return { model, which, name, dot, words, tools, node, body, text: "", place };
   });
-  const again = press("Once more, with another seed", () => {
+  const again = tool("again", "Once more, with another seed", () => {
     if (running) return;
     $("seed").value = "";
     tellSampling();
     duel(text);
-  }, "quiet");
+  }, true);
   const note = make("div", { className: "row note" }, `seed ${how.seed}, temperature ${how.temperature}`, again);
   const ballot = make("div", { className: "ballot" });
   const node = make("div", { className: "duel" }, make("div", { className: "said", dir: "auto", textContent: text }),
