@@ -24,7 +24,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -37,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from tiny import SMALL, TIMEOUT, Done, Running, World, build, lines  # noqa: E402
+from tiny import SMALL, TIMEOUT, Done, Running, World, build, group, lines  # noqa: E402
 
 from rlhf.infra import checkpoint, config  # noqa: E402
 from rlhf.infra.files import read_lines  # noqa: E402
@@ -330,19 +329,13 @@ class Lab:
     def start(self, name: str, kill: Kill | None = None, watching: bool = False) -> list[Running]:
         """The ranks of the command; one that dies at a crash point is told so before it begins."""
         command, ranks = self.command(name), RUNS[name].ranks
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
         started = []
-        for rank in range(ranks):
-            env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PLAIN_RLHF_TIMEOUT": "60"}
+        for rank, env in enumerate(group(ranks) if ranks > 1 else [None]):
             before = None
             if kill and kill.point and kill.rank == rank:
                 before = functools.partial(watch, str(self.counts), kill.point, kill.wanted, kill.when)
             elif watching and rank == 0:
                 before = functools.partial(watch, str(self.counts))
-            env = {key: str(value) for key, value in env.items()} if ranks > 1 else None
             started.append(self.world.start(command, env, before))
         return started
 

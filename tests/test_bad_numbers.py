@@ -76,10 +76,12 @@ def run(world, tmp_path):
     """train_ppo.py with one of REWARDS; -> how it ended, and its directory."""
     (tmp_path / "bad.py").write_text(REWARDS)
 
-    def go(name: str = "ppo", reward: str | None = None, ranks: int = 0, **options) -> tuple[Done, Path]:
+    def go(
+        name: str = "ppo", reward: str | None = None, ranks: int = 0, torchrun=False, **options
+    ) -> tuple[Done, Path]:
         options |= {"reward": f"{tmp_path}/bad.py:{reward}"} if reward else {}
         command = world.command("train_ppo.py", out=tmp_path / name, **options)
-        return world.spawn(command, ranks) if ranks else world.start(command).wait(), tmp_path / name
+        return (world.spawn if torchrun else world.together)(command, ranks), tmp_path / name
 
     return go
 
@@ -360,7 +362,7 @@ def test_a_bad_number_on_the_second_rank_alone(world, run):
     done, out = run("two", ranks=2, reward="second_rank")
     assert done.code == 0 and "step 1: skipped, scores = 3e+30" in done.out, done.err
     assert [row["bad/steps"] for row in lines(out / "metrics.jsonl")] == [0, 1, 0, 0]
-    done, _ = run("dead", ranks=2, reward="huge")
+    done, _ = run("dead", ranks=2, torchrun=True, reward="huge")
     assert done.code == 1 and done.err.count("error: 3 steps in a row were skipped") == 1
     assert done.err.index("scores = -1e+38") < done.err.index("ChildFailedError")
 
@@ -480,5 +482,5 @@ def test_what_was_provoked_by_hand(world, damaged, tmp_path, name):
 @pytest.mark.slow
 def test_nan_of_a_reward_on_the_second_rank_alone(run):
     """The reward function's own line, once, before torchrun's."""
-    done, _ = run(ranks=2, reward="nan_on_the_second_rank")
+    done, _ = run(ranks=2, torchrun=True, reward="nan_on_the_second_rank")
     assert done.code == 1 and done.err.count("error: ") == 1 and "nan_on_the_second_rank" in done.err.splitlines()[0]

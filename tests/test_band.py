@@ -300,7 +300,8 @@ def test_broken_and_healthy_runs(world, tmp_path):
     world.run("train_ppo.py", out=broken, seed=4, lr=0.03, **options)  # it may end by a brake
     assert len(lines(broken / "metrics.jsonl")) >= 2
     told = {
-        run: world.spawn(["evaluate.py", "compare", str(run), str(tmp_path / "seeds")]) for run in (healthy, broken)
+        run: world.start(["evaluate.py", "compare", str(run), str(tmp_path / "seeds")]).wait()
+        for run in (healthy, broken)
     }
     assert (told[healthy].code, told[healthy].err) == (0, "") and "Inside the band of 3 seeds" in told[healthy].out
     assert told[broken].code == 1 and "Other options than theirs: --lr=0.03 (0.0003)." in told[broken].out

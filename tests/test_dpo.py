@@ -1,14 +1,12 @@
 """train_dpo.py: TRL's losses step by step; every layout learns from where it starts; ranks and micro-batches change nothing."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from test_chat import tokenizer  # noqa: F401  a fixture
+from tiny import World
 
 from data.examples import Encoded, write_shard, write_split
 from data.loader import PairLoader, open_data
@@ -49,14 +47,12 @@ def place(tokenizer, tmp_path_factory):  # noqa: F811
     return home
 
 
-def train(place, out, *options, ranks: int = 1) -> list[dict]:
+def train(place, out, *options, ranks: int = 0) -> list[dict]:
     """The lines of metrics.jsonl of a run."""
-    start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    start += [] if ranks == 1 else [f"--nproc_per_node={ranks}"]
     words = [f"--init={place / 'hf'}", f"--data={place / 'data'}", f"--out={out}", f"--batch={BATCH}", "--log_every=1"]
     words += ["--warmup=0", "--precision=fp32", *options]
-    done = subprocess.run([*start, str(ROOT / "train_dpo.py"), *words], capture_output=True, text=True, cwd=place)
-    assert done.returncode == 0, done.stderr
+    done = World(place).together(["train_dpo.py", *words], ranks)
+    assert done.code == 0, done
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -146,10 +142,10 @@ def test_ranks_shards_and_micro_batches_change_nothing(place, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [0, 2])
 def test_a_reference_that_sleeps_changes_nothing(place, tmp_path, ranks):
     options = ["--epochs=0.3", "--micro_batch=2", "--eval_every=2", "--checkpoint_every=2"]
-    options += ["--shard=true"] if ranks > 1 else []
+    options += ["--shard=true"] if ranks else []
     ways = {"awake": [], "asleep": ["--offload=reference"]}
     runs = [train(place, tmp_path / name, *options, *more, ranks=ranks) for name, more in ways.items()]
     assert runs[0] == runs[1]
@@ -160,11 +156,9 @@ def test_a_reference_that_sleeps_changes_nothing(place, tmp_path, ranks):
 def test_what_cannot_be_trained_on_is_one_line(place, tmp_path):
     def refused(*options):
         words = [f"--init={place / 'hf'}", f"--data={place / 'data'}", f"--out={tmp_path}", *options]
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "train_dpo.py"), *words], capture_output=True, text=True, cwd=place
-        )
-        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-        return done.stderr
+        done = World(place).start(["train_dpo.py", *words]).wait()
+        assert done.code == 2 and done.err.count("\n") == 1, done.err
+        return done.err
 
     assert "reference_free" in refused("--reference_free=true")
     assert "--micro_batch_tokens=9: 2 rows" in refused("--micro_batch_tokens=9")

@@ -307,7 +307,7 @@ def test_train_rm_frozen(world, tmp_path, monkeypatch):
     """From the command line to a score; two processes find the same head."""
     outs = [tmp_path / "one", tmp_path / "two"]
     for out, ranks in zip(outs, (0, 2)):
-        done = world.spawn(world.command("train_rm.py", out=out, **OPTIONS), ranks)
+        done = world.together(world.command("train_rm.py", out=out, **OPTIONS), ranks)
         assert done.code == 0, done
         assert "reward model" in done.out and "head fitted to 120 answers" in done.out
     heads = [checkpoint.load(out).tensors for out in outs]

@@ -1,21 +1,15 @@
 """The four layouts of the roles: the same walls, who learns and who never moves, and what a checkpoint gives back.
 
-The file is its own worker, as tests/test_step_invariance.py is: two processes train a few steps of each layout.
+Several ranks: tests/test_shard.py.
 """
 
 import copy
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_model import random_ids, small_model
@@ -81,24 +75,6 @@ def train(roles: Roles, dist=ALONE, iterations=2, micro_batch=4) -> list[dict]:
             updates.append(ppo.accumulate_gradient(learner, minibatch, OBJECTIVE, micro_batch, dist, precision))
             optim.step(optimizer, roles.policy, precision.scaler, clip=0.5)
     return updates
-
-
-def worker(out: Path) -> None:
-    """The job of each of the two processes."""
-    torch.set_num_threads(1)
-    dist = distributed.setup()
-    same = {}
-    for layout, critic in CASES[3:]:
-        roles = build(layout, critic)
-        train(roles, dist, micro_batch=2)
-        same[f"{layout} {critic}"] = dist.same(roles.policy)
-        checkpoint.save(out / f"{layout} {critic} {dist.rank}", checkpoint.trained_state(roles.policy), same)
-    dist.close()
-
-
-if __name__ == "__main__":
-    worker(Path(sys.argv[1]))
-    raise SystemExit
 
 
 # ---- one pass for two
@@ -286,42 +262,6 @@ def test_micro_batches_change_no_gradient(layout, critic):
     for other in found[1:]:
         for name, x in found[0].items():
             torch.testing.assert_close(other[name], x, rtol=1e-8, atol=1e-12, msg=name)
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    out = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    environment = os.environ | group | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(out)],
-            env=environment | {"RANK": rank, "LOCAL_RANK": rank},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=600)
-        assert worker.returncode == 0, errors
-    return out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout, critic", CASES[3:])
-def test_ranks_train_the_same_weights(two, layout, critic):
-    roles = build(layout, critic)
-    train(roles, micro_batch=2)
-    alone = checkpoint.trained_state(roles.policy)
-    for rank in (0, 1):
-        saved = checkpoint.load(two / f"{layout} {critic} {rank}")
-        assert saved.config[f"{layout} {critic}"] and saved.tensors.keys() == alone.keys()
-        for name, x in saved.tensors.items():
-            torch.testing.assert_close(x, alone[name], rtol=1e-8, atol=1e-8, msg=name)
 
 
 # ---- checkpoints

@@ -56,7 +56,7 @@ def options(home, **changes) -> dict:
 
 def test_one_rank_is_two(world, home, tmp_path):
     for name, ranks in (("one", 0), ("two", 2)):
-        done = world.spawn(world.command("train_ppo.py", out=tmp_path / name, **options(home, iterations=4)), ranks)
+        done = world.together(world.command("train_ppo.py", out=tmp_path / name, **options(home, iterations=4)), ranks)
         assert done.code == 0, done
     one, two = (lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert len(one) == len(two) == 4
@@ -84,7 +84,7 @@ def test_micro_batches_by_tokens_are_those_by_rows(world, home, tmp_path):
     plain = {"micro_batch_tokens": None, "micro_batch": 2}
     for name, changes, ranks in (("rows", plain, 0), ("tokens", {}, 0), ("shards", {"shard": "true"}, 2)):
         command = world.command("train_ppo.py", out=tmp_path / name, **options(home, iterations=2, **changes))
-        assert world.spawn(command, ranks).code == 0
+        assert world.together(command, ranks).code == 0
     first, *others = (lines(tmp_path / name / "metrics.jsonl") for name in ("rows", "tokens", "shards"))
     for other in others:
         for a, b in zip(first, other, strict=True):

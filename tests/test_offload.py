@@ -162,7 +162,7 @@ def test_the_plan_leaves_out_what_sleeps(world, tmp_path):
 def test_shards_sleep_too(world, tmp_path):
     for out, more in (("plain", {}), ("asleep", {"offload": ALL})):
         options = PPO | {"layout": "full", "shard": "true", "judge": None, "judge_every": None, "judge_prompts": None}
-        done = world.spawn(world.command("train_ppo.py", out=tmp_path / out, **options, **more), ranks=2)
+        done = world.together(world.command("train_ppo.py", out=tmp_path / out, **options, **more), 2)
         assert done.code == 0, done.err
     assert len(numbers(tmp_path / "plain")) == 4
     assert numbers(tmp_path / "asleep") == numbers(tmp_path / "plain")

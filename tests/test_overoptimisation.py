@@ -187,7 +187,7 @@ def test_one_process_and_two_stop_at_the_same_judgement(world, tmp_path):
     options = JUDGED | {"reward": f"{tmp_path}/longer.py:longer", "lr": 0.01, "kl_coef": 0, "iterations": 30}
     options |= {"judge_patience": 8, "checkpoint_every": 2, "judge_prompts": 7}  # 7: no multiple of two processes
     world.ok("train_ppo.py", out=tmp_path / "one", **options)
-    done = world.spawn(world.command("train_ppo.py", out=tmp_path / "two", **options), ranks=2)
+    done = world.together(world.command("train_ppo.py", out=tmp_path / "two", **options), 2)
     assert done.code == 0, done.err
     one, two = (lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert len(one) == len(two) and [row["judge/mean"] for row in one] == [row["judge/mean"] for row in two]

@@ -60,7 +60,7 @@ def wait_for(condition, alive) -> bool:
             return False
         if time.monotonic() > end:
             raise TimeoutError("the run neither goes on nor ends")
-        time.sleep(0.001)
+        time.sleep(0.004)
     return True
 
 
@@ -148,7 +148,7 @@ def killed_in_the_middle(world, place: Path, ranks: int, options: dict) -> tuple
 def test_killed_under_torchrun(world, tmp_path):
     """The whole process group dies at once; two processes resume, and the numbers are those of two undisturbed ones."""
     options = {"iterations": 8, "checkpoint_every": 2, "micro_batch": 4}
-    done = world.spawn(world.command("train_ppo.py", out=tmp_path / "undisturbed", **options), ranks=2)
+    done = world.together(world.command("train_ppo.py", out=tmp_path / "undisturbed", **options), 2)
     assert done.code == 0, done.err
     run, command = killed_in_the_middle(world, tmp_path, 2, options)
     done = world.spawn(command, ranks=2)
@@ -168,7 +168,7 @@ def test_two_processes_go_on_where_one_was_killed(world, tmp_path):
             break
     else:
         pytest.fail("could not kill a run in the middle in five attempts")
-    done = world.spawn(command, ranks=2)
+    done = world.together(command, 2)
     assert done.code == 0, done.err
     ours, theirs = numbers(run), numbers(tmp_path / "undisturbed")
     assert len(ours) == len(theirs) == 6

@@ -552,7 +552,7 @@ def test_two_processes_train_the_same(world, tmp_path, options):
     options = options | {"epochs": 0.2 if "objective" in options else 1, "log_every": 1, "eval_every": 4}
     runs = [tmp_path / "one", tmp_path / "two"]
     for run, ranks in zip(runs, (0, 2)):
-        done = world.spawn(world.command("train_rm.py", out=run, **options), ranks)
+        done = world.together(world.command("train_rm.py", out=run, **options), ranks)
         assert done.code == 0, done
     rows = [lines(run / "metrics.jsonl") for run in runs]
     assert len(rows[0]) == len(rows[1]) > 2

@@ -97,7 +97,7 @@ def test_ppo_then_evaluation(world, tmp_path):
         assert abs(sum(row["logprobs"]) - sum(row["ref_logprobs"]) - row["kl"]) < 1e-4 * 2 * len(row["tokens"])
     assert json.loads((run / "report.json").read_text())["iterations"] == 4
 
-    done = world.spawn(world.command("evaluate.py", tuned=run, out=out, sources="", prompt_tokens=8))
+    done = world.run("evaluate.py", tuned=run, out=out, sources="", prompt_tokens=8)
     assert (done.code, done.err) == (0, "")
     summary = json.loads((out / "summary.json").read_text())
     assert summary["rm"].keys() >= {"accuracy", "accuracy_gap1"}
@@ -267,7 +267,7 @@ GROUPS = pytest.param({"estimator": "grpo", "samples_per_prompt": 2}, marks=pyte
 @pytest.mark.parametrize("options", [{"minibatches": 2}, GROUPS], ids=str)
 def test_one_process_and_two_report_the_same(world, tmp_path, options):
     one = ppo(world, tmp_path / "one", **options)
-    done = world.spawn(world.command("train_ppo.py", out=tmp_path / "two", **options), ranks=2)
+    done = world.together(world.command("train_ppo.py", out=tmp_path / "two", **options), 2)
     assert done.code == 0, done.err
     assert done.out.count("PASS") == 6  # one rank prints
     two = lines(tmp_path / "two/metrics.jsonl")
@@ -279,7 +279,7 @@ def test_one_process_and_two_report_the_same(world, tmp_path, options):
 @pytest.mark.slow
 def test_one_process_and_two_pretrain_and_judge_the_same(world, tmp_path):
     for script, run in (("train_lm.py", "lm"), ("train_rm.py", "rm")):
-        done = world.spawn(world.command(script, out=tmp_path / run), ranks=2)
+        done = world.together(world.command(script, out=tmp_path / run), 2)
         assert done.code == 0, done.err
         assert_same(lines(world.path / run / "metrics.jsonl"), lines(tmp_path / run / "metrics.jsonl"), iterations=6)
 

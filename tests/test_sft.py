@@ -137,7 +137,7 @@ def test_two_ranks_with_packing_and_accumulation_are_one(world, tmp_path):
     for name, cut in cuts.items():
         out = tmp_path / name
         options = dict(data=tmp_path / "data", out=out, batch=12, epochs=2, log_every=1, eval_every=100, warmup=2)
-        done = world.spawn(world.command("train_lm.py", **options, **cut), 0 if name == "one" else 2)
+        done = world.together(world.command("train_lm.py", **options, **cut), 0 if name == "one" else 2)
         assert done.code == 0 and "loss on answers" in done.out, done
         steps[name] = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(steps["one"]) == len(steps["two"]) == len(steps["tokens"]) >= 12

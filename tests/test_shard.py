@@ -1,6 +1,6 @@
 """--shard=true: ranks that keep a part of the weights train what one process trains, in every layout.
 
-The file is its own worker: `torchrun tests/test_shard.py DIR WAY` trains every layout on every rank.
+The file is its own worker: `test_shard.py DIR WAY` trains every layout on every rank.
 """
 
 import functools
@@ -8,20 +8,19 @@ import json
 import os
 import resource
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
 from reference_model import SMALL, random_ids, small_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_rollout import EOS, PAD, RESPONSE, TEMPERATURE, WIDTH, prompts, reward_model
 from test_layouts import CASES, LAYERS, OBJECTIVE, ROWS, SETTINGS, TOP, build, experience_of
 from test_resume import killed_in_the_middle, numbers
+from tiny import World
 
 from model import transformer
 from model.generate import Sampling, generate, row_uniforms
@@ -36,7 +35,13 @@ from rlhf.ppo.rollout import gather, judge, minibatches, share
 from rlhf.reward.model import FrozenReward
 
 FAMILIES = ("llama", "qwen2")  # an output matrix of its own, and a tied one
-WAYS = {"few": {"shard": True}, "ddp": {}, "fsdp": {"shard": True}, "hsdp": {"shard": True, "replicas": 2}}
+WAYS = {
+    "few": {"shard": True},
+    "ddp": {},
+    "fsdp": {"shard": True},
+    "four": {"shard": True},
+    "hsdp": {"shard": True, "replicas": 2},
+}
 
 
 def train(layout: str, critic: str, family: str, dist: distributed.Dist, micro_batch: int = 2) -> dict:
@@ -73,10 +78,11 @@ def train(layout: str, critic: str, family: str, dist: distributed.Dist, micro_b
 
 
 def cases(way: str) -> list[tuple[str, str, str]]:
-    """Family, layout and critic: every layout once, or, where there is time, all of them."""
+    """Family, layout and critic: every layout once; or, where there is time, every case in one of the families."""
     few = [("llama", "full", "separate"), ("qwen2", "shared", "shared"), ("qwen2", "adapters", "separate")]
-    every = [(family, *case) for family in FAMILIES for case in CASES]
-    return few + [("llama", "branch", "shared")] if way == "few" else every
+    few += [("llama", "branch", "shared")]
+    one, other = ([(FAMILIES[(i + first) % 2], *case) for i, case in enumerate(CASES)] for first in (0, 1))
+    return {"few": few, "ddp": one, "fsdp": other, "four": one[::2], "hsdp": one[1::2]}[way]
 
 
 def kept_here(x: torch.Tensor) -> int:
@@ -178,13 +184,12 @@ if __name__ == "__main__":
     (apart if sys.argv[2] in APART else worker)(Path(sys.argv[1]), sys.argv[2])
 
 
-def torchrun(ranks: int, *command) -> None:
-    """Run this many processes to their end."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    env |= {"PLAIN_RLHF_TIMEOUT": "60"}  # ranks that wait for each other end
-    done = subprocess.run([*launcher, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+def ranks_of(place: Path, ranks: int, way: str) -> Path:
+    """A directory in which this many processes have run to their end."""
+    (out := place / way).mkdir()
+    done = World(place).together([__file__, str(out), way], ranks)
+    assert done.code == 0, done.err[-3000:]
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -216,9 +221,7 @@ def check_same(alone, out: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("two")
-    torchrun(2, __file__, out, "few")
-    return out
+    return ranks_of(tmp_path_factory.mktemp("two"), 2, "few")
 
 
 def test_two_shards_train_what_one_process_trains(alone, two):
@@ -278,17 +281,16 @@ def test_a_lost_shard_is_a_damaged_checkpoint(two, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks, way", [(2, "ddp"), (2, "fsdp"), (4, "fsdp"), (4, "hsdp")])
+@pytest.mark.parametrize("ranks, way", [(2, "ddp"), (2, "fsdp"), (4, "four"), (4, "hsdp")])
 def test_more_ranks_and_replicas(alone, tmp_path, ranks, way):
-    torchrun(ranks, __file__, tmp_path, way)
-    numbers = check_same(alone, tmp_path)
-    share = {"ddp": 1, "fsdp": 1 / ranks, "hsdp": 1 / 2}[way] + 0.04  # vectors are whole
+    numbers = check_same(alone, ranks_of(tmp_path, ranks, way))
+    share = {"ddp": 1, "fsdp": 1 / 2, "four": 1 / 4, "hsdp": 1 / 2}[way] + 0.04  # vectors are whole
     assert all(kept < share * alone(*case)["numbers"] for case, kept in numbers.items()), numbers
 
 
-def answers(out: Path, name: str) -> list:
+def answers(place: Path, name: str) -> list:
     """What the two ranks say."""
-    torchrun(2, __file__, out, name)
+    out = ranks_of(place, 2, name)
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -296,8 +298,7 @@ def answers(out: Path, name: str) -> list:
 @pytest.mark.parametrize("name", ["recomputed_logits", "same_texts_again", "judged"])
 def test_ranks_gather_what_is_frozen_equally_often(tmp_path, name):
     """Whatever a rank's own texts are: the other would wait for ever."""
-    (tmp_path / "two").mkdir()
-    first, second = answers(tmp_path / "two", name)
+    first, second = answers(tmp_path, name)
     assert first > 0 and second > 0
 
 
@@ -305,14 +306,14 @@ def test_ranks_gather_what_is_frozen_equally_often(tmp_path, name):
 def test_a_full_disk_of_one_rank_is_one_line_on_all(tmp_path):
     first, second = answers(tmp_path, "full_disk")
     assert first.startswith("cannot write the checkpoint") and "too large" in first and "too large" in second
-    assert not list(tmp_path.glob("*step*"))
+    assert not list(tmp_path.rglob("*step*"))
 
 
 @pytest.mark.slow
 def test_a_rank_with_a_file_system_of_its_own_is_told(tmp_path):
     first, _ = answers(tmp_path, "another_machine")
     assert "rank 0 does not see what other ranks wrote" in first and "that all machines share" in first
-    assert not list((tmp_path / "0/run").iterdir()) and not list((tmp_path / "1/run").iterdir())
+    assert not [left for rank in "01" for left in (tmp_path / "another_machine" / rank / "run").iterdir()]
 
 
 # by the scripts
@@ -333,31 +334,32 @@ SCRIPTS = {
 def test_scripts_measure_the_same_on_any_number_of_ranks(world, tmp_path, name):
     script, options = SCRIPTS[name]
     world.ok(script, out=tmp_path / "1", **options)
-    ways = [(2, "false"), (2, "true"), (4, "true")] if name == "ppo full" else [(2, "true")]
+    ways = [(2, "true"), (4, "true")] if name == "ppo full" else [(2, "true")]
     for ranks, shard in ways:
         out = tmp_path / f"{ranks}{shard}"
-        done = world.spawn(world.command(script, out=out, shard=shard, **options), ranks)
+        done = world.together(world.command(script, out=out, shard=shard, **options), ranks)
         assert done.code == 0, done.err
         for ours, theirs in zip(numbers(out), numbers(tmp_path / "1"), strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4, nan_ok=True), (ranks, shard)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks, then", [(2, 2), (4, 2)])
-def test_killed_shards_go_on(world, tmp_path, ranks, then):
-    """To the bit with as many ranks, to rounding with others."""
-    options = PPO | {"iterations": 8, "shard": "true"}
-    done = world.spawn(world.command("train_ppo.py", out=tmp_path / "undisturbed", **options), ranks)
+def test_killed_shards_go_on(world, tmp_path):
+    """Two of them to the bit, and those of four ranks, which two go on with, to rounding."""
+    options = PPO | {"iterations": 6, "shard": "true"}
+    undisturbed = tmp_path / "undisturbed"
+    done = world.together(world.command("train_ppo.py", out=undisturbed, **options), 2)
     assert done.code == 0, done.err
-    run, command = killed_in_the_middle(world, tmp_path, ranks, options)
-    done = world.spawn(command, then)
-    assert done.code == 0, done.err
-    near = {"rel": 0, "abs": 0} if then == ranks else {"rel": 1e-4, "abs": 1e-4}
-    for ours, theirs in zip(numbers(run), numbers(tmp_path / "undisturbed"), strict=True):
-        assert ours == pytest.approx(theirs, **near)
-    ours, theirs = (checkpoint.load(place) for place in (run, tmp_path / "undisturbed"))
-    for part in ("tensors", "optimizer"):
-        a, b = getattr(ours, part), getattr(theirs, part)
-        assert a.keys() == b.keys()
-        for key in a:
-            torch.testing.assert_close(a[key], b[key], rtol=near["rel"], atol=near["abs"])
+    for ranks, near in ((2, 0.0), (4, 1e-4)):
+        (place := tmp_path / str(ranks)).mkdir()
+        run, command = killed_in_the_middle(world, place, ranks, options)
+        done = world.together(command, 2)
+        assert done.code == 0, done.err
+        for ours, theirs in zip(numbers(run), numbers(undisturbed), strict=True):
+            assert ours == pytest.approx(theirs, rel=near, abs=near)
+        ours, theirs = (checkpoint.load(place) for place in (run, undisturbed))
+        for part in ("tensors", "optimizer"):
+            a, b = getattr(ours, part), getattr(theirs, part)
+            assert a.keys() == b.keys()
+            for key in a:
+                torch.testing.assert_close(a[key], b[key], rtol=near, atol=near)

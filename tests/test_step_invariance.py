@@ -7,9 +7,6 @@ run `everything` and leave their gradients for the tests to compare with those o
 
 import functools
 import json
-import os
-import socket
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +14,6 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_rollout import (
@@ -32,6 +28,7 @@ from small_rollout import (
     moved,
     reward_model,
 )
+from tiny import World
 from torch import Tensor
 
 from data.loader import micro_batches
@@ -376,23 +373,8 @@ def test_the_gradient_is_the_textbooks(estimator, critic):
 def two(tmp_path_factory):
     """What two processes computed, as (name, rank) -> tensors, and what each logged."""
     out = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    environment = os.environ | group | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(out)],
-            env=environment | {"RANK": rank, "LOCAL_RANK": rank},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=600)
-        assert worker.returncode == 0, errors
+    done = World(out).together([__file__, str(out)], 2)
+    assert done.code == 0, done
     logged = [json.loads((out / f"{rank}.json").read_text()) for rank in (0, 1)]
     return lambda name, rank=0: checkpoint.load(out / f"{name} {rank}").tensors, logged
 

@@ -1,7 +1,8 @@
 """A tiny world for the tests of the scripts: made-up ratings, a language model and a reward model, by the real commands.
 
-`spawn` starts a command line as a user would. A fresh interpreter needs two seconds to import torch, so `run` and `start`
-fork a server that has imported it instead; the script and every module of ours are still loaded anew in each process.
+`spawn` starts a command line as a user would. A fresh interpreter needs three seconds of a core to import torch, and torchrun
+needs them once more for itself, so `run`, `start` and `together` fork a server that has imported it instead; the script and
+every module of ours are still loaded anew in each process.
 """
 
 import hashlib
@@ -9,6 +10,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import time
@@ -25,7 +27,18 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 600  # seconds; a hang fails, a busy machine does not
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the server starts: results must not depend on the cores
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "numpy", "sentencepiece", "safetensors.torch", "tqdm", "torch._dynamo"])
+SERVER.set_forkserver_preload(
+    [
+        "torch",
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+        "numpy",
+        "sentencepiece",
+        "safetensors.torch",
+        "tqdm",
+        "pytest",
+    ]
+)
 
 SMALL = {  # what makes a script small enough for a test; paths are relative to the world
     "data.prepare": {"out": "data", "vocab_size": 400},
@@ -93,7 +106,7 @@ class Running:
 
 @dataclass(frozen=True)
 class World:
-    """A directory with `data`, `lm`, `rm` and `rewards.py`; every command runs in it."""
+    """A directory with `data`, `lm`, `rm` and `rewards.py`, or an empty one; every command runs in it."""
 
     path: Path
 
@@ -127,6 +140,15 @@ class World:
         assert (done.code, done.err) == (0, ""), done
         return done.out
 
+    def together(self, command: list[str], ranks: int, env: dict[str, str] | None = None) -> Done:
+        """The processes that torchrun would start, each a fork; 0: one that belongs to no group. All that they said, and a
+        code that is not 0 if one of them failed.
+        """
+        running = [self.start(command, {**(env or {}), **who}) for who in group(ranks) or [{}]]
+        ended = [one.wait() for one in running]
+        code = next((one.code for one in ended if one.code), 0)
+        return Done(code, "".join(one.out for one in ended), "".join(one.err for one in ended))
+
     def popen(self, command: list[str], ranks: int = 0, **kwargs) -> subprocess.Popen:
         """`python script ...`, or torchrun with this many processes, in a process group of its own."""
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
@@ -142,6 +164,16 @@ class World:
         return Done(process.returncode, out, err)
 
 
+def group(ranks: int) -> list[dict[str, str]]:
+    """For each rank the variables by which torchrun tells it who it is."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    every = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    every |= {"PLAIN_RLHF_TIMEOUT": TIMEOUT / 2}  # nobody ends the ranks that wait for one that has failed
+    return [{name: str(x) for name, x in (every | {"RANK": i, "LOCAL_RANK": i}).items()} for i in range(ranks)]
+
+
 def child(command: list[str], directory: Path, env: dict[str, str], log: Path, before: Callable | None) -> None:
     """Become `python command` in `directory`."""
     os.chdir(directory)
@@ -150,7 +182,8 @@ def child(command: list[str], directory: Path, env: dict[str, str], log: Path, b
     for name, number in (("out", 1), ("err", 2)):
         os.dup2(os.open(log / name, os.O_WRONLY | os.O_CREAT), number)
     sys.argv = list(command)
-    runpy.run_path(str(directory / "pins" / "sitecustomize.py"))
+    if (pins := directory / "pins" / "sitecustomize.py").exists():
+        runpy.run_path(str(pins))
     if before:
         before()
     if command[0].endswith(".py"):
@@ -175,8 +208,7 @@ def build(path: Path) -> World:
     write_pins(path)
     (path / "rewards.py").write_text(REWARDS)
     for script in ("data.prepare", "train_lm.py", "train_rm.py"):
-        command = world.command(script)
-        done = world.spawn(["-m", *command] if script == "data.prepare" else command)
+        done = world.run(script)
         assert (done.code, done.err) == (0, ""), done
     return world
 
