@@ -18,10 +18,14 @@ falling linearly from the first iteration. Three conventions are no options, and
 `trl, our numbers` is PPOTrainer drawing its responses from its own logits by our uniforms. It and `ours, patched` then see
 the same prompts, responses and minibatches, so every number of every iteration must agree. These two are in float64: in
 float32 rounding, which AdamW makes large where gradients are small, decides about a token from the second iteration on. So
-`ours, patched` are also three further seeds of TRL's algorithm. For GRPO and RLOO there are `trl` and `ours`. Scores are after
-the EOS penalty, as TRL logs them. What is finished is kept.
+`ours, patched` are also three further seeds of TRL's algorithm. Scores are after the EOS penalty, as TRL logs them. What is
+finished is kept.
+
+For GRPO and RLOO `trl` and `ours` are compared over the seeds, and the other two sides step by step (`GroupConventions`): both
+epochs see the same minibatches, GRPO's eps is 1e-4, and RLOO's loss is a mean over responses instead of tokens.
 """
 
+import contextlib
 import os
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -40,6 +44,7 @@ from torch import Tensor  # noqa: E402
 import train_ppo  # noqa: E402
 from evaluation.words import markdown_table  # noqa: E402
 from model import generate  # noqa: E402
+from rlhf.advantages import ESTIMATORS, grpo  # noqa: E402
 from rlhf.functional import masked_sum, whiten  # noqa: E402
 from rlhf.infra import config, distributed, optim  # noqa: E402
 from rlhf.infra.files import read_lines, write_lines, write_text  # noqa: E402
@@ -51,10 +56,14 @@ from rlhf.reward.scorer import unnamed  # noqa: E402
 
 BLOCK = 5  # iterations whose mean a band is about
 SHOWN = (1, 2, 3, 5, 10, 15, 20, 25)  # iterations of the step-by-step table
-SAME = {  # our name of a number: TRL's
+SAME = {  # our name of a number: TRL's, by its PPOTrainer
     "objective/scores": "objective/scores", "objective/kl": "objective/kl", "loss/policy": "loss/policy_avg",
     "loss/value": "loss/value_avg", "policy/clipfrac": "policy/clipfrac_avg",
 }  # fmt: skip
+SAME_IN_GROUPS = {  # RLOO logs another loss: of responses, and 0 where no ratio has left 1
+    "grpo": ("objective/scores", "loss/policy", "policy/clipfrac", "policy/entropy"),
+    "rloo": ("objective/scores", "policy/entropy"),
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class Config:
     place: str = "out/tiny"  # the small models; made where they are missing
     out: str = "out/against_trl"  # the runs and results.md; what is finished is kept
     seeds: tuple[int, ...] = (1, 2, 3)  # of samples, prompts and minibatches
-    pairs: int = 1  # of the seeds that TRL's PPO also runs on our random numbers
+    pairs: int = 1  # of the seeds that TRL also runs on our random numbers
     iterations: int = 25  # of a run
     batch: int = 32  # responses of an iteration
     group: int = 8  # responses to a prompt, of GRPO and RLOO
@@ -91,9 +100,8 @@ def main() -> None:
     sides = ("trl", "ours", "ours, patched") if cfg.trainer == "ppo" else ("trl", "ours")
     found = curves(cfg, place, out, sides, cfg.seeds)
     tables = [bands(found, name) for name in ("objective/scores", "objective/kl") if name in found["trl"][0][0]]
-    if cfg.trainer == "ppo":
-        (theirs,) = curves(cfg, place, out, ("trl, our numbers",), cfg.seeds[: cfg.pairs]).values()
-        tables.append(step_by_step(theirs, found["ours, patched"]))
+    pair = curves(cfg, place, out, ("trl, our numbers", "ours, patched"), cfg.seeds[: cfg.pairs])
+    tables.append(step_by_step(*pair.values(), SAME_IN_GROUPS.get(cfg.trainer, SAME)))
     text = "\n\n".join(tables)
     write_text(out / "results.md", text + "\n")
     print(text)
@@ -138,13 +146,10 @@ def we(cfg: Config, place: Path, out: Path, side: str, seed: int) -> list[dict]:
     if side == "ours":
         rows = small.ppo(place, out, options)
     else:
-        trls = Conventions(seed)
-        changes = {"judge": trls.judge, "whiten": trls.whiten, "minibatches": trls.minibatches}
-        with (
-            small.replaced(train_ppo, **changes),
-            small.replaced(update, ppo_loss=trls.loss),
-            small.replaced(generate, draw=trls.draw),
-        ):
+        trls = (Conventions if cfg.trainer == "ppo" else GroupConventions)(seed)
+        with contextlib.ExitStack() as stack:
+            for module, changes in trls.changes(cfg.trainer):
+                stack.enter_context(small.replaced(module, **changes))
             rows = small.ppo(place, out, options, trls.changed)
     penalties = [cfg.eos_penalty * row["response/truncated_rate"] for row in rows]
     return [row | {"objective/scores": row["objective/scores"] - x} for row, x in zip(rows, penalties)]
@@ -155,9 +160,11 @@ def they(cfg: Config, place: Path, side: str, seed: int) -> list[dict]:
     dist = distributed.setup()
     cast = train_ppo.open_cast(settings, dist, optim.amp(dist.device, "fp32"))
     prompts = torch.cat([cast.act.prompts.batch(i).prompts for i in range(cfg.iterations)])
+    shared = side != "trl"
     if cfg.trainer != "ppo":
-        return trl_sides.grouped(cfg, place, seed, prompts, cast.reward.score)
-    rows = trl_sides.ppo(cfg, place, seed, prompts, shared=side != "trl")
+        reward = (Conventions(seed).changed(cast) if shared else cast).reward
+        return trl_sides.grouped(cfg, place, seed, prompts, reward.score, shared)
+    rows = trl_sides.ppo(cfg, place, seed, prompts, shared)
     return [{ours: row[theirs] for ours, theirs in SAME.items()} for row in rows]
 
 
@@ -167,6 +174,11 @@ class Conventions:
     def __init__(self, seed: int):
         self.order = np.random.RandomState(seed)
         self.pad, self.slot = 0, torch.zeros(0)  # of the tokenizer; (B, T) bool, where the score is paid
+
+    def changes(self, trainer: str) -> list[tuple]:
+        """(module, its names that are others) within a run."""
+        loop = {"judge": self.judge, "whiten": self.whiten, "minibatches": self.minibatches}
+        return [(train_ppo, loop), (update, {"ppo_loss": self.loss}), (generate, {"draw": self.draw})]
 
     def changed(self, cast: train_ppo.Cast) -> train_ppo.Cast:
         """All models in float64; and the self-check knows nothing of the slot."""
@@ -215,6 +227,29 @@ class Conventions:
             yield from torch.from_numpy(self.order.permutation(rows)).reshape(count, -1)
 
 
+class GroupConventions(Conventions):
+    """Of TRL's GRPOTrainer and RLOOTrainer, where they are no options of ours."""
+
+    def changes(self, trainer: str) -> list[tuple]:
+        grouped = {"grpo": ESTIMATORS["grpo"]._replace(estimate=self.estimate), "rloo": ESTIMATORS["rloo"]}
+        loop = {"minibatches": self.minibatches, "ESTIMATORS": grouped}
+        loss = {"ppo_loss": self.per_response} if trainer == "rloo" else {}
+        return [(train_ppo, loop), (update, loss), (generate, {"draw": self.draw})]
+
+    def estimate(self, rewards, values, mask, gamma, lam, group) -> tuple[Tensor, Tensor]:
+        returns = masked_sum(rewards, mask, dim=1)
+        return tuple(torch.where(mask, x[:, None], 0) for x in (grpo(returns, group, eps=1e-4), returns))
+
+    def per_response(self, output, batch: Experience, objective: update.Objective) -> tuple[Tensor, dict[str, Tensor]]:
+        """The caller divides by the tokens, TRL by the responses. At one step an iteration no ratio leaves 1."""
+        loss, sums = LOSS(output, batch, objective)
+        return loss * batch.mask.sum() / len(batch.mask), sums
+
+    def minibatches(self, rows: int, count: int, epochs: int, seed: int, iteration: int):
+        for _ in range(epochs):
+            yield from torch.arange(rows).reshape(count, -1)
+
+
 LOSS, DRAW = update.ppo_loss, generate.draw
 
 
@@ -242,14 +277,14 @@ def bands(found: dict[str, list[list[dict]]], name: str) -> str:
     )
 
 
-def step_by_step(theirs: list[list[dict]], ours: list[list[dict]]) -> str:
+def step_by_step(theirs: list[list[dict]], ours: list[list[dict]], names) -> str:
     """The largest difference of any seed, of what both computed on the same responses; TRL logs float32."""
     rows = []
     for step in (k for k in SHOWN if k <= min(map(len, ours), default=0)):
         pairs = [(a[step - 1], b[step - 1]) for a, b in zip(ours, theirs)]
-        rows.append([str(step), *(f"{max(abs(a[name] - b[name]) for a, b in pairs):.1e}" for name in SAME)])
+        rows.append([str(step), *(f"{max(abs(a[name] - b[name]) for a, b in pairs):.1e}" for name in names)])
     head = "ours, patched, and trl, our numbers: the largest difference of any seed at an iteration:"
-    return head + "\n\n" + markdown_table(["iteration", *SAME], rows)
+    return head + "\n\n" + markdown_table(["iteration", *names], rows)
 
 
 if __name__ == "__main__":

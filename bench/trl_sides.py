@@ -106,12 +106,16 @@ def ppo(cfg, place: Path, seed: int, prompts: Tensor, shared: bool) -> list[dict
     return [row for row in trainer.state.log_history if "objective/kl" in row]
 
 
-def grouped(cfg, place: Path, seed: int, prompts: Tensor, score) -> list[dict]:
-    """The log of GRPOTrainer or RLOOTrainer; prompts (iterations * batch / group, P) in this order, score of ours."""
+def grouped(cfg, place: Path, seed: int, prompts: Tensor, score, shared: bool) -> list[dict]:
+    """The log of GRPOTrainer or RLOOTrainer; prompts (iterations * batch / group, P) in this order, score of ours.
+
+    shared: responses by our random numbers, in float64, and minibatches in the order of the responses.
+    """
     with peers.installed():
         import datasets
         import transformers
         import trl
+        from trl.trainer import grpo_trainer, rloo_trainer
 
         trainer_of, config_of = (getattr(trl, f"{cfg.trainer.upper()}{what}") for what in ("Trainer", "Config"))
 
@@ -120,6 +124,21 @@ def grouped(cfg, place: Path, seed: int, prompts: Tensor, score) -> list[dict]:
 
         def _tokenize_prompts(self, prompts):
             return [[int(word) for word in prompt.split()] for prompt in prompts], None, {}
+
+        def _generate_single_turn(self, prompt_ids, *more):
+            if not shared:
+                return super()._generate_single_turn(prompt_ids, *more)
+            queries, eos = torch.tensor(prompt_ids), tokenizer.eos_token_id
+            with torch.no_grad():
+                tokens, _ = ours(self.model, queries, len(queries), tokenizer.pad_token_id, self.generation_config)
+            rows = tokens[:, queries.shape[1] :].tolist()
+            ended = [row[: row.index(eos) + 1] if eos in row else row for row in rows]
+            return (ended, None) if cfg.trainer == "grpo" else ended  # and the sampler's log-probs, which it may use
+
+        def _calculate_rewards(self, inputs, *answers):
+            if not shared:
+                return super()._calculate_rewards(inputs, *answers)
+            return torch.tensor(reward(*answers), dtype=torch.float64)[:, None]  # TRL rounds them to float32
 
     def reward(prompts, completions, completion_ids, **_) -> list[float]:
         rows = [[*map(int, prompt.split()), *ids] for prompt, ids in zip(prompts, completion_ids)]
@@ -131,7 +150,9 @@ def grouped(cfg, place: Path, seed: int, prompts: Tensor, score) -> list[dict]:
         ended = torch.tensor([ids[-1] == tokenizer.eos_token_id for ids in completion_ids])
         return torch.where(ended, found, found - cfg.eos_penalty).tolist()
 
-    policy, *_, tokenizer = models(place)
+    policy, *_, tokenizer = models(place, torch.float64 if shared else torch.float32)
+    ours = SharedRandomness(seed, tokenizer.eos_token_id)
+    same_order = {"shuffle_sequence_dict": lambda batch: batch} if shared else {}
     same = {"loss_type": "bnpo", "scale_rewards": "group"} if cfg.trainer == "grpo" else {}
     with tempfile.TemporaryDirectory() as scratch:
         options = config_of(
@@ -146,6 +167,12 @@ def grouped(cfg, place: Path, seed: int, prompts: Tensor, score) -> list[dict]:
             model=policy, reward_funcs=reward, args=options, train_dataset=rows, processing_class=tokenizer
         )
         trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
-        trainer.train()
-    found = [row for row in trainer.state.log_history if "reward" in row]
-    return [{"objective/scores": row["reward"], "policy/entropy": row["entropy"]} for row in found]
+        with small.replaced({"grpo": grpo_trainer, "rloo": rloo_trainer}[cfg.trainer], **same_order):
+            trainer.train()
+    steps = [row for row in trainer.state.log_history if "entropy" in row]  # only an iteration's first has a reward
+    names = {"loss/policy": "loss", "policy/clipfrac": "clip_ratio/region_mean", "policy/entropy": "entropy"}
+    found, each = [], cfg.epochs * cfg.minibatches
+    for first in range(0, len(steps), each):
+        means = {mine: np.mean([row[name] for row in steps[first : first + each]]) for mine, name in names.items()}
+        found.append({"objective/scores": steps[first]["reward"]} | means)
+    return found
