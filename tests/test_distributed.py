@@ -246,6 +246,15 @@ def test_a_single_process_under_torchrun_needs_no_group(monkeypatch):
     assert distributed.setup().world == 1 and not torch.distributed.is_initialized()
 
 
+@pytest.mark.parametrize(
+    "world, replicas, use", [(2, 2, "1"), (4, 3, "1 or 2"), (8, 0, "1 or 2 or 4"), (8, -1, "1 or 2 or 4")]
+)
+def test_replicas_that_do_not_divide(monkeypatch, world, replicas, use):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    with pytest.raises(ValueError, match=f"--replicas={replicas} does not divide {world} processes .*; use {use}$"):
+        distributed.setup(shard=True, replicas=replicas)
+
+
 def test_more_processes_than_gpus_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

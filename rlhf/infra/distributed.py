@@ -183,7 +183,7 @@ def setup(shard: bool = False, replicas: int = 1) -> Dist:
     if replicas != 1 and (replicas < 1 or world % replicas or replicas == world):
         raise ValueError(
             f"--replicas={replicas} does not divide {world} processes into groups of two or more; "
-            f"use one of {', '.join(str(n) for n in range(1, world) if world % n == 0)}"
+            f"use {' or '.join(str(n) for n in range(1, world) if world % n == 0)}"
         )
     asked, ranks = os.environ.get("PLAIN_RLHF_DEVICE", "auto"), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = device_of(asked, local_rank, ranks, *accelerators())
