@@ -241,7 +241,7 @@ def script(tmp_path, body: str, argv=(), env=None, **kwargs):
         f"import os, sys, errno\nfrom rlhf.infra import config\ndef main():\n    {lines}\nconfig.run(main)\n"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
-    return subprocess.run([sys.executable, file, *argv], env=env, capture_output=True, text=True, timeout=60, **kwargs)
+    return subprocess.run([sys.executable, file, *argv], env=env, capture_output=True, text=True, timeout=300, **kwargs)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def server(home):
 
 def connect(server) -> socket.socket:
     url = urllib.parse.urlparse(server.url)
-    connection = socket.create_connection((url.hostname, url.port), timeout=60)
+    connection = socket.create_connection((url.hostname, url.port), timeout=300)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return connection
 
@@ -121,7 +121,7 @@ def test_too_many_headers(server):
 def test_413_arrives_at_a_client_that_sends_first_and_reads_then(server, size, chunked):
     url = urllib.parse.urlparse(server.url)
     for _ in range(3):
-        with contextlib.closing(http.client.HTTPConnection(url.hostname, url.port, timeout=60)) as connection:
+        with contextlib.closing(http.client.HTTPConnection(url.hostname, url.port, timeout=300)) as connection:
             parts = [b"x" * min(65536, size - at) for at in range(0, size, 65536)]
             headers = {"Authorization": "Bearer secret"} | ({} if chunked else {"Content-Length": str(size)})
             connection.request("POST", "/v1/completions", iter(parts), headers, encode_chunked=chunked)

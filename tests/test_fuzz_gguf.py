@@ -88,14 +88,14 @@ def mutated(draw):
 
 
 @given(content=mutated())
-@settings(max_examples=1000)
+@settings(max_examples=400)
 def test_mutations(tmp_path_factory, content):
     read_all(tmp_path_factory.getbasetemp() / "mutated.gguf", content)
 
 
 @pytest.mark.slow
 @given(content=mutated())
-@settings(max_examples=8000)
+@settings(max_examples=2500)
 def test_many_more_mutations(tmp_path_factory, content):
     read_all(tmp_path_factory.getbasetemp() / "mutated.gguf", content)
 

@@ -79,7 +79,7 @@ def outcome(Config: type, argv: list[str], capsys) -> str:
 
 
 @pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("examples", [40, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [40, pytest.param(200, marks=pytest.mark.slow)])
 def test_any_command_line(file, examples, capsys):
     Config = module_of(file).Config
     refused = []

@@ -204,7 +204,7 @@ def attempt(read: Callable) -> bool:
 
 
 @pytest.mark.parametrize("name", READERS)
-@pytest.mark.parametrize("examples", [25, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [25, pytest.param(150, marks=pytest.mark.slow)])
 def test_damaged_files(tmp_path, name, examples):
     file, read = READERS[name](tmp_path)
     content, counts = file.read_bytes(), {True: 0, False: 0}

@@ -226,7 +226,7 @@ slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "estimator", ["gae", *(pytest.param(name, marks=slow) for name in ("rloo", "grpo", "dr_grpo", "reinforce++"))]
+    "estimator", ["gae", *(pytest.param(name, marks=slow) for name in ("rloo", "grpo", "reinforce++"))]
 )
 def test_the_optimum_is_found(estimator):
     assert_optimal(train(estimator))
@@ -253,7 +253,6 @@ def one_early(rewards, mask):
 
 
 MISTAKES = {
-    "KL of the wrong sign": {"kl_coef": -BETA},
     "KL twice as dear": {"kl_coef": 2 * BETA},
     "reward one token early": {"pay": one_early},
     "EOS outside the mask": {"cut": without_eos},
@@ -264,7 +263,7 @@ MISTAKES = {
 def test_a_mistake_misses_it(mistake):
     """By far, and already after half the iterations, when the right loop is within 0.06 and has 95% of the gain.
 
-    Measured over three seeds, at best: -2.0 of the gain, 0.77, 0.16, 0.63; total variation 0.85, 0.22, 0.41, 0.25.
+    Measured over three seeds, at best: 0.77 of the gain, 0.16, 0.63; total variation 0.22, 0.41, 0.25.
     """
     miss = train("gae", iterations=75, **MISTAKES[mistake])
     assert miss["gain"] < 0.85 and miss["tv"] > 0.15, miss

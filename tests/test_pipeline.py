@@ -288,7 +288,7 @@ def mixed_lines(n: int, seed: int) -> tuple[list[str], dict[int, str], int]:
     return lines, bad, again
 
 
-@pytest.mark.parametrize("n", [2000, pytest.param(200_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [2000, pytest.param(50_000, marks=pytest.mark.slow)])
 def test_counts_add_up_and_every_reject_is_named(tmp_path, tokenizer_dir, n, monkeypatch):
     lines, bad, again = mixed_lines(n, 1)
     (tmp_path / "f.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
@@ -501,7 +501,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, tokenizer_d
         command = [sys.executable, "-c", INTERRUPTED, *arguments, f"--out={tmp_path / 'killed'}", "--workers=2"]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            process.wait(rng.uniform(0.3, 3.0) if killed < 10 else None)
+            process.wait(rng.uniform(0.3, 3.0) if killed < 5 else None)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -509,10 +509,10 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, tokenizer_d
             continue
         assert process.returncode == 0
         when += 1
-        if killed >= 10:
+        if killed >= 5:
             break
         (tmp_path / "killed").rename(tmp_path / f"whole {round}")  # it was done before the kill: from the start
-    assert killed >= 10
+    assert killed >= 5
     assert prepared(tmp_path, "killed", arguments, 1) == right
 
 

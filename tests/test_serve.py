@@ -436,7 +436,7 @@ def mixed(seed: int, longest: int) -> dict:
     }
 
 
-@pytest.mark.parametrize("longest", [8, pytest.param(90, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("longest", [8, pytest.param(40, marks=pytest.mark.slow)])
 def test_64_mixed_requests_get_what_they_get_alone(server, longest):
     """To the bit: the log-probs too."""
     assert (

@@ -174,7 +174,7 @@ def test_tensorboard_follows_a_run_until_it_has_ended(tmp_path):
                 pytest.fail(f"ended early: {process.wait(0.05)}")
         write_run(run, VALUES[1:], resume_step=1)
         (run / "report.json").write_text("{}")
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (0, f"6 lines of {run}/metrics.jsonl -> tensorboard, {place}\n"), err
     assert scalars(place) == expected(run)
 
