@@ -201,7 +201,8 @@ def test_the_page_follows_the_run(browser, server, run):
     page.focus(".curve svg")
     page.keyboard.press("Home")
     assert page.text_content("#run-point").endswith("iteration 0: 0")
-    assert accessible(page) == []
+    page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+    assert accessible(page) == [] and page.evaluate("document.documentElement.scrollWidth") == 360
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps(ppo_rows(done + 1)[done]) + "\n")
     page.wait_for_selector(f"#run-state:has-text('{done + 1} of 20')")
