@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model.panels import Panels
 from model.transformer import KVCache, Parts, Transformer
 
 BLOCK = 64  # neighbouring tokens of the vocabulary whose probabilities are added up first
@@ -299,6 +300,22 @@ def checked(model: Transformer, lengths: list[int], sampling: Sampling, uniforms
     return samples
 
 
+def panels_of(model: Transformer, rows: int, steps: int) -> Panels | None:
+    """The panels of a model that keeps some, for so many rows and at most so many steps."""
+    panels = None if torch.is_autocast_enabled("cpu") else getattr(model, "panels", None)
+    if panels is not None:
+        panels.lay(rows, steps)
+    return panels
+
+
+def next_states(decoding: Decoding, ids: Tensor, panels: Panels | None) -> Tensor:
+    """One more token in each row. (n,) -> (n, D)"""
+    if panels is None:
+        return decoding.step(ids)
+    with panels:
+        return decoding.step(ids, panels.filled(len(ids)))[: len(ids)]
+
+
 @torch.no_grad()
 def generate(
     model: Transformer,
@@ -323,7 +340,7 @@ def generate(
     uniforms = None if uniforms is None else uniforms.to(where)
     rows, longest = samples * len(prompts), max(wanted)
     width, at_once = min(longest + sampling.max_new_tokens, model.config.context), min(at_once, rows)
-    decoding = Decoding(model, at_once, width)
+    decoding, panels = Decoding(model, at_once, width), panels_of(model, at_once, sampling.max_new_tokens)
 
     # 1. the result: prompts, and room behind them; one column more, for what rows write that have ended
     begin, prompts = prompt_lengths.repeat_interleave(samples), prompts[:, :longest]  # (rows,)
@@ -375,7 +392,7 @@ def generate(
             )
         if not alive and not queue:
             break
-        hidden = decoding.step(chosen) if alive else hidden[:0]
+        hidden = next_states(decoding, chosen, panels) if alive else hidden[:0]
 
     T = int(lengths.max())
     mask = (columns >= begin[:, None]) & (columns < lengths[:, None])

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.lora import LoRALinear, replace_module
+from model.panels import keep_panels
 from model.transformer import Transformer
 
 FEW_ROWS = 256  # up to so many, a CPU multiplies weights as they lie
@@ -88,9 +89,11 @@ def store_all(models: Iterable[Transformer], dtype: torch.dtype) -> None:
 
 
 def to_sample_with(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """The same model, which nobody trains, by `Half`; int8 models, and float32, stay as they are."""
-    if dtype == torch.float32 or not isinstance(model.embed_tokens, nn.Embedding):
+    """The same model, which nobody trains, by `Half`, or in float32 with panels; int8 models stay as they are."""
+    if not isinstance(model.embed_tokens, nn.Embedding):
         return model
+    if dtype == torch.float32:
+        return keep_panels(model)
     return Half(model.requires_grad_(False), dtype).model
 
 

@@ -1,0 +1,107 @@
+"""Float32 weights laid out once for the products of many decoding steps, on a CPU.
+
+    keep_panels(model)                    # of a model that nobody trains
+    model.panels.lay(16, steps=100)       # for steps of 16 rows
+    with model.panels:
+        hidden = decoding.step(ids, model.panels.filled(len(ids)))[: len(ids)]
+
+MKL brings a weight matrix into panels, the order in which its kernel reads, anew in every product; with few rows that takes
+up to a third of it. Its packed products keep them, for one number of rows. The panels are a second copy of the blocks'
+weights, with active adapters merged. Other numbers of rows, such as those of prompts, meet the layers as they are.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from model.lora import LoRALinear, lora_layers
+from model.transformer import Transformer
+
+FEWEST, MOST = 4, 64  # rows with which packed products were measured to gain
+LARGEST = 1 << 29  # numbers in the blocks, 2 GB: a second copy of more may not fit
+WIDTH = 512  # of the model: smaller matrices stay in a CPU's caches, and gain nothing
+STEPS = 16  # making panels takes as long as they save in about 10 steps of 16 rows
+
+
+class Product:
+    """Linear layers of the same x as one packed product of `rows` rows."""
+
+    def __init__(self, layers: list[nn.Linear], rows: int, plain):
+        weight = torch.cat([merged(layer) for layer in layers])  # (N, K)
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        self.bias = torch.cat(biases) if biases else None  # (N,); all have one, or none
+        self.rows, self.plain, self.sizes = rows, plain, [layer.out_features for layer in layers]
+        self.panels = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+        self.shape = weight.new_empty(1).expand(weight.shape)  # all that is read of a weight whose panels fit
+
+    def __call__(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if x.numel() != self.rows * x.shape[-1]:
+            return self.plain(x)
+        y = torch.ops.mkl._mkl_linear(x, self.panels, self.shape, self.bias, self.rows)
+        return y if len(self.sizes) == 1 else y.split(self.sizes, -1)
+
+
+def merged(layer: nn.Linear) -> Tensor:
+    active = isinstance(layer, LoRALinear) and layer.active in layer.lora_A
+    return layer.merged(layer.active) if active else layer.weight.detach()
+
+
+class Panels:
+    """The panels of a model's blocks. Within the context its layers multiply with them."""
+
+    def __init__(self, model: Transformer):
+        self.layers, self.weights = list(model.layers), list(model.layers.parameters())
+        self.adapters = list(lora_layers(model).values())
+        self.known = None  # the weights and adapters that the panels were made of
+        self.rows = 0  # that the panels are made for; 0: there are none
+        self.products: list[tuple[nn.Module, str, Product]] = []  # what stands in for which method
+
+    @torch.no_grad()
+    def lay(self, rows: int, steps: int) -> None:
+        """For steps of so many rows, at most so many steps. Panels that are there already stay, if they fit."""
+        known = [(x.data_ptr(), x._version) for x in self.weights] + [layer.active for layer in self.adapters]
+        if rows == self.rows and known == self.known:
+            return
+        self.rows, self.products, self.known = 0, [], known  # frees the old ones first
+        if FEWEST <= rows <= MOST and steps >= STEPS:
+            self.rows = rows
+            for block in self.layers:
+                attention, mlp = block.self_attn, block.mlp
+                self.put(attention, "qkv", [attention.q_proj, attention.k_proj, attention.v_proj])
+                self.put(attention.o_proj, "forward", [attention.o_proj])
+                if mlp.gate_proj is None:
+                    self.put(mlp.up_proj, "forward", [mlp.up_proj])
+                else:
+                    self.put(mlp, "gate_up", [mlp.gate_proj, mlp.up_proj])
+                self.put(mlp.down_proj, "forward", [mlp.down_proj])
+
+    def put(self, module: nn.Module, method: str, layers: list[nn.Linear]) -> None:
+        self.products.append((module, method, Product(layers, self.rows, getattr(module, method))))
+
+    def filled(self, rows: int) -> int:
+        """Of how many rows a step of `rows` is best made, with some that nobody reads: of those of the panels, or as it is."""
+        return self.rows if rows <= self.rows < 2 * rows else rows
+
+    def __enter__(self) -> None:
+        for module, method, product in self.products:
+            module.__dict__[method] = product
+
+    def __exit__(self, *failure) -> None:
+        for module, method, _ in self.products:
+            del module.__dict__[method]
+
+
+def keep_panels(model: Transformer) -> Transformer:
+    """The same model, whose steps in `generate` multiply with panels where that gains: float32 on a CPU with MKL,
+    matrices large enough, and not too many. They stay between two calls, until rows or weights are others.
+    """
+    layers = [x for block in model.layers for x in block.modules() if hasattr(x, "weight") and x.weight.ndim == 2]
+    gains = model.config.width >= WIDTH and sum(x.weight.numel() for x in layers) <= LARGEST
+    if gains and torch.backends.mkl.is_available() and all(map(fits, layers)):
+        model.panels = Panels(model)
+    return model
+
+
+def fits(layer: nn.Module) -> bool:
+    weight = layer.weight
+    plain = type(layer) in (nn.Linear, LoRALinear) and type(weight) is nn.Parameter
+    return plain and weight.is_cpu and weight.dtype == torch.float32
