@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -76,28 +77,34 @@ def test_a_page_that_fetches_something_is_refused(tmp_path):
             build.check_alone(tmp_path)
 
 
-@pytest.mark.slow
-def test_the_site(tmp_path, monkeypatch):
-    """Built by its generator, which checks anchors too."""
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """Built by its generator."""
     pytest.importorskip("zensical", reason="the extra docs")
-    monkeypatch.setattr("sys.argv", ["build.py", f"--out={tmp_path / 'docs'}"])
-    build.main()
-    page = (tmp_path / "docs/site/formulas.html").read_text()
+    place = tmp_path_factory.mktemp("site") / "docs"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["build.py", f"--out={place}"])
+        build.main()
+    return place / "site"
+
+
+@pytest.mark.slow
+def test_the_site(site, tmp_path, monkeypatch):
+    """Anchors are checked too."""
+    page = (site / "formulas.html").read_text()
     assert "delta_t = r_t + gamma V_{t+1} - V_t" in page and "assets/iframe-worker.js" in page
+    monkeypatch.setattr("sys.argv", ["build.py", f"--out={tmp_path / 'docs'}"])
     monkeypatch.setattr(build, "linked", lambda *page: "[a](chat.md#nowhere)")
     with pytest.raises(ValueError, match="anchor does not exist"):
         build.main()
 
 
 @pytest.mark.slow
-def test_the_search_works_from_a_disk_and_asks_nobody(tmp_path, monkeypatch, browser):
+def test_the_search_works_from_a_disk_and_asks_nobody(site, browser):
     """Where a browser has no Worker: the words stay in the field while results come, and all of them count."""
-    pytest.importorskip("zensical", reason="the extra docs")
-    monkeypatch.setattr("sys.argv", ["build.py", f"--out={tmp_path / 'docs'}"])
-    build.main()
     page, asked = browser.new_page(), []
     page.on("request", lambda request: asked.append(request.url))
-    page.goto((tmp_path / "docs/site/index.html").as_uri())
+    page.goto((site / "index.html").as_uri())
     page.keyboard.press("/")
     field = page.get_by_role("combobox")
     field.press_sequentially("whitened advantages")

@@ -23,7 +23,7 @@ from model.peft import load_peft, save_peft
 from model.transformer import ModelConfig, Transformer
 
 ROOM = 2**30  # bytes of address space beyond what the process has
-CASES = [pytest.param(1, id="quick"), pytest.param(2, marks=pytest.mark.slow, id="long")]
+CASES = [pytest.param(0.3, id="quick"), pytest.param(1, marks=pytest.mark.slow, id="long")]
 GPT2 = dict(norm="layer", activation="gelu", positions="learned", qkv_bias=True, out_bias=True, mlp_bias=True)
 GEMMA3 = dict(
     norm="offset_rms", norm_place="both", activation="geglu", embedding_scale=2.0, attention_scale=0.5, qk_norm=True
@@ -75,11 +75,11 @@ def attempt(read, counts):
             assert model(torch.zeros(1, 2, dtype=torch.int64)).shape == (1, 2, model.config.vocab_size)
 
 
-def fuzz(strategy, read, examples: int, at_least: int):
+def fuzz(strategy, read, examples: float, at_least: int):
     """Feeds `examples` mutations to read(mutation); at least so many of a hundred must be refused, or nothing is tested."""
     counts = {"read": 0, "refused": 0}
 
-    @settings(max_examples=examples, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=int(examples), suppress_health_check=list(HealthCheck))
     @given(strategy)
     def run(mutation):
         attempt(lambda: read(mutation), counts)

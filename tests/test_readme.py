@@ -242,6 +242,9 @@ def small(command: Command) -> list[str]:
 def runnable(command: Command) -> list[str] | None:
     """What `World` runs in the command's place; None for make, a server, a bench, a browser's or another program's files."""
     module = command.words[2] if command.words[1:2] == ["-m"] else None
+    loop = script_of(command) == "iterate.py" or module == "rlhf.feedback"
+    if loop and command.where.startswith("docs/iterate.md"):
+        return None  # minutes, and what tests/test_iterate.py runs; README's loop is run
     if module == "data.prepare":
         given = any(word.startswith("--tokenizer") for word in command.words)
         return [*command.words[2:], *([] if given else ["--vocab_size=400"])]
@@ -253,8 +256,6 @@ def runnable(command: Command) -> list[str] | None:
         return None
     if command.words[1:3] == ["evaluate.py", "compare"]:
         return None  # runs of several seeds: tests/test_band.py makes them
-    if script_of(command) == "iterate.py" and any(word.startswith("--rater=") for word in command.words):
-        return None  # a simulated rater: minutes, and what tests/test_iterate.py runs
     if any(word.startswith("--sampler=") for word in command.words):
         return None  # it asks a server: what tests/test_remote.py runs
     return small(command) if script_of(command) in WHOLE else None
@@ -271,7 +272,7 @@ def run_all(documented: list[Command], here: World) -> None:
         if any(word.startswith("--rater=") for word in words) and words[0] == "rlhf.feedback":
             done = here.spawn(["-m", *words], stdin="ab" * 100)
         elif "--shard=true" in words:
-            done = here.spawn(words, ranks=2)
+            done = here.together(words, 2)
         else:
             done = here.start(words).wait()
         assert done.code == 0, (str(command), done)
