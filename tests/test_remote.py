@@ -19,6 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from small_rollout import moved
+from test_resume import wait_for
 from tiny import TIMEOUT, lines
 from tiny_server import serving
 
@@ -386,7 +387,7 @@ def test_servers_of_others_are_given_weights_by_a_function(home):
 
     def push(where: str, directory: str) -> None:
         pushed.append((where, directory))
-        Server(where, None).ask("POST", "/reload", {"path": directory}, time.monotonic() + 60, Lines())
+        Server(where, None).ask("POST", "/reload", {"path": directory}, time.monotonic() + 300, Lines())
 
     roles = roles_of(home, "adapters")
     servers = servers_of(home, (url,), roles.policy.model, room="others", push=push)
@@ -523,7 +524,7 @@ def test_every_way_not_to_answer_is_lost_and_may_be_tried_again():
     server = Server(f"http://127.0.0.1:{broken.server_port}/", None)
 
     def ask(kind: str):
-        return server.ask("GET", f"/{kind}", None, time.monotonic() + 30, Lines())
+        return server.ask("GET", f"/{kind}", None, time.monotonic() + 300, Lines())
 
     assert ask("good") == {}
     for kind in ("reset", "no_json", "a_list", "full", "failed", "short"):
@@ -537,7 +538,7 @@ def test_every_way_not_to_answer_is_lost_and_may_be_tried_again():
     ended = Lines()
     ended.end()
     with pytest.raises(Lost, match="ended"):
-        server.ask("GET", "/good", None, time.monotonic() + 30, ended)
+        server.ask("GET", "/good", None, time.monotonic() + 300, ended)
     broken.shutdown()
 
 
@@ -620,47 +621,49 @@ def remote(world, server, out, **changes):
     return world.command("train_ppo.py", **options)
 
 
+@pytest.fixture(scope="module")
+def plain(world) -> Path:
+    """The run that needs no server."""
+    world.ok("train_ppo.py", out="plain", **RUN)
+    return world.path / "plain"
+
+
 @pytest.mark.slow
-def test_ppo_by_servers_is_ppo(world):
+def test_ppo_by_servers_is_ppo(world, plain):
     """The same tokens over all iterations and judgements, so the same metrics and weights; a worker is killed in the middle."""
-    assert world.run("train_ppo.py", out="own", **RUN).code == 0
     with serving(
         world.path, *SERVE, f"--weights_dir={world.path / 'away' / 'sampler'}", env={KEY: SECRET}, says="no chat"
     ) as server:
         running = world.start(remote(world, server, "away"), {KEY: SECRET})
         metrics = world.path / "away" / "metrics.jsonl"
-        while len(lines(metrics)) < 2 and running.process.is_alive():
-            pass
+        wait_for(lambda: len(lines(metrics)) >= 2, running.process.is_alive)
         os.kill(workers_of(server)[1], signal.SIGKILL)
         done = running.wait()
         assert (done.code, done.err) == (0, ""), done
-        assert numbers(world.path / "away") == numbers(world.path / "own")
-        theirs, ours = (checkpoint.load(world.path / name).tensors for name in ("away", "own"))
+        assert numbers(world.path / "away") == numbers(plain)
+        theirs, ours = (checkpoint.load(run).tensors for run in (world.path / "away", plain))
         assert all(torch.equal(theirs[name], x) for name, x in ours.items())
         assert server.request("/v1/weights", **AUTH)[2]["sha256"] != checkpoint.load(world.path / "lm").digest
 
         # two ranks, each for its own rows; and with shards
         for out, more in (("two", {}), ("cut", {"shard": "true"})):
             room = world.path / "away" / "sampler" / out
-            process = world.popen(remote(world, server, out, sampler_dir=room, **more), 2)
-            _, err = process.communicate(timeout=TIMEOUT)
-            assert process.returncode == 0, err
-            for ours, theirs in zip(numbers(world.path / "own"), numbers(world.path / out), strict=True):
+            done = world.together(remote(world, server, out, sampler_dir=room, **more), 2, {KEY: SECRET})
+            assert done.code == 0, done
+            for ours, theirs in zip(numbers(plain), numbers(world.path / out), strict=True):
                 for name, x in ours.items():
                     assert theirs[name] == pytest.approx(x, rel=1e-3, abs=1e-4, nan_ok=True), name
 
 
 @pytest.mark.slow
-def test_a_run_whose_server_ends_says_so_and_goes_on_with_another(world):
-    assert world.run("train_ppo.py", out="own2", **RUN).code == 0
+def test_a_run_whose_server_ends_says_so_and_goes_on_with_another(world, plain):
     options = (*SERVE, f"--weights_dir={world.path / 'gone' / 'sampler'}")
     process = tiny_server.start("--init=lm", "--port=0", *options, cwd=world.path, env={KEY: SECRET})
     url = "http://" + process.stdout.readline().partition("http://")[2].split()[0]
     first = SimpleNamespace(url=url, process=process)
     running = world.start(remote(world, first, "gone", sampler_timeout=1), {KEY: SECRET})
     metrics = world.path / "gone" / "metrics.jsonl"
-    while len(lines(metrics)) < 3 and running.process.is_alive():
-        pass
+    wait_for(lambda: len(lines(metrics)) >= 3, running.process.is_alive)
     process.send_signal(signal.SIGTERM)
     done = running.wait()
     process.communicate(timeout=TIMEOUT)
@@ -672,5 +675,5 @@ def test_a_run_whose_server_ends_says_so_and_goes_on_with_another(world):
     with serving(world.path, *options, env={KEY: SECRET}, says="no chat") as second:
         done = world.start(remote(world, second, "gone"), {KEY: SECRET}).wait()
         assert (done.code, done.err) == (0, ""), done
-    assert numbers(world.path / "gone") == numbers(world.path / "own2")
+    assert numbers(world.path / "gone") == numbers(plain)
     json.loads((world.path / "gone" / "run.json").read_text())
