@@ -53,6 +53,12 @@ class Terminal:
     def type(self, keys: str | bytes) -> None:
         os.write(self.master, keys.encode() if isinstance(keys, str) else keys)
 
+    def interrupt(self) -> None:
+        """Ctrl-C at a prompt, again while nothing comes: between readline's prompt and its wait a signal rests until a key."""
+        self.type("\x03")
+        while self.process.poll() is None and not self.read(5):
+            self.type("\x03")
+
     def end(self) -> tuple[int, str]:
         """The exit code, and what was shown at last."""
         while self.read():

@@ -74,7 +74,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_talk(world, talker):
             assert screen.read()  # the first of the answer
             screen.type("\x03")
             assert "\nstopped\n> " in screen.until("> ")
-        screen.type("\x03")
+        screen.interrupt()
         assert screen.until("> ").endswith("\nCtrl-D ends\n> ")
         screen.type("\x04")
         assert screen.end()[0] == 0
