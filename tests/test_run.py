@@ -98,9 +98,11 @@ def start(out: Path, ignored: tuple = (), **options) -> Child:
     return Child(process, said, errors)
 
 
-def torchrun(out: Path, restarts: int = 0, patience: str = "300", **options) -> subprocess.Popen:
+def torchrun(out: Path, restarts: int = 0, patience: str = "300", look: float = 0.1, **options) -> subprocess.Popen:
+    """look: seconds between torchrun's looks at its ranks."""
     words = [f"{name}={json.dumps(value)}" for name, value in options.items()]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"]
+    launcher += [f"--monitor-interval={look}"]
     return subprocess.Popen(
         [sys.executable, *launcher, __file__, str(out), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         cwd=ROOT, start_new_session=True,
@@ -250,7 +252,7 @@ def ours(errors: str) -> list[str]:
 def test_a_killed_rank_is_named(tmp_path, rank, pause):
     """By one line of the other, before torchrun's pages; also where the other computes for long and meets nobody."""
     out = tmp_path / "out"
-    process = torchrun(out, pause=pause)
+    process = torchrun(out, look=3, pause=pause)  # on a busy machine it would be the first to look
     wait_for(out, 1, lambda: process.poll() is None)
     os.kill(ranks_of(process)[rank], signal.SIGKILL)
     _, errors = process.communicate(timeout=300)

@@ -117,8 +117,9 @@ class Crew:
         line.close()
 
     def stop(self, *_) -> None:
-        self.stopping = True
-        self.ready.abort()  # who waits there for one that has failed would never end
+        if not self.stopping:  # once, before any is ended: one that ends on its way to the barrier keeps its lock for ever
+            self.stopping = True
+            self.ready.abort()  # who waits there for one that has failed would never end
         for process in self.processes:
             if process is not None and process.is_alive():
                 process.terminate()
