@@ -117,7 +117,7 @@ class Crew:
         line.close()
 
     def stop(self, *_) -> None:
-        if not self.stopping:  # once, before any is ended: one that ends on its way to the barrier keeps its lock for ever
+        if not self.stopping:  # once, before any is ended: one that ends on its way there keeps the lock for ever
             self.stopping = True
             self.ready.abort()  # who waits there for one that has failed would never end
         for process in self.processes:
