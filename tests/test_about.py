@@ -67,10 +67,15 @@ def test_prompts_of_a_chat_are_what_a_person_typed(tmp_path, tokenizer):
     run_of(
         tmp_path,
         {"beta": 0.1, "data": "d"},
-        [shown(("user", "name a fruit")), "no template", shown(("user", "a"), ("assistant", "b"), ("user", "c"))],
+        [
+            shown(("user", "name a fruit")),
+            "no template",
+            shown(("system", ""), ("user", "a good film")),
+            shown(("user", "a"), ("assistant", "b"), ("user", "c")),
+        ],
     )
     found = about(tmp_path, tokenizer, chat)
-    assert (found["prompts"], found["mode"]) == (["name a fruit"], "chat")
+    assert (found["prompts"], found["mode"]) == (["name a fruit", "a good film"], "chat")
 
 
 def test_a_chat_model_that_was_tuned_on_texts_continues_texts(tmp_path, tokenizer):

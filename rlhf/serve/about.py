@@ -1,5 +1,7 @@
 """What a run's files say of its model to people who talk to it: what it was tuned for, prompts of that kind, and their mode."""
 
+import contextlib
+import os
 from pathlib import Path
 
 from data.chat import Chat
@@ -58,17 +60,28 @@ def sentence(options: dict) -> str | None:
 
 
 def frame_of(tokenizer: Tokenizer, chat: Chat) -> tuple[str, str] | None:
-    """What the template writes before and after a first message of the user's; None where it does not show the message."""
+    """What the template writes before a user's first message, whatever system message stands there, and after it; None where
+    it does not show the message."""
     mark = "\u2603"
-    shown = tokenizer.decode(chat.render([{"role": "user", "content": mark}], add_generation_prompt=True))
-    before, found, after = shown.partition(mark)
-    return (before, after) if found else None
+
+    def around(*messages: tuple[str, str]) -> tuple[str, str, str]:
+        said = [{"role": role, "content": content} for role, content in messages]
+        return tokenizer.decode(chat.render(said, add_generation_prompt=True)).partition(mark)
+
+    before, found, after = around(("user", mark))
+    if not found:
+        return None
+    with contextlib.suppress(ValueError):  # a template may refuse a system message
+        other = around(("system", "\u2604"), ("user", mark))[0]
+        if (same := os.path.commonprefix([before[::-1], other[::-1]])[::-1]).strip():
+            before = same
+    return before, after
 
 
 def said(prompt: str, frame: tuple[str, str]) -> str:
     """The prompt of a chat's sample as a person would type it: what its one message says; "" where it is another."""
     before, after = frame
-    if not (prompt.startswith(before) and prompt.endswith(after)):
+    words = prompt.removesuffix(after).partition(before)[2]
+    if not prompt.endswith(after) or after.strip() and after.rstrip() in words:  # no chat, or there is an answer in it
         return ""
-    words = prompt[len(before) : len(prompt) - len(after)]
-    return "" if after.strip() and after.rstrip() in words else words.strip()  # else there is an answer in it
+    return words.strip()
