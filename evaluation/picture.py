@@ -45,7 +45,8 @@ def picture(sources: Sequence[Source], run: str, prompt: int = 1) -> str:
         raise ValueError(
             f"--picture: unexpected content in {trained.name} or {judged.name} of {run}: {error}"
         ) from None
-    return drawing(before, after, outcome, score, kl)
+    done = trained.files.get("report.json", {}).get("iterations", len(score[0]))  # not those that max_kl took back
+    return drawing(before, after, done, outcome, score, kl)
 
 
 def outcomes(summary: dict) -> list[tuple[str, str]]:
@@ -61,11 +62,11 @@ def outcomes(summary: dict) -> list[tuple[str, str]]:
     ]
 
 
-def drawing(before: str, after: str, outcome: Sequence[tuple[str, str]], score: tuple, kl: tuple) -> str:
+def drawing(before: str, after: str, done: int, outcome: Sequence[tuple[str, str]], score: tuple, kl: tuple) -> str:
     parts, y = [], 34
     for title, text, kind, new in (
         ("Before", before, "card", set()),
-        (f"After {len(score[0])} iterations of PPO", after, "card after", new_words(before, after)),
+        (f"After {done} iterations of PPO", after, "card after", new_words(before, after)),
     ):
         lines = wrapped(text, new)
         height = LINE * len(lines) + 50
