@@ -308,6 +308,13 @@ def run_of(directory: str) -> tuple[Source, dict]:
     return found[0]
 
 
+def learned(source: Source) -> list[dict]:
+    """Its metrics without the row of a policy that max_kl took back: it acted, and nothing was learned from that."""
+    brake, rows = source.files.get("report.json", {}).get("brake"), source.files["metrics.jsonl"]
+    last = brake.get("iteration") if isinstance(brake, dict) and brake.get("name") == "max_kl" else None
+    return [row for row in rows if last is None or row.get("step") != last]
+
+
 def runs_of(directory: str, option: str) -> Iterator[tuple[Source, dict]]:
     """The PPO runs below `directory` with metrics, each with the evaluation that lies with it or above it, {} without."""
     path = Path(directory)
@@ -322,6 +329,7 @@ def runs_of(directory: str, option: str) -> Iterator[tuple[Source, dict]]:
         if source.kind == "PPO" and any("objective/kl" in row for row in source.files.get("metrics.jsonl", [])):
             near = [sources[x] for x in (place, place.parent) if x in sources]
             summaries = [x.files["summary.json"] for x in near if "ppo" in x.files.get("summary.json", {})]
+            source.files["metrics.jsonl"] = learned(source)
             yield source, summaries[0] if summaries else {}
             found = True
     if not found:

@@ -119,6 +119,15 @@ def test_a_run_that_ended_early_is_met_with_the_same_iterations():
     assert band.curve("x", short | {4: math.nan}, runs[:5], 8).outside.tolist() == [False, True, False]
 
 
+def test_a_policy_that_max_kl_took_back_is_not_compared(tmp_path):
+    """Its row has no numbers of learning: they would lie outside every band."""
+    taken_back = {**rows(1)[-1], "step": 24, "policy/approxkl": None}
+    run = lay_out(tmp_path / "run", [*rows(1), taken_back])
+    assert band.run_of(str(run))[0].files["metrics.jsonl"][-1] == taken_back
+    (run / "report.json").write_text(json.dumps({"brake": {"name": "max_kl", "iteration": 24, "restored": 23}}))
+    assert band.run_of(str(run))[0].files["metrics.jsonl"] == rows(1)
+
+
 def test_what_is_missing_is_said_and_never_nan(tmp_path, seeds, monkeypatch, capsys):
     """One seed of five null, short, apart or without a number; a run of one iteration; a run below a run of its own name."""
     monkeypatch.chdir(tmp_path)
