@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from data.loader import PairBatch, PairLoader, in_order, open_data, shard
+from data.loader import PairBatch, PairLoader, in_order, open_data, shard, total_steps
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
 from model.transformer import recompute_blocks
 from rlhf.infra import config, distributed, offload, optim
@@ -105,11 +105,7 @@ def main() -> None:
     asleep = base.model.parameters if cfg.offload else tuple
     resting = offload.Sleeper(asleep, offload.elsewhere(dist.device, cfg.out), frozen=True)
     roles = replace(roles, reference=resting.awake()(roles.reference))
-    total = int(cfg.epochs * loader.order.steps_per_epoch)
-    if total < 1:
-        raise ValueError(
-            f"epochs {cfg.epochs} of {loader.order.steps_per_epoch} steps each is less than one step: raise it or lower --batch"
-        )
+    total = total_steps(cfg.epochs, loader.order.steps_per_epoch)
     learner = dist.wrap(roles.policy)
     dist.rest(base.model)
     optimizer = optim.make_optimizer(roles.policy, cfg.lr, cfg.weight_decay, betas=(0.9, 0.999))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data.chat import Chat
 from data.examples import Examples
-from data.loader import TextBatch, TextLoader, cut, in_order, open_data, pad
+from data.loader import TextBatch, TextLoader, cut, in_order, open_data, pad, total_steps
 from data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
 from model.generate import Sampling, generate, row_uniforms
 from model.half import store
@@ -108,12 +108,7 @@ def main() -> None:
     recompute_blocks(language_model, cfg.recompute)
     loaders = loaders_of(cfg, train, validation, language_model.model.config.context, dist)
     loaders[0].with_room(cfg.micro_batch_tokens)
-    total = int(cfg.epochs * loaders[0].order.steps_per_epoch)
-    if total < 1:
-        per_epoch = loaders[0].order.steps_per_epoch
-        raise ValueError(
-            f"epochs {cfg.epochs} of {per_epoch} steps each is less than one step: raise it or lower --batch"
-        )
+    total = total_steps(cfg.epochs, loaders[0].order.steps_per_epoch)
     learner = dist.wrap(language_model)
     optimizer = optim.make_optimizer(language_model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.95))
     inputs = {"data_sha256": train.digest} | ({"init_sha256": base.digest} if base else {})

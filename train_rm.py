@@ -27,6 +27,7 @@ from data.loader import (
     ScoredLoader,
     open_data,
     shard,
+    total_steps,
 )
 from data.pairs import MOST_PAIRS, MOST_TRAINING_PAIRS, SomeAnswers, made_pairs, some_prompts
 from data.text import SPLITS
@@ -275,11 +276,7 @@ def train(cfg: Config, dist: Dist) -> None:
     loader = loader_for(cfg, kind, splits[0], base.model.config.context).with_room(cfg.micro_batch_tokens)
     say(f"training on {loader.summary}{reading(loader)}", dist.is_main)
     votes, counts = votes_of(cfg, base), bootstrap_counts(len(loader), cfg)
-    total = int(cfg.epochs * loader.order.steps_per_epoch)
-    if total < 1:
-        raise ValueError(
-            f"epochs {cfg.epochs} of {loader.order.steps_per_epoch} steps each is less than one step: raise it or lower --batch"
-        )
+    total = total_steps(cfg.epochs, loader.order.steps_per_epoch)
     log, brakes = Metrics(cfg.out, dist.is_main, run.done), Brakes(run, optimizer, cfg.max_bad_steps)
     vote_counts, share = bootstrap_counts(len(votes), cfg), len(votes) / len(loader)  # so that a pair weighs as a row
 

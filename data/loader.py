@@ -107,6 +107,16 @@ class Order:
         return batches[Permutation(len(batches), (self.seed, epoch, window))(np.arange(len(batches)))]
 
 
+def total_steps(epochs: float, steps_per_epoch: int) -> int:
+    """Of so many passes over the data, which need not be whole. ValueError where they are less than one step."""
+    total = int(epochs * steps_per_epoch)
+    if total < 1:
+        raise ValueError(
+            f"epochs {epochs} of {steps_per_epoch} steps each is less than one step: raise it or lower --batch"
+        )
+    return total
+
+
 CYCLE = 1000  # slots after which the parts of a mixture come in the same order again: what a weight is rounded to
 
 

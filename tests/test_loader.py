@@ -32,6 +32,7 @@ from data.loader import (
     pack,
     pad,
     shard,
+    total_steps,
 )
 from data.pairs import SomeAnswers, made_pairs, make_pairs, spread
 from data.records import Pair, Record
@@ -741,3 +742,9 @@ def test_prompts_of_a_text_file(tmp_path):
         prompt_lines(path)
     with pytest.raises(FileNotFoundError):
         prompt_lines(tmp_path / "nowhere.txt")
+
+
+def test_epochs_are_whole_steps_and_at_least_one():
+    assert (total_steps(1, 7), total_steps(0.5, 7), total_steps(2.25, 4)) == (7, 3, 9)
+    with pytest.raises(ValueError, match="epochs 0.1 of 7 steps each is less than one step: raise it or lower --batch"):
+        total_steps(0.1, 7)
