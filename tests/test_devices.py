@@ -46,6 +46,7 @@ def test_a_device_that_is_not_there_is_one_line(world, script):
 
 
 def test_the_server_chooses_by_the_same_rule(world):
+    pytest.importorskip("uvicorn", reason="the server needs the extra serve")
     done = world.start(["serve.py", "--init=lm", "--device=cuda", "--port=0"]).wait()
     assert (done.code, done.err) == (2, "error: torch finds no CUDA GPU here; use cpu, or auto\n")
 
