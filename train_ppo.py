@@ -6,6 +6,7 @@ torchrun --nproc_per_node=2 train_ppo.py --init=out/lm --reward=out/rm --data=ou
 One iteration, in the order of the loop; t counts response tokens, T is the last, s the score of the response:
 
     reward     r_t = s [t = T] - kl_coef (log pi_old(t) - log ref(t))                            rlhf/rewards.py
+    values     V_t of the critic's head; with --value_base=reward it learns what s of the text before t lacks
     advantage  A_t = sum_k (gamma lam)^k (r_t+k + gamma V_t+k+1 - V_t+k),  R_t = A_t + V_t       rlhf/advantages.py
                A is then whitened: mean 0, deviation 1 over the response tokens of all ranks     rlhf/functional.py
     policy     max(-A ratio, -A clamp(ratio, 1 - clip, 1 + clip)),  ratio = pi / pi_old          rlhf/losses.py
@@ -62,6 +63,7 @@ from rlhf.ppo.rollout import Cut, Experience, OwnSampler, Sampler, gather, judge
 from rlhf.ppo.self_check import check_once
 from rlhf.reward.files import check_form
 from rlhf.reward.function import load_function
+from rlhf.reward.model import Score
 from rlhf.reward.scorer import Scorer, check_room, open_scorer, response_starts, scorer_of
 from rlhf.rewards import missing_eos, shape_rewards
 
@@ -110,6 +112,7 @@ class Config:
     kl_horizon: int = 10_000  # responses over which the adaptive coefficient reacts [kl_control=adaptive]
     eos_penalty: float = 0.0  # subtracted from the score of a response that did not end by itself
     estimator: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce++"] = "gae"  # of the advantages
+    value_base: Literal["zero", "reward"] = "zero"  # reward: V starts at its score of the text so far [estimator=gae]
     gamma: float = 1.0  # discount per token [estimator=gae|reinforce++]
     lam: float = 0.95  # lambda of GAE [estimator=gae]
     # learn
@@ -221,6 +224,7 @@ class Cast:
     held_out: HeldOutJudge | NoJudge
     judges: offload.Sleeper  # those of --offload that are needed to judge alone
     check_once: Callable[..., None]  # (rollout, fresh=), see self_check.check_once
+    value_base: Score | None  # of --value_base
     tokenizer: Tokenizer
     inputs: dict[str, str | None]  # checksums of what came in, for run.json
     saved_as: dict  # config of the checkpoints
@@ -275,7 +279,8 @@ def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch
         # 2. judge: policy, reference and value of every token; one score per response
         with precision.autocast(), cast.judges.awake():
             asked, shared = (cast.reward.detailed, micro_batch, acted.width), cast.roles.features
-            judged = judge(acted.samples, policy, reference, *asked, shared, acted.rows, acted.said, cast.cut_rollout)
+            known, base = (acted.rows, acted.said, cast.cut_rollout), cast.value_base
+            judged = judge(acted.samples, policy, reference, *asked, shared, *known, base)
             if iteration == run.done:
                 cast.check_once(judged[:micro_batch].trim(), fresh=run.done == 0)
         rollout = gather(judged, dist)
@@ -399,7 +404,7 @@ def open_cast(cfg: Config, dist: Dist, precision: Precision) -> Cast:
     for path in reward.own_models:
         check_form(path, train)
     sampling = Sampling(cfg.response_tokens, stop_ids, tokenizer.pad, cfg.temperature)
-    saved_as = policy_config(base, cfg, stop_ids)
+    saved_as = policy_config(base, cfg, stop_ids) | {"value_base": cfg.value_base}
     sampler = sampler_of(cfg, roles, sampling, dist, precision, prompts.longest, saved_as, [tokenizer.path])
     held_out = open_judge(cfg, dist, tokenizer, base, sampler, prompts, stored)
     judges = judges_of(cfg, dist, model, roles, reward, held_out)
@@ -415,7 +420,8 @@ def open_cast(cfg: Config, dist: Dist, precision: Precision) -> Cast:
     )
     reward.check_room(prompts.longest, cfg.response_tokens)
     cuts = cuts_of(cfg, dist)
-    return Cast(roles, learner, reward, acting, *cuts, held_out, judges, check, tokenizer, inputs, saved_as)
+    value_base = value_base_of(cfg, reward)
+    return Cast(roles, learner, reward, acting, *cuts, held_out, judges, check, value_base, tokenizer, inputs, saved_as)
 
 
 def sampler_of(
@@ -507,6 +513,18 @@ def cuts_of(cfg: Config, dist: Dist) -> tuple[Cut | None, Cut | None]:
         return [i * share + rows for i, minibatch in shares for rows in cut(minibatch)]
 
     return cut, cut_rollout
+
+
+def value_base_of(cfg: Config, reward: Scorer) -> Score | None:
+    """What the values stand on. ValueError where no part of the reward can score a text that is not ended."""
+    if cfg.value_base == "zero":
+        return None
+    if not reward.scores_prefixes:
+        raise ValueError(
+            f"--value_base=reward: {cfg.reward} holds no reward model of train_rm.py, which alone scores a text that is not "
+            "ended: use one, or leave --value_base out"
+        )
+    return reward.prefix_scores
 
 
 def prompt_options(cfg: Config, base: Pretrained) -> dict:

@@ -111,7 +111,8 @@ def experience(cfg: Config, model: ModelConfig) -> Experience:
     return Experience(
         tokens=torch.randint(3, model.vocab_size, shape, generator=generator), mask=mask, scores=blank[:, 0],
         lengths=torch.full((cfg.rows,), cfg.length), finished=mask[:, -1], logprobs=blank, entropy=blank,
-        ref_logprobs=blank, values=blank, sampler_logprobs=blank, parts=blank[:, :0], features=blank[..., None][..., :0],
+        ref_logprobs=blank, values=blank, base_values=blank, sampler_logprobs=blank, parts=blank[:, :0],
+        features=blank[..., None][..., :0],
         rewards=blank, advantages=random(), returns=random(),
     )  # fmt: skip
 

@@ -37,6 +37,22 @@ def test_lambda_1_is_the_monte_carlo_return_minus_the_value(batch, gamma):
     close(advantages, torch.where(mask, to_go - values, 0).tolist())
 
 
+@given(batches(holes=True), fractions, fractions)
+def test_values_on_a_base_are_rewards_shaped_by_it(batch, gamma, lam):
+    """Values of base + v and the rewards as they are, or v and rewards of gamma base(t + 1) - base(t) more: one advantage
+    (Wiewiora 2003, arXiv:1106.5267). That is what --value_base does, in either way to say it."""
+    rewards, base, values, mask = batch.token(), batch.token(), batch.token(), batch.mask
+    shaped = rewards.clone()
+    for b, row in enumerate(mask):
+        columns = row.nonzero().flatten().tolist()
+        for t, after in zip(columns, [*columns[1:], None]):
+            shaped[b, t] += (0 if after is None else gamma * base[b, after]) - base[b, t]
+    on_base, returns = gae(rewards, base + values, mask, gamma, lam)
+    plain, targets = gae(shaped, values, mask, gamma, lam)
+    close(on_base, plain.tolist())
+    close(torch.where(mask, returns - base, 0), targets.tolist())  # what the critic's head is trained to say
+
+
 @given(batches(), fractions)
 def test_lambda_0_is_the_td_error(batch, gamma):
     rewards, values, mask = batch.token(), batch.token(), batch.mask

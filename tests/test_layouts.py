@@ -6,7 +6,7 @@ Several ranks: tests/test_shard.py.
 import copy
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -144,6 +144,32 @@ def test_only_branches_have_features():
 
 
 # ---- learning
+
+
+@every_case
+def test_values_on_a_base(layout, critic):
+    """The head learns what the base lacks: the loss and its gradients are those of the returns less the base."""
+    roles = build(layout, critic)
+    train(roles)
+    score = reward_model(torch.float64)
+    asked = (act(roles), roles.policy, roles.reference, score.score, 4, WIDTH, roles.features)
+    plain, found = judge(*asked), []
+    on_base = judge(*asked, value_base=torch.no_grad()(score.prefix_scores))
+    base = on_base.base_values
+    assert (base != 0).any(0).sum() > RESPONSE and (plain.base_values == 0).all()
+    assert torch.equal(base, score.prefix_scores(on_base.tokens, on_base.lengths, on_base.mask))
+    returns = torch.where(plain.mask, plain.logprobs + plain.sampler_logprobs, 0)
+    for rollout, targets in ((plain, returns), (on_base, returns + base)):
+        torch.testing.assert_close(rollout.values, plain.values + rollout.base_values)
+        roles.policy.zero_grad()
+        moved = replace(rollout, values=rollout.values + 0.3 * rollout.mask)  # so that some values are clipped
+        batch = Experience.of(moved, returns, returns, targets)
+        loss, sums = ppo.ppo_loss(roles.policy(batch.tokens, batch.mask, batch.features), batch, OBJECTIVE)
+        loss.backward()
+        grads = [x.grad for x in roles.policy.parameters() if x.requires_grad]
+        found.append([loss, *sums.values(), *(x.clone() for x in grads)])
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 @every_case

@@ -22,6 +22,7 @@ RM = {"epochs": 2, "log_every": 1, "checkpoint_every": 3, "eval_every": 4}
 RUNS = {
     "ppo": ("train_ppo.py", PPO),
     "ppo adaptive": ("train_ppo.py", PPO | {"kl_control": "adaptive", "kl_horizon": 300, "critic": "separate"}),
+    "ppo value base": ("train_ppo.py", PPO | {"value_base": "reward"}),
     "ppo rloo": ("train_ppo.py", PPO | {"estimator": "rloo", "samples_per_prompt": 2, "target_approxkl": 0.002}),
     "lm": ("train_lm.py", LM),
     "rm": ("train_rm.py", RM),

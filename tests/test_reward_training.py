@@ -104,6 +104,37 @@ def test_a_score_is_the_same_alone_in_company_padded_and_reloaded(trunk, pooling
     check()
 
 
+@pytest.mark.parametrize("reads", READS)
+@pytest.mark.parametrize(("trunk", "pooling"), KINDS)
+def test_prefix_scores_are_the_scores_of_the_texts_cut_there(trunk, pooling, reads):
+    """One pass against a pass of every prefix, alone; stop tokens anywhere, in prompts and responses."""
+    models = [make(trunk, pooling, ensemble, seed)[0] for seed, ensemble in enumerate(COMBINED)]
+    for model in models:
+        model.reads = reads
+
+    @settings(max_examples=15, deadline=None)
+    @given(model=st.sampled_from(models), seed=st.integers(0, 2**20), rows=st.integers(1, 4), extra=st.integers(0, 3))
+    def check(model, seed, rows, extra):
+        generator = torch.Generator().manual_seed(seed)
+        prompt = torch.randint(1, 6, (rows,), generator=generator)
+        lengths = prompt + torch.randint(1, 5, (rows,), generator=generator)
+        width = int(lengths.max()) + extra
+        tokens, t = torch.randint(0, 13, (rows, width), generator=generator), torch.arange(width)
+        mask = (t >= prompt[:, None]) & (t < lengths[:, None])
+        with torch.no_grad():
+            ours = model.prefix_scores(tokens, lengths, mask)
+            for row, column in mask.nonzero().tolist():
+                start = int(prompt[row]) if reads == "answer" else int(model.stop_ids is not None)
+                if column <= start:
+                    assert ours[row, column] == 0
+                    continue
+                cut = tokens[row : row + 1, :column], torch.tensor([column]), mask[row : row + 1, :column]
+                torch.testing.assert_close(ours[row, column], model.score(*cut)[0], rtol=1e-5, atol=1e-5)
+        assert (ours[~mask] == 0).all()
+
+    check()
+
+
 @pytest.mark.parametrize(("trunk", "pooling"), KINDS)
 def test_autocast_does_not_round_a_score(trunk, pooling):
     """PPO scores under it, and two texts that differ by less than half precision tells apart keep their order."""

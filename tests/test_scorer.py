@@ -69,6 +69,12 @@ def test_values_of_a_separate_critic_on_the_base(world, layout, monkeypatch):
     assert any(abs(token["value"]) > 1e-4 for token in found)
 
 
+def test_half_of_a_value_is_none(world, tmp_path):
+    """The head of --value_base=reward says what the reward model's score lacks: alone it is no value."""
+    world.ok("train_ppo.py", out=tmp_path, iterations=1, value_base="reward")
+    assert load_values(tmp_path, open_pretrained(tmp_path).model) is None
+
+
 def test_a_model_without_a_critic_has_no_values(world):
     model = open_pretrained(world.path / "lm").model
     assert load_values(world.path / "lm", model) is None

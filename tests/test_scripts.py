@@ -158,6 +158,24 @@ def test_critic(world, tmp_path, critic):
     assert any(name.startswith("value_trunk") for name in names) == (critic == "separate")
 
 
+def test_values_on_the_reward_models_score_of_the_text_so_far(world, tmp_path):
+    """It says something before the critic has learned; a function cannot, and of a sum the reward model does."""
+    rows = ppo(world, tmp_path / "ppo", value_base="reward")
+    assert rows[0]["value/mean"] != 0 and rows[0]["value/explained_var"] > 0.1
+    assert rows[0]["objective/rlhf_reward"] == pytest.approx(
+        rows[0]["objective/scores"], abs=1e-5
+    )  # no reward is changed
+    world.ok(
+        "train_ppo.py", out=tmp_path / "sum", value_base="reward", reward="rewards.py:shorter:0.1,rm", iterations=1
+    )
+    assert lines(tmp_path / "sum/metrics.jsonl")[0]["value/mean"] == pytest.approx(rows[0]["value/mean"], rel=1e-5)
+    wrong = world.run("train_ppo.py", out=tmp_path / "no", value_base="reward", reward="rewards.py:shorter")
+    assert (
+        wrong.code == 2 and "holds no reward model of train_rm.py, which alone scores a text that is not" in wrong.err
+    )
+    assert not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize("estimator", ["rloo", "grpo", "reinforce++"])
 def test_estimators_without_a_critic(world, tmp_path, estimator):
     rows = ppo(world, tmp_path / "ppo", estimator=estimator, samples_per_prompt=4)
@@ -262,9 +280,10 @@ def assert_same(one: list[dict], two: list[dict], iterations: int = 3) -> None:
 
 
 GROUPS = pytest.param({"estimator": "grpo", "samples_per_prompt": 2}, marks=pytest.mark.slow)
+BASE = pytest.param({"value_base": "reward", "minibatches": 2}, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("options", [{"minibatches": 2}, GROUPS], ids=str)
+@pytest.mark.parametrize("options", [{"minibatches": 2}, GROUPS, BASE], ids=str)
 def test_one_process_and_two_report_the_same(world, tmp_path, options):
     one = ppo(world, tmp_path / "one", **options)
     done = world.together(world.command("train_ppo.py", out=tmp_path / "two", **options), 2)

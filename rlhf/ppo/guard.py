@@ -50,7 +50,7 @@ def step_formulas(
         parts.append([torch.nn.functional.pad(x, (0, missing)) for x in vars(output).values()])
     logprobs, entropy, values = (torch.cat(part) for part in zip(*parts))  # (B, T) each
     yield Formula("new logprobs", logprobs, LARGEST)
-    yield Formula("new values", values, LARGEST)
+    yield Formula("new values", values := batch.base_values + values, LARGEST)
     mask, o = batch.mask, objective
     ratio = torch.where(mask, (logprobs - batch.logprobs).exp(), 0)
     yield Formula("ratio", ratio)

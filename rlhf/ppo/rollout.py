@@ -28,6 +28,9 @@ class Rollout:
     entropy: Tensor  # (B, T)
     ref_logprobs: Tensor  # (B, T)
     values: Tensor  # (B, T)
+    base_values: (
+        Tensor  # (B, T) what the values stand on: V = base + what the critic's head says; 0 without --value_base
+    )
     sampler_logprobs: Tensor  # (B, T) as the sampler saw them; their difference from logprobs is a metric
     scores: Tensor  # (B,)
     parts: (
@@ -165,6 +168,7 @@ def judge(
     prompts: Tensor | None = None,
     said: Tensor | None = None,
     cut: Cut | None = None,
+    value_base: Score | None = None,
 ) -> Rollout:
     """Policy, reference and value of every token, one score per response; `width` is the T of the result.
 
@@ -173,7 +177,8 @@ def judge(
 
     The policy's log-probs are computed on the micro-batches of the first learning epoch, so that its first ratio is
     exactly 1: the same rows with the same padding go through the same kernels. `cut` makes them where it is given, in place
-    of `micro_batch` neighbours.
+    of `micro_batch` neighbours. value_base (tokens, lengths, mask) -> (B, T): what the values stand on, None = 0; the head
+    then learns the rest, which is potential-based shaping of the rewards in other words (arXiv:1106.5267).
     """
     blank = torch.zeros_like(samples.logprobs)
     known = blank[:, :1] if said is None else said
@@ -187,6 +192,7 @@ def judge(
         entropy=blank,
         ref_logprobs=blank,
         values=blank,
+        base_values=blank,
         scores=known[:, 0],
         parts=known[:, 1:],
         features=blank[..., None][..., :0],
@@ -199,11 +205,13 @@ def judge(
         if said is None:
             told = score(rows.tokens, rows.lengths, rows.mask, *which).reshape(len(rows), -1)  # (B, 1 + K)
             rows = replace(rows, scores=told[:, 0], parts=told[:, 1:])
+        base = rows.base_values if value_base is None else value_base(rows.tokens, rows.lengths, rows.mask).to(blank)
         rows = replace(
             rows,
             logprobs=output.logprobs,
             entropy=output.entropy,
-            values=output.values,
+            values=base + output.values,
+            base_values=base,
             ref_logprobs=reference(rows.tokens, rows.mask, frozen),
             features=frozen,
         )

@@ -64,7 +64,8 @@ def ppo_loss(output: PolicyOutput, batch: Experience, objective: Objective) -> t
     """Sum of the loss over the masked tokens, and the sums of what is logged. The caller divides by the step's tokens."""
     o, mask = objective, batch.mask
     policy = weighted_policy_loss(output.logprobs, batch, o)  # (B, T)
-    value = value_loss(output.values, batch.values, batch.returns, o.value_clip)  # (B, T)
+    values = batch.base_values + output.values
+    value = value_loss(values, batch.values, batch.returns, o.value_clip)  # (B, T)
     loss = masked_sum(policy, mask) + o.value_coef * masked_sum(value, mask)
     if o.entropy_coef:
         loss = loss - o.entropy_coef * masked_sum(output.entropy, mask)
@@ -76,7 +77,7 @@ def ppo_loss(output: PolicyOutput, batch: Experience, objective: Objective) -> t
             "policy/clipfrac": clip_fraction(*CLIPPED[o.policy_loss](output.logprobs, batch), o.clip, o.clip_high),
             "policy/entropy": output.entropy,
             "policy/ratio": torch.exp(output.logprobs - batch.logprobs),
-            "value/clipfrac": value_clip_fraction(output.values, batch.values, batch.returns, o.value_clip),
+            "value/clipfrac": value_clip_fraction(values, batch.values, batch.returns, o.value_clip),
         }
         return loss, {name: masked_sum(x, mask) for name, x in sums.items()}
 

@@ -76,13 +76,13 @@ def iteration_formulas(
     output = roles.policy(batch.tokens, batch.mask, batch.features)
     yield Formula("logprobs", output.logprobs, LARGEST)
     yield Formula("ref_logprobs", ref := roles.reference(batch.tokens, batch.mask, batch.features), LARGEST)
-    yield Formula("values", output.values, LARGEST)
+    yield Formula("values", values := batch.base_values + output.values, LARGEST)
     scores = missing_eos(scores, batch.finished, options["eos_penalty"])
     how = (record["kl_coef"], options["kl_estimator"])
     yield Formula("rewards", rewards := shape_rewards(scores, output.logprobs, ref, batch.mask, *how), LARGEST)
     group = torch.arange(len(batch), device=device) // options["samples_per_prompt"]
     estimator = ESTIMATORS[options["estimator"]]
-    credit = estimator.estimate(rewards, output.values, batch.mask, options["gamma"], options["lam"], group)
+    credit = estimator.estimate(rewards, values, batch.mask, options["gamma"], options["lam"], group)
     yield Formula("advantages", whiten(credit[0], batch.mask) if estimator.whiten else credit[0], LARGEST)
     yield Formula("returns", credit[1], LARGEST)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from model.packed import last_states, text_states
 from model.transformer import Transformer
@@ -79,9 +80,24 @@ class AttentionPooling(nn.Module):
         """(B, T, D), (B,) -> (B, D)"""
         read = tokens_between(hidden, end, first)
         hidden = torch.where(read[..., None], hidden, 0)
-        logits = (hidden * self.query).sum(-1) / hidden.shape[-1] ** 0.5  # (B, T)
-        weights = torch.where(read, logits, -torch.inf).softmax(1)
+        weights = torch.where(read, self.logits(hidden), -torch.inf).softmax(1)
         return (weights[..., None] * hidden).sum(1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T)"""
+        return (hidden * self.query).sum(-1) / hidden.shape[-1] ** 0.5
+
+
+def running_mean(x: Tensor, first: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Weighted mean of every stretch that begins at first: x (B, T, M), weights (B, T) -> (B, T, M), column t of first to t.
+
+    Before first, x as it is: a stretch of one token.
+    """
+    t = torch.arange(x.shape[1], device=x.device)
+    weights = torch.ones_like(x[..., 0]) if weights is None else weights
+    weights = torch.where(t >= first[:, None], weights, 0).double()[..., None]  # (B, T, 1)
+    sums, total = (weights * x.double()).cumsum(1), weights.cumsum(1)
+    return torch.where(total > 0, sums / total.clamp(min=1e-300), x.double()).to(x.dtype)
 
 
 POOLING = {"last": last_token, "mean": mean_token}
@@ -139,6 +155,21 @@ class Normalised(nn.Module):
     def member_scores(self, tokens: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
         """What every member says, on the scale of `score`, which is their mean or minimum where it is so combined. (B, M)"""
         return self.members_of(self(tokens, lengths, self.begins(lengths, mask)))
+
+    def prefix_scores(self, tokens: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
+        """`score` of the text before each token of the response, from one pass of a causal trunk. (B, T), 0 elsewhere.
+
+        Column t is the score of a text that ends at t - 1; 0, the mean of reference samples, where nothing is read yet: before
+        an answer's first token, and behind a bos that is left out.
+        """
+        begins, t = self.begins(lengths, mask), torch.arange(tokens.shape[1], device=tokens.device)
+        first = torch.full_like(lengths, int(self.stop_ids is not None)) if begins is None else begins
+        scores = self.combined(self.prefixes(tokens, lengths, first).flatten(0, 1)).view(tokens.shape)  # of 0 to t
+        if self.stop_ids is not None:  # a final stop token is not read, but as all there is
+            stops = torch.isin(tokens, torch.tensor(sorted(self.stop_ids), device=tokens.device)) & (t > first[:, None])
+            scores = torch.where(stops, scores.roll(1, 1), scores)
+        before = torch.cat((torch.zeros_like(scores[:, :1]), scores[:, :-1]), 1)
+        return torch.where(mask & (t > first[:, None]), before, 0)
 
     def begins(self, lengths: Tensor, mask: Tensor) -> Tensor | None:
         """Where the answers begin, for a model that reads them alone."""
@@ -229,6 +260,19 @@ class RewardModel(Normalised):
         loss = token_losses(self.model, hidden[:, :-1], tokens, mask)  # (N,)
         return raw, to_columns(loss, mask).sum(1) / mask.sum(1).clamp(min=1)
 
+    def prefixes(self, tokens: Tensor, lengths: Tensor, first: Tensor) -> Tensor:
+        """Raw scores of the texts from first to every token: tokens (B, T), lengths, first (B,) -> (B, T, M)."""
+        hidden = text_states(self.model, tokens, lengths).to(self.head.weight.dtype)  # (B, T, D)
+        with torch.autocast(hidden.device.type, enabled=False):  # half precision would round the ranking away
+            raw = self.head(hidden)  # (B, T, M): the head of a mean is the mean of heads
+            if self.pooling == "last":
+                return raw
+            if self.pooling == "mean":
+                return running_mean(raw, first)
+            read = tokens_between(hidden, lengths, first)
+            logits = torch.where(read, self.pool.logits(torch.where(read[..., None], hidden, 0)), -torch.inf).double()
+            return running_mean(raw, first, (logits - logits.amax(1, keepdim=True)).exp())
+
 
 class Classifier(RewardModel):
     """HF's sequence classifier of one label: score . h + bias at the last token that is not pad_id, as its class reads it.
@@ -298,3 +342,15 @@ class FrozenReward(Normalised):
         pooled = text_features(self.states(tokens), self.features, first, end)  # (B, F, D)
         # no matmul: under autocast that would round the scores to half precision
         return (pooled.flatten(1).to(self.head.weight.dtype)[:, None] * self.head.weight).sum(-1) + self.head.bias
+
+    def prefixes(self, tokens: Tensor, lengths: Tensor, first: Tensor) -> Tensor:
+        """Raw scores of the texts from first to every token: tokens (B, T), lengths, first (B,) -> (B, T, M)."""
+        states, weights = self.states(tokens), self.head.weight.chunk(len(self.features), 1)  # (M, D) of each feature
+        raw = self.head.bias
+        with torch.autocast(raw.device.type, enabled=False):  # half precision would round the ranking away
+            for (depth, pooling), weight in zip(self.features, weights):
+                said = F.linear(
+                    states[depth].to(weight.dtype), weight
+                )  # (B, T, M): the head of a mean is the mean of heads
+                raw = raw + (said if pooling == "last" else running_mean(said, first))
+        return raw

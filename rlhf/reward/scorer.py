@@ -46,12 +46,18 @@ class Scorer:
     context: int | None = None  # longest row that a model reads; None: any
     module: nn.Module | None = field(default=None, compare=False)  # by open_scorer; a model's weights
     by_row: bool = False  # it looks up what the rows answer: tokens alone are not enough
+    prefixes: Score | None = field(default=None, compare=False)  # by open_scorer; of a reward model of train_rm.py
     asked: list[list[str]] = field(default_factory=list, compare=False)  # its `names`, once it was asked
 
     @property
     def is_function(self) -> bool:
         """It may rightly look at its whole batch, and reads texts instead of tokens."""
         return self.kind == "function" or any(term.is_function for term in self.terms)
+
+    @property
+    def scores_prefixes(self) -> bool:
+        """Once it is open: there is a reward model of train_rm.py in it, which can score a text that is not ended."""
+        return any(term.prefixes for term in self.terms or (self,))
 
     @property
     def names(self) -> list[str]:
@@ -151,6 +157,17 @@ class Scorer:
                 f"the reward {self.spec} now has the components {ours}; before, {theirs}: name the same ones"
             )
         self.asked[:] = [names]
+
+    def prefix_scores(self, tokens: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
+        """What the reward models of train_rm.py in it say of the text before each response token, weighted as in the score.
+
+        (B, T), 0 outside the mask; see `Normalised.prefix_scores`.
+        """
+        known = [(term.weight if self.terms else 1.0, term.prefixes) for term in self.terms or (self,) if term.prefixes]
+        return sum(
+            (weight * prefixes(tokens, lengths, mask) for weight, prefixes in known),
+            torch.zeros(tokens.shape, device=tokens.device),
+        )
 
     def means(self, parts: Tensor) -> dict[str, float]:
         """Metrics of what `detailed` says beside the score: parts (B, K)."""
@@ -268,7 +285,8 @@ def open_scorer(
         trunk = model.states.model if isinstance(model, FrozenReward) else model.model
         module = trunk if isinstance(model, FrozenReward) else model
         own = unnamed(lambda tokens, lengths, mask, rows: model.score(tokens, lengths, mask))
-        return replace(scorer, components=own, context=trunk.config.context, module=module)
+        prefixes = torch.no_grad()(model.prefix_scores)
+        return replace(scorer, components=own, context=trunk.config.context, module=module, prefixes=prefixes)
 
     return opened(scorer_of(spec, rules=data is not None))
 

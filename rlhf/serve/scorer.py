@@ -113,7 +113,8 @@ def number(value: float | None, what: str) -> float | None:
 
 
 def load_values(path: str | Path, model: Transformer, base: str | None = None):
-    """tokens (1, T) -> V before each token after the first, (T-1,), from a policy checkpoint; None where it holds no critic.
+    """tokens (1, T) -> V before each token after the first, (T-1,), from a policy checkpoint; None where it holds no critic,
+    or one that only says what the values of --value_base=reward lack.
 
     model: the checkpoint's policy, which a shared critic reads. base: where its base lies, see open_pretrained.
     """
@@ -121,7 +122,8 @@ def load_values(path: str | Path, model: Transformer, base: str | None = None):
         return None  # a model of another format
     saved = checkpoint.load(checkpoint.resolve(path))
     tensors, device = saved.tensors, model.norm.weight.device
-    if saved.config.get("kind") != "policy" or "value_head.weight" not in tensors:
+    stands_on_zero = saved.config.get("value_base", "zero") == "zero"
+    if saved.config.get("kind") != "policy" or "value_head.weight" not in tensors or not stands_on_zero:
         return None
     trunk = model
     if any(name.startswith("value_trunk.") for name in tensors):
