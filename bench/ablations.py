@@ -70,6 +70,7 @@ VARIANTS = {
     "whitening: none": Variant({}, patch(train_ppo, whiten=unwhitened)),
     "value clip: none": Variant({"value_clip": None}),
     "critic: shared trunk": Variant({"critic": "shared"}),
+    "values: on the reward's score": Variant({"value_base": "reward"}),
     "KL: k2 in the reward": Variant({"kl_estimator": "k2"}),
     "KL: k3 in the reward": Variant({"kl_estimator": "k3"}),
     "normalisation: per response": Variant({}, patch(update, ppo_loss=per_response)),
