@@ -593,6 +593,7 @@ def memory_plan(cfg: Config, dist: Dist, micro_batch: int) -> float:
         dtype=stored_dtype(cfg, precision),
         product=precision.dtype,
         offload=cfg.offload,
+        bounded=cfg.max_kl is not None,
     )
     if cfg.plan and dist.is_main:
         print(table(model, sizes, cfg.layout))

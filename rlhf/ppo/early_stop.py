@@ -139,8 +139,12 @@ class KLBound:
                 self.run.save(done, **saved)
                 self.run.wanted, self.unproven = wanted, None
                 self.run.leave_if_wanted(done)
-            weights = checkpoint.trained_state(self.run.module)
-            self.kept = (iteration, {name: x.detach().clone() for name, x in weights.items()}, state)
+            weights = {name: x.detach() for name, x in checkpoint.trained_state(self.run.module).items()}
+            if self.kept is None:
+                weights = {name: x.clone() for name, x in weights.items()}
+            else:  # into the copy that is there: two at once would be memory that --plan does not count
+                weights = {name: kept.copy_(weights[name]) for name, kept in self.kept[1].items()}
+            self.kept = (iteration, weights, state)
             return ""
         who = f"the last {n} policies are" if (n := len(self.kls)) > 1 else "the policy is"
         why = f"after {iteration} iterations {who} {kl:.4g} nats from the reference, above max_kl {self.max_kl}"

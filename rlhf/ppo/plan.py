@@ -19,15 +19,15 @@ from rlhf.lm.trunks import LoRA
 from rlhf.ppo.roles import CRITICS, LAYOUTS
 
 FLOAT = 4  # bytes
-HELD = ("baseline", "weights", "reference", "reward", "optimiser")  # in every phase
+HELD = ("baseline", "weights", "reference", "reward", "bound", "optimiser")  # in every phase
 PASS = ("logits", "gathered", "casts")  # of a forward
-PARTS = (*HELD[:4], "sampler", "gradients", "optimiser", "cache", "activations", "logits", "whole", *PASS[1:])
+PARTS = (*HELD[:5], "sampler", "gradients", "optimiser", "cache", "activations", "logits", "whole", *PASS[1:])
 PHASES = {  # which parts are there at once
     "act": (*HELD, "sampler", "cache", "logits", "whole"),
     "judge": (*HELD, *PASS),
     "learn": (*HELD, "gradients", "activations", *PASS),
 }
-CUT = ("weights", "sampler", "reference", "reward", "optimiser")  # of which a shard keeps its part
+CUT = ("weights", "sampler", "reference", "reward", "bound", "optimiser")  # of which a shard keeps its part
 RANKS = tuple(2**k for k in range(10))  # over which a model is tried
 SLEEPS = {  # what --offload names: its part, and the phases in which it lies elsewhere
     "reference": ("reference", ("act", "learn")),
@@ -56,6 +56,7 @@ class Sizes:
     dtype: torch.dtype = torch.float32  # in which frozen matrices are stored
     product: torch.dtype | None = None  # in which matrices are multiplied; None: as they are stored
     offload: tuple[str, ...] = ()  # --offload
+    bounded: bool = False  # --max_kl: trained weights of the last policy that kept it stay
 
 
 def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
@@ -93,6 +94,7 @@ def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
         "sampler": size_of([*base.parameters(), *policy.parameters(), *roles.sampler().parameters()]) - own,
         "reference": reference,
         "reward": s.dtype.itemsize * s.reward,
+        "bound": FLOAT * trained * s.bounded,
         "casts": half * cast,
         "gradients": FLOAT * (trained + twice),
         "optimiser": 2 * FLOAT * trained,
