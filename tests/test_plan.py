@@ -51,9 +51,8 @@ def test_weights_and_optimiser_are_the_real_bytes(layout, family, critic, dtype)
     assert planned["weights"] + planned["reference"] == size_of(everything)
     trained = [x for x in policy.parameters() if x.requires_grad]
     assert planned["optimiser"] == 2 * size_of(trained)
-    bounded = plan(
-        config(family), sizes(critic=critic, dtype=dtype, bounded=True), layout
-    )  # keeps a policy to go back to
+    how = {"critic": critic, "dtype": dtype, "bounded": True}  # which keeps a policy to go back to
+    bounded = plan(config(family), sizes(**how), layout)
     assert bounded["bound"] == size_of(trained) and peak(bounded) == peak(planned) + size_of(trained)
     assert planned["gradients"] >= size_of(trained)
     assert (planned["gradients"] == size_of(trained)) == (not base.config.tied or layout in ("adapters", "branch"))

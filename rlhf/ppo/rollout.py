@@ -28,9 +28,7 @@ class Rollout:
     entropy: Tensor  # (B, T)
     ref_logprobs: Tensor  # (B, T)
     values: Tensor  # (B, T)
-    base_values: (
-        Tensor  # (B, T) what the values stand on: V = base + what the critic's head says; 0 without --value_base
-    )
+    base_values: Tensor  # (B, T) what they stand on: V = base + what the critic's head says; 0 without --value_base
     sampler_logprobs: Tensor  # (B, T) as the sampler saw them; their difference from logprobs is a metric
     scores: Tensor  # (B,)
     parts: (

@@ -88,16 +88,18 @@ class AttentionPooling(nn.Module):
         return (hidden * self.query).sum(-1) / hidden.shape[-1] ** 0.5
 
 
-def running_mean(x: Tensor, first: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Weighted mean of every stretch that begins at first: x (B, T, M), weights (B, T) -> (B, T, M), column t of first to t.
+def running_mean(x: Tensor, first: Tensor, logits: Tensor | None = None) -> Tensor:
+    """Mean of every stretch that begins at first: x (B, T, M) -> (B, T, M), column t of first to t; x as it is before first.
 
-    Before first, x as it is: a stretch of one token.
+    Weighted by the exponentials of logits (B, T), -inf counts nothing; None weighs alike.
     """
+    wide = torch.float32 if x.device.type == "mps" else torch.float64  # sums of many, weights far apart
+    logits = torch.zeros_like(x[..., 0]) if logits is None else logits
     t = torch.arange(x.shape[1], device=x.device)
-    weights = torch.ones_like(x[..., 0]) if weights is None else weights
-    weights = torch.where(t >= first[:, None], weights, 0).double()[..., None]  # (B, T, 1)
-    sums, total = (weights * x.double()).cumsum(1), weights.cumsum(1)
-    return torch.where(total > 0, sums / total.clamp(min=1e-300), x.double()).to(x.dtype)
+    logits = torch.where(t >= first[:, None], logits, -torch.inf).to(wide)
+    weights = (logits - logits.amax(1, keepdim=True).clamp(min=torch.finfo(wide).min)).exp()[..., None]  # (B, T, 1)
+    sums, total = (weights * x.to(wide)).cumsum(1), weights.cumsum(1)
+    return torch.where(total > 0, sums / torch.where(total > 0, total, 1), x.to(wide)).to(x.dtype)
 
 
 POOLING = {"last": last_token, "mean": mean_token}
@@ -270,8 +272,8 @@ class RewardModel(Normalised):
             if self.pooling == "mean":
                 return running_mean(raw, first)
             read = tokens_between(hidden, lengths, first)
-            logits = torch.where(read, self.pool.logits(torch.where(read[..., None], hidden, 0)), -torch.inf).double()
-            return running_mean(raw, first, (logits - logits.amax(1, keepdim=True)).exp())
+            logits = self.pool.logits(torch.where(read[..., None], hidden, 0))
+            return running_mean(raw, first, torch.where(read, logits, -torch.inf))
 
 
 class Classifier(RewardModel):
@@ -348,9 +350,7 @@ class FrozenReward(Normalised):
         states, weights = self.states(tokens), self.head.weight.chunk(len(self.features), 1)  # (M, D) of each feature
         raw = self.head.bias
         with torch.autocast(raw.device.type, enabled=False):  # half precision would round the ranking away
-            for (depth, pooling), weight in zip(self.features, weights):
-                said = F.linear(
-                    states[depth].to(weight.dtype), weight
-                )  # (B, T, M): the head of a mean is the mean of heads
+            for (depth, pooling), weight in zip(self.features, weights):  # the head of a mean is the mean of heads
+                said = F.linear(states[depth].to(weight.dtype), weight)  # (B, T, M)
                 raw = raw + (said if pooling == "last" else running_mean(said, first))
         return raw
