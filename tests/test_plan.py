@@ -136,7 +136,7 @@ def test_the_shape_is_read_from_the_config_alone(tmp_path):
 
 
 def test_the_script_prints_the_plan_and_stops(world, tmp_path):
-    out = world.ok("train_ppo.py", out=tmp_path / "run", plan="true", layout="branch", branch_layers=1)
+    out = world.ok("train_ppo.py", out=tmp_path / "run", plan="true", layout="branch", branch_layers=1, max_kl=5.0)
     table = [line.split() for line in out.splitlines()]
     assert table[1] == ["full", "shared", "adapters", "branch*"]
     there = [part for part in PARTS[:-3] if part != "sampler"]  # which in float32 is the policy
