@@ -90,9 +90,7 @@ def rollout(p: Plan) -> Iterator[Call]:
     """rollout.gather: every field of every row, to all ranks."""
     rows = p.ranks * p.rows
     per_row = [LONG, 1, FLOAT] + [FLOAT * p.parts] * (p.parts > 0)  # length, finished, score, parts
-    per_token = [LONG, 1] + 6 * [
-        FLOAT
-    ]  # id, mask; log-probs of policy, reference and sampler, entropy, value and its base
+    per_token = [LONG, 1] + 6 * [FLOAT]  # id, mask; log-probs (policy, reference, sampler), entropy, value, its base
     for size in per_row + [p.tokens * x for x in per_token]:
         yield Call("rollout", "all-gather", rows * size, p.ranks)
 
