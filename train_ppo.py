@@ -279,8 +279,8 @@ def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch
         # 2. judge: policy, reference and value of every token; one score per response
         with precision.autocast(), cast.judges.awake():
             asked, shared = (cast.reward.detailed, micro_batch, acted.width), cast.roles.features
-            known, base = (acted.rows, acted.said, cast.cut_rollout), cast.value_base
-            judged = judge(acted.samples, policy, reference, *asked, shared, *known, base)
+            known = acted.rows, acted.said, cast.cut_rollout, cast.value_base
+            judged = judge(acted.samples, policy, reference, *asked, shared, *known)
             if iteration == run.done:
                 cast.check_once(judged[:micro_batch].trim(), fresh=run.done == 0)
         rollout = gather(judged, dist)

@@ -164,8 +164,8 @@ class Normalised(nn.Module):
         Column t is the score of a text that ends at t - 1; 0, the mean of reference samples, where nothing is read yet: before
         an answer's first token, and behind a bos that is left out.
         """
-        begins, t = self.begins(lengths, mask), torch.arange(tokens.shape[1], device=tokens.device)
-        first = torch.full_like(lengths, int(self.stop_ids is not None)) if begins is None else begins
+        first, _ = self.read(tokens, lengths, self.begins(lengths, mask), self.stop_ids)
+        t = torch.arange(tokens.shape[1], device=tokens.device)
         scores = self.combined(self.prefixes(tokens, lengths, first).flatten(0, 1)).view(tokens.shape)  # of 0 to t
         if self.stop_ids is not None:  # a final stop token is not read, but as all there is
             stops = torch.isin(tokens, torch.tensor(sorted(self.stop_ids), device=tokens.device)) & (t > first[:, None])

@@ -163,11 +163,8 @@ class Scorer:
 
         (B, T), 0 outside the mask; see `Normalised.prefix_scores`.
         """
-        known = [(term.weight if self.terms else 1.0, term.prefixes) for term in self.terms or (self,) if term.prefixes]
-        return sum(
-            (weight * prefixes(tokens, lengths, mask) for weight, prefixes in known),
-            torch.zeros(tokens.shape, device=tokens.device),
-        )
+        terms = [term for term in self.terms or (self,) if term.prefixes]
+        return sum(term.weight * term.prefixes(tokens, lengths, mask) for term in terms)
 
     def means(self, parts: Tensor) -> dict[str, float]:
         """Metrics of what `detailed` says beside the score: parts (B, K)."""
@@ -285,8 +282,8 @@ def open_scorer(
         trunk = model.states.model if isinstance(model, FrozenReward) else model.model
         module = trunk if isinstance(model, FrozenReward) else model
         own = unnamed(lambda tokens, lengths, mask, rows: model.score(tokens, lengths, mask))
-        prefixes = torch.no_grad()(model.prefix_scores)
-        return replace(scorer, components=own, context=trunk.config.context, module=module, prefixes=prefixes)
+        facts = {"context": trunk.config.context, "module": module, "prefixes": model.prefix_scores}
+        return replace(scorer, components=own, **facts)
 
     return opened(scorer_of(spec, rules=data is not None))
 
