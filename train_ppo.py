@@ -594,6 +594,7 @@ def memory_plan(cfg: Config, dist: Dist, micro_batch: int) -> float:
         product=precision.dtype,
         offload=cfg.offload,
         bounded=cfg.max_kl is not None,
+        on_cpu=dist.device.type == "cpu",
     )
     if cfg.plan and dist.is_main:
         print(table(model, sizes, cfg.layout))

@@ -1,7 +1,7 @@
 """Half precision where it costs nothing: frozen matrices stored in it, and a copy of a model for sampling.
 
     store(model, torch.bfloat16)         # frozen matrices, in place, for every model that shares them
-    copy = Half(policy, torch.bfloat16)  # copy.refresh() -> a model to sample with, that holds the policy's weights of now
+    copy = half_copy(policy, torch.bfloat16)  # copy.refresh() -> a model to sample with, of the policy's weights of now
     copy.sleep()                         # its memory is free until it samples again
 
 Transforms of a built model; the model file mentions neither. Matrices, biases of linear layers and the embedding get the
@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.lora import LoRALinear, replace_module
-from model.panels import keep_panels
+from model.panels import LARGEST, can_pack, keep_panels, merged, packed, packed_linear
 from model.transformer import Transformer
 
 FEW_ROWS = 256  # up to so many, a CPU multiplies weights as they lie
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear for sampling, all in one type. (..., K), (N, K), (N,) -> (..., N)
+    """F.linear for sampling, all in one type, where no panels are kept. (..., K), (N, K), (N,) -> (..., N)
 
     Few rows of bfloat16 on a CPU as (W x^T)^T: F.linear packs the weights anew in every call, this reads them where they lie,
     1.4 to 2 times as fast with AMX. The result lies transposed in memory. Its last bits are not F.linear's, so what is
@@ -64,6 +64,34 @@ class Joint:
         return (y.contiguous() if self.contiguous else y).split(self.sizes, -1)
 
 
+class Packed:
+    """The same by panels of the layers as they are now: made at the first product, and anew where a weight has changed."""
+
+    def __init__(self, layers: list[nn.Module], dtype: torch.dtype):
+        self.layers, self.dtype, self.sizes = layers, dtype, [len(layer.weight) for layer in layers]
+        self.numbers = [x for layer in layers for x in layer.parameters()]
+        self.drop()
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        now = [(x.data_ptr(), x._version) for x in self.numbers]
+        if now != self.known:
+            self.lay()
+            self.known = now
+        return packed_linear(x.to(self.dtype), self.panels, self.bias).split(self.sizes, -1)
+
+    def alone(self, x: Tensor) -> Tensor:
+        return self(x)[0]
+
+    @torch.no_grad()
+    def lay(self) -> None:
+        biases = [x for layer in self.layers if (x := getattr(layer, "bias", None)) is not None]
+        self.panels = packed(torch.cat([merged(layer).to(self.dtype) for layer in self.layers]))
+        self.bias = torch.cat(biases).to(self.dtype) if biases else None  # (N,); all have one, or none
+
+    def drop(self) -> None:
+        self.known = self.panels = self.bias = None
+
+
 @torch.no_grad()
 def store(model: Transformer, dtype: torch.dtype) -> Transformer:
     """Frozen matrices in `dtype` from here on, in place, also for other models that share these parameters; -> the model.
@@ -94,7 +122,7 @@ def to_sample_with(model: Transformer, dtype: torch.dtype) -> Transformer:
         return model
     if dtype == torch.float32:
         return keep_panels(model)
-    return Half(model.requires_grad_(False), dtype).model
+    return half_copy(model.requires_grad_(False), dtype).refresh()
 
 
 def to_half(x: Tensor | None, dtype: torch.dtype) -> None:
@@ -123,17 +151,17 @@ class Half:
             attention, mlp = block.self_attn, block.mlp
             # kernels of attention want the numbers of a head side by side
             attention.qkv = self.join(attention, "q_proj", "k_proj", "v_proj", contiguous=True)
-            if mlp.gate_proj is not None:
+            self.alone(attention, "o_proj")
+            if mlp.gate_proj is None:
+                self.alone(mlp, "up_proj")
+            else:
                 mlp.gate_up = self.join(mlp, "gate_proj", "up_proj")
-        for path, layer in linear_layers(self.model):
-            if type(layer) is not HalfLinear:
-                module, _, name = path.rpartition(".")
-                self.join(self.model.get_submodule(module), name)
+            self.alone(mlp, "down_proj")
+        if self.model.lm_head is not None:
+            self.alone(self.model, "lm_head")
         embedding = self.model.embed_tokens.weight
         if embedding.requires_grad:
             self.model.embed_tokens.weight = frozen(self.copied(embedding))
-        for _, layer in linear_layers(self.model):
-            layer.samples = True
         self.model.project = self.project
         theirs = {x.untyped_storage()._cdata for x in source.parameters()}
         mine = [x.untyped_storage() for x, _ in (*self.pairs, *self.sums)]
@@ -142,6 +170,12 @@ class Half:
     def project(self, hidden: Tensor) -> Tensor:
         output = self.model.lm_head or self.model.embed_tokens
         return product(hidden.to(self.dtype), output.weight).contiguous()  # a row's logits side by side
+
+    def alone(self, module: nn.Module, name: str) -> None:
+        """This layer of a module, by products of its own."""
+        if type(getattr(module, name)) is not HalfLinear:
+            self.join(module, name)
+        getattr(module, name).samples = True
 
     def join(self, module: nn.Module, *names: str, contiguous: bool = False) -> Joint:
         """The layers of these names put into one matrix, of which each then has its rows."""
@@ -190,6 +224,58 @@ class Half:
         """What the copy does not share gives its memory back, until `refresh`."""
         for storage, _ in self.own.values():
             storage.resize_(0)
+
+
+class PackedHalf(Half):
+    """The same on a CPU that has panels of `dtype`: all products are by them, and the copy has no matrices but the embedding.
+    Panels are made when it samples, so that they hold what the source does, and are gone when it sleeps.
+    """
+
+    def __init__(self, source: Transformer, dtype: torch.dtype):
+        self.packed: list[Packed] = []
+        super().__init__(source, dtype)
+        self.output = self.model.lm_head or self.pack(self.model.embed_tokens).alone
+
+    def project(self, hidden: Tensor) -> Tensor:
+        return self.output(hidden)
+
+    def pack(self, *layers: nn.Module) -> Packed:
+        self.packed.append(Packed(list(layers), self.dtype))
+        return self.packed[-1]
+
+    def join(self, module: nn.Module, *names: str, contiguous: bool = False) -> Packed:
+        layers = [getattr(module, name) for name in names]
+        for name, layer in zip(names, layers):
+            if type(layer) is not HalfLinear:  # numbers that are nowhere: not even the type is the source's
+                kept = (
+                    None if x is None else frozen(x.detach().to("meta", self.dtype)) for x in (layer.weight, layer.bias)
+                )
+                setattr(module, name, HalfLinear(*kept))
+        return self.pack(*layers)
+
+    def alone(self, module: nn.Module, name: str) -> None:
+        joint = self.join(module, name)
+        getattr(module, name).forward = joint.alone
+
+    def refresh(self) -> Transformer:
+        self.sleep()
+        return super().refresh()
+
+    def sleep(self) -> None:
+        super().sleep()
+        for product in self.packed:
+            product.drop()
+
+
+def half_copy(source: Transformer, dtype: torch.dtype) -> Half:
+    """The copy that samples fastest on the source's device."""
+    on_cpu = source.embed_tokens.weight.is_cpu
+    return (PackedHalf if on_cpu and keeps_panels(source, dtype) else Half)(source, dtype)
+
+
+def keeps_panels(source: Transformer, dtype: torch.dtype) -> bool:
+    """Does a copy on a CPU keep panels?"""
+    return can_pack(dtype) and sum(dtype.itemsize * x.numel() for x in source.parameters() if x.ndim == 2) <= LARGEST
 
 
 def frozen(x: Tensor | None) -> nn.Parameter | None:

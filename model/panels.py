@@ -1,14 +1,18 @@
-"""Float32 weights laid out once for the products of many decoding steps, on a CPU.
+"""Weights laid out once for the products of many decoding steps, on a CPU.
 
-    keep_panels(model)                    # of a model that nobody trains
+    keep_panels(model)                    # of a model in float32 that nobody trains
     model.panels.lay(16, steps=100)       # for steps of 16 rows
     with model.panels:
         hidden = decoding.step(ids, model.panels.filled(len(ids)))[: len(ids)]
 
-MKL brings a weight matrix into panels, the order in which its kernel reads, anew in every product; with few rows that takes
-up to a third of it. Its packed products keep them, for one number of rows. The panels are a second copy of the blocks'
-weights, with active adapters merged. Other numbers of rows, such as those of prompts, meet the layers as they are.
+A library brings a weight matrix into panels, the order in which its kernel reads, anew in every product; with few rows that
+takes up to a third of it. Packed products keep them. Two libraries have some: MKL's are for one number of rows and gain on
+Intel's CPUs, oneDNN's are for any and gain on others, and in half precision. The panels are a second copy of the weights,
+with active adapters merged. What they are not made for meets the layers as they are.
 """
+
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,27 +21,77 @@ from model.lora import LoRALinear, lora_layers
 from model.transformer import Transformer
 
 FEWEST, MOST = 4, 64  # rows with which packed products were measured to gain
-LARGEST = 1 << 29  # numbers in the blocks, 2 GB: a second copy of more may not fit
+FEW = 16  # rows that oneDNN's panels are made for
+LARGEST = 2 << 30  # bytes of the matrices: a second copy of more may not fit
 WIDTH = 512  # of the model: smaller matrices stay in a CPU's caches, and gain nothing
 STEPS = 16  # making panels takes as long as they save in about 10 steps of 16 rows
 
 
 class Product:
-    """Linear layers of the same x as one packed product of `rows` rows."""
+    """Linear layers of the same x as one product with oneDNN's panels, for any number of rows."""
+
+    any_rows = True
 
     def __init__(self, layers: list[nn.Linear], rows: int, plain):
         weight = torch.cat([merged(layer) for layer in layers])  # (N, K)
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         self.bias = torch.cat(biases) if biases else None  # (N,); all have one, or none
         self.rows, self.plain, self.sizes = rows, plain, [layer.out_features for layer in layers]
-        self.panels = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+        self.pack(weight)
+
+    def pack(self, weight: Tensor) -> None:
+        self.panels = packed(weight)
+
+    def __call__(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        y = self.multiply(x)
+        return y if len(self.sizes) == 1 else y.split(self.sizes, -1)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return packed_linear(x, self.panels, self.bias)
+
+
+class ProductOfRows(Product):
+    """The same with MKL's, for one number of rows."""
+
+    any_rows = False
+
+    def pack(self, weight: Tensor) -> None:
+        self.panels = torch.ops.mkl._mkl_reorder_linear_weight(weight, self.rows)
         self.shape = weight.new_empty(1).expand(weight.shape)  # all that is read of a weight whose panels fit
 
     def __call__(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        if x.numel() != self.rows * x.shape[-1]:
-            return self.plain(x)
-        y = torch.ops.mkl._mkl_linear(x, self.panels, self.shape, self.bias, self.rows)
-        return y if len(self.sizes) == 1 else y.split(self.sizes, -1)
+        return super().__call__(x) if x.numel() == self.rows * x.shape[-1] else self.plain(x)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return torch.ops.mkl._mkl_linear(x, self.panels, self.shape, self.bias, self.rows)
+
+
+def packed(weight: Tensor) -> Tensor:
+    """oneDNN's panels of a weight (N, K): opaque, with the bytes of the weight. Made for few rows, and right for many."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, FEW)
+
+
+def packed_linear(x: Tensor, panels: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear by oneDNN's panels. (..., K), panels of (N, K), (N,) -> (..., N)"""
+    return torch.ops.mkldnn._linear_pointwise(x, panels, bias, "none", [], "")
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Does oneDNN have panels of this type for this CPU?"""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
+
+
+@cache
+def intel() -> bool:
+    """Does MKL have its best kernels for this CPU? Where nobody says who made it, it is taken for one of Intel's."""
+    try:
+        return "AuthenticAMD" not in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True
 
 
 def merged(layer: nn.Linear) -> Tensor:
@@ -53,13 +107,14 @@ class Panels:
         self.adapters = list(lora_layers(model).values())
         self.known = None  # the weights and adapters that the panels were made of
         self.rows = 0  # that the panels are made for; 0: there are none
+        self.kind = ProductOfRows if torch.backends.mkl.is_available() and intel() else Product
         self.products: list[tuple[nn.Module, str, Product]] = []  # what stands in for which method
 
     @torch.no_grad()
     def lay(self, rows: int, steps: int) -> None:
         """For steps of so many rows, at most so many steps. Panels that are there already stay, if they fit."""
         known = [(x.data_ptr(), x._version) for x in self.weights] + [layer.active for layer in self.adapters]
-        if rows == self.rows and known == self.known:
+        if known == self.known and (rows == self.rows or self.rows and self.kind.any_rows):
             return
         self.rows, self.products, self.known = 0, [], known  # frees the old ones first
         if FEWEST <= rows <= MOST and steps >= STEPS:
@@ -75,11 +130,11 @@ class Panels:
                 self.put(mlp.down_proj, "forward", [mlp.down_proj])
 
     def put(self, module: nn.Module, method: str, layers: list[nn.Linear]) -> None:
-        self.products.append((module, method, Product(layers, self.rows, getattr(module, method))))
+        self.products.append((module, method, self.kind(layers, self.rows, getattr(module, method))))
 
     def filled(self, rows: int) -> int:
         """Of how many rows a step of `rows` is best made, with some that nobody reads: of those of the panels, or as it is."""
-        return self.rows if rows <= self.rows < 2 * rows else rows
+        return self.rows if rows <= self.rows < 2 * rows and not self.kind.any_rows else rows
 
     def __enter__(self) -> None:
         for module, method, product in self.products:
@@ -91,12 +146,12 @@ class Panels:
 
 
 def keep_panels(model: Transformer) -> Transformer:
-    """The same model, whose steps in `generate` multiply with panels where that gains: float32 on a CPU with MKL,
-    matrices large enough, and not too many. They stay between two calls, until rows or weights are others.
+    """The same model, whose steps in `generate` multiply with panels where that gains: float32 on a CPU, matrices large
+    enough, and not too many. They stay between two calls, until rows or weights are others.
     """
     layers = [x for block in model.layers for x in block.modules() if hasattr(x, "weight") and x.weight.ndim == 2]
-    gains = model.config.width >= WIDTH and sum(x.weight.numel() for x in layers) <= LARGEST
-    if gains and torch.backends.mkl.is_available() and all(map(fits, layers)):
+    gains = model.config.width >= WIDTH and sum(x.weight.nbytes for x in layers) <= LARGEST
+    if gains and (torch.backends.mkl.is_available() or can_pack(torch.float32)) and all(map(fits, layers)):
         model.panels = Panels(model)
     return model
 

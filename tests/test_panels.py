@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reference_model import FAMILIES, random_ids, small_model
 
 from model import panels
@@ -10,15 +12,17 @@ from model.half import to_sample_with
 from model.lora import activate, add_lora
 from model.panels import Panels, Product
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch was built without MKL")
+needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch was built without MKL")
+KINDS = [pytest.param(True, id="mkl", marks=needs_mkl), pytest.param(False, id="onednn")]
 
 PROMPTS = torch.stack([random_ids(i, 6) for i in range(8)])
 LENGTHS = torch.tensor([6, 3, 6, 1, 5, 6, 2, 6])
 
 
-@pytest.fixture
-def small(monkeypatch):
+@pytest.fixture(params=KINDS)
+def small(monkeypatch, request):
     """Matrices of any size are laid out; -> the numbers of rows that the panels of a first product were made for."""
+    monkeypatch.setattr(panels, "intel", lambda: request.param)
     rows, make = [], panels.Panels.put
 
     def put(self, module, method, layers):
@@ -62,6 +66,7 @@ def test_texts_are_those_of_the_plain_layers(family, change, small):
         assert torch.allclose(out.logprobs, plain.logprobs, atol=2e-4)
 
 
+@pytest.mark.parametrize("small", KINDS[:1], indirect=True)
 def test_panels_are_kept_for_one_number_of_rows(small):
     """8 rows are filled up to 8 until 4 are left. Too few rows or steps make none, and so do too many rows."""
     laid, found = Panels(small_model("llama", torch.float32)), []
@@ -72,6 +77,26 @@ def test_panels_are_kept_for_one_number_of_rows(small):
     assert found == [8, 8, 5, 5, 0, 0, 4, 4, 0] and small == [8, 5, 4]
     laid.lay(8, 9)
     assert [laid.filled(n) for n in (9, 8, 5, 4, 1)] == [9, 8, 8, 4, 1]
+
+
+@pytest.mark.parametrize("small", KINDS[1:], indirect=True)
+def test_panels_for_any_number_of_rows_are_made_once(small):
+    laid = Panels(small_model("llama", torch.float32))
+    for rows, steps in ((3, 9), (8, 3), (8, 9), (5, 4), (3, 1), (200, 4)):
+        laid.lay(rows, steps)
+    assert small == [8] and [laid.filled(n) for n in (9, 8, 5, 1)] == [9, 8, 5, 1]
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 300), st.integers(1, 70), st.integers(1, 40), st.booleans(), st.integers(0, 10**6))
+def test_a_packed_product_is_the_plain_one(rows, K, N, bias, seed):
+    """Of rows in any order in memory, for which the panels were not made."""
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = (torch.randn(*shape, generator=generator) for shape in ((2, K, rows), (N, K)))
+    x, b = x.transpose(1, 2), torch.randn(N, generator=generator) if bias else None
+    y = panels.packed_linear(x, panels.packed(weight), b)
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight, b), rtol=1e-5, atol=1e-4)
 
 
 def test_the_model_is_left_as_it_was(small):

@@ -7,6 +7,7 @@ import torch
 from reference_model import FAMILIES, SMALL, random_ids
 
 from model.hf import save_hf
+from model.panels import can_pack
 from model.transformer import KVCache, ModelConfig, Transformer
 from rlhf.infra import checkpoint, optim
 from rlhf.lm.pretrained import config_of
@@ -40,7 +41,8 @@ def size_of(tensors) -> int:
 @every_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("critic", ["shared", "separate", "none"])
-def test_weights_and_optimiser_are_the_real_bytes(layout, family, critic, dtype):
+def test_weights_and_optimiser_are_the_real_bytes(layout, family, critic, dtype, monkeypatch):
+    monkeypatch.setattr("model.half.LARGEST", -1)
     critic = "separate" if (layout, critic) == ("full", "shared") else critic
     base = Transformer(config(family))
     roles = LAYOUTS[layout](base, critic, 1.0, LORA, 2).stored_in(dtype)
@@ -56,6 +58,22 @@ def test_weights_and_optimiser_are_the_real_bytes(layout, family, critic, dtype)
     assert bounded["bound"] == size_of(trained) and peak(bounded) == peak(planned) + size_of(trained)
     assert planned["gradients"] >= size_of(trained)
     assert (planned["gradients"] == size_of(trained)) == (not base.config.tied or layout in ("adapters", "branch"))
+
+
+@pytest.mark.skipif(not can_pack(torch.bfloat16), reason="oneDNN has no bf16 for this CPU")
+@every_layout
+@every_family
+def test_panels_are_counted_where_a_cpu_keeps_some(layout, family):
+    base = Transformer(config(family))
+    roles = LAYOUTS[layout](base, CRITICS[layout], 1.0, LORA, 2).stored_in(torch.bfloat16)
+    how = sizes(dtype=torch.bfloat16, on_cpu=True)
+    model, ids = roles.sampler(), torch.zeros(1, 3, dtype=torch.int64)
+    with torch.no_grad():
+        model(ids)
+    kept = 2 * sum(x.panels.numel() for x in roles.half.packed)
+    embedding = model.embed_tokens.weight
+    kept += embedding.nbytes * (embedding is not roles.policy.model.embed_tokens.weight)
+    assert plan(config(family), how, layout)["sampler"] == kept
 
 
 @every_family

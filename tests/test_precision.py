@@ -18,8 +18,9 @@ from test_resume import assert_equal_runs
 from tiny import lines
 
 from model.generate import Sampling, generate, row_uniforms
-from model.half import Half, HalfLinear, product
+from model.half import Half, HalfLinear, product, to_sample_with
 from model.lora import LoRALinear
+from model.panels import can_pack, packed, packed_linear
 from rlhf.functional import logprobs_and_entropy
 from rlhf.infra import optim
 from rlhf.infra.distributed import Dist
@@ -31,6 +32,7 @@ from rlhf.ppo.rollout import judge
 from rlhf.ppo.self_check import self_check
 
 BF16 = optim.amp(torch.device("cpu"), "bf16")
+needs_panels = pytest.mark.skipif(not can_pack(torch.bfloat16), reason="oneDNN has no bf16 for this CPU")
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 every_family = pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "olmo2", "gemma2"])
 
@@ -39,6 +41,13 @@ def roles_in(dtype: torch.dtype, layout: str, family: str) -> Roles:
     base = small_model(family, torch.float32, seed=15)
     critic = "separate" if layout == "full" else "shared"
     return LAYOUTS[layout](base, critic, TEMPERATURE, LoRA(2), 1).stored_in(dtype)
+
+
+@pytest.fixture(params=["plain", pytest.param("packed", marks=needs_panels)])
+def copies(request, monkeypatch):
+    """Whether copies that sample keep panels, where the CPU has some."""
+    if request.param == "plain":
+        monkeypatch.setattr("model.half.LARGEST", -1)
 
 
 def texts() -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,6 +129,7 @@ def test_values_pass_no_half_precision_product():
 # ---- the copy that samples
 
 
+@pytest.mark.usefixtures("copies")
 @every_layout
 @every_family
 def test_the_sampler_is_the_policy_of_now(layout, family):
@@ -129,7 +139,7 @@ def test_the_sampler_is_the_policy_of_now(layout, family):
     train_a_little(roles)
     model, policy = roles.sampler(), roles.policy.model
     for name, layer in model.named_modules():
-        if isinstance(layer, HalfLinear):
+        if isinstance(layer, HalfLinear) and not layer.weight.is_meta:  # else its panels alone are there
             own = policy.get_submodule(name)
             weight = own.merged("policy") if isinstance(own, LoRALinear) else own.weight
             assert layer.weight.dtype == torch.bfloat16 and torch.equal(layer.weight, weight.bfloat16()), name
@@ -167,6 +177,7 @@ def test_float32_is_left_alone():
     assert roles.sampler() is roles.policy.model and not any(isinstance(x, HalfLinear) for x in roles.policy.modules())
 
 
+@pytest.mark.usefixtures("copies")
 @every_layout
 def test_the_self_check_passes_and_finds_a_stale_sampler(layout):
     roles = roles_in(torch.bfloat16, layout, "llama")
@@ -189,6 +200,21 @@ def test_the_self_check_passes_and_finds_a_stale_sampler(layout):
             if x.requires_grad:
                 x += 0.2 * torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
     assert "sampler" in failed(samples)  # of the weights before
+
+
+@needs_panels
+def test_panels_follow_weights_that_are_exchanged():
+    """As a server's are: in place, through the state dict, and by other memory."""
+    model, other = (small_model("llama", torch.bfloat16, seed=n).requires_grad_(False) for n in (15, 16))
+    ids, half = random_ids(1, 2, 5), to_sample_with(model, torch.bfloat16)
+    before, expected = half(ids), to_sample_with(other, torch.bfloat16)(ids)
+    assert torch.equal(half(ids), before) and not torch.equal(before, expected)
+    for name, x in half.state_dict().items():
+        x.copy_(other.state_dict()[name])
+    assert torch.equal(half(ids), expected)
+    for x in half.parameters():
+        x.data = x.data.clone().zero_()
+    assert not half(ids).any()
 
 
 def test_a_quantized_or_merged_copy_is_not_asked_for_twice():
@@ -325,8 +351,11 @@ def test_a_product_of_few_rows_in_half_precision(rows, K, N, bias, seed):
     x, weight = (torch.randn(*shape, generator=generator) for shape in ((rows, 2, K), (N, K)))
     weight, b = weight.bfloat16(), torch.randn(N, generator=generator).bfloat16() if bias else None
     expected = x.bfloat16().double() @ weight.double().T + (0 if b is None else b.double())
-    y = product(x.bfloat16(), weight, b)
     plain = torch.nn.functional.linear(x.bfloat16(), weight, b)
-    assert y.shape == plain.shape and y.dtype == plain.dtype
     size = x.abs().double() @ weight.abs().double().T + 1
-    assert float(((y.double() - expected).abs() / size).max()) < 2**-7
+    found = [product(x.bfloat16(), weight, b)]
+    if can_pack(torch.bfloat16):
+        found.append(packed_linear(x.bfloat16(), packed(weight), b))
+    for y in found:
+        assert y.shape == plain.shape and y.dtype == plain.dtype
+        assert float(((y.double() - expected).abs() / size).max()) < 2**-7

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from model.half import keeps_panels
 from model.transformer import ModelConfig, Transformer
 from rlhf.lm.checkpoints import count, empty
 from rlhf.lm.trunks import LoRA
@@ -57,6 +58,7 @@ class Sizes:
     product: torch.dtype | None = None  # in which matrices are multiplied; None: as they are stored
     offload: tuple[str, ...] = ()  # --offload
     bounded: bool = False  # --max_kl: trained weights of the last policy that kept it stay
+    on_cpu: bool = False  # a CPU samples by panels, where it has some of the type
 
 
 def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
@@ -91,7 +93,9 @@ def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
     parts = {
         "baseline": s.baseline,
         "weights": own - reference,
-        "sampler": size_of([*base.parameters(), *policy.parameters(), *roles.sampler().parameters()]) - own,
+        "sampler": in_panels(policy.model, s.dtype)
+        if s.on_cpu and roles.half and keeps_panels(policy.model, s.dtype)
+        else size_of([*base.parameters(), *policy.parameters(), *roles.sampler().parameters()]) - own,
         "reference": reference,
         "reward": s.dtype.itemsize * s.reward,
         "bound": FLOAT * trained * s.bounded,
@@ -147,6 +151,14 @@ def size_of(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes; what shares its memory counts once."""
     storages = [x.untyped_storage() for x in tensors]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def in_panels(model: Transformer, dtype: torch.dtype) -> int:
+    """Bytes of the panels of all that a model multiplies by, and of its embedding where that is trained."""
+    layers = (x for block in model.layers for x in block.modules() if isinstance(x, torch.nn.Linear))
+    embedding = model.embed_tokens.weight
+    numbers = (1 + embedding.requires_grad) * embedding.numel() + sum(layer.weight.numel() for layer in layers)
+    return dtype.itemsize * numbers
 
 
 def trains_embedding(model: Transformer) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from model.half import Half, store_all
+from model.half import Half, half_copy, store_all
 from model.lora import beside
 from model.packed import saves, text_states
 from model.transformer import Transformer
@@ -166,7 +166,7 @@ class Roles:
         sampler: without it there is no copy, because somebody else samples.
         """
         self.store(dtype)  # which frees memory that the copy takes
-        return replace(self, half=Half(self.policy.model, dtype) if sampler and dtype != torch.float32 else None)
+        return replace(self, half=half_copy(self.policy.model, dtype) if sampler and dtype != torch.float32 else None)
 
     def store(self, dtype: torch.dtype) -> None:
         """Frozen weights in `dtype` from here on."""
