@@ -160,6 +160,7 @@ def planned_memory(sizes: Sizes, side: str, precision: str) -> float:
         baseline=run.resident_bytes(),
         drawn=SAMPLED_AT_ONCE,
         dtype=optim.DTYPES[precision],
+        on_cpu=True,
     )
     return plan.peak(plan.plan(model, planned, layout)) / 1e9
 

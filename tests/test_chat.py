@@ -413,7 +413,7 @@ def test_chatml_for_our_own_tokenizers(tmp_path):
         ("{{ undefined_function() }}", "fails: UndefinedError"),
         ("{{ 'x' + messages }}", "fails: TypeError"),
         ("{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}", "it writes without end"),
-        ("{{ 'x' * 99999999 }}", "it writes without end"),
+        ("{{ 'x' * 19999999 }}", "it writes without end"),
         ("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "fails: RecursionError"),
         ("{{ messages[0].content.encode() }}", "takes messages apart in a way that cannot be followed"),
         ("{% filter upper %}{{ messages[0].content }}<|im_end|>{% endfilter %}", "control token is made in a way that"),
