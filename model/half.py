@@ -65,7 +65,7 @@ class Joint:
 
 
 class Packed:
-    """The same by panels of the layers as they are now: made at the first product, and anew where a weight has changed."""
+    """The same by panels of the layers as they are now: anew at the next product where a weight has changed."""
 
     def __init__(self, layers: list[nn.Module], dtype: torch.dtype):
         self.layers, self.dtype, self.sizes = layers, dtype, [len(layer.weight) for layer in layers]
@@ -73,17 +73,19 @@ class Packed:
         self.drop()
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        now = [(x.data_ptr(), x._version) for x in self.numbers]
-        if now != self.known:
+        if self.known != self.now():
             self.lay()
-            self.known = now
         return packed_linear(x.to(self.dtype), self.panels, self.bias).split(self.sizes, -1)
 
     def alone(self, x: Tensor) -> Tensor:
         return self(x)[0]
 
+    def now(self) -> list[tuple[int, int]]:
+        return [(x.data_ptr(), x._version) for x in self.numbers]
+
     @torch.no_grad()
     def lay(self) -> None:
+        self.known = self.now()
         biases = [x for layer in self.layers if (x := getattr(layer, "bias", None)) is not None]
         self.panels = packed(torch.cat([merged(layer).to(self.dtype) for layer in self.layers]))
         self.bias = torch.cat(biases).to(self.dtype) if biases else None  # (N,); all have one, or none
@@ -227,8 +229,8 @@ class Half:
 
 
 class PackedHalf(Half):
-    """The same on a CPU that has panels of `dtype`: all products are by them, and the copy has no matrices but the embedding.
-    Panels are made when it samples, so that they hold what the source does, and are gone when it sleeps.
+    """The same on a CPU that has panels of `dtype`: all products are by them, and the copy's only matrix is the embedding.
+    Panels are made at each refresh, of the source's layers, and are gone when it sleeps.
     """
 
     def __init__(self, source: Transformer, dtype: torch.dtype):
@@ -258,8 +260,10 @@ class PackedHalf(Half):
         getattr(module, name).forward = joint.alone
 
     def refresh(self) -> Transformer:
-        self.sleep()
-        return super().refresh()
+        super().refresh()
+        for product in self.packed:
+            product.lay()
+        return self.model
 
     def sleep(self) -> None:
         super().sleep()

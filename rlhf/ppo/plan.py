@@ -90,12 +90,14 @@ def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
     alone = {id(x) for x in base.parameters()}.isdisjoint(id(x) for x in policy.parameters())
     reference = size_of(base.parameters()) if alone else 0  # otherwise the policy computes with it too
     own = size_of([*base.parameters(), *policy.parameters()])
+    if s.on_cpu and roles.half and keeps_panels(policy.model, s.dtype):
+        sampler = in_panels(policy.model, s.dtype)
+    else:
+        sampler = size_of([*base.parameters(), *policy.parameters(), *roles.sampler().parameters()]) - own
     parts = {
         "baseline": s.baseline,
         "weights": own - reference,
-        "sampler": in_panels(policy.model, s.dtype)
-        if s.on_cpu and roles.half and keeps_panels(policy.model, s.dtype)
-        else size_of([*base.parameters(), *policy.parameters(), *roles.sampler().parameters()]) - own,
+        "sampler": sampler,
         "reference": reference,
         "reward": s.dtype.itemsize * s.reward,
         "bound": FLOAT * trained * s.bounded,
