@@ -117,7 +117,9 @@ def band(x: np.ndarray, run: np.ndarray, seeds: np.ndarray, low: np.ndarray, hig
         inside = np.concatenate([low, high, seeds.ravel()])  # what is far out ends at the edge
         room = inside.max() - inside.min()
         seen = np.clip(run[np.isfinite(run)], inside.min() - room, inside.max() + room)
-        ax.set_ylim(*(f(inside.min(), inside.max(), *seen) for f in (min, max)))
+        bottom, top = (f(inside.min(), inside.max(), *seen) for f in (min, max))
+        if bottom < top:  # else all are one number, as the KL of a first iteration is
+            ax.set_ylim(bottom, top)
 
     return panel
 

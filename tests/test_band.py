@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import lines
 
-from evaluation import band
+from evaluation import band, plots
 from rlhf.infra import config
 
 RNG = np.random.default_rng
@@ -126,6 +126,16 @@ def test_a_policy_that_max_kl_took_back_is_not_compared(tmp_path):
     assert band.run_of(str(run))[0].files["metrics.jsonl"][-1] == taken_back
     (run / "report.json").write_text(json.dumps({"brake": {"name": "max_kl", "iteration": 24, "restored": 23}}))
     assert band.run_of(str(run))[0].files["metrics.jsonl"] == rows(1)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_first_iteration_is_drawn_though_its_kl_is_0_everywhere():
+    pyplot, zero = pytest.importorskip("matplotlib.pyplot"), np.zeros(1)
+    figure, ax = pyplot.subplots()
+    plots.band(zero, zero, np.zeros((5, 1)), zero, zero, "objective/kl")(ax)
+    bottom, top = ax.get_ylim()
+    pyplot.close(figure)
+    assert bottom < 0 < top
 
 
 def test_what_is_missing_is_said_and_never_nan(tmp_path, seeds, monkeypatch, capsys):
