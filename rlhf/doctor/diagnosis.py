@@ -96,11 +96,13 @@ def stops_of(run: str | Path) -> list[Finding]:
     if isinstance(brake, dict):
         one = brake.get("mean_of", 1) == 1  # a run may be older than the average
         was = "was" if one else f"and those before it, {brake['mean_of']} together, were on average"
+        far = brake.get("objective/kl")
+        far = f"{far:.2f}" if isinstance(far, float) else far
         found.append(
             Finding(
                 f"{brake.get('name')} reached",
-                f"the policy after {brake.get('iteration')} iterations {was} {brake.get('objective/kl')} nats from the "
-                f"reference, above {brake.get('limit')}; the one after {brake.get('restored')} was kept",
+                f"the policy after {brake.get('iteration')} iterations {was} {far} nats from the reference, above "
+                f"{brake.get('limit')}; the one after {brake.get('restored')} was kept",
                 "The bound did its work; a policy that jumps over it in few iterations learns too fast",
                 "a smaller --lr or a larger --kl_coef, to come further within the bound",
             )
