@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.lora import LoRALinear, replace_module
-from model.panels import LARGEST, can_pack, keep_panels, merged, packed, packed_linear
+from model.panels import LARGEST, Product, can_pack, keep_panels
 from model.transformer import Transformer
 
 FEW_ROWS = 256  # up to so many, a CPU multiplies weights as they lie
@@ -62,36 +62,6 @@ class Joint:
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         y = product(x.to(self.weight.dtype), self.weight, self.bias)
         return (y.contiguous() if self.contiguous else y).split(self.sizes, -1)
-
-
-class Packed:
-    """The same by panels of the layers as they are now: anew at the next product where a weight has changed."""
-
-    def __init__(self, layers: list[nn.Module], dtype: torch.dtype):
-        self.layers, self.dtype, self.sizes = layers, dtype, [len(layer.weight) for layer in layers]
-        self.numbers = [x for layer in layers for x in layer.parameters()]
-        self.drop()
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        if self.known != self.now():
-            self.lay()
-        return packed_linear(x.to(self.dtype), self.panels, self.bias).split(self.sizes, -1)
-
-    def alone(self, x: Tensor) -> Tensor:
-        return self(x)[0]
-
-    def now(self) -> list[tuple[int, int]]:
-        return [(x.data_ptr(), x._version) for x in self.numbers]
-
-    @torch.no_grad()
-    def lay(self) -> None:
-        self.known = self.now()
-        biases = [x for layer in self.layers if (x := getattr(layer, "bias", None)) is not None]
-        self.panels = packed(torch.cat([merged(layer).to(self.dtype) for layer in self.layers]))
-        self.bias = torch.cat(biases).to(self.dtype) if biases else None  # (N,); all have one, or none
-
-    def drop(self) -> None:
-        self.known = self.panels = self.bias = None
 
 
 @torch.no_grad()
@@ -234,18 +204,18 @@ class PackedHalf(Half):
     """
 
     def __init__(self, source: Transformer, dtype: torch.dtype):
-        self.packed: list[Packed] = []
+        self.products: list[Product] = []
         super().__init__(source, dtype)
-        self.output = self.model.lm_head or self.pack(self.model.embed_tokens).alone
+        self.output = self.model.lm_head or self.pack(self.model.embed_tokens)
 
     def project(self, hidden: Tensor) -> Tensor:
         return self.output(hidden)
 
-    def pack(self, *layers: nn.Module) -> Packed:
-        self.packed.append(Packed(list(layers), self.dtype))
-        return self.packed[-1]
+    def pack(self, *layers: nn.Module) -> Product:
+        self.products.append(Product(list(layers), self.dtype))
+        return self.products[-1]
 
-    def join(self, module: nn.Module, *names: str, contiguous: bool = False) -> Packed:
+    def join(self, module: nn.Module, *names: str, contiguous: bool = False) -> Product:
         layers = [getattr(module, name) for name in names]
         for name, layer in zip(names, layers):
             if type(layer) is not HalfLinear:  # numbers that are nowhere: not even the type is the source's
@@ -256,29 +226,28 @@ class PackedHalf(Half):
         return self.pack(*layers)
 
     def alone(self, module: nn.Module, name: str) -> None:
-        joint = self.join(module, name)
-        getattr(module, name).forward = joint.alone
+        getattr(module, name).forward = self.join(module, name)
 
     def refresh(self) -> Transformer:
         super().refresh()
-        for product in self.packed:
+        for product in self.products:
             product.lay()
         return self.model
 
     def sleep(self) -> None:
         super().sleep()
-        for product in self.packed:
+        for product in self.products:
             product.drop()
 
 
 def half_copy(source: Transformer, dtype: torch.dtype) -> Half:
     """The copy that samples fastest on the source's device."""
     on_cpu = source.embed_tokens.weight.is_cpu
-    return (PackedHalf if on_cpu and keeps_panels(source, dtype) else Half)(source, dtype)
+    return (PackedHalf if on_cpu and has_room_for_panels(source, dtype) else Half)(source, dtype)
 
 
-def keeps_panels(source: Transformer, dtype: torch.dtype) -> bool:
-    """Does a copy on a CPU keep panels?"""
+def has_room_for_panels(source: Transformer, dtype: torch.dtype) -> bool:
+    """Does a copy on a CPU keep panels: has it some of the type, and are they not too many?"""
     return can_pack(dtype) and sum(dtype.itemsize * x.numel() for x in source.parameters() if x.ndim == 2) <= LARGEST
 
 

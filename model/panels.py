@@ -28,32 +28,44 @@ STEPS = 16  # making panels takes as long as they save in about 10 steps of 16 r
 
 
 class Product:
-    """Linear layers of the same x as one product with oneDNN's panels, for any number of rows."""
+    """Linear layers of the same x as one product with oneDNN's panels, for any number of rows: of what the layers are now,
+    made at the first product, and anew where a weight has changed.
+    """
 
-    any_rows = True
+    def __init__(self, layers: list[nn.Module], dtype: torch.dtype = torch.float32):
+        self.layers, self.dtype, self.sizes = layers, dtype, [len(layer.weight) for layer in layers]
+        self.numbers = [x for layer in layers for x in layer.parameters()]
+        self.drop()
 
-    def __init__(self, layers: list[nn.Linear], rows: int, plain):
-        weight = torch.cat([merged(layer) for layer in layers])  # (N, K)
-        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
-        self.bias = torch.cat(biases) if biases else None  # (N,); all have one, or none
-        self.rows, self.plain, self.sizes = rows, plain, [layer.out_features for layer in layers]
-        self.pack(weight)
+    def __call__(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if self.known != versions(self.numbers):
+            self.lay()
+        y = self.multiply(x.to(self.dtype))
+        return y if len(self.sizes) == 1 else y.split(self.sizes, -1)
+
+    @torch.no_grad()
+    def lay(self) -> None:
+        self.known = versions(self.numbers)
+        biases = [x for layer in self.layers if (x := getattr(layer, "bias", None)) is not None]
+        self.bias = torch.cat(biases).to(self.dtype) if biases else None  # (N,); all have one, or none
+        self.pack(torch.cat([merged(layer).to(self.dtype) for layer in self.layers]))  # (N, K)
+
+    def drop(self) -> None:
+        self.known = self.panels = self.bias = None
 
     def pack(self, weight: Tensor) -> None:
         self.panels = packed(weight)
-
-    def __call__(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        y = self.multiply(x)
-        return y if len(self.sizes) == 1 else y.split(self.sizes, -1)
 
     def multiply(self, x: Tensor) -> Tensor:
         return packed_linear(x, self.panels, self.bias)
 
 
 class ProductOfRows(Product):
-    """The same with MKL's, for one number of rows."""
+    """The same with MKL's, for one number of rows; `plain` is what others meet."""
 
-    any_rows = False
+    def __init__(self, layers: list[nn.Linear], rows: int, plain):
+        super().__init__(layers)
+        self.rows, self.plain = rows, plain
 
     def pack(self, weight: Tensor) -> None:
         self.panels = torch.ops.mkl._mkl_reorder_linear_weight(weight, self.rows)
@@ -64,6 +76,11 @@ class ProductOfRows(Product):
 
     def multiply(self, x: Tensor) -> Tensor:
         return torch.ops.mkl._mkl_linear(x, self.panels, self.shape, self.bias, self.rows)
+
+
+def versions(numbers: list[Tensor]) -> list[tuple[int, int]]:
+    """What is another list where one of the numbers was changed in place, or lies elsewhere."""
+    return [(x.data_ptr(), x._version) for x in numbers]
 
 
 def packed(weight: Tensor) -> Tensor:
@@ -107,14 +124,14 @@ class Panels:
         self.adapters = list(lora_layers(model).values())
         self.known = None  # the weights and adapters that the panels were made of
         self.rows = 0  # that the panels are made for; 0: there are none
-        self.kind = ProductOfRows if torch.backends.mkl.is_available() and intel() else Product
+        self.any_rows = not (torch.backends.mkl.is_available() and intel())  # by which library
         self.products: list[tuple[nn.Module, str, Product]] = []  # what stands in for which method
 
     @torch.no_grad()
     def lay(self, rows: int, steps: int) -> None:
         """For steps of so many rows, at most so many steps. Panels that are there already stay, if they fit."""
-        known = [(x.data_ptr(), x._version) for x in self.weights] + [layer.active for layer in self.adapters]
-        if known == self.known and (rows == self.rows or self.rows and self.kind.any_rows):
+        known = versions(self.weights) + [layer.active for layer in self.adapters]
+        if known == self.known and (rows == self.rows or self.rows and self.any_rows):
             return
         self.rows, self.products, self.known = 0, [], known  # frees the old ones first
         if FEWEST <= rows <= MOST and steps >= STEPS:
@@ -130,11 +147,12 @@ class Panels:
                 self.put(mlp.down_proj, "forward", [mlp.down_proj])
 
     def put(self, module: nn.Module, method: str, layers: list[nn.Linear]) -> None:
-        self.products.append((module, method, self.kind(layers, self.rows, getattr(module, method))))
+        product = Product(layers) if self.any_rows else ProductOfRows(layers, self.rows, getattr(module, method))
+        self.products.append((module, method, product))
 
     def filled(self, rows: int) -> int:
         """Of how many rows a step of `rows` is best made, with some that nobody reads: of those of the panels, or as it is."""
-        return self.rows if rows <= self.rows < 2 * rows and not self.kind.any_rows else rows
+        return self.rows if rows <= self.rows < 2 * rows and not self.any_rows else rows
 
     def __enter__(self) -> None:
         for module, method, product in self.products:

@@ -70,7 +70,7 @@ def test_panels_are_counted_where_a_cpu_keeps_some(layout, family):
     model, ids = roles.sampler(), torch.zeros(1, 3, dtype=torch.int64)
     with torch.no_grad():
         model(ids)
-    kept = 2 * sum(x.panels.numel() for x in roles.half.packed)
+    kept = 2 * sum(x.panels.numel() for x in roles.half.products)
     embedding = model.embed_tokens.weight
     kept += embedding.nbytes * (embedding is not roles.policy.model.embed_tokens.weight)
     assert plan(config(family), how, layout)["sampler"] == kept

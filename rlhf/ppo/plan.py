@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model.half import keeps_panels
+from model.half import has_room_for_panels
 from model.transformer import ModelConfig, Transformer
 from rlhf.lm.checkpoints import count, empty
 from rlhf.lm.trunks import LoRA
@@ -90,7 +90,7 @@ def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
     alone = {id(x) for x in base.parameters()}.isdisjoint(id(x) for x in policy.parameters())
     reference = size_of(base.parameters()) if alone else 0  # otherwise the policy computes with it too
     own = size_of([*base.parameters(), *policy.parameters()])
-    if s.on_cpu and roles.half and keeps_panels(policy.model, s.dtype):
+    if s.on_cpu and roles.half and has_room_for_panels(policy.model, s.dtype):
         sampler = in_panels(policy.model, s.dtype)
     else:
         sampler = size_of([*base.parameters(), *policy.parameters(), *roles.sampler().parameters()]) - own
