@@ -72,12 +72,12 @@ def sample_groups(
 def trimmed(whole: Generated, rows: slice) -> Generated:
     """Some rows, without the columns in which all of them are padding."""
     longest = int(whole.lengths[rows].max())
-    return Generated(**{name: x[rows, :longest] if x.dim() > 1 else x[rows] for name, x in vars(whole).items()})
+    return whole.map(lambda x: x[rows, :longest] if x.dim() > 1 else x[rows])
 
 
 def nth_of(groups: list[Generated], n: int, k: int = 0) -> list[Generated]:
     """The k-th of every prompt's n responses."""
-    return [Generated(**{name: x[k::n] for name, x in vars(group).items()}) for group in groups]
+    return [group.map(lambda x: x[k::n]) for group in groups]
 
 
 def scores(score: Score, groups: list[Generated], rows: Tensor | None, n: int = 1) -> np.ndarray:

@@ -3,10 +3,11 @@
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.panels import Panels
@@ -40,6 +41,15 @@ class Generated:
     mask: Tensor  # (B, T) bool, True on response tokens, EOS included
     logprobs: Tensor  # (B, T) log-prob of each sampled token under the sampling distribution, 0 elsewhere
     finished: Tensor  # (B,) bool, True when the row ended with EOS
+    states: dict[int, Tensor] = field(default_factory=dict)  # {depth: (B, T, D)}, see `generate`; anything on padding
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All but the states, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "states"}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Generated":
+        """The same with `function` applied to every tensor, without the states."""
+        return Generated(**{name: function(x) for name, x in self.tensors().items()})
 
 
 def check_settings(temperature: float, top_k: int, top_p: float, min_p: float = 0.0) -> None:
@@ -214,14 +224,15 @@ class Decoding:
     """Rows that decode together, each with its own length; any may leave or join between two steps (Orca, Yu et al. 2022).
 
     They are the first rows of a cache, without gaps: where one leaves, the last one moves in. So a step reads no row that
-    has ended, and a row that leaves costs a copy of one other.
+    has ended, and a row that leaves costs a copy of one other. depths, ascending: `states` are those above so many layers.
     """
 
-    def __init__(self, model: Transformer, rows: int, width: int):
+    def __init__(self, model: Transformer, rows: int, width: int, depths: Iterable[int] = ()):
         device, dtype = model.embed_tokens.weight.device, model.cache_dtype
         self.model, self.device, self.dtype = model, device, dtype
         self.cache = KVCache(model.config, rows, width, dtype, device)
         self.lengths: list[int] = []  # tokens in the cache of each row that decodes
+        self.depths, self.states = tuple(depths), []  # a (n, T, D) each, of what was last read or stepped
         # so much more is read in one part rather than that a second one begins: a call of attention costs about 50 us
         self.slack = 100_000 // (model.config.kv_heads * model.config.head_dim) if device.type == "cpu" else 1 << 60
 
@@ -238,9 +249,10 @@ class Decoding:
             parts = alike([n + 1 for n in lengths], self.slack)
             parts = parts if len(parts) > 1 else None
         view = self.cache.view(slice(0, len(lengths)), lengths, max(longest, (columns or 0) - 1), parts)
-        hidden = self.model.trunk(torch.cat((ids, ids.new_zeros(blank)))[:, None], view)[:, 0]
+        ids = torch.cat((ids, ids.new_zeros(blank)))[:, None]
+        hidden, self.states = self.model.trunk_and_states(ids, self.depths, view)
         self.lengths = [n + 1 for n in self.lengths]
-        return hidden
+        return hidden[:, 0]
 
     def read(self, prompts: Tensor, taken: list[Prompt]) -> Tensor:
         """Some of right-padded prompts (B, P) go into the next rows, so often as they say; -> last hidden states (n, D)."""
@@ -248,7 +260,8 @@ class Decoding:
         at, lengths, counts = (torch.tensor(x, device=device) for x in zip(*((p.at, p.length, p.count) for p in taken)))
         longest = max(prompt.length for prompt in taken)
         view = self.cache.view(slice(first, first + n), [0] * n, 0)
-        hidden = self.model.trunk(prompts[at, :longest], view, lengths)  # (n, T, D)
+        ids = prompts[at, :longest]  # (n, T)
+        hidden, self.states = self.model.trunk_and_states(ids, self.depths, view, lengths)  # (n, T, D)
         places = torch.arange(n, device=device)
         hidden = hidden[places, lengths - 1].repeat_interleave(counts, 0)
         self.lengths += (prompt.length for prompt in taken for _ in range(prompt.count))
@@ -316,6 +329,43 @@ def next_states(decoding: Decoding, ids: Tensor, panels: Panels | None) -> Tenso
         return decoding.step(ids, panels.filled(len(ids)))[: len(ids)]
 
 
+def with_room(prompts: Tensor, lengths: Tensor, width: int, pad: int) -> Tensor:
+    """Right-padded prompts (B, P) of these lengths, `width` columns wide, padded with `pad`. (B, width)"""
+    there = torch.arange(prompts.shape[1], device=prompts.device) < lengths[:, None]
+    return F.pad(torch.where(there, prompts, pad), (0, width - prompts.shape[1]), value=pad)
+
+
+def without(gone: set[int], decoding: Decoding, alive: list[int], x: Tensor) -> tuple[list[int], Tensor]:
+    """The rows that stay when these places end, and of x (n, ...) what belongs to them."""
+    if not gone:
+        return alive, x
+    stay = decoding.leave(gone)
+    return [alive[place] for place in stay], x[torch.tensor(stay, dtype=torch.int64, device=x.device)]
+
+
+class Kept:
+    """States of the tokens of all rows of a result, while these decode: {depth: (rows, width, D)}."""
+
+    def __init__(self, decoding: Decoding, rows: int, width: int):
+        model, self.decoding = decoding.model, decoding
+        blank = torch.zeros(rows, width, model.config.width, dtype=model.dtype, device=decoding.device)
+        self.states = {depth: blank.clone() for depth in decoding.depths}
+
+    def read(self, taken: list[Prompt]) -> None:
+        """Those of prompts that were read just now."""
+        for kept, states in zip(self.states.values(), self.decoding.states):
+            for prompt, x in zip(taken, states):
+                kept[prompt.first : prompt.first + prompt.count, : prompt.length] = x[: prompt.length]
+
+    def step(self, rows: Tensor, columns: Tensor) -> None:
+        """Those of a token of each of these rows, in these columns."""
+        for kept, states in zip(self.states.values(), self.decoding.states):
+            kept[rows, columns] = states[: len(rows), 0]
+
+    def up_to(self, width: int) -> dict[int, Tensor]:
+        return {depth: x[:, :width] for depth, x in self.states.items()}
+
+
 @torch.no_grad()
 def generate(
     model: Transformer,
@@ -326,31 +376,32 @@ def generate(
     at_once: int = 1 << 30,
     progress: Callable[[int], object] = lambda rows: None,
     on_token: Callable[[int, int], object] | None = None,
+    depths: Iterable[int] = (),
 ) -> Generated:
     """Continues right-padded prompts (B, P) until EOS, max_new_tokens or the end of the context; -> Generated.
 
     uniforms (B, max_new_tokens) decide every draw (`row_uniforms`), so a row's text does not depend on its batch;
     (B n, max_new_tokens) draws n samples per prompt, next to each other. temperature 0 needs none. Equal neighbours among
     the prompts are read once. at_once: so many rows decode together, which bounds memory; the others wait until some have
-    ended. progress: is told how many have ended, whenever some do. on_token: is told every token that is drawn, as (row of
-    the result, id). ValueError when a prompt is empty or leaves no room.
+    ended. progress is told how many have ended, on_token every token that is drawn, as (row of the result, id). depths: the
+    states above so many layers are kept, a last token's by one more step. ValueError when a prompt is empty or leaves no room.
     """
     device, where, wanted = prompts.device, drawn_on(prompts.device), prompt_lengths.tolist()
+    how = sampling.temperature, sampling.top_k, sampling.top_p
     samples = checked(model, wanted, sampling, uniforms, at_once)
     uniforms = None if uniforms is None else uniforms.to(where)
     rows, longest = samples * len(prompts), max(wanted)
     width, at_once = min(longest + sampling.max_new_tokens, model.config.context), min(at_once, rows)
-    decoding, panels = Decoding(model, at_once, width), panels_of(model, at_once, sampling.max_new_tokens)
+    decoding = Decoding(model, at_once, width, sorted(depths))
+    panels, kept = panels_of(model, at_once, sampling.max_new_tokens), Kept(decoding, rows, width + 1)
 
     # 1. the result: prompts, and room behind them; one column more, for what rows write that have ended
     begin, prompts = prompt_lengths.repeat_interleave(samples), prompts[:, :longest]  # (rows,)
     columns = torch.arange(width + 1, device=device)
-    tokens = torch.full((rows, width + 1), sampling.pad, dtype=torch.int64, device=device)
-    there = columns[:longest] < begin[:, None]
-    tokens[:, :longest] = torch.where(there, prompts.repeat_interleave(samples, 0), sampling.pad)
+    tokens = with_room(prompts.repeat_interleave(samples, 0), begin, width + 1, sampling.pad)
     dtype = torch.promote_types(decoding.dtype, torch.float32)
     logprobs = torch.zeros(tokens.shape, dtype=dtype, device=device)
-    lengths, finished = begin.clone(), torch.zeros(rows, dtype=torch.bool, device=device)
+    lengths, finished = begin.clone(), torch.zeros_like(begin, dtype=torch.bool)
     stop_ids = torch.tensor(sorted(sampling.stop_ids), dtype=torch.int64, device=device)
     ends = [min(n + sampling.max_new_tokens, width) for n in wanted for _ in range(samples)]  # at the latest
 
@@ -362,13 +413,13 @@ def generate(
         if queue and 4 * (at_once - len(alive)) >= at_once:  # not one by one: several are read in the time of one
             while taken := next_prompts(queue, at_once - len(alive), PADDING[device.type]):
                 last = decoding.read(prompts, taken)
+                kept.read(taken)
                 hidden = torch.cat((hidden.to(last.dtype), last))
                 alive += (prompt.first + k for prompt in taken for k in range(prompt.count))
         index = torch.tensor(alive, device=device)
         at, going = lengths[index], ~finished[index]  # one that has ended may not have been asked since
         draws = None if uniforms is None else uniforms[index.to(where), (at - begin[index]).to(where)]
-        logits = model.unembed(hidden)  # (alive, V)
-        chosen, logprob, witness = draw(logits, draws, sampling.temperature, sampling.top_k, sampling.top_p)
+        chosen, logprob, witness = draw(model.unembed(hidden), draws, *how)
         tokens[index, at] = torch.where(going, chosen, sampling.pad)
         logprobs[index, at] = torch.where(going, logprob, 0).to(dtype)
         lengths[index] = at + going
@@ -380,20 +431,19 @@ def generate(
             check_finite(torch.cat(witnesses))
             witnesses.clear()
             gone |= {place for place, ended in enumerate(finished[index].tolist()) if ended}
-        for row, i, goes in zip(alive, chosen.tolist(), going.tolist()) if on_token else ():
-            if goes:
-                on_token(row, i)
+        for place in going.nonzero()[:, 0].tolist() if on_token else ():
+            on_token(alive[place], int(chosen[place]))
         if gone:
             progress(len(gone))
-            stay = decoding.leave(gone)
-            alive, chosen = (
-                [alive[place] for place in stay],
-                chosen[torch.tensor(stay, dtype=torch.int64, device=device)],
-            )
-        if not alive and not queue:
-            break
+        if not kept.states:
+            alive, chosen = without(gone, decoding, alive, chosen)
         hidden = next_states(decoding, chosen, panels) if alive else hidden[:0]
+        if kept.states:
+            kept.step(index, torch.where(going, at, width))
+            alive, hidden = without(gone, decoding, alive, hidden)
+        if not (alive or queue):
+            break
 
     T = int(lengths.max())
     mask = (columns >= begin[:, None]) & (columns < lengths[:, None])
-    return Generated(tokens[:, :T], lengths, begin, mask[:, :T], logprobs[:, :T], finished)
+    return Generated(tokens[:, :T], lengths, begin, mask[:, :T], logprobs[:, :T], finished, kept.up_to(T))

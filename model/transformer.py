@@ -5,7 +5,7 @@ Sizes in the shape comments: B rows, T tokens, D width, H heads, G key/value hea
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -448,12 +448,22 @@ class Transformer(nn.Module):
         needed. With a cache: row b appends its first new_lengths[b] ids (None: all T) at cache.lengths[b] and attends
         to everything it has cached; hidden states beyond new_lengths[b] are garbage.
         """
+        return self.trunk_and_states(ids, (), cache, new_lengths)[0]
+
+    def trunk_and_states(
+        self, ids: Tensor, depths: Iterable[int], cache: KVCache | None = None, new_lengths: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`trunk`, and the states above so many layers, in ascending order, without the final norm: (B, T, D) each."""
         span = self.span(ids, cache, new_lengths)
-        hidden = self.blocks(self.embed(ids, span), span)
+        hidden, states, done = self.embed(ids, span), [], 0
+        for depth in depths:
+            hidden, done = self.blocks(hidden, span, done, depth), depth
+            states.append(hidden)
+        hidden = self.blocks(hidden, span, done)
         if cache is not None:
             cache.lengths = cache.lengths + (ids.shape[1] if new_lengths is None else new_lengths)
             cache.longest = span.end
-        return self.norm(hidden)
+        return self.norm(hidden), states
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """(..., D) -> logits (..., V)"""

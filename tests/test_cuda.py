@@ -63,7 +63,7 @@ def moved_to(samples: Generated, device: torch.device, dtype: torch.dtype) -> Ge
     def move(x: Tensor) -> Tensor:
         return x.to(device, dtype if x.is_floating_point() else x.dtype)
 
-    return Generated(**{key: move(x) for key, x in vars(samples).items()})
+    return samples.map(move)
 
 
 def judged(policy: ActorCritic, precision: Precision, samples: Generated) -> Rollout:

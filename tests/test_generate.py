@@ -327,19 +327,46 @@ def test_rows_that_wait_their_turn_are_the_same_rows(data):
 
 def test_a_prompt_of_several_rows_is_read_once(monkeypatch):
     """Equal neighbours, whatever stands behind them, and samples of one; prompts of a like length in one forward."""
-    model, read, trunk = small_model("llama"), [], Transformer.trunk
+    model, read, trunk = small_model("llama"), [], Transformer.trunk_and_states
     prompts, lengths = pad_rows([[1, 2], [1, 2], [3] * 20, [4] * 19, [1, 2], [1, 2, 3]])
     prompts[1, 2:] = 7
     monkeypatch.setitem(module.PADDING, "cpu", 2)
 
-    def watched(self, ids, cache=None, new_lengths=None):
+    def watched(self, ids, depths, cache=None, new_lengths=None):
         if new_lengths is not None:
             read.append(sorted(row[:n].tolist() for row, n in zip(ids, new_lengths)))
-        return trunk(self, ids, cache, new_lengths)
+        return trunk(self, ids, depths, cache, new_lengths)
 
-    monkeypatch.setattr(Transformer, "trunk", watched)
+    monkeypatch.setattr(Transformer, "trunk_and_states", watched)
     out = generate(model, prompts, lengths, Sampling(3, set(), PAD), row_uniforms(0, 0, range(12), 3))
     assert read == [[[3] * 20, [4] * 19], [[1, 2], [1, 2], [1, 2, 3]]] and len(out.tokens) == 12
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=10, deadline=None)
+@given(
+    seed=st.integers(0, 99),
+    batch=st.integers(1, 5),
+    samples=st.integers(1, 3),
+    at_once=st.integers(1, 8),
+    stops=st.sets(st.integers(1, V - 1), max_size=6),
+    depths=st.sets(st.integers(0, 2), min_size=1),
+)
+def test_states_are_those_of_a_full_pass(family, seed, batch, samples, at_once, stops, depths):
+    """Of every token, the last one too, whoever left or joined meanwhile; and who keeps them draws nothing else."""
+    model = small_model(family, torch.float64)
+    prompts, lengths = pad_rows(random_prompts(seed, batch), junk=3)
+    uniforms = row_uniforms(seed, 0, range(batch * samples), 6)
+    args = (model, prompts, lengths, Sampling(6, stops, PAD), uniforms, at_once)
+    plain, out = generate(*args), generate(*args, depths=depths)
+    for name, x in plain.tensors().items():
+        torch.testing.assert_close(getattr(out, name), x, rtol=0, atol=1e-9, msg=name)
+    assert out.states.keys() == depths and plain.states == {}
+    for row, n in enumerate(out.lengths.tolist()):
+        ids = out.tokens[row : row + 1, :n]
+        _, expected = model.trunk_and_states(ids, sorted(depths))
+        for depth, states in zip(sorted(depths), expected):
+            torch.testing.assert_close(out.states[depth][row, :n], states[0], rtol=0, atol=1e-9)
 
 
 @settings(max_examples=200)

@@ -48,7 +48,8 @@ def build(layout, critic=None, base=None, branch_layers=TOP, **kwargs) -> Roles:
 def act(roles: Roles, mine=EVERYBODY, iteration=0):
     ids, lengths = (x[mine] for x in prompts(ROWS, iteration))
     uniforms = row_uniforms(1, iteration, mine.tolist(), RESPONSE)
-    return generate(roles.sampler(), ids, lengths, Sampling(RESPONSE, [EOS], PAD, TEMPERATURE), uniforms)
+    how = Sampling(RESPONSE, [EOS], PAD, TEMPERATURE)
+    return generate(roles.sampler(), ids, lengths, how, uniforms, depths=roles.seen())
 
 
 def act_and_judge(roles: Roles, dist=ALONE, iteration=0, micro_batch=4) -> Rollout:
@@ -141,6 +142,33 @@ def test_only_branches_have_features():
     for layout, critic in CASES:
         rollout = act_and_judge(build(layout, critic))
         assert rollout.features.shape == (ROWS, WIDTH, 24 if layout == "branch" else 0)
+
+
+@given(read=st.sets(st.integers(0, LAYERS), max_size=3), critic=st.sampled_from(["shared", "separate"]))
+@settings(max_examples=10, deadline=None)
+def test_states_that_the_sampler_saw_are_not_computed_again(read, critic):
+    """Judged by them, and by a pass of the frozen trunk: the same numbers, also for who reads deeper than it is frozen."""
+    roles = build("branch", critic)
+    train(roles, iterations=1)
+    said, frozen = {depth: torch.linspace(-1, 1, 24, dtype=torch.float64) for depth in read}, roles.frozen.read(read)
+
+    def score(tokens, lengths, mask):
+        states = frozen(tokens)
+        return sum((torch.where(mask[..., None], states[d], 0) * x).sum((1, 2)) for d, x in said.items()) + lengths
+
+    samples, passed, how = act(roles), [], (score, 4, WIDTH, roles.features)
+    assert samples.states.keys() == {LAYERS - TOP} | {depth for depth in read if depth <= LAYERS - TOP}
+    hooks = [
+        layer.register_forward_pre_hook(lambda *_, i=i: passed.append(i)) for i, layer in enumerate(frozen.model.layers)
+    ]
+    kept = judge(samples, roles.policy, roles.reference, *how)
+    assert min(passed) == LAYERS - TOP  # the reference's layers, and no other
+    again = judge(replace(samples, states={}), roles.policy, roles.reference, *how)
+    assert min(passed) == 0
+    for hook in hooks:
+        hook.remove()
+    for name in ("logprobs", "ref_logprobs", "entropy", "values", "scores"):
+        torch.testing.assert_close(getattr(kept, name), getattr(again, name), rtol=0, atol=1e-9, msg=name)
 
 
 # ---- learning
@@ -257,10 +285,10 @@ def test_rows_without_padding_change_nothing(monkeypatch, layout, critic, family
 
 
 def test_learning_costs_the_top_layers_alone(monkeypatch):
-    """The frozen layers run once per rollout, whatever the number of epochs."""
+    """The frozen layers read every token once, whatever the number of epochs: as it is sampled, or when servers did."""
     roles = build("branch")
     calls, forward = [], type(roles.sampler().layers[0]).forward
-    samples = act(roles)
+    samples = replace(act(roles), states={})
     monkeypatch.setattr(
         type(roles.sampler().layers[0]),
         "forward",

@@ -31,18 +31,22 @@ class FrozenStates:
         return self
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor, lengths: Tensor | None = None) -> dict[int, Tensor]:
+    def __call__(
+        self, tokens: Tensor, lengths: Tensor | None = None, known: dict[int, Tensor] | None = None
+    ) -> dict[int, Tensor]:
         """tokens (B, T) int64 -> {depth: (B, T, D)}; column t is about the tokens up to t.
 
         With lengths (B,) rows stand one after the other on a CPU, and what neighbours begin with in common is read once;
-        anything may stand on padding then. Nothing is kept of it.
+        anything may stand on padding then. Nothing is kept of it. known: those that somebody has seen already, up to some
+        depth; the trunk runs from there.
         """
         if lengths is not None and tokens.is_cpu:
             return states_between(self.model, tokens, lengths, self.depths)
         if self._tokens is not tokens:
-            span = self.model.span(tokens)
-            hidden, states, done = self.model.embed(tokens, span), {}, 0
-            for depth in sorted(self.depths):
+            span, states = self.model.span(tokens), dict(known or {})
+            done = max(states, default=0)
+            hidden = states[done] if states else self.model.embed(tokens, span)
+            for depth in sorted(self.depths - states.keys()):
                 hidden = self.model.blocks(hidden, span, done, depth)
                 states[depth], done = hidden, depth
             self._tokens, self._states = tokens, states

@@ -1,6 +1,7 @@
 """Acting: the responses of an iteration, and groups that teach nothing sampled again (DAPO, arXiv:2503.14476, section 3.2)."""
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -85,16 +86,13 @@ class Resampling(Acting):
             wider = max(width, self.further.width(step))
             new, new_said = self.everybody(new, self.ask(new, rows), wider)
             places, taken = flat.repeat_interleave(n), slice(0, count * n)
-            samples = Generated(
-                **{
-                    name: exchange(padded(x, wider), places, vars(new)[name][taken])
-                    for name, x in vars(samples).items()
-                }
-            )
+            wide = samples.map(partial(padded, width=wider))
+            both = {name: exchange(x, places, getattr(new, name)[taken]) for name, x in wide.tensors().items()}
+            samples = Generated(**both)
             said, width = exchange(said, places, new_said[taken]), wider
             prompts[flat.cpu()] = batch.rows[:count]
         mine = slice(self.dist.rank, None, world)
-        samples = Generated(**{name: x[mine] for name, x in vars(samples).items()})
+        samples = samples.map(lambda x: x[mine])
         rows = prompts.repeat_interleave(n)[mine]
         return Acted(samples, prompts, rows, width, said[mine], {"group/resampled": again})
 
@@ -115,8 +113,7 @@ class Resampling(Acting):
 
     def everybody(self, samples: Generated, said: Tensor, width: int) -> tuple[Generated, Tensor]:
         """The samples of all ranks in global order, `width` columns wide, and what was said of them."""
-        whole = {name: interleaved(padded(x, width), self.dist) for name, x in vars(samples).items()}
-        return Generated(**whole), interleaved(said, self.dist)
+        return samples.map(lambda x: interleaved(padded(x, width), self.dist)), interleaved(said, self.dist)
 
 
 def padded(x: Tensor, width: int) -> Tensor:

@@ -122,7 +122,7 @@ def read_lengths(mask: Tensor) -> Tensor:
     return 1 + (torch.arange(mask.shape[1] - 1, device=mask.device) * mask[:, 1:]).amax(1)
 
 
-def no_features(tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+def no_features(tokens: Tensor, lengths: Tensor | None = None, known: dict[int, Tensor] | None = None) -> Tensor:
     """What layouts without shared frozen layers keep of a rollout: (B, T) -> (B, T, 0)."""
     return torch.zeros(*tokens.shape, 0, device=tokens.device)
 
@@ -148,12 +148,16 @@ class Roles:
     policy: ActorCritic
     reference: Reference
     frozen: FrozenStates  # the trunk that came in, for a reward model that reads it too
-    features: Callable[..., Tensor] = no_features  # tokens (B, T)[, lengths (B,)] -> (B, T, D) to keep for learning
+    features: Callable[..., Tensor] = no_features  # tokens (B, T)[, as FrozenStates] -> (B, T, D) to keep for learning
     half: Half | None = None  # the policy in half precision, see `stored_in`
 
     def sampler(self) -> Transformer:
         """The policy as it is now, to sample with."""
         return self.half.refresh() if self.half else self.policy.model
+
+    def seen(self) -> list[int]:
+        """Above so many layers whoever samples sees states that the judges read: where it is the frozen trunk that he runs."""
+        return sorted(depth for depth in self.frozen.depths if depth <= self.policy.depth) if self.policy.depth else []
 
     def rest(self) -> None:
         """Nobody samples until `sampler` is asked again: the copy in half precision gives its memory back."""
@@ -216,8 +220,8 @@ def branch(
     policy = ActorCritic(another(), critic, temperature, depth, another)
     frozen = FrozenStates(base).read([depth])
 
-    def features(tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        return frozen(tokens, lengths)[depth]
+    def features(tokens: Tensor, lengths: Tensor | None = None, known: dict[int, Tensor] | None = None) -> Tensor:
+        return frozen(tokens, lengths, known)[depth]
 
     return Roles(policy, logprobs_of(base, temperature, depth), frozen, features)
 

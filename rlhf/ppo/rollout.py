@@ -1,6 +1,6 @@
 """Act and judge: prompts -> Rollout (facts) -> Experience (+ credit) -> minibatches -> micro-batches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
@@ -109,16 +109,18 @@ def act(
     lengths: Tensor,
     ids: Tensor,
     iteration: int,
+    depths: Iterable[int] = (),
 ) -> Generated:
     """Responses to right-padded prompts (B, P) of these lengths (B,) by what `sampler` gives, on its device.
 
     What a row draws depends on (seed, iteration, its global id) alone: neither batch nor number of ranks changes it.
+    depths: whose states are kept, see `generate`.
     """
     model = sampler()
     device = model.embed_tokens.weight.device
     uniforms = row_uniforms(seed, iteration, ids.tolist(), sampling.max_new_tokens)
     with precision.autocast():
-        return generate(model, prompts.to(device), lengths.to(device), sampling, uniforms)
+        return generate(model, prompts.to(device), lengths.to(device), sampling, uniforms, depths=depths)
 
 
 class Sampler(Protocol):
@@ -148,8 +150,9 @@ class OwnSampler:
         """Nothing: its weights are the policy's."""
 
     def __call__(self, prompts: Tensor, lengths: Tensor, ids: Tensor, iteration: int) -> Generated:
+        how, depths = (self.roles.sampler, self.sampling, self.seed, self.autocast), self.roles.seen()
         with self.dist.whole(self.roles.policy.model):
-            drawn = act(self.roles.sampler, self.sampling, self.seed, self.autocast, prompts, lengths, ids, iteration)
+            drawn = act(*how, prompts, lengths, ids, iteration, depths)
         self.roles.rest()
         return drawn
 
@@ -162,7 +165,7 @@ def judge(
     score: Score,
     micro_batch: int,
     width: int,
-    features: Callable[[Tensor], Tensor] = no_features,
+    features: Callable[..., Tensor] = no_features,
     prompts: Tensor | None = None,
     said: Tensor | None = None,
     cut: Cut | None = None,
@@ -198,7 +201,9 @@ def judge(
     judged, parts = [], (cut or by_rows(micro_batch))(facts.lengths)
     for part in parts:
         rows, which = facts[part].trim(), () if prompts is None else (prompts[part],)
-        frozen = features(rows.tokens)  # (B, T, D), and what the reward model reads of the same trunk is ready too
+        seen = {depth: x[part, : rows.tokens.shape[1]] for depth, x in samples.states.items()}
+        # (B, T, D), and what the reward model reads of the same trunk is ready too
+        frozen = features(rows.tokens, known=seen)
         output = policy(rows.tokens, rows.mask, frozen)
         if said is None:
             told = score(rows.tokens, rows.lengths, rows.mask, *which).reshape(len(rows), -1)  # (B, 1 + K)

@@ -57,6 +57,8 @@ def self_check(
     mask = rollout.mask
     coarser = max(precision, sampled_in or precision, key=TOLERANCE.get)
     output = policy(rollout.tokens, mask, rollout.features)
+    kept = rollout.features.shape[-1] > 0  # states of frozen layers, which may be the sampler's own
+    whole = policy(rollout.tokens, mask).logprobs if kept else rollout.logprobs  # by all layers
 
     few = rollout[:FEW_ROWS]
     with dist.whole(policy.model):
@@ -82,13 +84,13 @@ def self_check(
 
     checks = [
         per_token("first ratio: |pi / pi_old - 1|", (output.logprobs - rollout.logprobs).exp() - 1),
-        per_token("sampler: |cached - full forward| log-prob", rollout.logprobs - rollout.sampler_logprobs, coarser),
+        per_token("sampler: |cached - full forward| log-prob", whole - rollout.sampler_logprobs, coarser),
         Check("EOS can be sampled (0 = somewhere with probability)", worst(no_eos), 0.5),
         Check("all ranks hold the same weights (1 = they differ)", worst(not dist.same(policy)), 0),
     ]
     if score is not None:
         single = torch.cat([score(row.tokens, row.lengths, row.mask) for row in rollout[:4].split(1)])
-        difference = (single - score(rollout.tokens, rollout.lengths, mask)[: len(single)]).abs().cpu().double()  # (4,)
+        difference = (single - rollout.scores[: len(single)]).abs().cpu().double()  # (4,)
         checks.insert(2, among("reward: |alone - in a padded batch|", difference.max(), difference.mean()))
     if fresh:  # a resumed policy has rightly moved away
         checks.insert(0, per_token("reference: |log pi - log ref| per token", rollout.logprobs - rollout.ref_logprobs))
