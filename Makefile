@@ -25,9 +25,9 @@ demo: $(READY)
 	$(PY) export.py --init=smollm2-135m-instruct --out=$(OUT)/base
 	$(PY) -m data.prepare vader --tokenizer=$(OUT)/base --out=$(OUT)/data
 	$(TORCHRUN) train_rm.py --init=$(OUT)/base --data=$(OUT)/data --trunk=frozen --sentences=5000 \
-	    --depths=15,19,21 --features=3 --sources=film --seed=$(SEED) --out=$(OUT)/rm
+	    --depths=9,15 --features=2 --sources=film --seed=$(SEED) --out=$(OUT)/rm
 	$(TORCHRUN) train_ppo.py --init=$(OUT)/base --data=$(OUT)/data --reward=$(OUT)/rm --out=$(OUT)/ppo \
-	    --sources=film --layout=branch --branch_layers=6 --value_base=reward --batch=32 --epochs=1 --iterations=36 \
+	    --sources=film --layout=branch --branch_layers=6 --value_base=reward --batch=32 --epochs=1 --iterations=32 \
 	    --lr=2e-4 --kl_coef=0.11 --max_kl=6 --max_kl_window=4 --seed=$(SEED)
 	$(PY) evaluate.py --base=$(OUT)/base --data=$(OUT)/data --reward=$(OUT)/rm --tuned=$(OUT)/ppo --out=$(OUT) \
 	    --sources=film --prompts=256 --best_of=2 --human_texts=64 --seed=$(SEED)
