@@ -37,11 +37,10 @@ from evaluation.comparison import (
 )
 from evaluation.held_out import (
     HeldOut,
-    divergence,
     held_out_prompts,
+    measured,
     nth_of,
     sample_groups,
-    scores,
     token_by_token,
     trimmed,
 )
@@ -53,9 +52,10 @@ from rlhf.infra import config, distributed, run
 from rlhf.infra.files import read_json, write_json, write_lines, write_text
 from rlhf.infra.precision import PrecisionName, chosen
 from rlhf.infra.screen import printable
+from rlhf.lm.frozen import FrozenStates
 from rlhf.lm.language_model import LanguageModel
 from rlhf.lm.pretrained import Pretrained, open_pretrained
-from rlhf.ppo.roles import logprobs_of
+from rlhf.ppo.roles import Reference, logprobs_of, reference_on
 from rlhf.ppo.update import distinct_n
 from rlhf.reward.files import check_form
 from rlhf.reward.model import Score
@@ -116,22 +116,22 @@ def main() -> None:
     models = open_models(cfg, tokenizer, device, dtype)
     held_out = held_out_prompts(cfg.data, cfg.split, cfg.prompts, cfg.seed, tokenizer, **prompt_options(cfg, models))
     print(f"prompts: {len(held_out.rows)}, of {held_out.summary}")
-    asking = open_asking(cfg, models["base"], held_out, tokenizer, device, dtype)
+    reference, frozen = reference_on(models["base"].model, cfg.temperature)
+    asking = open_asking(cfg, models["base"], held_out, tokenizer, device, dtype, frozen)
     sentences, probes = open_extras(cfg, models, tokenizer, device)
 
     # 1. every model answers the same prompts with the same random numbers; the base often enough for best-of-n
-    reference = logprobs_of(models["base"].model, cfg.temperature)
     samples = cfg.samples or (2 if cfg.other_rewards else 1)
     results, known, answers, earned, greedy, looked_at = {}, {}, {}, {}, {}, {}
     for name, model in models.items():
         drawn = max(samples, cfg.best_of) if name == "base" else samples
-        pool, earned[name] = asking.answers(model.model, drawn)
+        logprobs = reference if name == "base" else logprobs_of(model.model, cfg.temperature)
+        pool, earned[name], moved = asking.answers(model.model, drawn, logprobs=(logprobs, reference))
         firsts = nth_of(pool, drawn)
         looked_at[name] = trimmed(firsts[0], slice(0, LOOKED_AT))
-        logprobs = reference if name == "base" else logprobs_of(model.model, cfg.temperature)
         results[name] = {
             **{what: x[:, 0] for what, x in earned[name].items() if what in ("reward", "judge")},
-            **divergence(firsts, logprobs, reference),
+            **moved,
             **answered(firsts, tokenizer, whole=held_out.are_starts),
             "perplexity": perplexity(model.model, texts, cfg.human_texts, device),
         }
@@ -199,13 +199,13 @@ class Asking:
         return "judge" in self.scores
 
     def answers(
-        self, model: Transformer, n: int, greedy: bool = False
-    ) -> tuple[list[Generated], dict[str, np.ndarray]]:
-        """n answers to each of the P prompts, and what each score says of them, (P, n)."""
+        self, model: Transformer, n: int, greedy: bool = False, logprobs: tuple[Reference, Reference] | None = None
+    ) -> tuple[list[Generated], dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """n answers to each of the P prompts, what each score says of them, and how far the first moved, see `measured`."""
         prompts, lengths = self.held_out.prompts.to(self.device), self.held_out.lengths.to(self.device)
         sampling = replace(self.sampling, temperature=0.0) if greedy else self.sampling
         pool = sample_groups(model, prompts, lengths, n, sampling, self.seed)
-        return pool, {what: scores(score, pool, self.held_out.rows, n) for what, score in self.scores.items()}
+        return pool, *measured(pool, self.scores, self.held_out.rows, n, logprobs)
 
     def rankings(self, own: dict[str, dict[str, np.ndarray]]) -> dict[str, dict]:
         """Of every model's own samples: how far each reward agrees with the judge, see `ranking_of_own_samples`."""
@@ -217,12 +217,18 @@ class Asking:
 
 
 def open_asking(
-    cfg: Config, base: Pretrained, held_out: HeldOut, tokenizer: Tokenizer, device, dtype: torch.dtype
+    cfg: Config,
+    base: Pretrained,
+    held_out: HeldOut,
+    tokenizer: Tokenizer,
+    device,
+    dtype: torch.dtype,
+    frozen: FrozenStates,
 ) -> Asking:
-    """The rewards and the judge; ValueError for data that bring no judge where one is needed."""
+    """The rewards and the judge, which read `frozen` where they can. ValueError for data without a judge that is needed."""
     stop_ids = tuple(sorted({*base.stop_ids, *held_out.stop_ids}))
     sampling = Sampling(cfg.response_tokens, stop_ids, tokenizer.pad, cfg.temperature)
-    opening = dict(tokenizer=tokenizer, device=device, base=base, dtype=dtype)
+    opening = dict(tokenizer=tokenizer, device=device, base=base, dtype=dtype, frozen=frozen)
     opening |= {"records": held_out.records, "template": held_out.template}
     specs = (cfg.reward, *cfg.other_rewards)
     opened = {spec: open_scorer(spec, **opening) for spec in specs}

@@ -21,7 +21,7 @@ import torch  # noqa: E402
 import iterate  # noqa: E402
 import train_ppo  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
-from evaluation.held_out import HeldOut, divergence, held_out_prompts, sample_groups, scores  # noqa: E402
+from evaluation.held_out import HeldOut, held_out_prompts, measured, sample_groups  # noqa: E402
 from model.generate import Sampling  # noqa: E402
 from rlhf.infra import distributed, optim  # noqa: E402
 from rlhf.infra.files import read_json, read_lines, write_json  # noqa: E402
@@ -115,8 +115,8 @@ class Judges:
             model = open_pretrained(policy, "cpu").model.eval().requires_grad_(False)
             sampling = Sampling(RESPONSE, self.opened.stop_ids, self.tokenizer.pad)
             groups = sample_groups(model, self.asked.prompts, self.asked.lengths, 1, sampling, self.seed)
-            found = {name: scores(score, groups, self.asked.rows)[:, 0] for name, score in self.scores.items()}
-            moved = divergence(groups, logprobs_of(model), logprobs_of(self.base))
-            found |= {name: moved[name] for name in ("kl", "length")}
+            logprobs = logprobs_of(model), logprobs_of(self.base)
+            earned, moved = measured(groups, self.scores, self.asked.rows, logprobs=logprobs)
+            found = {name: x[:, 0] for name, x in earned.items()} | {name: moved[name] for name in ("kl", "length")}
             write_json(file, {name: x.tolist() for name, x in found.items()})
         return {name: np.array(x) for name, x in read_json(file).items()}

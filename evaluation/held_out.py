@@ -15,6 +15,7 @@ from data.tokenizer import Detokenizer, Tokenizer
 from model.generate import Generated, Sampling, generate, row_uniforms
 from model.transformer import Transformer
 from rlhf.kl import k1, k3
+from rlhf.ppo.roles import Reference
 from rlhf.reward.model import Score
 
 
@@ -80,20 +81,43 @@ def nth_of(groups: list[Generated], n: int, k: int = 0) -> list[Generated]:
     return [group.map(lambda x: x[k::n]) for group in groups]
 
 
-def scores(score: Score, groups: list[Generated], rows: Tensor | None, n: int = 1) -> np.ndarray:
-    """What the n responses of each of P prompts earn: (P, n). rows (P,): which of the data's prompts were answered; None
-    where they are not of the data.
+def measured(
+    groups: list[Generated],
+    scores: dict[str, Score],
+    rows: Tensor | None,
+    n: int = 1,
+    logprobs: tuple[Reference, Reference] | None = None,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """What the n responses of each of P prompts earn, {score: (P, n)}; and of the first of each, {what: (P,)}: its KL to the
+    base in nats, by k1 (its mean over prompts is unbiased) and k3, its negative log-likelihood for the base, nats, and its
+    length, tokens. rows (P,): which of the data's prompts were answered; None where they are not of the data. logprobs: the
+    policy's and the base's; None: nobody asks for the second.
 
     The first of all prompts are read together, then the second ...: what shares a batch, and with it the last digit, is
-    the same for any n, so that a model against itself is a draw.
+    the same for any n, so that a model against itself is a draw. All read a group before the next one, so that those who
+    read the same frozen trunk do it in one pass.
     """
     sizes = [len(group.tokens) // n for group in groups]
     asked = [None] * len(sizes) if rows is None else rows.split(sizes)
-    columns = [
-        torch.cat([score(g.tokens, g.lengths, g.mask, which) for g, which in zip(nth_of(groups, n, k), asked)])
-        for k in range(n)
-    ]
-    return torch.stack(columns, 1).cpu().double().numpy()
+    earned, moved = {what: [] for what in scores}, []
+    for k in range(n):
+        for group, which in zip(nth_of(groups, n, k), asked):
+            for what, score in scores.items():
+                earned[what].append(score(group.tokens, group.lengths, group.mask, which))
+            if logprobs and k == 0:
+                moved.append(divergence(group, *logprobs))
+    earned = {what: torch.cat(parts).reshape(n, -1).T.cpu().double().numpy() for what, parts in earned.items()}
+    return earned, dict(zip(DIVERGENCE, torch.cat(moved, 1).cpu().double().numpy())) if moved else {}
+
+
+DIVERGENCE = ("kl", "kl_k3", "nll", "length")
+
+
+def divergence(group: Generated, policy: Reference, base: Reference) -> Tensor:
+    """Those of every response: (4, B)."""
+    theirs = base(group.tokens, group.mask)  # (B, T), zero outside
+    ours = theirs if policy is base else policy(group.tokens, group.mask)
+    return torch.stack([k1(ours, theirs).sum(1), k3(ours, theirs).sum(1), -theirs.sum(1), group.mask.sum(1)])
 
 
 def token_by_token(first: Generated, policy, base, tokenizer: Tokenizer) -> list[dict]:
@@ -109,16 +133,3 @@ def token_by_token(first: Generated, policy, base, tokenizer: Tokenizer) -> list
         }
         rows.append({"tokens": texts, **numbers})
     return rows
-
-
-def divergence(groups: list[Generated], policy, base) -> dict[str, np.ndarray]:
-    """KL(policy || base) of every response in nats, by k1 (its mean over prompts is unbiased) and k3, (rows,) each;
-    its negative log-likelihood for the base, nats, and its length, tokens.
-    """
-    parts = []
-    for group in groups:
-        theirs = base(group.tokens, group.mask)  # (B, T), zero outside
-        ours = theirs if policy is base else policy(group.tokens, group.mask)
-        parts.append(torch.stack([k1(ours, theirs).sum(1), k3(ours, theirs).sum(1), -theirs.sum(1), group.mask.sum(1)]))
-    kl, kl_k3, nll, length = torch.cat(parts, 1).cpu().double().numpy()
-    return {"kl": kl, "kl_k3": kl_k3, "nll": nll, "length": length}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data.tokenizer import check_fingerprint, load_tokenizer
 from evaluation.card import can_draw
-from evaluation.held_out import divergence, held_out_prompts, sample_groups, scores
+from evaluation.held_out import held_out_prompts, measured, sample_groups
 from evaluation.words import Table, as_json, markdown_table, show
 from model.generate import Sampling
 from model.half import store
@@ -29,7 +29,7 @@ from rlhf.infra.files import read_json, write_json, write_text
 from rlhf.infra.precision import PrecisionName, chosen
 from rlhf.lm.pretrained import open_pretrained
 from rlhf.overoptimisation import CURVES, resampled_means
-from rlhf.ppo.roles import logprobs_of
+from rlhf.ppo.roles import logprobs_of, reference_on
 from rlhf.reward.scorer import open_scorer, scorer_of
 from rlhf.statistics import best_of_n, best_of_n_kl
 
@@ -70,43 +70,43 @@ def main() -> None:
     how = {name: settings[name] for name in PROMPTS} | {"context": base.config.context}
     asked = held_out_prompts(cfg.data, cfg.split, cfg.prompts, cfg.seed, tokenizer, **how)
     opening = dict(tokenizer=tokenizer, device=device, base=opened, records=asked.records, template=asked.template)
-    opening |= {"dtype": dtype}
-    proxy = open_scorer(cfg.proxy, **opening).score
-    gold = open_scorer(cfg.gold, **opening, data=cfg.data).score
-    prompts = asked.prompts.to(device), asked.lengths.to(device)
     temperature, stop_ids = settings["temperature"], tuple(sorted({*opened.stop_ids, *asked.stop_ids}))
+    reference, frozen = reference_on(base, temperature)
+    opening |= {"dtype": dtype, "frozen": frozen}
+    judges = {"proxy": open_scorer(cfg.proxy, **opening), "gold": open_scorer(cfg.gold, **opening, data=cfg.data)}
+    judges = {name: scorer.score for name, scorer in judges.items()}
+    prompts = asked.prompts.to(device), asked.lengths.to(device)
     sampling = Sampling(settings["response_tokens"], stop_ids, tokenizer.pad, temperature)
-    reference = logprobs_of(base, temperature)
 
     # 2. best-of-n: one pool of samples of the base gives every n
     pool = sample_groups(base, *prompts, cfg.best_of, sampling, cfg.seed)
-    pool = {name: scores(score, pool, asked.rows, cfg.best_of) for name, score in (("proxy", proxy), ("gold", gold))}
-    measured = []
+    pool, _ = measured(pool, judges, asked.rows, cfg.best_of)
+    points = []
     for n in powers_of_two(cfg.best_of):
         means = {name: best_of_n(pool["proxy"], x, n) for name, x in pool.items()}  # (P,) each
         gains = {f"{name}_gain": x - pool[name].mean(1) for name, x in means.items()}
         kl = np.full(len(pool["proxy"]), best_of_n_kl(n))
-        measured.append({"curve": "best_of_n", "name": f"best of {n}", "kl": kl, **means, **gains})
+        points.append({"curve": "best_of_n", "name": f"best of {n}", "kl": kl, **means, **gains})
 
     # 3. PPO: every checkpoint answers the same prompts, with the random numbers of the pool's first samples
     for path in tqdm(steps, desc="checkpoints", leave=False, disable=None):
         opened = open_pretrained(path, device, near=(cfg.base,)).model.eval()
         policy = store(opened.requires_grad_(False), dtype)
         groups = sample_groups(policy, *prompts, 1, sampling, cfg.seed)
-        means = {name: scores(score, groups, asked.rows)[:, 0] for name, score in (("proxy", proxy), ("gold", gold))}
+        earned, moved = measured(groups, judges, asked.rows, logprobs=(logprobs_of(policy, temperature), reference))
+        means = {name: x[:, 0] for name, x in earned.items()}
         gains = {f"{name}_gain": x - pool[name][:, 0] for name, x in means.items()}
-        kl = divergence(groups, logprobs_of(policy, temperature), reference)["kl"]
         done = checkpoint.load(path).state["done"]
-        measured.append({"curve": "ppo", "name": f"PPO, {done} iterations", "kl": kl, **means, **gains})
+        points.append({"curve": "ppo", "name": f"PPO, {done} iterations", "kl": moved["kl"], **means, **gains})
 
     # 4. fit, and report
     before = {name: x.mean(1) for name, x in pool.items()}
     rows = [
-        point(row) for row in [{"curve": None, "name": "base", "kl": np.zeros(len(pool["gold"])), **before}, *measured]
+        point(row) for row in [{"curve": None, "name": "base", "kl": np.zeros(len(pool["gold"])), **before}, *points]
     ]
     result = {
         "rows": rows,
-        "fits": {name: fit(name, [row for row in measured if row["curve"] == name]) for name in CURVES},
+        "fits": {name: fit(name, [row for row in points if row["curve"] == name]) for name in CURVES},
         "prompts": len(pool["gold"]),
         "options": asdict(cfg),
         "sampling": settings,

@@ -14,7 +14,7 @@ from data.chat import Chat
 from data.containers import rows_with
 from data.loader import pad
 from evaluation.comparison import mean_and_interval
-from evaluation.held_out import divergence, sample_groups, scores
+from evaluation.held_out import measured, sample_groups
 from evaluation.words import markdown_table, show
 from model.generate import Sampling
 from rlhf.reward.model import Score
@@ -62,16 +62,17 @@ def is_refusal(answer: str) -> bool:
 def answer(model, probes: Probes, tokenizer, sampling: Sampling, seed: int, judges: dict[str, Score], logprobs) -> dict:
     """Texts of a model's answers, and per prompt (P,) refusal, KL to the base in nats, and what each of the judges says.
 
-    sampling: but for where an answer ends, which the probes know. logprobs: the model's and the base's, see `divergence`.
+    sampling: but for where an answer ends, which the probes know. logprobs: the model's and the base's, see `measured`.
     """
     sampling = replace(sampling, stop_ids=probes.stop_ids)
     groups = sample_groups(model, probes.prompts, probes.lengths, 1, sampling, seed)
     texts = [tokenizer.decode(row[m].tolist()) for g in groups for row, m in zip(g.tokens, g.mask)]
+    earned, moved = measured(groups, judges, None, logprobs=logprobs)
     return {
         "texts": texts,
         "refusals": np.array([float(is_refusal(text)) for text in texts]),
-        **{what: scores(score, groups, None)[:, 0] for what, score in judges.items()},
-        "kl": divergence(groups, *logprobs)["kl"],
+        **{what: x[:, 0] for what, x in earned.items()},
+        "kl": moved["kl"],
     }
 
 

@@ -15,12 +15,14 @@ from test_bad_input import refused
 from data.baselines import pair_clusters
 from data.examples import Examples
 from data.pairs import SomeAnswers, some_prompts, spread
+from evaluation.held_out import measured, nth_of, sample_groups
+from model.generate import Sampling
 from model.transformer import Transformer
 from rlhf.infra import checkpoint
 from rlhf.lm.frozen import FrozenStates
 from rlhf.lm.pretrained import open_pretrained
 from rlhf.lm.trunks import LoRA
-from rlhf.ppo.roles import CRITICS, LAYOUTS, logprobs_of
+from rlhf.ppo.roles import CRITICS, LAYOUTS, logprobs_of, reference_on
 from rlhf.reward.files import load_reward_model
 from rlhf.reward.model import FrozenReward, stretch, text_features
 from rlhf.reward.ridge import Judged, fit_heads, head_of, ridge
@@ -144,6 +146,35 @@ def test_the_reference_is_of_the_same_pass(monkeypatch, layout):
     features = roles.features(tokens)
     torch.testing.assert_close(roles.reference(tokens, mask, features), expected, rtol=0, atol=1e-12)
     assert len(calls) == 1
+
+
+def test_an_evaluation_reads_the_base_once(monkeypatch):
+    """Rewards that are heads on the base, and its log-probs, are of one pass of a group; and are what they are alone."""
+    base, tuned = small_model("llama", torch.float64), small_model("llama", torch.float64, seed=4)
+    reference, frozen = reference_on(base, 0.7)
+    heads = {"a": fitted(frozen, dtype=torch.float64), "b": fitted(frozen, ((2, "mean"),), torch.float64)}
+    scores = {
+        name: lambda tokens, lengths, mask, rows, h=h: h.score(tokens, lengths, mask) for name, h in heads.items()
+    }
+    policy = logprobs_of(tuned, 0.7)
+    prompts, lengths = torch.tensor([[3, 4, 5], [3, 6, 0], [3, 7, 8]]), torch.tensor([3, 2, 3])
+    groups = sample_groups(tuned, prompts, lengths, 2, Sampling(4, STOPS), 1)
+    calls, embed = [], base.embed
+    monkeypatch.setattr(base, "embed", lambda *args: calls.append(1) or embed(*args))
+    earned, moved = measured(groups, scores, None, 2, (policy, reference))
+    assert len(calls) == 2  # of the first answers, and of the second ones
+    for k in range(2):
+        (group,) = nth_of(groups, 2, k)
+        for name, head in heads.items():
+            alone = [
+                head.score(group.tokens[i : i + 1], group.lengths[i : i + 1], group.mask[i : i + 1]) for i in range(3)
+            ]
+            np.testing.assert_allclose(earned[name][:, k], torch.cat(alone).numpy(), rtol=0, atol=1e-10)
+    (group,) = nth_of(groups, 2)
+    ours, theirs = (logprobs_of(model, 0.7)(group.tokens, group.mask) for model in (tuned, base))
+    np.testing.assert_allclose(moved["kl"], (ours - theirs).sum(1).numpy(), rtol=0, atol=1e-10)
+    np.testing.assert_allclose(moved["nll"], -theirs.sum(1).numpy(), rtol=0, atol=1e-10)
+    assert moved["length"].tolist() == group.mask.sum(1).tolist()
 
 
 # ---- the fit
