@@ -588,6 +588,7 @@ def memory_plan(cfg: Config, dist: Dist, micro_batch: int) -> float:
         drawn=SAMPLED_AT_ONCE if dist.device.type == "cpu" else None,
         ranks=dist.world // cfg.replicas if cfg.shard else 1,
         reward=scorer_of(cfg.reward).parameters,
+        depths=scorer_of(cfg.reward).depths,
         sampler=cfg.sampler is None,
         baseline=resident_bytes() if dist.device.type == "cpu" else 0,
         dtype=stored_dtype(cfg, precision),

@@ -139,6 +139,10 @@ def test_the_layouts_in_order():
     assert set(plan(smollm2, sizes(), "shared")) == set(PARTS)
     more = plan(smollm2, sizes(reward=1000, baseline=7), "branch")
     assert more["reward"] == 4000 and more["baseline"] == 7
+    rows = 4 * 4 * sizes().batch * 576 * (sizes().prompt + sizes().response + 1)  # bytes, of four depths' states
+    kept = [plan(smollm2, sizes(branch_layers=4, depths=frozenset({9, 15, 29})), name)["states"] for name in LAYOUTS]
+    assert kept == [0, 0, 0, rows]  # to learn from; and at 9, 15 and 26 as sampled
+    assert plan(smollm2, sizes(branch_layers=4, sampler=False), "branch")["states"] == rows / 4
     assert CRITICS.keys() == LAYOUTS.keys()
 
 

@@ -20,9 +20,9 @@ from rlhf.lm.trunks import LoRA
 from rlhf.ppo.roles import CRITICS, LAYOUTS
 
 FLOAT = 4  # bytes
-HELD = ("baseline", "weights", "reference", "reward", "bound", "optimiser")  # in every phase
+HELD = ("baseline", "weights", "reference", "reward", "bound", "states", "optimiser")  # in every phase
 PASS = ("logits", "gathered", "casts")  # of a forward
-PARTS = (*HELD[:5], "sampler", "gradients", "optimiser", "cache", "activations", "logits", "whole", *PASS[1:])
+PARTS = (*HELD[:6], "sampler", "gradients", "optimiser", "cache", "activations", "logits", "whole", *PASS[1:])
 PHASES = {  # which parts are there at once
     "act": (*HELD, "sampler", "cache", "logits", "whole"),
     "judge": (*HELD, *PASS),
@@ -49,6 +49,7 @@ class Sizes:
     lora: LoRA = LoRA()
     branch_layers: int = 4
     reward: int = 0  # parameters of a reward model that shares none
+    depths: frozenset[int] = frozenset()  # whose states of the trunk a reward model reads that is a head there
     recompute: bool = False  # --recompute
     sampler: bool = True  # does this process sample, or do servers?
     drawn: int | None = None  # rows whose next tokens are drawn together; None: of the whole batch
@@ -87,6 +88,8 @@ def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
     sampled = (FLOAT if half == FLOAT else 2 * half) * s.batch + 3 * FLOAT * min(s.batch, s.drawn or s.batch)
     logits = max(2 * half * s.micro_batch * s.response, sampled * s.sampler) * config.vocab_size
     columns = min(s.prompt + s.response, config.context) + 1
+    # of a rollout's tokens: those that are kept for all epochs, and those that the sampler has seen
+    states = 1 + s.sampler * len({policy.depth} | {depth for depth in s.depths if depth <= policy.depth})
     alone = {id(x) for x in base.parameters()}.isdisjoint(id(x) for x in policy.parameters())
     reference = size_of(base.parameters()) if alone else 0  # otherwise the policy computes with it too
     own = size_of([*base.parameters(), *policy.parameters()])
@@ -101,6 +104,7 @@ def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
         "reference": reference,
         "reward": s.dtype.itemsize * s.reward,
         "bound": FLOAT * trained * s.bounded,
+        "states": FLOAT * s.batch * columns * config.width * states if policy.depth else 0,
         "casts": half * cast,
         "gradients": FLOAT * (trained + twice),
         "optimiser": 2 * FLOAT * trained,

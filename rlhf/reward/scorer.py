@@ -102,6 +102,13 @@ class Scorer:
             return 0
         return trunk_parameters(stored_config(config["model"], self.spec))
 
+    @cached_property
+    def depths(self) -> frozenset[int]:
+        """Above so many layers of a frozen trunk the models in it read states, which are heads there."""
+        if self.kind != "model":
+            return frozenset().union(*(term.depths for term in self.terms))
+        return frozenset(() if is_hf(Path(self.spec)) else open_stored(self.spec).config.get("depths", ()))
+
     @property
     def models(self) -> list[str]:
         """The directories of the reward models in it."""
