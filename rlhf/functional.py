@@ -75,9 +75,8 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         buffers = _buffers(rows, wide)
         for part in _chunks(rows):
             z, p = (x[: part.stop - part.start] for x in buffers)
-            _tempered(rows[part], temperature, z)
-            highest = z.amax(-1, keepdim=True)
-            z -= highest
+            highest = rows[part].amax(-1, keepdim=True).to(wide)
+            _tempered(rows[part], highest, temperature, z)
             logprobs[part] = z.gather(-1, ids[part])
             torch.exp(z, out=p)
             total = p.sum(-1, keepdim=True)
@@ -87,7 +86,7 @@ class _LogprobsAndEntropy(torch.autograd.Function):
             logsum = total.log()
             logprobs[part] -= logsum
             entropy[part] = logsum - weighted / total
-            logsumexp[part] = logsum + highest
+            logsumexp[part] = logsum * temperature + highest  # of the logits as they are
         logprobs, entropy = logprobs.view(tokens.shape), entropy.view(tokens.shape)
         ctx.save_for_backward(logits, tokens, logsumexp, entropy)
         ctx.temperature = temperature
@@ -103,7 +102,8 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         buffers = _buffers(rows, logsumexp.dtype)
         for part in _chunks(rows):
             p, out = (x[: part.stop - part.start] for x in buffers)
-            _tempered(rows[part], ctx.temperature, p).sub_(logsumexp[part]).exp_()
+            out = grad[part] if grad.dtype == out.dtype else out
+            _tempered(rows[part], logsumexp[part], ctx.temperature, p).exp_()
             if grad_logprobs is None:
                 out.zero_()
             else:  # d log p(token) / dz_v = [v = token] - p_v
@@ -113,7 +113,10 @@ class _LogprobsAndEntropy(torch.autograd.Function):
                 up = grad_entropy.reshape(-1, 1)[part]
                 out.addcmul_(p, up * entropy.reshape(-1, 1)[part], value=-1)
                 out.addcmul_(torch.special.entr(p, out=p), up)
-            grad[part] = out if ctx.temperature == 1 else out.div_(ctx.temperature)
+            if ctx.temperature != 1:
+                out.div_(ctx.temperature)
+            if out.dtype != grad.dtype:
+                grad[part] = out
         return grad.view_as(logits), None, None
 
 
@@ -133,6 +136,7 @@ def _chunks(rows: Tensor) -> Iterator[slice]:
     return (slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size))
 
 
-def _tempered(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
-    out.copy_(logits)
+def _tempered(logits: Tensor, less: Tensor, temperature: float, out: Tensor) -> Tensor:
+    """(logits - less) / temperature, (n, V) and (n, 1), into `out`."""
+    torch.sub(logits, less, out=out)
     return out if temperature == 1 else out.div_(temperature)
