@@ -189,7 +189,8 @@ def we(sizes: Sizes, rounds: int, side: str, kind: str) -> list[float]:
         prompts = torch.randint(3, sizes.model.vocab_size, (sizes.batch, sizes.prompt), generator=generator)
         start = time.process_time()
         uniforms = row_uniforms(1, iteration, range(sizes.batch), sizes.response)
-        samples = generate(roles.sampler(), prompts, lengths, Sampling(sizes.response, [], 0), uniforms)
+        how = Sampling(sizes.response, [], 0)
+        samples = generate(roles.sampler(), prompts, lengths, how, uniforms, depths=roles.seen())
         roles.rest()
         with precision.autocast():
             rollout = judge(samples, roles.policy, roles.reference, score, micro_batch, width, roles.features)
