@@ -141,7 +141,7 @@ class Guard:
             iteration,
             formulas,
             lambda: (
-                {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "features"}
+                {f.name: getattr(batch, f.name) for f in fields(batch)}
                 | ({} if prompts is None else {"prompts": prompts})
             ),
             lambda: [

@@ -170,15 +170,13 @@ class Parts:
         return frozen + self.outer + self.layers_of(trunk)
 
     def to_judge(self, trunks: list[nn.Module]) -> list[int]:
-        """Of a micro-batch: what the frozen layers make of it, the policy (and its critic's trunk), and the reference."""
-        base, depth, layout = self.roles.frozen.model, self.roles.policy.depth, self.p.layout
-        found = self.outer + self.output(trunks[0])
+        """Of a micro-batch: the policy (and its critic's trunk), and the reference; of a branch above the frozen layers."""
+        base, depth, found = self.roles.frozen.model, self.roles.policy.depth, self.outer + self.output(trunks[0])
         for trunk in trunks:
             found += self.layers_of(trunk) + self.units(trunk, depth)
-            found += self.embedding(trunk) if layout != "branch" else []
-        read_again = depth if layout == "branch" else len(base.layers)
-        found += self.embedding(base) + self.units(base, 0, read_again)
-        return found + self.units(base, read_again) + self.output(base)
+            found += self.embedding(trunk) if not depth else []
+        found += self.embedding(base) if not depth else []
+        return found + self.units(base, depth) + self.output(base)
 
     def to_learn(self, trunks: list[nn.Module]) -> list[int]:
         """Of a micro-batch: layers for the forward and again for the backward pass, what is outside of them once."""

@@ -34,9 +34,10 @@ def formulas(
     base = base_of(record, saved.path, device)
     roles = roles_of(options, base, saved)
     tensors = {name: x.to(device) for name, x in tensors.items()}
-    with precision.autocast():
-        features = roles.features(tensors["tokens"])
-    batch = Experience(**tensors, features=features)
+    if "features" not in tensors or not tensors["features"].numel():  # of several ranks: none is stored
+        with precision.autocast():
+            tensors["features"] = roles.features(tensors["tokens"])
+    batch = Experience(**tensors)
     if prompts is not None:
         with precision.autocast():
             yield from iteration_formulas(record, batch, prompts, roles, base, saved)
