@@ -422,12 +422,17 @@ def test_a_file_where_the_run_should_be(world, tmp_path, script):
     assert (tmp_path / "out").read_text() == "mine"
 
 
+def others_slowly(script: str, *more):
+    """Parameters of a test of every trainer that the fast suite makes of PPO alone."""
+    return pytest.param(script, *more, marks=[pytest.mark.slow] * (script != "train_ppo.py"))
+
+
 def limit_files(size: int) -> None:
     """As a quota would: no file of this process grows beyond `size` bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-@pytest.mark.parametrize("script, size", [(s, 60_000) for s in TRAINING] + [("train_ppo.py", 1_500)])
+@pytest.mark.parametrize("script, size", [*(others_slowly(s, 60_000) for s in TRAINING), ("train_ppo.py", 1_500)])
 def test_files_may_not_grow(world, tmp_path, script, size):
     """The checkpoint is too large, or (1,500 bytes) already the metrics; a run without the limit then ends well."""
     out = tmp_path / "out"
@@ -463,7 +468,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-@pytest.mark.parametrize("script", TRAINING)
+@pytest.mark.parametrize("script", map(others_slowly, TRAINING))
 def test_disk_full_then_space_again(world, small_disk, script):
     """Half of the second checkpoint fits: the first stays, the line says what to do, and doing it works."""
     reference = undisturbed(world, script)

@@ -294,6 +294,7 @@ def test_the_references_that_are_shipped():
             assert band.compare(str(run), str(reference)).outside == []
 
 
+@pytest.mark.slow
 def test_a_reference_keeps_no_seed_twice(tmp_path):
     run = lay_out(tmp_path / "run", rows(7) + [{"step": 24, "time/total": 1.0}], summary(7) | {"seconds": {}}, seed=7)
     script = Path(__file__).parent.parent / "bench/reference.py"

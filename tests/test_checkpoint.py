@@ -615,6 +615,7 @@ def check_whole(saved: checkpoint.Checkpoint) -> int:
     return step
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
     """25 times: save in a loop, kill -9, look. What latest() and the path of the final model name is always whole."""
     rng, last, last_final, at_work = random.Random(0), 0, 0, 0

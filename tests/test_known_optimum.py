@@ -259,7 +259,8 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", [pytest.param(m, marks=[slow] * (m != "reward one token early")) for m in MISTAKES])
+@slow
+@pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_misses_it(mistake):
     """By far, and already after half the iterations, when the right loop is within 0.06 and has 95% of the gain.
 

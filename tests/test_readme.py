@@ -286,6 +286,7 @@ def empty_place(world: World, path: Path) -> World:
     return World(path)
 
 
+@pytest.mark.slow
 def test_the_readme_runs_from_top_to_bottom(world, tmp_path):
     """In an empty directory, at tiny sizes."""
     (tmp_path / "rewards.py").write_text((world.path / "rewards.py").read_text())  # the judge of the small loop

@@ -277,6 +277,7 @@ def test_what_is_no_weight_of_this_model_changes_nothing(home, server, tmp_path)
         checkpoint.remove([home / "room" / name])
 
 
+@pytest.mark.slow
 def test_without_a_key_or_a_directory_no_weights_are_taken(home):
     process = tiny_server.start("--init=lm", "--port=0", "--weights_dir=room", cwd=home)
     out, err = process.communicate(timeout=TIMEOUT)
@@ -378,6 +379,7 @@ class Other(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_servers_of_others_are_given_weights_by_a_function(home):
     """Tokens differ from the built-in sampler's, and no two questions have the same seed; but what is said of every token is
     what the policy says."""

@@ -169,6 +169,7 @@ def test_long_prompts_leave_no_two_sides_alike(world, tokenizer, chats, tmp_path
         assert one != two and max(len(one), len(two)) <= 256 and (batch.prompt_lengths[0] == batch.prompt_lengths[1])
 
 
+@pytest.mark.slow
 def test_data_of_another_form_are_refused(world, chats, tmp_path):
     _, run = train(world, chats, "pairs", "full")
     file = chats / "pairs.jsonl"

@@ -320,6 +320,7 @@ def test_the_fate_of_a_process():
 # ---- one run at a time, with its own options
 
 
+@pytest.mark.slow
 def test_two_at_once(tmp_path, undisturbed):
     out = tmp_path / "out"
     first = start(out, pause=1.0)
