@@ -348,8 +348,8 @@ class Kept:
 
     def __init__(self, decoding: Decoding, rows: int, width: int):
         model, self.decoding = decoding.model, decoding
-        blank = torch.zeros(rows, width, model.config.width, dtype=model.dtype, device=decoding.device)
-        self.states = {depth: blank.clone() for depth in decoding.depths}
+        shape, how = (rows, width, model.config.width), {"dtype": model.dtype, "device": decoding.device}
+        self.states = {depth: torch.zeros(shape, **how) for depth in decoding.depths}
 
     def read(self, taken: list[Prompt]) -> None:
         """Those of prompts that were read just now."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
@@ -140,10 +140,7 @@ class Guard:
             name,
             iteration,
             formulas,
-            lambda: (
-                {f.name: getattr(batch, f.name) for f in fields(batch)}
-                | ({} if prompts is None else {"prompts": prompts})
-            ),
+            lambda: vars(batch) | ({} if prompts is None else {"prompts": prompts}),
             lambda: [
                 text | {"start": int(n) - len(text["tokens"])} for text, n in zip(self.texts(batch), batch.lengths)
             ],
