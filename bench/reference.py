@@ -37,7 +37,8 @@ def main() -> None:
         raise ValueError(f"--run={cfg.run} has no summary.json: evaluate the run first")
     out, options = Path(cfg.out), source.files["run.json"]
     for file in sorted(out.parent.glob("*/run.json")):
-        if file.parent != out and read_json(file).get("seed") == options.get("seed"):
+        kept = read_json(file)
+        if file.parent != out and all(kept.get(name) == options.get(name) for name in ("seed", "precision")):
             raise ValueError(
                 f"{file.parent} is seed {options.get('seed')} already, and a band needs different ones: another --seed"
             )

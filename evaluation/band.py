@@ -248,10 +248,12 @@ def compare(run: str, reference: str) -> Found:
     (source, summary), theirs = run_of(run), [*runs_of(reference, "reference")]
     if len(theirs) < 2:
         raise ValueError(f"--reference={reference} holds one PPO run: a band needs the runs of two seeds or more")
+    theirs, notes = alike(source, theirs, reference)
     ours, *seeds = (by_metric(x.files["metrics.jsonl"]) for x in (source, *(x for x, _ in theirs)))
     had, *has = ({step for x in found.values() for step in x} for found in (ours, *seeds))
     common, lengths = set.intersection(*has), sorted(map(len, has))
-    rows, notes = curves(ours, seeds, had & common)
+    rows, more = curves(ours, seeds, had & common)
+    notes += more
     evaluated = [x for _, x in theirs if x]
     if summary and len(evaluated) > 1:
         found, more = numbers(summary, evaluated)
@@ -272,6 +274,22 @@ def compare(run: str, reference: str) -> Found:
     if differing := differences(source.files.get("run.json", {}), theirs[0][0].files.get("run.json", {})):
         notes.append(f"Other options than theirs: {', '.join(differing)}.")
     return Found(reference, len(theirs), rows, notes, len(had & common), len(common))
+
+
+def alike(
+    source: Source, theirs: list[tuple[Source, dict]], reference: str
+) -> tuple[list[tuple[Source, dict]], list[str]]:
+    """Those of them in this run's precision, where they are two or more, and a line that says so; else all.
+
+    Half precision is noise in a ratio: its approxkl never falls below that, and a float32 run's does.
+    """
+    mine = source.files.get("run.json", {}).get("precision")
+    same = [x for x in theirs if x[0].files.get("run.json", {}).get("precision") == mine]
+    if mine is None or not 2 <= len(same) < len(theirs):
+        return theirs, []
+    return same, [
+        f"Of the {len(theirs)} runs of {reference}, the {len(same)} in {mine}, which is this one's precision."
+    ]
 
 
 def curves(ours: dict, seeds: Sequence[dict], steps: set[int]) -> tuple[list[Row], list[str]]:

@@ -35,9 +35,12 @@ def summary(seed: int, shift: float = 0.0) -> dict:
     return {"ppo": numbers, "rows": {}, "prompts": 8}
 
 
+DEFAULTS = {"kl_coef": 0.1, "lr": 3e-4, "sources": ["film"], "seed": 1, "precision": "bf16"}
+
+
 def lay_out(path: Path, metrics: list[dict], evaluated: dict | None = None, **options) -> Path:
     path.mkdir(parents=True)
-    (path / "run.json").write_text(json.dumps({"kl_coef": 0.1, "lr": 3e-4, "sources": ["film"], "seed": 1} | options))
+    (path / "run.json").write_text(json.dumps(DEFAULTS | options))
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
     if evaluated:
         (path / "summary.json").write_text(json.dumps(evaluated))
@@ -231,6 +234,17 @@ def test_the_command(tmp_path, seeds, monkeypatch, capsys):
     assert code == 1 and "Outside the band of 5 seeds of results/demo in 3 of 11:" in said
     assert "  objective/kl in iterations 12 to 23: " in said and "  gain of the judge in the evaluation: " in said
     assert "Other options than theirs: --lr=0.03 (0.0003), --sources= (film)." in said
+
+    for seed in range(5, 8):  # of another precision, which another curve is usual for
+        other = [row | {"policy/approxkl": row["policy/approxkl"] - 9} for row in rows(seed)]
+        lay_out(tmp_path / f"results/demo/seed_{seed}", other, summary(seed), precision="fp32")
+    ours = [row | {"policy/approxkl": row["policy/approxkl"] - 9} for row in rows(98)]
+    for name in ("fp32", "bf16"):
+        lay_out(tmp_path / name, ours, summary(98), precision=name)
+    code, said = command(monkeypatch, capsys, "fp32", "results/demo", "--plots=false")
+    assert code == 0 and "Of the 8 runs of results/demo, the 3 in fp32, which is this one's precision." in said
+    code, said = command(monkeypatch, capsys, "bf16", "results/demo", "--plots=false")
+    assert code == 1 and "Outside the band of 5 seeds" in said and "policy/approxkl in iterations 0 to 23" in said
 
     dead = rows(99)[:3] + [dict.fromkeys(rows(99)[3]) | {"step": 3}]  # a run whose numbers were none at last
     lay_out(tmp_path / "out/dead", dead)
