@@ -17,6 +17,7 @@ QUICK ?= out/quick
 
 PY = $(VENV)/bin/python
 TORCHRUN = OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc_per_node=2
+TEST = OMP_NUM_THREADS=1 $(PY) -m pytest
 READY = $(VENV)/ready-$(EXTRAS)
 
 .PHONY: demo smollm2 scratch quick chat test test-slow test-bits lint docs bench clean
@@ -65,13 +66,13 @@ chat: $(READY)
 	    --out=$(CHAT) --response_tokens=12 --prompts=128 --samples=4 --greedy=true --best_of=1
 
 test: $(READY)
-	$(PY) -m pytest -m "not slow"
+	$(TEST) -m "not slow"
 
 test-slow: $(READY)
-	$(PY) -m pytest -m slow
+	$(TEST) -m slow
 
 test-bits: $(READY)  # what is promised to the bit; with ATEN_CPU_CAPABILITY=avx2 as a smaller CPU does it
-	$(PY) -m pytest -m "bits and not slow"
+	$(TEST) -m "bits and not slow"
 
 lint: $(READY)
 	$(PY) -m ruff check .
