@@ -4,6 +4,7 @@
     python bench/ppo.py --shape=smollm2 --rounds=2
     python bench/ppo.py --shape=smollm2 --precision=bf16 --sides=trl,shared,branch
     python bench/ppo.py --shape=smollm2_long --precision=fp32,bf16 --sides=shared,branch  # ours against our own float32
+    python bench/ppo.py --shape=small --count=true           # the products that an iteration needs, and nothing is run
 
 Every measurement is a process of its own: random weights of the same shape, prompts and responses of a fixed length without
 EOS, one thread, the same precision on both sides (bf16: TRL's is autocast), AdamW, 4 epochs of 4 minibatches. CPU seconds of
@@ -91,6 +92,7 @@ class Config:
     sides: tuple[Side, ...] = ("trl", *SIDES)  # the first is what the others are compared with
     rounds: int = 3  # every side once per round
     iterations: int = 2  # timed in each measurement, after one to warm up
+    count: bool = False  # print the operations of every side's products, and stop
     alone: bool = False  # measure one side in this process, and print JSON
 
     def __post_init__(self):
@@ -101,6 +103,9 @@ def main() -> None:
     cfg = config.parse(Config)
     if cfg.alone:
         print(json.dumps(measured(cfg, cfg.sides[0], cfg.precision[0])))
+        return
+    if cfg.count:
+        print(counted(SHAPES[cfg.shape], cfg.sides))
         return
     sides = [(side, precision) for side in cfg.sides for precision in cfg.precision]
     found = {f"{side} {precision}": [] for side, precision in sides}
@@ -143,6 +148,42 @@ def report(cfg: Config, found: dict[str, list[dict[str, float]]]) -> None:
             figures.ratio(f"its peak memory, {cfg.shape}, {side}", first, [share])
         planned = f"{rows[0]['planned_memory_gb']:12.2f}" if "planned_memory_gb" in rows[0] else ""
         print(f"{side:<20}{speed:12.3f}{ratio:>22}{memory:10.2f}{share:8.2f}{planned}")
+
+
+def counted(sizes: Sizes, sides: tuple[str, ...]) -> str:
+    """Operations of an iteration's products, every side, and how many times fewer than the first side's."""
+    counts = {side: operations(sizes, side) for side in sides}
+    first, most = next(iter(counts.items()))
+    return "\n".join(
+        f"{side:<16}{n / 1e9:8.0f} GFLOP{most / n:8.2f} times fewer than {first}" for side, n in counts.items()
+    )
+
+
+def operations(sizes: Sizes, side: str) -> int:
+    """2 for each number of a matrix and token that passes it, and again for each gradient; attention and LoRA left out.
+
+    TRL passes every token of a row through four models to judge, and through two to learn; ours needs log-probs of the
+    response alone, and of frozen matrices no gradient.
+    """
+    model, rows = sizes.model, sizes.batch
+    with torch.device("meta"):
+        blocks = [x for block in Transformer(model).layers for x in block.parameters() if x.dim() == 2]
+    trunk, vocabulary = sum(x.numel() for x in blocks), model.vocab_size * model.width
+    everything, inputs = rows * (sizes.prompt + sizes.response), rows * (sizes.prompt + sizes.response - 1)
+    spoken, epochs = rows * sizes.response, sizes.epochs
+    sampled = 2 * (everything * trunk + spoken * vocabulary)
+    whole, values = 2 * everything * (trunk + vocabulary), 2 * everything * trunk
+    if side == "trl":  # policy and reference; value and reward
+        return sampled + 2 * whole + 2 * values + 3 * epochs * (whole + values)
+    layout, critic = SIDES[side]
+    words, passed = 2 * spoken * vocabulary, 2 * inputs * trunk
+    second = passed * (critic == "separate")
+    if layout == "branch":
+        top = passed * sizes.branch_layers // model.layers
+        return sampled + 2 * (top + words) + epochs * (3 * top + 2 * words)
+    if layout == "adapters":  # reference and reward in one pass
+        return sampled + 2 * (passed + words) + second + 2 * epochs * (passed + words + second)
+    return sampled + 2 * (passed + words) + second + values + 3 * epochs * (passed + words + second)
 
 
 def planned_memory(sizes: Sizes, side: str, precision: str) -> float:
