@@ -380,6 +380,7 @@ def test_reward_function(bad, reward, words):
     bad("train_ppo.py", *words, reward=reward)
 
 
+@pytest.mark.slow
 def test_judge_function(bad):
     bad("evaluate.py", "rewards.py:nan", "finite", judge="rewards.py:nan")
     bad("evaluate.py", "poems", judge="poems")
@@ -490,7 +491,7 @@ def test_disk_full(world, small_disk, script):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=pytest.mark.slow)])
 def test_full_standard_output(world, unbuffered):
     """`sample.py > /dev/full`: what could not be printed must not look like success, in Python's own words neither."""
     command = [sys.executable, str(ROOT / "sample.py"), *world.command("sample.py", prompt="The film")[1:]]
@@ -516,6 +517,7 @@ def test_prepare_does_not_replace_other_directories(world, tmp_path):
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.slow
 def test_nothing_is_special_about_where_a_script_is_started(world, tmp_path):
     """From another directory, by a path: imports still work, and the error is still one line."""
     command = [sys.executable, str(ROOT / "sample.py"), "--checkpoint=nowhere"]

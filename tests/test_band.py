@@ -283,6 +283,7 @@ def test_bad_input_is_one_line(tmp_path, seeds, monkeypatch, capsys, words, said
     assert said in command(monkeypatch, capsys, *words)[1]
 
 
+@pytest.mark.slow
 def test_the_report_draws_the_band(tmp_path, seeds, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra plot)")
     from evaluation import report

@@ -313,6 +313,7 @@ LINES = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(LINES)
 @settings(max_examples=60)
 def test_any_lines_add_up(tokenizer_dir, lines):
@@ -410,6 +411,7 @@ def test_standard_input_and_several_containers(tmp_path, tokenizer_dir):
     assert "standard input: JSON lines, comparisons (preference)" in result.stdout
 
 
+@pytest.mark.slow
 def test_other_encodings_are_the_same_rows(tmp_path, tokenizer_dir, monkeypatch):
     monkeypatch.setattr(pipeline, "UNIT", 10_000)  # so that all of them are unpacked to be cut
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows_of("text", 300))
