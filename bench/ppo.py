@@ -41,7 +41,7 @@ from model.transformer import ModelConfig, Transformer  # noqa: E402
 from rlhf.advantages import gae  # noqa: E402
 from rlhf.functional import whiten  # noqa: E402
 from rlhf.infra import config, distributed, optim, run  # noqa: E402
-from rlhf.lm.checkpoints import trunk_parameters  # noqa: E402
+from rlhf.lm.checkpoints import empty, trunk_parameters  # noqa: E402
 from rlhf.lm.trunks import LoRA  # noqa: E402
 from rlhf.ppo import plan  # noqa: E402
 from rlhf.ppo import update as ppo  # noqa: E402
@@ -166,9 +166,8 @@ def operations(sizes: Sizes, side: str) -> int:
     response alone, and of frozen matrices no gradient.
     """
     model, rows = sizes.model, sizes.batch
-    with torch.device("meta"):
-        blocks = [x for block in Transformer(model).layers for x in block.parameters() if x.dim() == 2]
-    trunk, vocabulary = sum(x.numel() for x in blocks), model.vocab_size * model.width
+    trunk = sum(x.numel() for x in empty(model).layers.parameters() if x.dim() == 2)
+    vocabulary = model.vocab_size * model.width
     everything, inputs = rows * (sizes.prompt + sizes.response), rows * (sizes.prompt + sizes.response - 1)
     spoken, epochs = rows * sizes.response, sizes.epochs
     sampled = 2 * (everything * trunk + spoken * vocabulary)

@@ -144,6 +144,14 @@ def test_only_branches_have_features():
         assert rollout.features.shape == (ROWS, WIDTH, 24 if layout == "branch" else 0)
 
 
+def test_a_branch_of_all_layers_starts_from_what_the_sampler_embedded():
+    roles = build("branch", branch_layers=LAYERS)
+    samples = act(roles)
+    assert samples.states.keys() == {0} and roles.policy.depth == 0
+    real = torch.arange(samples.tokens.shape[1]) < samples.lengths[:, None]
+    assert torch.equal(samples.states[0][real], roles.policy.model.embed_tokens(samples.tokens[real]))
+
+
 @given(read=st.sets(st.integers(0, LAYERS), max_size=3), critic=st.sampled_from(["shared", "separate"]))
 @settings(max_examples=10, deadline=None)
 def test_states_that_the_sampler_saw_are_not_computed_again(read, critic):

@@ -143,6 +143,7 @@ def test_the_layouts_in_order():
     kept = [plan(smollm2, sizes(branch_layers=4, depths=frozenset({9, 15, 29})), name)["states"] for name in LAYOUTS]
     assert kept == [0, 0, 0, rows]  # to learn from; and at 9, 15 and 26 as sampled
     assert plan(smollm2, sizes(branch_layers=4, sampler=False), "branch")["states"] == rows / 4
+    assert plan(smollm2, sizes(branch_layers=30), "branch")["states"] == rows / 2  # above no layer: what embeds
     assert CRITICS.keys() == LAYOUTS.keys()
 
 

@@ -89,7 +89,9 @@ def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
     logits = max(2 * half * s.micro_batch * s.response, sampled * s.sampler) * config.vocab_size
     columns = min(s.prompt + s.response, config.context) + 1
     # of a rollout's tokens: those that are kept for all epochs, and those that the sampler has seen
-    states = 1 + s.sampler * len({policy.depth} | {depth for depth in s.depths if depth <= policy.depth})
+    roles.frozen.read(s.depths)
+    seen = roles.seen()
+    states = 1 + s.sampler * len(seen) if seen else 0
     alone = {id(x) for x in base.parameters()}.isdisjoint(id(x) for x in policy.parameters())
     reference = size_of(base.parameters()) if alone else 0  # otherwise the policy computes with it too
     own = size_of([*base.parameters(), *policy.parameters()])
@@ -104,7 +106,7 @@ def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
         "reference": reference,
         "reward": s.dtype.itemsize * s.reward,
         "bound": FLOAT * trained * s.bounded,
-        "states": FLOAT * s.batch * columns * config.width * states if policy.depth else 0,
+        "states": FLOAT * s.batch * columns * config.width * states,
         "casts": half * cast,
         "gradients": FLOAT * (trained + twice),
         "optimiser": 2 * FLOAT * trained,

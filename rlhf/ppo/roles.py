@@ -157,7 +157,9 @@ class Roles:
 
     def seen(self) -> list[int]:
         """Above so many layers whoever samples sees states that the judges read: where it is the frozen trunk that he runs."""
-        return sorted(depth for depth in self.frozen.depths if depth <= self.policy.depth) if self.policy.depth else []
+        if self.features is no_features:
+            return []
+        return sorted(depth for depth in self.frozen.depths if depth <= self.policy.depth)
 
     def rest(self) -> None:
         """Nobody samples until `sampler` is asked again: the copy in half precision gives its memory back."""

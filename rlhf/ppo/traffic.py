@@ -174,8 +174,8 @@ class Parts:
         base, depth, found = self.roles.frozen.model, self.roles.policy.depth, self.outer + self.output(trunks[0])
         for trunk in trunks:
             found += self.layers_of(trunk) + self.units(trunk, depth)
-            found += self.embedding(trunk) if not depth else []
-        found += self.embedding(base) if not depth else []
+        for model in (*trunks, base) if self.p.layout != "branch" else ():
+            found += self.embedding(model)
         return found + self.units(base, depth) + self.output(base)
 
     def to_learn(self, trunks: list[nn.Module]) -> list[int]:
