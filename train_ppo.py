@@ -329,7 +329,7 @@ def train(cfg: Config, cast: Cast, dist: Dist, precision: Precision, micro_batch
 
 
 def open_run(
-    cfg: Config, cast: Cast, optimizer: torch.optim.Optimizer, dist: Dist, precision: Precision
+    cfg: Config, cast: Cast, optimizer: optim.AdamW, dist: Dist, precision: Precision
 ) -> tuple[Run, kl.FixedKL | kl.AdaptiveKL]:
     """The run in `out`, and what weighs the KL, where they stood; the held-out judge gets its verdicts back."""
     options, files, policy = asdict(cfg) | cast.inputs, [cast.tokenizer.path], cast.roles.policy
@@ -394,7 +394,7 @@ def open_cast(cfg: Config, dist: Dist, precision: Precision) -> Cast:
     model, lora = base.model.eval(), lora_of(cfg)
     roles = LAYOUTS[cfg.layout](model, critic_of(cfg), cfg.temperature, lora, cfg.branch_layers, dist.copied)
     stored = stored_dtype(cfg, precision)
-    roles = roles.stored_in(stored, sampler=cfg.sampler is None)
+    roles = roles.stored_in(stored, sampler=cfg.sampler is None, shards=cfg.shard)
     recompute_blocks(roles.policy, cfg.recompute)
     learner = dist.wrap(roles.policy)
     dist.rest(model)  # before another model is opened
@@ -590,7 +590,7 @@ def memory_plan(cfg: Config, dist: Dist, micro_batch: int) -> float:
         reward=scorer_of(cfg.reward).parameters,
         depths=scorer_of(cfg.reward).depths,
         sampler=cfg.sampler is None,
-        baseline=resident_bytes() if dist.device.type == "cpu" else 0,
+        baseline=resident_bytes(dist.world > 1 or cfg.recompute) if dist.device.type == "cpu" else 0,
         dtype=stored_dtype(cfg, precision),
         product=precision.dtype,
         offload=cfg.offload,

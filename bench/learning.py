@@ -137,7 +137,7 @@ def packed_and_padded(
     print(f"{what}: {figures.ratio(what, 'padded', ratios)} times as fast as padded; {figures.cpu()}")
 
 
-def step(policy: ActorCritic, optimizer: torch.optim.Optimizer, batch: Experience, precision: optim.Precision) -> None:
+def step(policy: ActorCritic, optimizer: optim.AdamW, batch: Experience, precision: optim.Precision) -> None:
     ppo.accumulate_gradient(policy, batch, ppo.Objective(), len(batch), distributed.Dist(), precision)
     optim.step(optimizer, policy, precision.scaler, 1.0)
 

@@ -37,11 +37,12 @@ import torch  # noqa: E402
 
 from model.generate import SAMPLED_AT_ONCE, Sampling, generate, row_uniforms  # noqa: E402
 from model.half import store  # noqa: E402
+from model.hf import empty_model  # noqa: E402
 from model.transformer import ModelConfig, Transformer  # noqa: E402
 from rlhf.advantages import gae  # noqa: E402
 from rlhf.functional import whiten  # noqa: E402
 from rlhf.infra import config, distributed, optim, run  # noqa: E402
-from rlhf.lm.checkpoints import empty, trunk_parameters  # noqa: E402
+from rlhf.lm.checkpoints import trunk_parameters  # noqa: E402
 from rlhf.lm.trunks import LoRA  # noqa: E402
 from rlhf.ppo import plan  # noqa: E402
 from rlhf.ppo import update as ppo  # noqa: E402
@@ -166,7 +167,7 @@ def operations(sizes: Sizes, side: str) -> int:
     response alone, and of frozen matrices no gradient.
     """
     model, rows = sizes.model, sizes.batch
-    trunk = sum(x.numel() for x in empty(model).layers.parameters() if x.dim() == 2)
+    trunk = sum(x.numel() for x in empty_model(model).layers.parameters() if x.dim() == 2)
     vocabulary = model.vocab_size * model.width
     everything, inputs = rows * (sizes.prompt + sizes.response), rows * (sizes.prompt + sizes.response - 1)
     spoken, epochs = rows * sizes.response, sizes.epochs

@@ -1,5 +1,6 @@
 """Sampling: ragged prompts in, contiguous rows of prompt and response out, with the log-prob of every sampled token."""
 
+import contextlib
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable
@@ -329,6 +330,12 @@ def next_states(decoding: Decoding, ids: Tensor, panels: Panels | None) -> Tenso
         return decoding.step(ids, panels.filled(len(ids)))[: len(ids)]
 
 
+def logits_of(model: Transformer, hidden: Tensor, panels: Panels | None) -> Tensor:
+    """(n, D) -> (n, V)"""
+    with panels or contextlib.nullcontext():
+        return model.unembed(hidden)
+
+
 def with_room(prompts: Tensor, lengths: Tensor, width: int, pad: int) -> Tensor:
     """Right-padded prompts (B, P) of these lengths, `width` columns wide, padded with `pad`. (B, width)"""
     there = torch.arange(prompts.shape[1], device=prompts.device) < lengths[:, None]
@@ -419,7 +426,7 @@ def generate(
         index = torch.tensor(alive, device=device)
         at, going = lengths[index], ~finished[index]  # one that has ended may not have been asked since
         draws = None if uniforms is None else uniforms[index.to(where), (at - begin[index]).to(where)]
-        chosen, logprob, witness = draw(model.unembed(hidden), draws, *how)
+        chosen, logprob, witness = draw(logits_of(model, hidden, panels), draws, *how)
         tokens[index, at] = torch.where(going, chosen, sampling.pad)
         logprobs[index, at] = torch.where(going, logprob, 0).to(dtype)
         lengths[index] = at + going

@@ -6,9 +6,9 @@
         hidden = decoding.step(ids, model.panels.filled(len(ids)))[: len(ids)]
 
 A library brings a weight matrix into panels, the order in which its kernel reads, anew in every product; with few rows that
-takes up to a third of it. Packed products keep them. Two libraries have some: MKL's are for one number of rows and gain on
-Intel's CPUs, oneDNN's are for any and gain on others, and in half precision. The panels are a second copy of the weights,
-with active adapters merged. What they are not made for meets the layers as they are.
+takes up to a third of it. Packed products keep them. Two libraries have some: MKL's are for one number of rows, take several
+times the bytes of a weight and gain more on Intel's CPUs, where nobody trains beside them; oneDNN's are for any and take the
+same bytes again. Active adapters are merged into them. What they are not made for meets the layers as they are.
 """
 
 from functools import cache
@@ -117,14 +117,18 @@ def merged(layer: nn.Linear) -> Tensor:
 
 
 class Panels:
-    """The panels of a model's blocks. Within the context its layers multiply with them."""
+    """The panels of a model's matrices. Within the context its layers multiply with them. any_rows: by oneDNN's."""
 
-    def __init__(self, model: Transformer):
-        self.layers, self.weights = list(model.layers), list(model.layers.parameters())
+    def __init__(self, model: Transformer, any_rows: bool):
+        self.model, self.layers, self.any_rows = model, list(model.layers), any_rows
+        self.weights = [*model.layers.parameters(), output_of(model).weight]
         self.adapters = list(lora_layers(model).values())
+        self.sleep()
+
+    def sleep(self) -> None:
+        """The panels give their memory back, until they are laid again."""
         self.known = None  # the weights and adapters that the panels were made of
         self.rows = 0  # that the panels are made for; 0: there are none
-        self.any_rows = not (torch.backends.mkl.is_available() and intel())  # by which library
         self.products: list[tuple[nn.Module, str, Product]] = []  # what stands in for which method
 
     @torch.no_grad()
@@ -133,9 +137,12 @@ class Panels:
         known = versions(self.weights) + [layer.active for layer in self.adapters]
         if known == self.known and (rows == self.rows or self.rows and self.any_rows):
             return
-        self.rows, self.products, self.known = 0, [], known  # frees the old ones first
+        self.sleep()  # which frees the old ones first
+        self.known = known
         if FEWEST <= rows <= MOST and steps >= STEPS:
             self.rows = rows
+            if self.any_rows:
+                self.put(self.model, "project", [output_of(self.model)])
             for block in self.layers:
                 attention, mlp = block.self_attn, block.mlp
                 self.put(attention, "qkv", [attention.q_proj, attention.k_proj, attention.v_proj])
@@ -163,18 +170,37 @@ class Panels:
             del module.__dict__[method]
 
 
-def keep_panels(model: Transformer) -> Transformer:
+def keep_panels(model: Transformer, trains: bool = False) -> Transformer:
     """The same model, whose steps in `generate` multiply with panels where that gains: float32 on a CPU, matrices large
     enough, and not too many. They stay between two calls, until rows or weights are others.
+
+    trains: between the calls it does; whoever trains it lets them sleep.
     """
-    layers = [x for block in model.layers for x in block.modules() if hasattr(x, "weight") and x.weight.ndim == 2]
-    gains = model.config.width >= WIDTH and sum(x.weight.nbytes for x in layers) <= LARGEST
-    if gains and (torch.backends.mkl.is_available() or can_pack(torch.float32)) and all(map(fits, layers)):
-        model.panels = Panels(model)
+    mkl = torch.backends.mkl.is_available() and intel() and not trains
+    if output_of(model).weight.is_cpu and gain(model) and (mkl or can_pack(torch.float32)):
+        model.panels = Panels(model, any_rows=not mkl)
     return model
+
+
+def gain(model: Transformer) -> bool:
+    """Are the model's matrices such that a CPU gains by panels of them?"""
+    matrices = matrices_of(model)
+    small = sum(x.weight.nbytes for x in matrices) <= LARGEST
+    return model.config.width >= WIDTH and small and all(map(fits, matrices))
+
+
+def matrices_of(model: Transformer) -> list[nn.Module]:
+    """The layers that there are panels of: of the blocks, and the output matrix."""
+    layers = [x for block in model.layers for x in block.modules() if hasattr(x, "weight") and x.weight.ndim == 2]
+    return [*layers, output_of(model)]
+
+
+def output_of(model: Transformer) -> nn.Module:
+    """What has the output matrix (V, D)."""
+    return model.lm_head or model.embed_tokens
 
 
 def fits(layer: nn.Module) -> bool:
     weight = layer.weight
-    plain = type(layer) in (nn.Linear, LoRALinear) and type(weight) is nn.Parameter
-    return plain and weight.is_cpu and weight.dtype == torch.float32
+    plain = type(layer) in (nn.Linear, LoRALinear, nn.Embedding) and type(weight) is nn.Parameter
+    return plain and weight.dtype == torch.float32

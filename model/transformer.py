@@ -5,6 +5,7 @@ Sizes in the shape comments: B rows, T tokens, D width, H heads, G key/value hea
 
 import copy
 import math
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.config import ModelConfig, rope_type
+from model.gated import again, gated, tanh_gelu
 
 
 class RMSNorm(nn.RMSNorm):
@@ -32,10 +34,6 @@ class OffsetRMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         return F.rms_norm(x.to(wide), self.normalized_shape, 1 + self.weight.to(wide), self.eps).type_as(x)
-
-
-def tanh_gelu(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
 
 
 NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm, "offset_rms": OffsetRMSNorm}
@@ -248,8 +246,9 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
             return self.down_proj(self.activation(self.up_proj(x)))
-        gate, up = self.gate_up(x)
-        return self.down_proj(self.activation(gate) * up)
+        y = gated(self.activation, *self.gate_up(x))
+        with again(y):
+            return self.down_proj(y)
 
     def gate_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = multiplied(x)
@@ -318,15 +317,15 @@ class _WideLinear(torch.autograd.Function):
         wanted_x, wanted_weight = ctx.needs_input_grad
         grad_x = grad @ weight if wanted_x else None
         grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2) if wanted_weight else None
-        weight.unembedded_in = (
-            torch._C._current_graph_task_id() if wanted_weight else None
-        )  # for _Rows, which comes later
+        if wanted_weight:  # for _Rows, which comes later
+            weight.unembedded = torch._C._current_graph_task_id(), weakref.ref(grad_weight)
         return grad_x, grad_weight
 
 
 class _Rows(torch.autograd.Function):
     # F.embedding, of an embedding that _WideLinear may read too. Its gradient is zero but for a few rows: where the other's
-    # is there already, autograd adds these rows to it, in place of writing and adding a second (V, D) tensor.
+    # is there already, they are added to it in place, and no second (V, D) tensor is made. That one lives until autograd hands
+    # on the sum of all gradients of the weight, and is the sum so far: what autograd had added to another would be gone.
 
     @staticmethod
     def forward(ctx, weight, ids):
@@ -337,9 +336,12 @@ class _Rows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         weight, ids = ctx.saved_tensors
-        rows = torch.sparse_coo_tensor(ids.reshape(1, -1), grad.flatten(0, -2), weight.shape, check_invariants=False)
-        unembedded = getattr(weight, "unembedded_in", None) == torch._C._current_graph_task_id()
-        return rows if unembedded else rows.to_dense(), None
+        task, known = getattr(weight, "unembedded", (None, None))
+        total = known() if task == torch._C._current_graph_task_id() else None
+        if total is None:
+            return torch.zeros_like(weight).index_add_(0, ids.flatten(), grad.flatten(0, -2)), None
+        total.index_add_(0, ids.flatten(), grad.flatten(0, -2))
+        return None, None
 
 
 class Transformer(nn.Module):

@@ -206,7 +206,7 @@ POINTS = {  # name -> (module or class, attribute)
     "write_text": ("pathlib.Path", "write_text"),
     "save_file": ("rlhf.infra.checkpoint", "save_file"),
     "line": ("rlhf.infra.metrics", "write_line"),
-    "optimiser": ("torch.optim.AdamW", "step"),
+    "optimiser": ("rlhf.infra.adamw.AdamW", "step"),
     "backward": ("torch.Tensor", "backward"),
 }
 HALVES = ("write_text", "save_file", "line", "copyfile")

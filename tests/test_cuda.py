@@ -155,7 +155,7 @@ def trained(device: torch.device, precision: Precision, stop=None) -> Tensor:
 def test_a_second_run_and_a_resumed_one(tmp_path, kind, name):
     """To the bit on a CPU. A GPU may add up in any order, and a text may then turn out another: no promise but here."""
 
-    def through_a_file(policy: ActorCritic, optimizer: torch.optim.Optimizer):
+    def through_a_file(policy: ActorCritic, optimizer: optim.AdamW):
         moments = checkpoint.optimizer_tensors(optimizer, policy)
         checkpoint.save(tmp_path / "half", checkpoint.trained_state(policy), {"kind": "test"}, {}, moments)
         saved, other = checkpoint.load(tmp_path / "half"), moved(actor_critic(torch.float32, device), 0.1)

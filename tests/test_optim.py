@@ -93,6 +93,49 @@ def test_adamw_follows_the_recorded_trajectory(golden_dir, eps):
         assert module.weight.item() == pytest.approx(after, rel=1e-13)
 
 
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_adamw_is_torchs_to_the_bit(clip):
+    """Of parameters of two types, one of which has no gradient at times."""
+    ours, theirs = make_net(), make_net()
+    for net in (ours, theirs):
+        net[4].double()
+    optimizer = optim.make_optimizer(ours, 1e-2, 0.1)
+    groups = [{"params": [p for p in theirs.parameters() if p.ndim > 1], "weight_decay": 0.1}]
+    groups += [{"params": [p for p in theirs.parameters() if p.ndim == 1], "weight_decay": 0.0}]
+    other = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=True)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(5):
+        for mine, its in zip(ours.parameters(), theirs.parameters()):
+            mine.grad = torch.randn(mine.shape, generator=generator).to(mine.dtype)
+            its.grad = mine.grad.clone()
+        if step % 2:
+            ours[1].weight.grad = theirs[1].weight.grad = None
+        norm = optim.step(optimizer, ours, optim.amp(CPU).scaler, clip)
+        other.grad_scale = torch.tensor(norm + 1e-6).div(clip).clamp(min=1) if clip else None
+        other.step()
+        for mine, its in zip(ours.parameters(), theirs.parameters()):
+            torch.testing.assert_close(mine, its, rtol=1e-5 if clip else 0, atol=1e-9 if clip else 0)
+            for name, x in other.state.get(its, {}).items():
+                torch.testing.assert_close(
+                    optimizer.state[mine][name], x, rtol=1e-5 if clip else 0, atol=1e-9 if clip else 0
+                )
+
+
+def test_a_trainer_of_one_process_never_loads_torchs_compiler():
+    """A second and 74 MB in every process."""
+    code = """
+import sys, torch
+from rlhf.infra import optim
+net = torch.nn.Linear(2, 2)
+optimizer = optim.make_optimizer(net, 0.1)
+net(torch.ones(2)).sum().backward()
+optim.step(optimizer, net, optim.amp(torch.device("cpu")).scaler, 1.0)
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_matrices_decay_and_nothing_else_does():
     net = make_net()
     optimizer = optim.make_optimizer(net, 1e-3, weight_decay=0.1)
@@ -172,7 +215,8 @@ def test_step_returns_the_global_norm_and_clips_it(clip):
         backward(module, seed=0)
     norm = math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in net.parameters()))
     optimizer = optim.make_optimizer(net, 1e-3)
-    optimizer.register_step_post_hook(lambda *_: seen.update({n: p.grad.clone() for n, p in net.named_parameters()}))
+    zero_grad = optimizer.zero_grad
+    optimizer.zero_grad = lambda: (seen.update({n: p.grad.clone() for n, p in net.named_parameters()}), zero_grad())
     assert optim.step(optimizer, net, optim.amp(CPU).scaler, clip) == pytest.approx(norm, rel=1e-6)
     used = math.sqrt(sum(float((g.double() ** 2).sum()) for g in seen.values()))
     assert used == pytest.approx(min(norm, clip or norm), rel=1e-4)
@@ -234,7 +278,7 @@ def test_without_a_loss_scale_a_step_that_is_not_finite_is_left_to_the_caller(po
     net[2].weight.grad[0, 0] = poison
     weights, held = bits(net), [p.grad.clone() for p in net.parameters()]
     assert not math.isfinite(optim.step(optimizer, net, scaler, clip))
-    assert bits(net) == weights and not optimizer.state
+    assert bits(net) == weights and not any(x.any() for state in optimizer.state.values() for x in state.values())
     assert all(torch.equal(a.nan_to_num(), p.grad.nan_to_num()) for a, p in zip(held, net.parameters()))
 
 

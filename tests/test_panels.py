@@ -11,6 +11,8 @@ from model.generate import Sampling, generate, row_uniforms
 from model.half import to_sample_with
 from model.lora import activate, add_lora
 from model.panels import Panels, Product
+from rlhf.lm.trunks import LoRA
+from rlhf.ppo.roles import CRITICS, LAYOUTS
 
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch was built without MKL")
 KINDS = [pytest.param(True, id="mkl", marks=needs_mkl), pytest.param(False, id="onednn")]
@@ -69,7 +71,7 @@ def test_texts_are_those_of_the_plain_layers(family, change, small):
 @pytest.mark.parametrize("small", KINDS[:1], indirect=True)
 def test_panels_are_kept_for_one_number_of_rows(small):
     """8 rows are filled up to 8 until 4 are left. Too few rows or steps make none, and so do too many rows."""
-    laid, found = Panels(small_model("llama", torch.float32)), []
+    laid, found = Panels(small_model("llama", torch.float32), any_rows=False), []
     for rows, steps in ((8, 9), (8, 1), (5, 4), (5, 3), (3, 9), (4, 3), (4, 4), (4, 4), (200, 4)):
         laid.lay(rows, steps)
         found.append(laid.rows)
@@ -81,7 +83,7 @@ def test_panels_are_kept_for_one_number_of_rows(small):
 
 @pytest.mark.parametrize("small", KINDS[1:], indirect=True)
 def test_panels_for_any_number_of_rows_are_made_once(small):
-    laid = Panels(small_model("llama", torch.float32))
+    laid = Panels(small_model("llama", torch.float32), any_rows=True)
     for rows, steps in ((3, 9), (8, 3), (8, 9), (5, 4), (3, 1), (200, 4)):
         laid.lay(rows, steps)
     assert small == [8] and [laid.filled(n) for n in (9, 8, 5, 1)] == [9, 8, 5, 1]
@@ -123,6 +125,47 @@ def test_other_weights_get_other_panels(small):
     adapted = texts(model).logprobs
     activate(model, None)
     assert not torch.equal(texts(model).logprobs, adapted) and small[3:] == [8, 8]
+
+
+@pytest.mark.parametrize("small", KINDS[1:], indirect=True)
+def test_the_output_matrix_has_panels_too(small):
+    """Of a tied model and of one with a head of its own; MKL's would take too much."""
+    for family in ("llama", "gemma2"):
+        model = to_sample_with(small_model(family, torch.float32), torch.float32)
+        model.panels.lay(8, 9)
+        output = model.lm_head or model.embed_tokens
+        assert [x.layers for module, name, x in model.panels.products if name == "project"] == [[output]]
+    model = panels.Panels(model, any_rows=False)
+    model.lay(8, 9)
+    assert model.products and not [name for _, name, _ in model.products if name == "project"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_policy_that_trains_samples_with_panels_of_its_weights_of_now(layout, family, small):
+    """Where all of it trains, and gradients will be as large; they are gone while nobody samples."""
+    roles = LAYOUTS[layout](small_model(family, torch.float32), CRITICS[layout], 1.0, LoRA(2), 1)
+    shards = roles.stored_in(torch.float32, shards=True)
+    elsewhere = roles.stored_in(torch.float32, sampler=False)
+    assert not hasattr(shards.sampler(), "panels") and not hasattr(elsewhere.sampler(), "panels")
+    roles = roles.stored_in(torch.float32)
+    model = roles.sampler()
+    assert hasattr(model, "panels") == (layout in ("full", "shared"))
+    if not hasattr(model, "panels"):
+        return
+    for step in range(3):
+        found = texts(model)
+        assert model.panels.any_rows and model.panels.products and len(small) == step + 1
+        roles.rest()
+        assert not model.panels.products
+        kept = model.__dict__.pop("panels")
+        plain = texts(model)
+        model.panels = kept
+        assert torch.equal(found.tokens, plain.tokens)
+        assert torch.allclose(found.logprobs, plain.logprobs, atol=2e-4)
+        with torch.no_grad():
+            for x in model.parameters():
+                x.mul_(1.01)
 
 
 def left_behind(model):

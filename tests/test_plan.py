@@ -76,6 +76,25 @@ def test_panels_are_counted_where_a_cpu_keeps_some(layout, family):
     assert plan(config(family), how, layout)["sampler"] == kept
 
 
+@every_layout
+@every_family
+def test_panels_of_a_policy_in_float32_are_counted(layout, family, monkeypatch):
+    """Of one that trains as a whole, for as many rows and steps as gain."""
+    monkeypatch.setattr("model.panels.WIDTH", 0)
+    roles = LAYOUTS[layout](Transformer(config(family)), CRITICS[layout], 1.0, LORA, 2).stored_in(torch.float32)
+    for rows, steps in ((8, 20), (8, 6), (80, 20), (3, 20)):
+        kept = 0
+        if panels := getattr(roles.sampler(), "panels", None):
+            panels.lay(rows, steps)
+            for *_, product in panels.products:
+                product.lay()
+                kept += product.panels.nbytes
+        how = sizes(batch=rows, response=steps, on_cpu=True)
+        assert plan(config(family), how, layout)["sampler"] == kept
+        assert (kept > 0) == (layout in ("full", "shared") and (rows, steps) == (8, 20))
+        roles.rest()
+
+
 @every_family
 def test_the_cache_is_the_real_one(family):
     cache = KVCache(config(family), 8, 11)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -300,6 +301,45 @@ def test_a_wide_vocabulary_in_parts_equals_one_product(dtype, monkeypatch):
     ours, theirs = (torch.autograd.grad(x, (hidden, weight), up) for x in (logits, plain))
     for a, b in zip((logits, *ours), (plain, *theirs)):
         torch.testing.assert_close(a, b)
+
+
+def test_an_embeddings_gradient_in_place_is_the_sum_in_any_graph(monkeypatch):
+    """Of trunks with an output, without one, under autocast, and other readers of the weight, in any order in one backward."""
+    monkeypatch.setattr(transformer, "VOCABULARY_PART", 9)
+    model = Transformer(ModelConfig(40, 16, layers=1, heads=2))
+    model.init_weights(torch.Generator().manual_seed(1))
+    weight = model.embed_tokens.weight
+    F = torch.nn.functional
+
+    def rounded():
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(random_ids(5, 2, 5)).float().log_softmax(-1)[..., 0].sum()
+
+    def thrice():
+        hidden = model.trunk(random_ids(3, 2, 5))
+        return sum(model.unembed(hidden[:, k]).log_softmax(-1)[..., 2].sum() for k in (1, 3, 4))
+
+    parts = {
+        "output": lambda: model(random_ids(0, 3, 12)).log_softmax(-1)[..., 0].sum(),
+        "another": lambda: model(random_ids(1, 2, 7)).log_softmax(-1)[..., 1].sum(),
+        "thrice": thrice,
+        "trunk": lambda: model.trunk(random_ids(2, 2, 6)).square().sum(),
+        "plain": lambda: F.linear(model.trunk(random_ids(4, 2, 5)), weight).log_softmax(-1)[..., 3].sum(),
+        "norm": lambda: weight.square().sum(),
+        "rounded": rounded,
+    }
+
+    def gradient(*names: str) -> torch.Tensor:
+        return torch.autograd.grad(sum(parts[name]() for name in names), weight)[0]
+
+    alone = {"rounded": gradient("rounded")}
+    with monkeypatch.context() as plain:
+        plain.setattr(model, "embed", lambda ids, span: model.embed_tokens(ids))
+        plain.setattr(model, "project", lambda hidden: F.linear(hidden, weight))
+        alone |= {name: gradient(name) for name in parts if name != "rounded"}
+    for names in itertools.permutations(parts, 3):
+        expected = sum(alone[name] for name in names)
+        torch.testing.assert_close(gradient(*names), expected, msg=lambda text, names=names: f"{names}: {text}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.infra import checkpoint
+from rlhf.infra.adamw import AdamW
 from rlhf.infra.files import write_json
 from rlhf.infra.metrics import say
 from rlhf.infra.run import Run
@@ -86,7 +87,7 @@ def gradients(module: nn.Module) -> Iterator[Formula]:
 class Brakes:
     """Counts bad steps. `most` in a row end the run: then `ended` says why, and `check` raises it."""
 
-    def __init__(self, run: Run, optimizer: torch.optim.Optimizer, most: int):
+    def __init__(self, run: Run, optimizer: AdamW, most: int):
         self.run, self.optimizer, self.most = run, optimizer, most
         self.in_a_row, self.counted, self.ended = run.state.get("bad_in_a_row", 0), run.state.get("bad_counted", 0), ""
 
@@ -144,7 +145,7 @@ class Brakes:
                 self.ended += where and f". Look at it with: python -m rlhf.replay {where}"
         elif self.in_a_row >= self.most:
             self.ended = f"{self.in_a_row} steps in a row were skipped, the last at step {step}: rank 0 says why"
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self.run.dist.barrier()
 
     def check(self) -> None:

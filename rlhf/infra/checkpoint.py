@@ -36,6 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rlhf.infra.adamw import AdamW
 from rlhf.infra.files import check_regular, parse_json
 
 FORMAT = 2
@@ -648,13 +649,17 @@ def short(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """AdamW's exp_avg, exp_avg_sq and step as {"parameter name:key": tensor}: the order of parameters is free."""
-    named = ((name, optimizer.state.get(parameter, {})) for name, parameter in module.named_parameters())
-    return {f"{name}:{key}": tensor for name, state in named for key, tensor in state.items()}
+def optimizer_tensors(optimizer: AdamW, module: nn.Module) -> dict[str, Tensor]:
+    """AdamW's exp_avg, exp_avg_sq and step as {"parameter name:key": tensor}, of parameters that have taken a step: the order
+    of parameters is free.
+    """
+    named = ((name, optimizer.state.get(parameter)) for name, parameter in module.named_parameters())
+    return {
+        f"{name}:{key}": tensor for name, state in named if state and state["step"] for key, tensor in state.items()
+    }
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def load_optimizer(optimizer: AdamW, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """The reverse of optimizer_tensors: training goes on bit for bit. ValueError where the tensors fit no parameter."""
     named = dict(module.named_parameters())
     for label, tensor in tensors.items():

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rlhf.infra import checkpoint
+from rlhf.infra.adamw import AdamW
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC.mmap.restype = ctypes.c_void_p
@@ -151,6 +152,6 @@ def kept(x: Tensor) -> Tensor:
     return x.to_local() if checkpoint.is_sharded(x) else x
 
 
-def moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """AdamW's, of every parameter that has taken a step."""
+def moments(optimizer: AdamW) -> list[Tensor]:
+    """Those of every parameter."""
     return [x for state in optimizer.state.values() for name, x in state.items() if name != "step"]

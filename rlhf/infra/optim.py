@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 
 from rlhf.infra import checkpoint
+from rlhf.infra.adamw import AdamW
 
 
 def make_optimizer(
@@ -20,12 +21,8 @@ def make_optimizer(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
-) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) on what is trainable; matrices decay, gains and biases do not.
-
-    The fused kernel updates all parameters in one pass on CPU and CUDA, with the same bits each time. On Apple's GPU it is
-    left out: nobody has seen whether it divides by the gradient's norm there, see `divided`.
-    """
+) -> AdamW:
+    """AdamW on what is trainable; matrices decay, gains and biases do not."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     if not any(map(checkpoint.is_sharded, parameters)):
         keep_freed_memory()
@@ -33,8 +30,7 @@ def make_optimizer(
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    fused = all(p.device.type != "mps" for p in parameters)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=fused)
+    return AdamW([g for g in groups if g["params"]], lr, betas, eps)
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's mallopt
@@ -77,7 +73,7 @@ def schedule(
     return lr * {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant": 1.0}[kind]
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_lr(optimizer: AdamW, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
 
@@ -110,7 +106,7 @@ def amp(device: torch.device, dtype: Literal["fp32", "bf16", "fp16"] = "fp32") -
     return Precision(functools.partial(torch.autocast, device.type, dtype=DTYPES[dtype]), scaler, DTYPES[dtype])
 
 
-def step(optimizer: torch.optim.Optimizer, module: nn.Module, scaler: torch.amp.GradScaler, clip: float) -> float:
+def step(optimizer: AdamW, module: nn.Module, scaler: torch.amp.GradScaler, clip: float) -> float:
     """One optimiser step on the gradients in place; returns their global norm before it was clipped.
 
     `clip` is the largest norm that passes unchanged, 0 = any. A norm that is not finite says that no step was taken: weights
@@ -125,30 +121,18 @@ def step(optimizer: torch.optim.Optimizer, module: nn.Module, scaler: torch.amp.
     if not finite and not scaler.is_enabled():
         return float(norm)
     excess = torch.clamp((norm + 1e-6) / clip, min=1.0) if clip > 0 else torch.ones(())
-    with divided(optimizer, parameters, excess, fold=not scaler.is_enabled()):
-        if finite:
-            scaler.step(optimizer)
+    divisor = None
+    if excess != 1 and divides(parameters, scaler):
+        divisor = excess  # which spares a pass over memory
+    elif excess != 1:
+        torch._foreach_div_([p.grad for p in parameters], excess)
+    if finite:
+        scaler.step(optimizer, divisor=divisor)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return float(norm)
 
 
-@contextlib.contextmanager
-def divided(
-    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], by: torch.Tensor, fold: bool
-) -> Iterator[None]:
-    """Within, a step of the optimiser takes the gradients / `by`, which is 1 for those that pass unchanged.
-
-    fold: the fused kernel divides while it reads them, which spares a pass over memory; what it does with a loss scale.
-    """
-    if by == 1:
-        yield
-    elif (
-        fold and optimizer.defaults["fused"] and all(type(p.grad) is torch.Tensor for p in parameters)
-    ):  # parts of a gradient have a type of their own
-        optimizer.grad_scale = by.to(torch.float32)
-        yield
-        del optimizer.grad_scale
-    else:
-        torch._foreach_div_([p.grad for p in parameters], by)
-        yield
+def divides(parameters: list[nn.Parameter], scaler: torch.amp.GradScaler) -> bool:
+    """May the kernel divide them? Parts of a gradient have a type of their own, and nobody has seen Apple's GPU do it."""
+    return not scaler.is_enabled() and all(type(p.grad) is torch.Tensor and not p.is_mps for p in parameters)

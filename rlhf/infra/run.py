@@ -15,6 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from rlhf.infra import checkpoint
+from rlhf.infra.adamw import AdamW
 from rlhf.infra.distributed import Dist
 from rlhf.infra.files import strict, write_json
 from rlhf.infra.metrics import read_rows, say
@@ -199,7 +200,7 @@ class Run:
         out: str,
         options: dict,
         module: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: AdamW,
         scaler: torch.amp.GradScaler,
         dist: Dist,
         config: dict,
@@ -355,9 +356,13 @@ def peak_memory_gb(device: torch.device) -> float:
     return peak_resident_bytes() / 1e9
 
 
-def resident_bytes() -> int:
-    """Memory of this process now: the interpreter and the libraries, before a model is loaded."""
-    import torch._dynamo  # noqa: F401  the optimiser would, at its first step: 75 MB
+def resident_bytes(compiler: bool = False) -> int:
+    """Memory of this process now: the interpreter and the libraries, before a model is loaded.
+
+    compiler: with torch's, 75 MB, which DDP, FSDP and activation checkpoints import.
+    """
+    if compiler:
+        import torch._dynamo  # noqa: F401
 
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

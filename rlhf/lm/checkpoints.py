@@ -4,10 +4,10 @@ import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from model.config import LARGEST_REAL, LARGEST_SIZE, MOST_LAYERS, ModelConfig
+from model.hf import empty_model
 from model.transformer import Transformer
 from rlhf.infra import checkpoint
 
@@ -162,12 +162,6 @@ def language_model_of(saved: checkpoint.Checkpoint, path: str | Path) -> Transfo
     return model
 
 
-def empty(config: ModelConfig) -> Transformer:
-    """A model without memory, to be counted."""
-    with torch.device("meta"):
-        return Transformer(config)
-
-
 def count(parameters: Iterable[Tensor]) -> int:
     """Numbers in different parameters."""
     return sum(x.numel() for x in {id(x): x for x in parameters}.values())
@@ -175,4 +169,4 @@ def count(parameters: Iterable[Tensor]) -> int:
 
 def trunk_parameters(config: ModelConfig) -> int:
     """Numbers in a model without an output matrix of its own."""
-    return count(empty(config).parameters()) - (0 if config.tied else config.vocab_size * config.width)
+    return count(empty_model(config).parameters()) - (0 if config.tied else config.vocab_size * config.width)

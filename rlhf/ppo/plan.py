@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import torch
 
 from model.half import has_room_for_panels
-from model.transformer import ModelConfig, Transformer
-from rlhf.lm.checkpoints import count, empty
+from model.hf import NoInit, empty_model
+from model.panels import FEWEST, MOST, STEPS, gain, matrices_of
+from model.transformer import VOCABULARY_PART, ModelConfig, Transformer
+from rlhf.lm.checkpoints import count
 from rlhf.lm.trunks import LoRA
-from rlhf.ppo.roles import CRITICS, LAYOUTS
+from rlhf.ppo.roles import CRITICS, LAYOUTS, trains
 
 FLOAT = 4  # bytes
 HELD = ("baseline", "weights", "reference", "reward", "bound", "states", "optimiser")  # in every phase
@@ -64,16 +66,18 @@ class Sizes:
 
 def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
     """Bytes of every part; ValueError where the layout does not fit the model."""
-    s, base, critic = sizes, empty(config), sizes.critic or CRITICS[layout]
+    s, base, critic = sizes, empty_model(config), sizes.critic or CRITICS[layout]
     critic = "separate" if layout == "full" and critic == "shared" else critic
-    roles = LAYOUTS[layout](base, critic, 1.0, s.lora, min(s.branch_layers, config.layers)).stored_in(
-        s.dtype, s.sampler
-    )
+    with NoInit():
+        roles = LAYOUTS[layout](base, critic, 1.0, s.lora, min(s.branch_layers, config.layers))
+    roles = roles.stored_in(s.dtype, s.sampler)
     policy, half = roles.policy, (s.product or s.dtype).itemsize
     trained = count(x for x in policy.parameters() if x.requires_grad)
     models = [model for model in (policy.model, policy.value_trunk) if model is not None]
-    # the gradient of a tied embedding comes in two parts as large as itself, which are added up
-    twice = sum(2 * model.embed_tokens.weight.numel() for model in models if trains_embedding(model))
+    # a tied embedding's gradient comes beside what there is of it: in two parts, or where a CPU adds up in place in one
+    in_place = s.on_cpu and half == FLOAT and config.vocab_size > 2 * VOCABULARY_PART
+    embeddings = sum(model.embed_tokens.weight.numel() for model in models if trains_embedding(model))
+    beside = embeddings if in_place else 2 * embeddings
     cast = count(x for x in policy.parameters() if x.requires_grad and x.ndim > 1) if half < FLOAT else 0
     if half < s.dtype.itemsize:  # of frozen matrices too, for the gradient of what goes in
         learned = (block for model in models for block in model.layers if learns(block))
@@ -96,6 +100,9 @@ def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
     reference = size_of(base.parameters()) if alone else 0  # otherwise the policy computes with it too
     own = size_of([*base.parameters(), *policy.parameters()])
     if s.on_cpu and roles.half and has_room_for_panels(policy.model, s.dtype):
+        embedding = policy.model.embed_tokens.weight
+        sampler = in_panels(policy.model, s.dtype) + s.dtype.itemsize * embedding.requires_grad * embedding.numel()
+    elif s.on_cpu and s.ranks == 1 and s.sampler and keeps_panels(policy.model, s.batch, s.response):
         sampler = in_panels(policy.model, s.dtype)
     else:
         sampler = size_of([*base.parameters(), *policy.parameters(), *roles.sampler().parameters()]) - own
@@ -108,7 +115,7 @@ def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
         "bound": FLOAT * trained * s.bounded,
         "states": FLOAT * s.batch * columns * config.width * states,
         "casts": half * cast,
-        "gradients": FLOAT * (trained + twice),
+        "gradients": FLOAT * (trained + beside),
         "optimiser": 2 * FLOAT * trained,
         "cache": half * 2 * config.layers * s.sampler * s.batch * columns * config.kv_heads * config.head_dim,
         "activations": s.micro_batch * length * kept,
@@ -162,11 +169,13 @@ def size_of(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def in_panels(model: Transformer, dtype: torch.dtype) -> int:
-    """Bytes of the panels of all that a model multiplies by, and of its embedding where that is trained."""
-    layers = (x for block in model.layers for x in block.modules() if isinstance(x, torch.nn.Linear))
-    embedding = model.embed_tokens.weight
-    numbers = (1 + embedding.requires_grad) * embedding.numel() + sum(layer.weight.numel() for layer in layers)
-    return dtype.itemsize * numbers
+    """Bytes of the panels of all that a model multiplies by."""
+    return dtype.itemsize * sum(x.weight.numel() for x in matrices_of(model))
+
+
+def keeps_panels(model: Transformer, rows: int, steps: int) -> bool:
+    """Does it sample with panels in float32?"""
+    return trains(model) and gain(model) and FEWEST <= rows <= MOST and steps >= STEPS
 
 
 def trains_embedding(model: Transformer) -> bool:
@@ -188,7 +197,7 @@ def kept_per_token(c: ModelConfig, length: int, half: int = FLOAT) -> int:
         attention += FLOAT * (c.heads + c.kv_heads) * c.head_dim
     if c.attention_softcap is not None:  # two steps of the scores; k and v once for every head
         attention += FLOAT * c.heads * (2 * length + 2 * c.head_dim)
-    mlp = half * (4 if c.gated else 2) * c.ffn  # gate, its activation, up, their product; or up and its GELU
+    mlp = half * 2 * c.ffn  # gate and up (model/gated.py); or up and its GELU
     # x and x normalised, and the input of the matrices
     norms = (FLOAT * (8 if c.norm_place == "both" else 4) + half * 2) * c.width
     return norms + attention + mlp

@@ -25,14 +25,13 @@ import torch
 from torch import Tensor
 
 from model.generate import Generated, Sampling
-from model.hf import save_hf
+from model.hf import empty_model, save_hf
 from model.lora import lora_layers
 from model.transformer import Transformer
 from rlhf.infra import checkpoint
 from rlhf.infra.client import Lines, Lost, Refused, Server
 from rlhf.infra.distributed import Dist
 from rlhf.infra.metrics import say
-from rlhf.lm.checkpoints import empty
 
 KEY = "PLAIN_RLHF_KEY"  # the environment variable with the servers' key
 MOST_THREADS = 128  # requests of a rank that are under way
@@ -95,7 +94,7 @@ def sampled_weights(model: Transformer) -> dict[str, Tensor]:
     for path, layer in lora_layers(model).items():
         if layer.active in layer.lora_A:
             tensors[f"{path}.weight"] = layer.merged(layer.active)
-    return {name: tensors[name].detach() for name in empty(model.config).state_dict()}
+    return {name: tensors[name].detach() for name in empty_model(model.config).state_dict()}
 
 
 class Room:
@@ -120,7 +119,7 @@ class Room:
         if not self.hf:
             checkpoint.save(where, tensors, self.config, files=self.files)
             return number, checkpoint.load(where).digest
-        plain = empty(model.config)
+        plain = empty_model(model.config)
         plain.load_state_dict(tensors, assign=True)
         save_hf(where, plain, eos_ids=self.config["stop_ids"], files=self.files)
         return number, checkpoint.sha256(where / "model.safetensors")

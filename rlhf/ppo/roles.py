@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from model.half import Half, half_copy, store_all
 from model.lora import beside
 from model.packed import saves, text_states
+from model.panels import keep_panels, matrices_of
 from model.transformer import Transformer
 from rlhf.lm.frozen import FrozenStates
 from rlhf.lm.language_model import to_columns, token_logprobs
@@ -162,21 +163,32 @@ class Roles:
         return sorted(depth for depth in self.frozen.depths if depth <= self.policy.depth)
 
     def rest(self) -> None:
-        """Nobody samples until `sampler` is asked again: the copy in half precision gives its memory back."""
-        if self.half:
-            self.half.sleep()
+        """Nobody samples until `sampler` is asked again: the copy in half precision, or panels, give their memory back."""
+        if asleep := self.half or getattr(self.policy.model, "panels", None):
+            asleep.sleep()
 
-    def stored_in(self, dtype: torch.dtype, sampler: bool = True) -> "Roles":
-        """The same with frozen weights stored in `dtype`, in place, and a copy in it that samples; float32: as it is.
+    def stored_in(self, dtype: torch.dtype, sampler: bool = True, shards: bool = False) -> "Roles":
+        """The same with frozen weights stored in `dtype`, in place, and a copy in it that samples. float32: as it is, and a
+        policy of which every matrix trains samples with panels, which are as large as the gradients that nobody has then.
 
-        sampler: without it there is no copy, because somebody else samples.
+        sampler: without it there is neither, because somebody else samples. shards: weights come and go, and have no panels.
         """
         self.store(dtype)  # which frees memory that the copy takes
-        return replace(self, half=half_copy(self.policy.model, dtype) if sampler and dtype != torch.float32 else None)
+        model, half = self.policy.model, None
+        if sampler and dtype != torch.float32:
+            half = half_copy(model, dtype)
+        elif sampler and trains(model) and not shards:
+            keep_panels(model, trains=True)
+        return replace(self, half=half)
 
     def store(self, dtype: torch.dtype) -> None:
         """Frozen weights in `dtype` from here on."""
         store_all(filter(None, (self.policy.model, self.policy.value_trunk, self.frozen.model)), dtype)
+
+
+def trains(model: Transformer) -> bool:
+    """Every matrix of it?"""
+    return all(x.weight.requires_grad for x in matrices_of(model))
 
 
 def reference_on(base: Transformer, temperature: float) -> tuple[Reference, FrozenStates]:
