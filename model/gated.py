@@ -54,13 +54,14 @@ def gated(f: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
 @contextlib.contextmanager
 def again(y: Tensor) -> Iterator[None]:
     """Operations within it that would keep y = gated(...), or a view of all of it, for their backward keep nothing of it."""
-    node, place, size = y.grad_fn, y.data_ptr(), y.numel()
+    node = y.grad_fn
     if node is None:
         yield
         return
+    place, size = y.data_ptr(), y.numel()
 
     def keep(x: Tensor) -> Tensor | torch.Size:  # knows no y: the graph holds on to this function
-        return x.shape if x.data_ptr() == place and x.numel() == size else x
+        return x.shape if x.data_ptr() == place and x.numel() == size and x.is_contiguous() else x
 
     def bring(x: Tensor | torch.Size) -> Tensor:
         if isinstance(x, Tensor):

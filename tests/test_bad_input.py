@@ -433,6 +433,7 @@ def limit_files(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, size", [*(others_slowly(s, 60_000) for s in TRAINING), ("train_ppo.py", 1_500)])
 def test_files_may_not_grow(world, tmp_path, script, size):
     """The checkpoint is too large, or (1,500 bytes) already the metrics; a run without the limit then ends well."""
@@ -469,6 +470,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", map(others_slowly, TRAINING))
 def test_disk_full_then_space_again(world, small_disk, script):
     """Half of the second checkpoint fits: the first stays, the line says what to do, and doing it works."""

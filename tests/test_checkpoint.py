@@ -211,6 +211,10 @@ def test_optimizer_state_of_another_model_is_refused():
     assert text == "optimizer state of another model: 0.weight:exp_avg is (4, 4) there, (8, 8) here"
     text = refusal(checkpoint.load_optimizer, optimizer, net, {"9.weight:exp_avg": torch.ones(4, 4)})
     assert text == "optimizer state of another model: 9.weight:exp_avg is (4, 4) there, no such parameter here"
+    net[0].requires_grad_(False)
+    optimizer = optim.make_optimizer(net, 1e-2)
+    text = refusal(checkpoint.load_optimizer, optimizer, net, {"0.weight:exp_avg": torch.ones(8, 8)})
+    assert text == "optimizer state of another model: 0.weight:exp_avg is (8, 8) there, frozen here"
 
 
 # ---- runs of many checkpoints

@@ -258,6 +258,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.slow
 @slow
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_misses_it(mistake):

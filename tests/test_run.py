@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo  # what the optimiser imports at its first step, once for all children
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -664,8 +664,9 @@ def load_optimizer(optimizer: AdamW, module: nn.Module, tensors: Mapping[str, Te
     named = dict(module.named_parameters())
     for label, tensor in tensors.items():
         name, _, key = label.rpartition(":")
-        if name not in named or key != "step" and tensor.shape != named[name].shape:
-            here = tuple(named[name].shape) if name in named else "no such parameter"
+        known = name in named and named[name] in optimizer.state
+        if not known or key != "step" and tensor.shape != named[name].shape:
+            here = tuple(named[name].shape) if known else "frozen" if name in named else "no such parameter"
             raise ValueError(f"optimizer state of another model: {label} is {tuple(tensor.shape)} there, {here} here")
         tensor = tensor.to(named[name].device, copy=True)
         optimizer.state[named[name]][key] = tensor if key == "step" else cut_as(named[name], tensor)
