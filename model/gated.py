@@ -20,9 +20,9 @@ def tanh_gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-SLOPES = {  # f -> (gradient of f(x), x) -> gradient of x
-    F.silu: torch.ops.aten.silu_backward,
-    tanh_gelu: lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
+SLOPES = {  # f -> (gradient of f(x), x) -> gradient of x, in the memory of the first
+    F.silu: lambda grad, x: torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad),
+    tanh_gelu: lambda grad, x: torch.ops.aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=grad),
 }
 
 
@@ -37,7 +37,7 @@ class _Gated(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (gate, up, opened), ctx.opened = ctx.opened or reopened(ctx), None
-        return SLOPES[ctx.f](grad * up, gate), grad * opened, None
+        return SLOPES[ctx.f](grad * up, gate), opened.mul_(grad), None
 
 
 def reopened(ctx) -> tuple[Tensor, Tensor, Tensor]:
