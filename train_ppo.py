@@ -394,7 +394,7 @@ def open_cast(cfg: Config, dist: Dist, precision: Precision) -> Cast:
     model, lora = base.model.eval(), lora_of(cfg)
     roles = LAYOUTS[cfg.layout](model, critic_of(cfg), cfg.temperature, lora, cfg.branch_layers, dist.copied)
     stored = stored_dtype(cfg, precision)
-    roles = roles.stored_in(stored, sampler=cfg.sampler is None, shards=cfg.shard)
+    roles = roles.stored_in(stored, sampler=cfg.sampler is None, alone=dist.world == 1 and not cfg.shard)
     recompute_blocks(roles.policy, cfg.recompute)
     learner = dist.wrap(roles.policy)
     dist.rest(model)  # before another model is opened
@@ -596,6 +596,7 @@ def memory_plan(cfg: Config, dist: Dist, micro_batch: int) -> float:
         offload=cfg.offload,
         bounded=cfg.max_kl is not None,
         on_cpu=dist.device.type == "cpu",
+        alone=dist.world == 1 and not cfg.shard,
     )
     if cfg.plan and dist.is_main:
         print(table(model, sizes, cfg.layout))

@@ -28,8 +28,8 @@ SLOPES = {  # f -> (gradient of f(x), x) -> gradient of x, in the memory of the 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate, up, f):
-        ctx.f, ctx.opened = f, None
+    def forward(ctx, gate, up, f, slope):
+        ctx.f, ctx.slope, ctx.opened = f, slope, None
         ctx.save_for_backward(gate, up)
         return f(gate) * up
 
@@ -37,7 +37,7 @@ class _Gated(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (gate, up, opened), ctx.opened = ctx.opened or reopened(ctx), None
-        return SLOPES[ctx.f](grad * up, gate), opened.mul_(grad), None
+        return ctx.slope(grad * up, gate), opened.mul_(grad), None, None
 
 
 def reopened(ctx) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,14 +48,17 @@ def reopened(ctx) -> tuple[Tensor, Tensor, Tensor]:
 
 def gated(f: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
     """f(gate) * up, of the same shape, f one of SLOPES."""
-    return _Gated.apply(gate, up, f) if torch.is_grad_enabled() else f(gate) * up
+    return _Gated.apply(gate, up, f, SLOPES[f]) if torch.is_grad_enabled() else f(gate) * up
 
 
 @contextlib.contextmanager
 def again(y: Tensor) -> Iterator[None]:
-    """Operations within it that would keep y = gated(...), or a view of all of it, for their backward keep nothing of it."""
+    """Operations within it that would keep y = gated(...), or a view of all of it, for their backward keep nothing of it.
+
+    Not around what a checkpoint computes again: of two pairs of hooks torch asks the inner one alone.
+    """
     node = y.grad_fn
-    if node is None:
+    if node is None or not y.is_contiguous():
         yield
         return
     place, size = y.data_ptr(), y.numel()

@@ -1,6 +1,6 @@
 """Weights laid out once for the products of many decoding steps, on a CPU.
 
-    keep_panels(model)                    # of a model in float32 that nobody trains
+    keep_panels(model)                    # of a model in float32 that nobody trains, or that sleeps while it is trained
     model.panels.lay(16, steps=100)       # for steps of 16 rows
     with model.panels:
         hidden = decoding.step(ids, model.panels.filled(len(ids)))[: len(ids)]

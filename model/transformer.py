@@ -3,6 +3,7 @@
 Sizes in the shape comments: B rows, T tokens, D width, H heads, G key/value heads, K head size, V vocabulary.
 """
 
+import contextlib
 import copy
 import math
 import weakref
@@ -242,12 +243,13 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.width, config.ffn, bias=config.mlp_bias) if config.gated else None
         self.up_proj = nn.Linear(config.width, config.ffn, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.ffn, config.width, bias=config.mlp_bias)
+        self.recompute = False  # see recompute_blocks
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
             return self.down_proj(self.activation(self.up_proj(x)))
         y = gated(self.activation, *self.gate_up(x))
-        with again(y):
+        with contextlib.nullcontext() if self.recompute else again(y):
             return self.down_proj(y)
 
     def gate_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -493,5 +495,5 @@ def recompute_blocks(module: nn.Module, on: bool = True) -> None:
     (arXiv:1604.06174): the same gradients with less memory, for a third more products. So does whoever unembeds.
     """
     for part in module.modules():
-        if isinstance(part, Transformer):
+        if isinstance(part, Transformer | MLP):
             part.recompute = on

@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from model.gated import SLOPES, again, gated
 from model.lora import activate, add_lora
+from model.transformer import ModelConfig, Transformer, recompute_blocks
 
 pytestmark = pytest.mark.bits
 
@@ -81,6 +83,26 @@ def test_the_product_is_not_kept(adapter, bf16):
     assert all(torch.equal(a, b) for a, b in zip(*sums))
 
 
+def test_a_checkpoint_keeps_none_of_the_casts_of_its_blocks():
+    """Under autocast, of a model that recomputes: what autocast made of the weights goes with the forward."""
+    model = Transformer(ModelConfig(17, 32, layers=3, heads=2, ffn=48, kv_heads=2))
+    model.init_weights(torch.Generator().manual_seed(0))
+    recompute_blocks(model)
+    made: list[StorageWeakRef] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **kwargs or {})
+            if function is torch.ops.aten._to_copy.default and out.shape == (32, 48):  # of down_proj's weight
+                made.append(StorageWeakRef(out.untyped_storage()))
+            return out
+
+    with torch.autocast("cpu", torch.bfloat16), Watch():
+        hidden = model.trunk(torch.arange(6)[None])
+    assert len(made) >= 3 and all(x.expired() for x in made)
+    hidden.float().sum().backward()
+
+
 def test_other_tensors_are_kept_as_they_are():
     """One of another size that begins where the product does, one that lies transposed, a product that needs no gradient."""
     given, down = inputs(torch.float32)
@@ -91,6 +113,14 @@ def test_other_tensors_are_kept_as_they_are():
     expected = (y[:1].exp() * y[:1]).sum() + down(y).sum() + (y.sin() * y).sum()
     for a, b in zip(*(torch.autograd.grad(x, given[1:], retain_graph=True) for x in (found, expected))):
         torch.testing.assert_close(a, b)
+    column = gated(
+        F.silu, F.linear(given[0], given[1])[0].t(), F.linear(given[0], given[2])[0].t()
+    )  # as the matrix lies
+    with again(column):
+        found = (column.t().sin() * column.t()).sum()
+    expected = (column.t().sin() * column.t()).sum()
+    for a, b in zip(*(torch.autograd.grad(x, given[1:], retain_graph=True) for x in (found, expected))):
+        assert torch.equal(a, b)
     constant = gated(F.silu, given[0], given[0])
     with again(constant):
         constant = torch.nn.Linear(8, 3)(constant)

@@ -11,6 +11,7 @@ from model.generate import Sampling, generate, row_uniforms
 from model.half import to_sample_with
 from model.lora import activate, add_lora
 from model.panels import Panels, Product
+from rlhf.infra import optim
 from rlhf.lm.trunks import LoRA
 from rlhf.ppo.roles import CRITICS, LAYOUTS
 
@@ -145,14 +146,15 @@ def test_the_output_matrix_has_panels_too(small):
 def test_a_policy_that_trains_samples_with_panels_of_its_weights_of_now(layout, family, small):
     """Where all of it trains, and gradients will be as large; they are gone while nobody samples."""
     roles = LAYOUTS[layout](small_model(family, torch.float32), CRITICS[layout], 1.0, LoRA(2), 1)
-    shards = roles.stored_in(torch.float32, shards=True)
+    beside = roles.stored_in(torch.float32, alone=False)
     elsewhere = roles.stored_in(torch.float32, sampler=False)
-    assert not hasattr(shards.sampler(), "panels") and not hasattr(elsewhere.sampler(), "panels")
+    assert not hasattr(beside.sampler(), "panels") and not hasattr(elsewhere.sampler(), "panels")
     roles = roles.stored_in(torch.float32)
     model = roles.sampler()
     assert hasattr(model, "panels") == (layout in ("full", "shared"))
     if not hasattr(model, "panels"):
         return
+    optimizer = optim.make_optimizer(model, 0.01)
     for step in range(3):
         found = texts(model)
         assert model.panels.any_rows and model.panels.products and len(small) == step + 1
@@ -163,9 +165,21 @@ def test_a_policy_that_trains_samples_with_panels_of_its_weights_of_now(layout, 
         model.panels = kept
         assert torch.equal(found.tokens, plain.tokens)
         assert torch.allclose(found.logprobs, plain.logprobs, atol=2e-4)
-        with torch.no_grad():
-            for x in model.parameters():
-                x.mul_(1.01)
+        for x in model.parameters():
+            x.grad = torch.ones_like(x)
+        optim.step(optimizer, model, optim.amp(torch.device("cpu")).scaler, 0.0)
+
+
+@pytest.mark.parametrize("small", KINDS[1:], indirect=True)
+def test_a_step_of_the_optimiser_is_seen(small):
+    """By whoever did not let the panels sleep: the kernel itself does not count up a version."""
+    model = panels.keep_panels(small_model("llama", torch.float32), trains=True)
+    texts(model)
+    for x in model.parameters():
+        x.grad = torch.ones_like(x)
+    optim.step(optim.make_optimizer(model, 0.1), model, optim.amp(torch.device("cpu")).scaler, 0.0)
+    texts(model)
+    assert len(small) == 2
 
 
 def left_behind(model):

@@ -92,6 +92,8 @@ def test_panels_of_a_policy_in_float32_are_counted(layout, family, monkeypatch):
         how = sizes(batch=rows, response=steps, on_cpu=True)
         assert plan(config(family), how, layout)["sampler"] == kept
         assert (kept > 0) == (layout in ("full", "shared") and (rows, steps) == (8, 20))
+        beside = plan(config(family), sizes(batch=rows, response=steps, on_cpu=True, alone=False), layout)
+        assert beside["sampler"] == 0
         roles.rest()
 
 

@@ -43,6 +43,7 @@ class AdamW:
                     weight_decay=group["weight_decay"], amsgrad=False, maximize=False,
                     grad_scale=None if divisor is None else divisor.to(device, torch.float32),
                 )  # fmt: skip
+                torch.autograd.graph.increment_version(params)  # the kernel does not say that they have changed
 
     def zero_grad(self) -> None:
         for p in self.parameters():

@@ -22,7 +22,10 @@ def make_optimizer(
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
 ) -> AdamW:
-    """AdamW on what is trainable; matrices decay, gains and biases do not."""
+    """AdamW on what is trainable; matrices decay, gains and biases do not.
+
+    torch has the kernel for CPU, CUDA and Apple's GPU, where nobody has run it yet.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
     if not any(map(checkpoint.is_sharded, parameters)):
         keep_freed_memory()

@@ -15,7 +15,7 @@ import torch
 
 from model.half import has_room_for_panels
 from model.hf import NoInit, empty_model
-from model.panels import FEWEST, MOST, STEPS, gain, matrices_of
+from model.panels import FEWEST, MOST, STEPS, can_pack, gain, matrices_of
 from model.transformer import VOCABULARY_PART, ModelConfig, Transformer
 from rlhf.lm.checkpoints import count
 from rlhf.lm.trunks import LoRA
@@ -62,6 +62,7 @@ class Sizes:
     offload: tuple[str, ...] = ()  # --offload
     bounded: bool = False  # --max_kl: trained weights of the last policy that kept it stay
     on_cpu: bool = False  # a CPU samples by panels, where it has some of the type
+    alone: bool = True  # no other rank learns with it: its gradients go when a step is taken
 
 
 def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
@@ -75,7 +76,7 @@ def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
     trained = count(x for x in policy.parameters() if x.requires_grad)
     models = [model for model in (policy.model, policy.value_trunk) if model is not None]
     # a tied embedding's gradient comes beside what there is of it: in two parts, or where a CPU adds up in place in one
-    in_place = s.on_cpu and half == FLOAT and config.vocab_size > 2 * VOCABULARY_PART
+    in_place = s.on_cpu and half == FLOAT and not s.recompute and config.vocab_size > 2 * VOCABULARY_PART
     embeddings = sum(model.embed_tokens.weight.numel() for model in models if trains_embedding(model))
     beside = embeddings if in_place else 2 * embeddings
     cast = count(x for x in policy.parameters() if x.requires_grad and x.ndim > 1) if half < FLOAT else 0
@@ -102,7 +103,7 @@ def plan(config: ModelConfig, sizes: Sizes, layout: str) -> dict[str, int]:
     if s.on_cpu and roles.half and has_room_for_panels(policy.model, s.dtype):
         embedding = policy.model.embed_tokens.weight
         sampler = in_panels(policy.model, s.dtype) + s.dtype.itemsize * embedding.requires_grad * embedding.numel()
-    elif s.on_cpu and s.ranks == 1 and s.sampler and keeps_panels(policy.model, s.batch, s.response):
+    elif s.on_cpu and s.alone and s.sampler and half == FLOAT and keeps_panels(policy.model, s.batch, s.response):
         sampler = in_panels(policy.model, s.dtype)
     else:
         sampler = size_of([*base.parameters(), *policy.parameters(), *roles.sampler().parameters()]) - own
@@ -175,7 +176,7 @@ def in_panels(model: Transformer, dtype: torch.dtype) -> int:
 
 def keeps_panels(model: Transformer, rows: int, steps: int) -> bool:
     """Does it sample with panels in float32?"""
-    return trains(model) and gain(model) and FEWEST <= rows <= MOST and steps >= STEPS
+    return can_pack(torch.float32) and trains(model) and gain(model) and FEWEST <= rows <= MOST and steps >= STEPS
 
 
 def trains_embedding(model: Transformer) -> bool:

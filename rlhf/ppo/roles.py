@@ -167,17 +167,18 @@ class Roles:
         if asleep := self.half or getattr(self.policy.model, "panels", None):
             asleep.sleep()
 
-    def stored_in(self, dtype: torch.dtype, sampler: bool = True, shards: bool = False) -> "Roles":
+    def stored_in(self, dtype: torch.dtype, sampler: bool = True, alone: bool = True) -> "Roles":
         """The same with frozen weights stored in `dtype`, in place, and a copy in it that samples. float32: as it is, and a
         policy of which every matrix trains samples with panels, which are as large as the gradients that nobody has then.
 
-        sampler: without it there is neither, because somebody else samples. shards: weights come and go, and have no panels.
+        sampler: without it there is neither, because somebody else samples. alone: no other rank learns too; with others
+        gradients never go (DDP keeps them in its buckets), or weights come and go (shards), and there are no panels.
         """
         self.store(dtype)  # which frees memory that the copy takes
         model, half = self.policy.model, None
         if sampler and dtype != torch.float32:
             half = half_copy(model, dtype)
-        elif sampler and trains(model) and not shards:
+        elif sampler and alone and trains(model):
             keep_panels(model, trains=True)
         return replace(self, half=half)
 

@@ -13,7 +13,7 @@ import torch.distributed
 from torch import nn
 
 from model.config import ModelConfig
-from model.hf import empty_model
+from model.hf import NoInit, empty_model
 from rlhf.infra.shards import layers, owners
 from rlhf.lm.trunks import LoRA
 from rlhf.ppo.roles import CRITICS, LAYOUTS, Roles
@@ -59,7 +59,8 @@ class Plan:
     @property
     def roles(self) -> Roles:
         critic = self.critic or CRITICS[self.layout]
-        return LAYOUTS[self.layout](empty_model(self.model), critic, 1.0, self.lora, self.branch_layers)
+        with NoInit():
+            return LAYOUTS[self.layout](empty_model(self.model), critic, 1.0, self.lora, self.branch_layers)
 
 
 def calls(p: Plan) -> Counter:
