@@ -200,10 +200,11 @@ def ipo_loss(
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     """Cross-entropy of tokens under the logits that predict them, nats; nothing is shifted here. (..., V) -> (...)
 
-    logsumexp(z) - z[token], in float32 for half precision.
+    -log softmax(z)[token] = logsumexp(z) - z[token], in float32 for half precision. torch's log_softmax stays in the cache row
+    by row, where logsumexp passes over all logits five times.
     """
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return z.logsumexp(-1) - z.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    logprobs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return -logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def _same_shape(**tensors: Tensor | None):
