@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.lora import LoRALinear, replace_module
-from model.panels import LARGEST, Product, can_pack, keep_panels
+from model.panels import LARGEST, Product, can_pack, keep_panels, output_of
 from model.transformer import Transformer
 
 FEW_ROWS = 256  # up to so many, a CPU multiplies weights as they lie
@@ -140,8 +140,7 @@ class Half:
         self.own = {x._cdata: (x, x.nbytes()) for x in mine if x._cdata not in theirs}
 
     def project(self, hidden: Tensor) -> Tensor:
-        output = self.model.lm_head or self.model.embed_tokens
-        return product(hidden.to(self.dtype), output.weight).contiguous()  # a row's logits side by side
+        return product(hidden.to(self.dtype), output_of(self.model).weight).contiguous()  # a row's logits side by side
 
     def alone(self, module: nn.Module, name: str) -> None:
         """This layer of a module, by products of its own."""

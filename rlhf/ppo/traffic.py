@@ -14,6 +14,7 @@ from torch import nn
 
 from model.config import ModelConfig
 from model.hf import NoInit, empty_model
+from model.panels import output_of
 from rlhf.infra.shards import layers, owners
 from rlhf.lm.trunks import LoRA
 from rlhf.ppo.roles import CRITICS, LAYOUTS, Roles
@@ -158,7 +159,7 @@ class Parts:
         return self.frozen(trunk.embed_tokens)
 
     def output(self, trunk: nn.Module) -> list[int]:
-        return self.frozen(trunk.lm_head or trunk.embed_tokens)
+        return self.frozen(output_of(trunk))
 
     def units(self, trunk: nn.Module, first: int = 0, last: int | None = None) -> list[int]:
         """Of the frozen matrices in these layers."""
